@@ -1,0 +1,43 @@
+# Every command a person needs. `make help` lists them.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+.DEFAULT_GOAL := help
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup quickstart test test-fast check format clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP) ## create .venv with everything
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	test -x $(PY) || python3.11 -m venv $(VENV) || python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch torchvision
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev,deepspeed,tools,released]'
+	touch $(STAMP)
+
+quickstart: $(STAMP) ## train on real pairs, evaluate on held-out ones, write runs/quickstart/report.html (about 5 minutes on 2 cores)
+	$(PY) -m dualenc train recipes/quickstart/quickstart.yaml
+	$(PY) -m dualenc eval runs/quickstart --tasks quickstart_val_style,quickstart_val_clipart,quickstart_groups --out runs/quickstart/results.json
+	$(PY) -m dualenc report runs/quickstart
+
+test: check ## everything: check, then all tests, the multi-process ones too
+	$(PY) -m pytest tests -m "dist or slow"
+
+test-fast: $(STAMP) ## unit tests only (one process, no slow ones)
+	$(PY) -m pytest tests -m "not dist and not slow"
+
+check: $(STAMP) ## format, lint, types, layering, unit tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest tests -m "not dist and not slow"
+
+format: $(STAMP) ## rewrite the code in the project's format
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean: ## remove runs and caches, not the environment
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,94 @@
+"""What travels from the loader to the towers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABSENT = -1
+"""Pair id of a slot that has nothing to contrast: it takes part in no loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """One sample that could not be used: what the quarantine file names."""
+
+    source: str
+    shard: str
+    key: str
+    member: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """One rank's share of a global batch of N = W · B slots.
+
+    Attributes:
+        size: B, the number of local slots; equal on all ranks by construction.
+        inputs: modality → collated tensors (a tensor or a dict of tensors) of the n_m rows that have it. If no row
+            has it: one dummy row, so that every rank runs every tower (ZeRO-3 and FSDP2 need that).
+        rows: modality → LongTensor [n_m]: which of the B slots the rows of ``inputs`` are; empty for a dummy.
+        ids: LongTensor [B], the pair id. Equal ids are positives of each other, also across ranks;
+            ``ABSENT`` marks a slot whose sample was lost.
+        keys: the B sample ids ("source/shard/key") for reports, tests and NaN post-mortems.
+        bad: samples lost while this batch was made.
+        step: the global step this batch belongs to.
+        load_s: seconds the worker spent on it.
+    """
+
+    size: int
+    inputs: dict[str, Any]
+    rows: dict[str, Tensor]
+    ids: Tensor
+    keys: list[str]
+    step: int = 0
+    bad: list[BadSample] = field(default_factory=list)
+    load_s: float = 0.0
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor to ``device`` (non-blocking where the memory is pinned)."""
+        return Batch(
+            self.size,
+            {m: map_tensors(x, lambda t: t.to(device, non_blocking=True)) for m, x in self.inputs.items()},
+            {m: r.to(device, non_blocking=True) for m, r in self.rows.items()},
+            self.ids.to(device, non_blocking=True),
+            self.keys,
+            self.step,
+            self.bad,
+            self.load_s,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader when ``pin_memory`` is on."""
+        inputs = {m: map_tensors(x, lambda t: t.pin_memory()) for m, x in self.inputs.items()}
+        rows = {m: r.pin_memory() for m, r in self.rows.items()}
+        return Batch(self.size, inputs, rows, self.ids.pin_memory(), self.keys, self.step, self.bad, self.load_s)
+
+    def chunks(self, size: int) -> list[Batch]:
+        """Split into micro-batches of ``size`` slots; a chunk that lacks a modality borrows row 0 as its dummy."""
+        out = []
+        for start in range(0, self.size, size):
+            stop = min(start + size, self.size)
+            inputs: dict[str, Any] = {}
+            rows: dict[str, Tensor] = {}
+            for m, r in self.rows.items():
+                take = torch.nonzero((r >= start) & (r < stop)).flatten()
+                rows[m] = r[take] - start
+                pick = take if len(take) else torch.zeros(1, dtype=torch.long, device=r.device)
+                inputs[m] = map_tensors(self.inputs[m], lambda t, pick=pick: t[pick])  # type: ignore[misc]
+            out.append(Batch(stop - start, inputs, rows, self.ids[start:stop], self.keys[start:stop], self.step))
+        return out
+
+
+def map_tensors(x: Any, fn: Any) -> Any:
+    """Apply ``fn`` to a tensor or to every tensor of a (nested) mapping; every tensor's first axis is the row."""
+    if isinstance(x, Tensor):
+        return fn(x)
+    if isinstance(x, Mapping):
+        return {k: map_tensors(v, fn) for k, v in x.items()}
+    return x

@@ -1,0 +1,119 @@
+"""The layers of docs/architecture.md, enforced: every import (lazy ones too) points downward."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Higher number = higher layer; equal numbers of different packages must not import each other.
+LAYERS = {
+    "dualenc.errors": 0,
+    "dualenc.registry": 0,
+    "dualenc.config": 0,
+    "dualenc": 0,
+    "dualenc.distributed": 1,
+    "dualenc.data": 2,
+    "dualenc.encoders": 2,
+    "dualenc.bundle": 3,
+    "dualenc.losses": 4,
+    "dualenc.engine": 5,
+    "dualenc.distill": 5,
+    "dualenc.train": 6,
+    "evals": 6,
+    "data_tools": 6,
+    "dualenc.cli": 7,
+    "dualenc.bench": 7,
+    "dualenc.__main__": 8,
+}
+BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.config", "dualenc"}
+
+# Packages that may be imported below these folders only.
+ONLY_IN = {
+    "accelerate": ("dualenc/engine",),
+    "deepspeed": ("dualenc/engine",),
+    "webdataset": ("dualenc/data", "data_tools"),
+    "PIL": ("dualenc/data", "data_tools"),
+    "soundfile": ("dualenc/data", "data_tools"),
+    "open_clip": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
+    "timm": ("dualenc/encoders",),
+    "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
+    "typer": ("dualenc/cli.py",),
+    "argparse": ("dualenc/cli.py",),
+    "pickle": (),
+}
+
+FILES = sorted(p for top in ("dualenc", "evals", "data_tools") for p in (ROOT / top).rglob("*.py"))
+
+
+def imported(path: Path) -> list[tuple[int, str]]:
+    """Every module named by an import statement or ``importlib.import_module`` literal in ``path``."""
+    out = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            out += [(node.lineno, a.name) for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write absolute imports"
+            out += [(node.lineno, f"{node.module}.{a.name}") for a in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module" and node.args:
+            arg = node.args[0]
+            if isinstance(arg, ast.Constant):
+                out.append((node.lineno, str(arg.value)))
+    return out
+
+
+def package_of(module: str) -> str | None:
+    """The layer a dotted module belongs to."""
+    parts = module.split(".")
+    if parts[0] not in ("dualenc", "evals", "data_tools"):
+        return None
+    two = ".".join(parts[:2])
+    if two in LAYERS:
+        return two
+    return parts[0] if parts[0] in LAYERS else None
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path: Path) -> None:
+    me = package_of(module_name(path))
+    assert me is not None, f"{path} stands in no layer"
+    for line, name in imported(path):
+        other = package_of(name)
+        if other is None or other == me or (me in BOTTOM and other in BOTTOM):
+            continue
+        assert LAYERS[other] < LAYERS[me], f"{path}:{line}: {me} must not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_libraries_stay_in_their_rooms(path: Path) -> None:
+    rel = path.relative_to(ROOT).as_posix()
+    for line, name in imported(path):
+        rooms = ONLY_IN.get(name.split(".")[0])
+        if rooms is not None:
+            assert rel.startswith(rooms) if rooms else False, f"{rel}:{line}: {name} may be imported in {rooms or 'no file'} only"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_stay_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 520, f"{path}: {text.count(chr(10))} lines; find the seam"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 85, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+def test_the_walk_sees_an_upward_edge(tmp_path: Path) -> None:
+    bad = tmp_path / "x.py"
+    bad.write_text("def f():\n    from dualenc.train import loop\n")
+    assert imported(bad) == [(2, "dualenc.train.loop")]
+    assert package_of("dualenc.train.loop") == "dualenc.train"
+    assert LAYERS["dualenc.train"] > LAYERS["dualenc.losses"]
