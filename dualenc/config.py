@@ -70,15 +70,21 @@ class Data(Section):
 
     sources: list[Source] = Field(min_length=1)
     sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
-    lanes: Positive = Field(1, description="the pass is cut into this many streams of shards; ranks read their lanes' shards only")
+    lanes: Positive = Field(
+        1, description="the pass is cut into this many streams of shards; ranks read their lanes' shards only"
+    )
     window: Positive = Field(1_000_000, description="samples shuffled together within a lane")
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3
     max_bad_share: Share = Field(0.02, description="stop when more than this share of a source's samples is lost")
-    cache_dir: str | None = Field(None, description="where remote shards are kept while they are read; default: a temporary folder")
+    cache_dir: str | None = Field(
+        None, description="where remote shards are kept while they are read; default: a temporary folder"
+    )
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
-    stall_s: Annotated[float, Field(gt=0)] = Field(120.0, description="say which batch is awaited after this many seconds")
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="say which batch is awaited after this many seconds"
+    )
 
 
 class LogitScale(Section):
@@ -148,7 +154,9 @@ class Engine(Section):
     compile: bool = Field(False, description="torch.compile each tower")
     grad_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Positive | None = Field(None, description="CPU threads per process; default: torch's own, shared among local ranks")
+    threads: Positive | None = Field(
+        None, description="CPU threads per process; default: torch's own, shared among local ranks"
+    )
     timeout_s: Positive = 600
     max_nonfinite: Positive = Field(10, description="stop after this many non-finite steps in a row")
 
@@ -159,7 +167,9 @@ class Checkpoints(Section):
     every_steps: Positive | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
     keep: Positive = 2
-    resume: str = Field("auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder")
+    resume: str = Field(
+        "auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder"
+    )
     init_from: str | None = Field(None, description="start from this model's weights (a MODEL as in dualenc eval)")
 
 
@@ -188,7 +198,9 @@ class Recipe(Section):
     seed: int = 0
     out: str | None = Field(None, description="run folder; default: runs/NAME")
     modalities: dict[str, Modality] = Field(min_length=2)
-    pairs: list[tuple[str, str]] = Field(default_factory=list, description="default: the one pair when there are two modalities")
+    pairs: list[tuple[str, str]] = Field(
+        default_factory=list, description="default: the one pair when there are two modalities"
+    )
     embed_dim: Positive = 512
     logit_scale: LogitScale = LogitScale()
     loss: Component = Component(name="info_nce")
@@ -368,7 +380,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for k, v in over.items():
         old = out.get(k)
-        renamed = isinstance(v, dict) and isinstance(old, dict) and "name" in v and v["name"] != old.get("name", v["name"])
+        renamed = (
+            isinstance(v, dict) and isinstance(old, dict) and "name" in v and v["name"] != old.get("name", v["name"])
+        )
         out[k] = _merge(old, v) if isinstance(v, dict) and isinstance(old, dict) and not renamed else v
     return out
 

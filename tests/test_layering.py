@@ -98,7 +98,9 @@ def test_libraries_stay_in_their_rooms(path: Path) -> None:
     for line, name in imported(path):
         rooms = ONLY_IN.get(name.split(".")[0])
         if rooms is not None:
-            assert rel.startswith(rooms) if rooms else False, f"{rel}:{line}: {name} may be imported in {rooms or 'no file'} only"
+            assert rel.startswith(rooms) if rooms else False, (
+                f"{rel}:{line}: {name} may be imported in {rooms or 'no file'} only"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

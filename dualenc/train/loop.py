@@ -1,0 +1,406 @@
+"""The run: build, resume, step, save, evaluate, stop cleanly.
+
+The clock is samples seen. Everything random is a function of (seed, step, rank) or (seed, sample id, pass), so a
+resumed run needs no loader state and no RNG state: it sets the step and goes on with the samples it would have read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from dualenc.bundle import Bundle, Embedder, build_bundle, load_model
+from dualenc.config import Recipe, dump_yaml
+from dualenc.data.batch import Batch
+from dualenc.data.loader import Loader
+from dualenc.data.quarantine import Ledger
+from dualenc.distributed.world import World, all_reduce_sum, barrier, close_world, init_world
+from dualenc.engine import Engine, build_engine, lr_factor
+from dualenc.engine.ema import EMA
+from dualenc.errors import CheckpointError, DivergenceError, Interrupted
+from dualenc.losses import build_loss
+from dualenc.train import checkpoint as ckpt
+from dualenc.train.step import StepResult, train_step
+from dualenc.train.tracking import Tracker, environment, git_hash
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[Embedder, World], Mapping[str, float]]
+"""Given a way to embed and the world, all ranks together: task/metric → value."""
+
+
+@dataclass
+class Meter:
+    """Sums over the steps since the last log line."""
+
+    steps: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    wait: float = 0.0
+
+    def add(self, loss: float, seconds: float, wait: float) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.seconds += seconds
+        self.wait += wait
+
+
+class Run:
+    """One training run on one rank; all ranks call the same methods in the same order."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, world: World, evaluate: Evaluate | None) -> None:
+        self.recipe, self.run_dir, self.world, self.evaluate = recipe, run_dir, world, evaluate
+        self.stop = StopFlag()
+        self.bundle: Bundle = build_bundle(recipe)
+        self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
+        save = self._find_save()
+        if save is not None:
+            saved = ckpt.load_state(save)
+            refuse_changes(saved.fingerprint, self.state.fingerprint, save)
+            saved.fingerprint = self.state.fingerprint
+            self.state = saved
+            self.bundle.model.load_state_dict(ckpt.trained_weights(save))
+        elif recipe.checkpoint.init_from:
+            init_weights(self.bundle, recipe.checkpoint.init_from)
+        self.engine: Engine = build_engine(recipe.engine, recipe.optim, self.bundle.model, world)
+        self.ema = self._build_ema(save)
+        if save is not None:
+            self.engine.load_optimizer_state(ckpt.load_tensors(save, "optimizer.safetensors"), self.state.optimizer)
+        self.loss = build_loss(recipe.loss)
+        self.loader = Loader(
+            recipe.data,
+            self.bundle.inputs,
+            recipe.pairs,
+            seed=recipe.seed,
+            batch_size=recipe.batch.size,
+            rank=world.rank,
+            world=world.world_size,
+            start_step=self.state.step,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+        self.total_steps = total_steps(recipe, self.loader.plan.samples_per_pass)
+        self.loader.stop_step = self.total_steps
+        self.ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank)
+        self.ledger.load_state_dict(self.state.ledger)
+        self.tracker = Tracker(run_dir, recipe, self.state.step, self.total_steps, world.rank == 0)
+        self.resumed_from = save
+        self._last_save = time.monotonic()
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the end of the budget.
+
+        Raises:
+            Interrupted: after SIGTERM or Ctrl-C, once the run is saved.
+            DivergenceError: after ``engine.max_nonfinite`` non-finite steps in a row.
+            DataError: when a source lost more than ``data.max_bad_share`` of its samples.
+        """
+        if self.recipe.eval.at_start and self.state.step == 0:
+            self._evaluate()
+        meter, in_a_row, clock = Meter(), 0, time.perf_counter()
+        for batch in self.loader:
+            result = self._step(batch)
+            in_a_row = self._count_nonfinite(result, batch, in_a_row)
+            now = time.perf_counter()
+            meter.add(result.loss, now - clock, self.loader.last_wait_s)
+            clock = now
+            stopping, due = self._agree(self.stop.raised, self._save_is_due())
+            last = self.state.step == self.total_steps
+            if self.state.step % self.recipe.tracking.log_every == 0 or last or stopping:
+                self._log(result, meter)
+                meter = Meter()
+            self.tracker.advance(self.state.step)
+            if due or last or stopping:
+                self._save()
+            if stopping and not last:
+                raise Interrupted(self._how_to_go_on())
+            every = self.recipe.eval.every_steps
+            if last or (every and self.state.step % every == 0):
+                self._evaluate()
+            clock = clock if not (due or last) else time.perf_counter()
+
+    def _step(self, batch: Batch) -> StepResult:
+        if batch.step != self.state.step:
+            raise RuntimeError(f"the loader gave step {batch.step}, the run is at {self.state.step}")
+        # Dropout and patch dropout draw from here: resuming needs no RNG state. Ranks must differ.
+        torch.manual_seed(derive_seed(self.recipe.seed, self.state.step, self.world.rank))
+        self.ledger.add(batch)
+        self.engine.set_lr_factor(
+            lr_factor(self.state.samples_seen, self.total_steps * self.recipe.batch.size, self.recipe.schedule)
+        )
+        result = train_step(
+            self.engine, batch.to(self.engine.device), self.recipe.pairs, self.loss, micro=self.recipe.batch.micro
+        )
+        self.state.step += 1
+        self.state.samples_seen += self.recipe.batch.size
+        if self.ema is not None and not result.skipped:
+            self.ema.update(self.engine.module, self.recipe.batch.size)
+        return result
+
+    def _count_nonfinite(self, result: StepResult, batch: Batch, in_a_row: int) -> int:
+        """A skipped step is one decision of all ranks (train_step made it); its samples are written down."""
+        if not result.skipped:
+            return 0
+        self.state.nonfinite_steps += 1
+        with (self.run_dir / f"nonfinite-rank{self.world.rank}.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": batch.step, "samples": batch.keys}) + "\n")
+        self.tracker.say(f"Step {batch.step}: loss or gradient is not finite; skipped on all ranks, samples noted.")
+        if in_a_row + 1 >= self.recipe.engine.max_nonfinite:
+            raise DivergenceError(
+                f"{in_a_row + 1} non-finite steps in a row (engine.max_nonfinite). Lower optim.lr or engine precision "
+                f"risk; the samples of these steps are in {self.run_dir}/nonfinite-rank*.jsonl."
+            )
+        return in_a_row + 1
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Flags true on any rank are true on all: signals reach ranks at different steps."""
+        total = all_reduce_sum(torch.tensor([float(f) for f in flags]), self.world)
+        return [bool(v > 0) for v in total.tolist()]
+
+    def _log(self, result: StepResult, meter: Meter) -> None:
+        counts = self.ledger.counts()
+        if self.world.world_size > 1:
+            counts = self.ledger.sum_over_ranks(self.world)
+        self.ledger.check(counts)
+        if meter.steps == 0:
+            return
+        scale = {k: float(v) for k, v in result.metrics.items()}
+        values = {
+            "samples_seen": self.state.samples_seen,
+            "loss": meter.loss / meter.steps,
+            "lr": self.engine.lr,
+            "samples_per_s": meter.steps * self.recipe.batch.size / max(meter.seconds, 1e-9),
+            "data_wait_share": meter.wait / max(meter.seconds, 1e-9),
+            **({"grad_norm": result.grad_norm} if result.grad_norm is not None else {}),
+            **scale,
+            **{f"lost/{source}": bad for source, (_, bad) in counts.items() if bad},
+        }
+        self.tracker.log(self.state.step, values)
+
+    # --- saving -----------------------------------------------------------------------------------------------
+
+    def _find_save(self) -> Path | None:
+        resume = self.recipe.checkpoint.resume
+        if resume == "none":
+            return None
+        if resume == "auto":
+            return ckpt.newest_good(self.run_dir)
+        path = Path(resume)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"checkpoint.resume: there is no folder {resume}; write auto, none, or a save's folder"
+            )
+        save = ckpt.newest_good(path) if (path / "checkpoints").is_dir() else path
+        if save is None:
+            raise CheckpointError(f"checkpoint.resume: {resume} holds no finished save")
+        return save
+
+    def _build_ema(self, save: Path | None) -> EMA | None:
+        if self.recipe.optim.ema_samples is None:
+            return None
+        ema = EMA(self.bundle.model, self.recipe.optim.ema_samples)
+        if save is not None and (save / "weights.safetensors").exists():
+            ema.load_state_dict(ckpt.load_tensors(save, "model/model.safetensors"))
+        return ema
+
+    def _save_is_due(self) -> bool:
+        conf = self.recipe.checkpoint
+        by_step = conf.every_steps is not None and self.state.step % conf.every_steps == 0
+        minutes = (time.monotonic() - self._last_save) / 60
+        return by_step or (conf.every_minutes is not None and minutes >= conf.every_minutes)
+
+    def _save(self) -> None:
+        """All ranks take part in collecting state; rank 0 writes."""
+        self._last_save = time.monotonic()
+        weights = self.engine.model_state()
+        optimizer, self.state.optimizer = self.engine.optimizer_state()
+        self.state.ledger = self.ledger.state_dict(self.world)
+        if self.world.rank == 0:
+            with ckpt.Saver(self.run_dir, self.state.step) as saver:
+                self.bundle.save(
+                    saver.folder / "model",
+                    state=self.ema.state_dict() if self.ema else weights,
+                    provenance={"step": self.state.step, "samples_seen": self.state.samples_seen, "git": git_hash()},
+                )
+                if self.ema:
+                    saver.tensors("weights.safetensors", weights)
+                saver.tensors("optimizer.safetensors", optimizer)
+                saver.state(self.state)
+                (saver.folder / "recipe.yaml").write_text(dump_yaml(self.recipe), encoding="utf-8")
+            ckpt.prune(self.run_dir, self.recipe.checkpoint.keep)
+        barrier(self.world)
+
+    def _how_to_go_on(self) -> str:
+        return (
+            f"Stopped by {self.stop.name} and saved at step {self.state.step} of {self.total_steps} in "
+            f"{ckpt.folder_of(self.run_dir, self.state.step)}. The same command goes on from there."
+        )
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        self.engine.eval()
+        try:
+            embedder = Embedder.from_bundle(self.bundle, forward=self.engine.forward, device=self.engine.device)
+            with torch.no_grad():
+                values = self.evaluate(embedder, self.world)
+        finally:
+            self.engine.train()
+        self.tracker.log(
+            self.state.step, {"samples_seen": self.state.samples_seen} | {f"eval/{k}": v for k, v in values.items()}
+        )
+        shown = "  ".join(f"{k} {100 * v:.1f} %" for k, v in values.items() if k.endswith(("R@1", "R@10", "top1")))
+        self.tracker.say(f"step {self.state.step} zero-shot: {shown}")
+
+    def close(self) -> None:
+        self.tracker.close()
+        self.loader.close()
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGINT; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        self.name = ""
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside the context, restore the old handlers after."""
+        old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised, self.name = True, signal.Signals(number).name
+
+
+def train(recipe: Recipe, evaluate: Evaluate | None = None) -> Path:
+    """Train ``recipe`` on this rank (all ranks of a launcher call it alike); return the run folder."""
+    run_dir = run_folder(recipe)
+    world = init_world(recipe.engine.device, recipe.engine.timeout_s, recipe.engine.threads)
+    clean = False
+    try:
+        if world.rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        barrier(world)
+        run = Run(recipe, run_dir, world, evaluate)
+        if world.rank == 0:
+            (run_dir / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+            info = json.dumps(environment(world.world_size), indent=1)
+            (run_dir / "environment.json").write_text(info, encoding="utf-8")
+        greet(run)
+        try:
+            with run.stop.listening():
+                run.train()
+        finally:
+            run.close()
+        clean = True
+    finally:
+        close_world(world, clean=clean)
+    return run_dir
+
+
+def greet(run: Run) -> None:
+    """The lines that say what is about to happen."""
+    r = run.recipe
+    params = sum(p.numel() for p in run.bundle.model.parameters())
+    run.tracker.say(
+        f"{r.name}: {params / 1e6:.2f} M parameters, global batch {r.batch.size} on {run.world.world_size} rank(s), "
+        f"{run.total_steps} steps = {run.total_steps * r.batch.size:,} samples, in {run.run_dir}"
+    )
+    if run.resumed_from is not None:
+        done = " (nothing left to train)" if run.state.step >= run.total_steps else ""
+        run.tracker.say(f"Going on from {run.resumed_from}, step {run.state.step}{done}.")
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where the run lives: ``out`` of the recipe, else runs/NAME under the working folder."""
+    return Path(recipe.out) if recipe.out else Path("runs") / recipe.name
+
+
+def total_steps(recipe: Recipe, samples_per_pass: int) -> int:
+    """Length of the run in steps of the global batch; samples are rounded down to whole steps (at least 1)."""
+    budget = recipe.budget
+    if budget.steps is not None:
+        return budget.steps
+    samples = budget.samples if budget.samples is not None else int((budget.passes or 0) * samples_per_pass)
+    return max(samples // recipe.batch.size, 1)
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from integers: blake2b of their decimal text, so the same on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """What must stay the same for a resumed run to be the run that was saved."""
+    full = recipe.model_dump(mode="json")
+    data = {k: full["data"][k] for k in ("sampling", "lanes", "window")}
+    sources = [{k: s[k] for k in ("name", "weight", "members")} for s in full["data"]["sources"]]
+    keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
+    return {k: full[k] for k in keys} | {
+        "data": data | {"sources": sources},
+        "batch.size": full["batch"]["size"],
+        "optim.name": full["optim"]["name"],
+    }
+
+
+def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path) -> None:
+    """Raise CheckpointError naming the first field that differs: a silent change would make another run of it."""
+    for key, value in json.loads(json.dumps(dict(now))).items():
+        if saved.get(key) != value:
+            where, old, new = first_difference(key, saved.get(key), value)
+            raise CheckpointError(
+                f"{save} was written with {where} = {old!r}, the recipe now says {new!r}. Change it back, or start "
+                "anew: checkpoint.resume=none, or checkpoint.init_from=SAVE to take over the weights only."
+            )
+
+
+def first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The dotted key where two nested values first differ, and both values there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for k in [*new, *(k for k in old if k not in new)]:
+            if old.get(k) != new.get(k):
+                return first_difference(f"{key}.{k}", old.get(k), new.get(k))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            if a != b:
+                return first_difference(f"{key}.{i}", a, b)
+    return key, old, new
+
+
+def init_weights(bundle: Bundle, spec: str) -> None:
+    """Take over the weights of another model; what does not fit is an error that names the first such tensor."""
+    source = load_model(spec).model.state_dict()
+    own = bundle.model.state_dict()
+    for name, tensor in own.items():
+        if name not in source:
+            raise CheckpointError(f"checkpoint.init_from: {spec} has no tensor {name}; it is another architecture")
+        if source[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"checkpoint.init_from: {name} has shape {list(source[name].shape)} in {spec}, "
+                f"{list(tensor.shape)} in this recipe"
+            )
+    bundle.model.load_state_dict({k: source[k] for k in own})

@@ -1,0 +1,237 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard and W&B when asked, a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dualenc.config import Recipe, Tracking
+from dualenc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "accelerate", "deepspeed", "webdataset")
+
+
+class Sink(Protocol):
+    """Anything that takes numbers at a step."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One JSON object a line. A resumed run drops the lines its save does not know, so no step stands twice."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
+        tmp = path.with_suffix(".tmp")
+        tmp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        tmp.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole JSON lines of a file that a kill may have cut in the middle of the last one."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line for line in lines[:-1] if line.startswith("{") and line.endswith("}")]
+
+
+class TensorBoardSink:
+    """Scalars for ``tensorboard --logdir runs``."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise ConfigError("tracking.tensorboard needs a package: pip install 'dualenc[tracking]'") from e
+        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandbSink:
+    """Weights & Biases. The run id is kept in the run folder, so a resumed run goes on in the same curve."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe) -> None:
+        try:
+            import wandb
+        except ImportError as e:
+            raise ConfigError("tracking.wandb needs a package: pip install 'dualenc[tracking]'") from e
+        id_file = run_dir / "wandb_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        id_file.write_text(run_id)
+        self._run = wandb.init(
+            project=recipe.tracking.wandb_project,
+            name=recipe.name,
+            id=run_id,
+            resume="allow",
+            dir=str(run_dir),
+            config=recipe.model_dump(mode="json"),
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Tracker:
+    """Rank 0's book: fans numbers out to the sinks and draws the progress line. Other ranks hold a silent one."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, start_step: int, total_steps: int, is_main: bool) -> None:
+        self.is_main = is_main
+        self.sinks: list[Sink] = []
+        self._progress: Progress | None = None
+        self.console = Console(stderr=True, quiet=not is_main)
+        if not is_main:
+            return
+        self.sinks = sinks_of(run_dir, recipe.tracking, recipe, start_step)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task(recipe.name, total=total_steps, completed=start_step, info="")
+            self._progress.start()
+        self._total = total_steps
+        self._began = time.monotonic()
+        self._start_step = start_step
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line of numbers everywhere."""
+        for sink in self.sinks:
+            sink.write(step, values)
+        if not self.is_main:
+            return
+        info = step_line(values)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, info=info)
+        elif "loss" in values:
+            left = (time.monotonic() - self._began) / max(step - self._start_step, 1) * (self._total - step)
+            self.console.print(f"step {step}/{self._total}  {info}  {_clock(left)} left", highlight=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar between log lines."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def say(self, text: str) -> None:
+        """One line for the person watching."""
+        if self.is_main:
+            self.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for sink in self.sinks:
+            sink.close()
+
+
+def sinks_of(run_dir: Path, tracking: Tracking, recipe: Recipe, start_step: int) -> list[Sink]:
+    """The sinks a recipe asks for; metrics.jsonl first and always."""
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", start_step)]
+    if tracking.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard"))
+    if tracking.wandb:
+        sinks.append(WandbSink(run_dir, recipe))
+    return sinks
+
+
+def step_line(values: Mapping[str, float]) -> str:
+    """The few numbers worth a glance at each log line."""
+    parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
+    if "samples_per_s" in values:
+        parts.append(f"{values['samples_per_s']:.0f} samples/s")
+    if "data_wait_share" in values:
+        parts.append(f"data wait {100 * values['data_wait_share']:.0f} %")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}"
+
+
+def git_hash() -> str | None:
+    """Commit of the code that runs, with ``+changes`` when the tree is not clean; none outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed package has no checkout; the version still says what ran
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """What a reader needs to know to run it again."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "world_size": world_size,
+        "threads_per_process": torch.get_num_threads(),
+        "packages": versions,
+        "git": git_hash(),
+        "command": " ".join(["dualenc", *sys.argv[1:]]),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
