@@ -304,10 +304,15 @@ def shards_index(
     debug: Debug = False,
 ) -> None:
     """Count the samples of every shard and write the index that training reads."""
-    from dualenc.data.shards import build_index, expand, write_index
+    from rich.progress import Progress
 
-    index = build_index(expand(shards), progress=True)
-    path = write_index(index, out)
+    from dualenc.data.shards import build_index, expand, load_index
+
+    urls = expand(shards)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("indexing", total=len(urls))
+        path = build_index(urls, out, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    index = load_index(str(path))
     Console().print(f"{index.total:,} samples in {len(index.shards)} shards: {path}", highlight=False, soft_wrap=True)
 
 

@@ -185,6 +185,7 @@ class Tracking(Section):
     """Where numbers go. metrics.jsonl is always written."""
 
     log_every: Positive = 10
+    sample_ids: bool = Field(False, description="write every step's sample ids to samples-rankR.jsonl")
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "dualenc"

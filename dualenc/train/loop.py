@@ -32,7 +32,7 @@ from dualenc.errors import CheckpointError, DivergenceError, Interrupted
 from dualenc.losses import build_loss
 from dualenc.train import checkpoint as ckpt
 from dualenc.train.step import StepResult, train_step
-from dualenc.train.tracking import Tracker, environment, git_hash
+from dualenc.train.tracking import JsonlSink, Tracker, environment, git_hash
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +89,16 @@ class Run:
             start_step=self.state.step,
             pin_memory=self.engine.device.type == "cuda",
         )
+        check_data(self.state, self.loader.plan.digest(), save)
         self.total_steps = total_steps(recipe, self.loader.plan.samples_per_pass)
         self.loader.stop_step = self.total_steps
-        self.ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank)
+        names = [s.name for s in recipe.data.sources]
+        self.ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, names)
         self.ledger.load_state_dict(self.state.ledger)
         self.tracker = Tracker(run_dir, recipe, self.state.step, self.total_steps, world.rank == 0)
+        self.samples: JsonlSink | None = None
+        if recipe.tracking.sample_ids:
+            self.samples = JsonlSink(run_dir / f"samples-rank{world.rank}.jsonl", self.state.step)
         self.resumed_from = save
         self._last_save = time.monotonic()
 
@@ -145,6 +150,8 @@ class Run:
         )
         self.state.step += 1
         self.state.samples_seen += self.recipe.batch.size
+        if self.samples is not None:
+            self.samples.write(self.state.step, {"samples": batch.keys})
         if self.ema is not None and not result.skipped:
             self.ema.update(self.engine.module, self.recipe.batch.size)
         return result
@@ -170,21 +177,18 @@ class Run:
         return [bool(v > 0) for v in total.tolist()]
 
     def _log(self, result: StepResult, meter: Meter) -> None:
-        counts = self.ledger.counts()
-        if self.world.world_size > 1:
-            counts = self.ledger.sum_over_ranks(self.world)
-        self.ledger.check(counts)
+        counts = self.ledger.sum_over_ranks(self.world)
+        self.ledger.check(counts, final=self.state.step == self.total_steps)
         if meter.steps == 0:
             return
-        scale = {k: float(v) for k, v in result.metrics.items()}
         values = {
             "samples_seen": self.state.samples_seen,
             "loss": meter.loss / meter.steps,
             "lr": self.engine.lr,
             "samples_per_s": meter.steps * self.recipe.batch.size / max(meter.seconds, 1e-9),
             "data_wait_share": meter.wait / max(meter.seconds, 1e-9),
-            **({"grad_norm": result.grad_norm} if result.grad_norm is not None else {}),
-            **scale,
+            "grad_norm": result.grad_norm,
+            **result.metrics,
             **{f"lost/{source}": bad for source, (_, bad) in counts.items() if bad},
         }
         self.tracker.log(self.state.step, values)
@@ -210,7 +214,7 @@ class Run:
     def _build_ema(self, save: Path | None) -> EMA | None:
         if self.recipe.optim.ema_samples is None:
             return None
-        ema = EMA(self.bundle.model, self.recipe.optim.ema_samples)
+        ema = EMA(self.engine.module, self.recipe.optim.ema_samples)
         if save is not None and (save / "weights.safetensors").exists():
             ema.load_state_dict(ckpt.load_tensors(save, "model/model.safetensors"))
         return ema
@@ -226,15 +230,16 @@ class Run:
         self._last_save = time.monotonic()
         weights = self.engine.model_state()
         optimizer, self.state.optimizer = self.engine.optimizer_state()
+        average = self.ema.state_dict() if self.ema else None
         self.state.ledger = self.ledger.state_dict(self.world)
         if self.world.rank == 0:
             with ckpt.Saver(self.run_dir, self.state.step) as saver:
                 self.bundle.save(
                     saver.folder / "model",
-                    state=self.ema.state_dict() if self.ema else weights,
+                    state=weights if average is None else average,
                     provenance={"step": self.state.step, "samples_seen": self.state.samples_seen, "git": git_hash()},
                 )
-                if self.ema:
+                if average is not None:
                     saver.tensors("weights.safetensors", weights)
                 saver.tensors("optimizer.safetensors", optimizer)
                 saver.state(self.state)
@@ -267,6 +272,8 @@ class Run:
     def close(self) -> None:
         self.tracker.close()
         self.loader.close()
+        if self.samples is not None:
+            self.samples.close()
 
 
 class StopFlag:
@@ -376,6 +383,16 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path)
                 f"{save} was written with {where} = {old!r}, the recipe now says {new!r}. Change it back, or start "
                 "anew: checkpoint.resume=none, or checkpoint.init_from=SAVE to take over the weights only."
             )
+
+
+def check_data(state: ckpt.TrainState, digest: str, save: Path | None) -> None:
+    """Remember what data the run reads; refuse to resume on other counts of samples: it would be another order."""
+    saved = state.data.setdefault("plan", digest)
+    if saved != digest:
+        raise CheckpointError(
+            f"{save} was written on other data: names, weights or sample counts of the shards differ. Give the run the "
+            "shards it began with, or start anew: checkpoint.init_from=SAVE takes over the weights only."
+        )
 
 
 def first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:

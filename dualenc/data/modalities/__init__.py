@@ -1,0 +1,11 @@
+"""One file per modality; every file in this folder is imported, so adding a modality is adding its file."""
+
+import pkgutil
+from importlib import import_module
+
+from dualenc.data.modalities.base import DecodeError, ModalityInput, build_inputs, modalities
+
+__all__ = ["DecodeError", "ModalityInput", "build_inputs", "modalities"]
+
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
