@@ -1,0 +1,228 @@
+"""Run tasks on a model: the one entry for the command line, for training, and for any object that can embed.
+
+Results are a plain dictionary (and a JSON file) that says what was measured, on what, by which model and versions:
+
+    {"model": what the model says of itself,
+     "tasks": {name: {version, kind, n, metrics, ci, chance, reference, data_digest, templates, skipped, notes,
+                      details}},
+     "environment": versions, seed, date}
+
+Broken items are left out of the numbers, counted and named in ``skipped``; beyond the task's ``max_skipped`` no
+number is given. Shares are between 0 and 1. The same command gives the same numbers on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dualenc.data.modalities import DecodeError, ModalityInput, modalities
+from dualenc.errors import ConfigError, DataError
+from evals import classification, retrieval
+from evals.features import Embedder, Store
+from evals.ranks import ranks_of
+from evals.sources import Rows, read_rows
+from evals.table import print_table
+from evals.tasks import Task
+
+PACKAGES = ("torch", "numpy", "open_clip_torch", "timm", "transformers", "pillow")
+SHOWN_SKIPPED = 100
+
+__all__ = ["Embedder", "environment", "evaluate", "print_table", "run_task", "write_json"]
+
+
+def evaluate(
+    embedder: Embedder,
+    tasks: Sequence[Task],
+    world: Any = None,
+    out: Path | None = None,
+    cache_dir: Path | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+    seed: int = 0,
+    details: bool = True,
+) -> dict[str, Any]:
+    """Evaluate ``embedder`` on ``tasks``; every rank of ``world`` must call this.
+
+    Args:
+        embedder: ``embed(modality, items, batch_size) → [n, D]`` and ``describe() → dict``.
+        world: the ranks that share the work; default: the process group if there is one.
+        out: where rank 0 writes the results; written after each task, so a kill loses one task at most.
+        cache_dir: features are kept here by content (model, data, batch size) and found by the next run.
+        batch_size: items embedded at once.
+        seed: of the bootstrap intervals and of the examples drawn.
+        details: examples, confusion, similarity, for the report (rank 0's result has them).
+
+    Returns:
+        The results, the same on every rank but for ``details``.
+
+    Raises:
+        ConfigError, DataError: a task, model and data that do not fit; the same on every rank.
+    """
+    ranks = ranks_of(world)
+    names = [t.name for t in tasks]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise ConfigError(f"tasks: {sorted(twice)[0]!r} is given twice")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    results: dict[str, Any] = {
+        "model": json.loads(json.dumps(embedder.describe(), default=str)),
+        "tasks": {},
+        "environment": environment(seed, batch_size),
+    }
+    with Progress(progress and ranks.is_main) as bar:
+        store = Store(embedder, ranks, Checker(embedder), batch_size, cache_dir, bar.advance)
+        for task in tasks:
+            bar.begin(task.name)
+            results["tasks"][task.name] = run_task(task, store, seed, details)
+            if out is not None and ranks.is_main:
+                write_json(Path(out), results)
+    return results
+
+
+def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    """One task: rows → contents → features → numbers."""
+    for modality in task.modalities:
+        store.require(modality)
+    rows = store.ranks.agree(lambda: read_rows(task))
+    try:
+        data, got = _measure(task, rows, store, seed, details)
+    except DataError:
+        if store.strict:
+            raise
+        # Perhaps one item is broken: look at all, leave those out, try again. Looking at every item first costs a
+        # second decoding, so one process does it only once something is wrong.
+        store.strict = True
+        data, got = _measure(task, rows, store, seed, details)
+    notes = [*getattr(data, "notes", rows.notes)]
+    if data.skipped:
+        first = data.skipped[0]
+        notes.append(
+            f"{len(data.skipped)} of {data.asked} items were left out; the first: {first['id']}: {first['reason']}."
+        )
+    result: dict[str, Any] = {
+        "version": task.version,
+        "kind": task.kind,
+        "description": task.description,
+        "modalities": list(task.modalities),
+        "n": got["n"],
+        "metrics": got["metrics"],
+        "ci": got["ci"],
+        "chance": got["chance"],
+        "reference": [r.model_dump() for r in task.reference],
+        "data_digest": data.data_digest,
+        "templates": got.get("templates"),
+        "skipped": {"count": len(data.skipped), "of": data.asked, "items": data.skipped[:SHOWN_SKIPPED]},
+        "notes": notes,
+    }
+    if "largest_class_share" in got:
+        result["largest_class_share"] = got["largest_class_share"]
+    if "details" in got:
+        result["details"] = got["details"]
+    return result
+
+
+def _measure(task: Task, rows: Rows, store: Store, seed: int, details: bool) -> tuple[Any, dict[str, Any]]:
+    kind: Any = classification if task.kind == "classification" else retrieval
+    data = kind.collect(task, rows, store)
+    refuse_too_many(task, data.skipped, data.asked)
+    return data, kind.evaluate(task, data, store, seed, details)
+
+
+def refuse_too_many(task: Task, skipped: Sequence[dict[str, str]], asked: int) -> None:
+    """Raises DataError when too much is broken for the number to mean anything, or nothing is left."""
+    if len(skipped) > task.max_skipped * asked or len(skipped) >= asked:
+        first = skipped[0]
+        raise DataError(
+            f"task {task.name}: {len(skipped)} of {asked} items cannot be used (max_skipped is {task.max_skipped}); "
+            f"the first: {first['id']}: {first['reason']}"
+        )
+
+
+class Checker:
+    """(modality, raw) → why an item cannot be embedded, or None: what the model's own decoder says of it.
+
+    An embedder without a bundle is asked through the modality's decoder with its default settings.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._inputs: dict[str, ModalityInput] = dict(getattr(getattr(embedder, "bundle", None), "inputs", {}))
+
+    def __call__(self, modality: str, raw: bytes | str) -> str | None:
+        if isinstance(raw, str):
+            return None
+        if modality not in self._inputs and modality in modalities:
+            cls = modalities[modality]
+            self._inputs[modality] = cls(cls.Config())
+        decoder = self._inputs.get(modality)
+        try:
+            if decoder is not None:
+                decoder.eval(decoder.decode(raw))
+        except DecodeError as e:
+            return str(e)
+        return None
+
+
+def environment(seed: int, batch_size: int) -> dict[str, Any]:
+    """What else a number depends on. World size is not in it: it changes nothing."""
+    import dualenc
+
+    versions = {"dualenc": getattr(dualenc, "__version__", "unknown")}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an optional part that is not there took no part
+    return {
+        "seed": seed,
+        "batch_size": batch_size,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp.write_text(json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    tmp.replace(path)
+
+
+class Progress:
+    """A bar on the terminal, or nothing."""
+
+    def __init__(self, visible: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not visible, transient=True)
+        self._name, self._what = "", ""
+        self._id: Any = None
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str) -> None:
+        self._name, self._what = name, ""
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._what = what
+            self._id = self._bar.add_task(f"{self._name}: {what}", total=total)
+        self._bar.update(self._id, completed=done)

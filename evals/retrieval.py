@@ -1,0 +1,166 @@
+"""Retrieval, both directions, with several captions per item.
+
+First modality → second (image → text): a query is right at k when any of its captions stands among the first k.
+Second → first (text → image): every caption is a query of its own. This is the COCO / Flickr protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals import metrics
+from evals.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity
+from evals.features import Store, digest_of
+from evals.metrics import Ints, Positives
+from evals.sources import Content, Rows
+from evals.tasks import Task
+
+CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
+
+
+@dataclass(slots=True)
+class Pairs:
+    """The two sides that are left after broken items are out, and who belongs to whom."""
+
+    a: list[Content]
+    b: list[Content]
+    a_digests: list[str]
+    b_digests: list[str]
+    right: list[list[int]]
+    skipped: list[dict[str, str]]
+    asked: int
+    data_digest: str
+
+    def reverse(self) -> list[list[int]]:
+        """Right items of the first side for each of the second."""
+        out: list[list[int]] = [[] for _ in self.b]
+        for i, js in enumerate(self.right):
+            for j in js:
+                out[j].append(i)
+        return out
+
+
+def collect(task: Task, rows: Rows, store: Store) -> Pairs:
+    """Inspect every content, leave out and name what is broken, merge equal captions where the task says so."""
+    first, second = task.modalities
+    a_all = [c for r in rows.rows for c in r.contents[first][:1]]
+    b_all = [c for r in rows.rows for c in r.contents[second]]
+    a_seen, b_seen = store.inspect(first, a_all), store.inspect(second, b_all)
+    skipped = [{"id": a_all[i].id, "reason": f"{first}: {why}"} for i, why in a_seen.bad.items()]
+    skipped += [{"id": b_all[i].id, "reason": f"{second}: {why}"} for i, why in b_seen.bad.items()]
+    pairs = Pairs([], [], [], [], [], skipped, len(a_all) + len(b_all), "")
+    place: dict[str, int] = {}
+    provenance = []
+    i = j = 0
+    for row in rows.rows:
+        na, nb = len(row.contents[first][:1]), len(row.contents[second])
+        good_a = [n for n in range(i, i + na) if n not in a_seen.bad]
+        good_b = [n for n in range(j, j + nb) if n not in b_seen.bad]
+        provenance.append([row.id, a_seen.digests[i : i + na], b_seen.digests[j : j + nb]])
+        i, j = i + na, j + nb
+        if not good_a or not good_b:
+            side = second if good_a else first
+            if (nb if good_a else na) == 0:
+                skipped.append({"id": row.id, "reason": f"has no {side}"})
+            continue
+        pairs.a.append(a_all[good_a[0]])
+        pairs.a_digests.append(a_seen.digests[good_a[0]])
+        own = []
+        for n in good_b:
+            key = b_seen.digests[n] if task.identical == "merge" else str(n)
+            if key not in place:
+                place[key] = len(pairs.b)
+                pairs.b.append(b_all[n])
+                pairs.b_digests.append(b_seen.digests[n])
+            own.append(place[key])
+        pairs.right.append(sorted(set(own)))
+    pairs.data_digest = digest_of(provenance)
+    return pairs
+
+
+def evaluate(task: Task, pairs: Pairs, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    """Metrics of both directions, their intervals and chance, and what to look at."""
+    first, second = task.modalities
+    x = store.features(first, pairs.a, pairs.a_digests)
+    y = store.features(second, pairs.b, pairs.b_digests)
+    reverse = pairs.reverse()
+    there = _direction(task, store, x, y, pairs.right, groups=None, seed=seed)
+    # Captions of one item are drawn together in the bootstrap: they are not independent.
+    owners = np.array([r[0] for r in reverse], dtype=np.int64)
+    back = _direction(task, store, y, x, reverse, groups=owners, seed=seed)
+    out: dict[str, Any] = {"metrics": {}, "ci": {}, "chance": {}}
+    for name, part in ((f"{first}_to_{second}", there), (f"{second}_to_{first}", back)):
+        for kind in ("metrics", "ci", "chance"):
+            out[kind] |= {f"{name}_{k}": v for k, v in part[kind].items()}
+    flat = [(i, j) for i, js in enumerate(pairs.right) for j in js]
+    index = torch.tensor(flat, dtype=torch.long)
+    geometry = metrics.geometry(x, y, (index[:, 0], index[:, 1]), (first, second))
+    out["metrics"] |= metrics.rounded(geometry)
+    out["n"] = {first: len(pairs.a), second: len(pairs.b)}
+    if details and store.ranks.is_main:
+        out["details"] = _details(task, pairs, reverse, (x, y), (there, back), seed)
+    return out
+
+
+def _direction(
+    task: Task, store: Store, queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], groups: Any, seed: int
+) -> dict[str, Any]:
+    positives = Positives(right, len(gallery))
+    shard = (store.ranks.rank, store.ranks.size)
+    parts = store.ranks.gather(metrics.best_ranks(queries, gallery, positives, shard=shard))
+    ranks: Ints = np.sum(parts, axis=0)
+    ks = task.recall_ks()
+    wanted = task.wanted()
+    values = {k: v for k, v in metrics.retrieval_values(ranks, ks).items() if k in wanted}
+    chance = metrics.chance_retrieval(positives.counts, len(gallery), ks)
+    items = {k: v for k, v in metrics.item_values(ranks, ks).items() if k in wanted}
+    return {
+        "ranks": ranks,
+        "positives": positives,
+        "metrics": metrics.rounded(values),
+        "ci": metrics.rounded(metrics.bootstrap_ci(items, groups, seed=seed)) if items else {},
+        "chance": metrics.rounded({k: v for k, v in chance.items() if k in values}),
+    }
+
+
+def _details(
+    task: Task,
+    pairs: Pairs,
+    reverse: list[list[int]],
+    features: tuple[Tensor, Tensor],
+    found: tuple[dict[str, Any], dict[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    first, second = task.modalities
+    shown = Shown()
+    a, b = (pairs.a, features[0]), (pairs.b, features[1])
+    examples, curves = [], []
+    for queries, gallery, right, part, names in (
+        (a, b, pairs.right, found[0], (first, second)),
+        (b, a, reverse, found[1], (second, first)),
+    ):
+        chosen = drawn(len(queries[0]), QUERIES, seed, f"{task.name}/{names[0]}")
+        sets = [set(r) for r in right]
+        rows = hits(shown, queries, gallery, sets, part["ranks"], chosen)
+        examples.append({"query": names[0], "gallery": names[1], "rows": rows})
+        ks = [k for k in CURVE if k <= len(gallery[0])]
+        chance = metrics.chance_retrieval(part["positives"].counts, len(gallery[0]), ks)
+        curves.append(
+            {
+                "name": f"{names[0]} → {names[1]}",
+                "k": ks,
+                "recall": [round(metrics.recall_at_k(part["ranks"], k), 6) for k in ks],
+                "chance": [round(chance[f"R@{k}"], 6) for k in ks],
+            }
+        )
+    few = drawn(len(pairs.a), PAIRS, seed, f"{task.name}/similarity")
+    # Two items with one merged caption would give two equal columns; the first of them stays.
+    partner = {pairs.right[i][0]: i for i in reversed(few)}
+    alike = similarity(shown, a, b, {i: pairs.right[i][0] for i in sorted(partner.values())})
+    return {"examples": examples, "recall_curves": curves, "similarity": alike, "items": shown.items}

@@ -1,0 +1,204 @@
+"""Tasks as data: every shipped file reads, mistakes are one clear sentence, every layout gives the same rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from dualenc.errors import ConfigError, DataError
+from evals.files import expand
+from evals.sources import read_rows
+from evals.tasks import Task, list_tasks, load_task, task_files, templates_of
+
+
+def picture(colour: tuple[int, int, int]) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (12, 9), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, raw in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+
+
+def task(tmp: Path, **fields: Any) -> Task:
+    path = tmp / "mine.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    return load_task(path)
+
+
+RETRIEVAL = {"kind": "retrieval", "source": {"kind": "shards", "path": "./x.tar"}}
+
+
+@pytest.mark.parametrize("name", sorted(task_files()))
+def test_every_shipped_task_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUALENC_DATA", "/nowhere")
+    got = load_task(name)
+    assert got.name == name
+    assert got.description
+    assert got.wanted()
+    if got.kind == "classification" and (got.source.kind != "clip_benchmark" or got.templates is not None):
+        assert all(t.count("{}") == 1 for t in templates_of(got))
+
+
+def test_the_classes_of_imagenet_are_a_thousand() -> None:
+    from evals.tasks import read_lines
+
+    got = load_task("imagenet1k")
+    assert isinstance(got.classes, str)
+    assert len(read_lines(got.classes, got, "classes")) == 1000
+    assert len(templates_of(got)) == 80
+    assert len(list_tasks()) == len(task_files()) >= 40
+
+
+def test_typos_are_named_with_the_nearest_right_word(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"There is no task 'flickr9k'. Did you mean 'flickr8k'\?"):
+        load_task("flickr9k")
+    with pytest.raises(ConfigError, match=r"verison: unknown key .*Did you mean 'version'\?"):
+        task(tmp_path, verison=1, **RETRIEVAL)
+    with pytest.raises(ConfigError, match=r"source.splitt: unknown key .*Did you mean 'split'\?"):
+        task(tmp_path, kind="retrieval", source={"kind": "shards", "path": "./x.tar", "splitt": "a"})
+    with pytest.raises(ConfigError, match=r"has no metric 'MMR'. Did you mean 'MRR'\?"):
+        task(tmp_path, metrics=["MMR"], **RETRIEVAL)
+    with pytest.raises(ConfigError, match=r"needs exactly one \{\} where the class name goes"):
+        source = {"kind": "folder", "path": "./x"}
+        task(tmp_path, kind="classification", source=source, templates=["a photo"])
+    with pytest.raises(ConfigError, match="templates: a retrieval task has no templates"):
+        task(tmp_path, templates=["{}"], **RETRIEVAL)
+    with pytest.raises(ConfigError, match="label: say where a shards row's class stands"):
+        task(tmp_path, kind="classification", source=RETRIEVAL["source"], templates=["{}"])
+
+
+def test_include_gives_a_new_task_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"name": "base", **RETRIEVAL, "version": 3}))
+    got = task(tmp_path, include="base.yaml", description="mine")
+    assert (got.name, got.version, got.source.path) == ("mine", 3, str(tmp_path / "x.tar"))
+
+
+def test_data_of_ones_own_without_the_variable_is_a_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DUALENC_DATA", raising=False)
+    with pytest.raises(DataError, match=r"Task flickr8k reads .*set the environment variable DUALENC_DATA.*How to get"):
+        read_rows(load_task("flickr8k"))
+    monkeypatch.setenv("DUALENC_DATA", "/nowhere")
+    with pytest.raises(DataError, match=r"There is no file /nowhere/image_text/flickr8k/captions.jsonl"):
+        read_rows(load_task("flickr8k"))
+    with pytest.raises(DataError, match=r"there is no folder /nowhere/clip_benchmark/wds_imagenet1k. How to get it"):
+        read_rows(load_task("imagenet1k"))
+
+
+def test_another_variable_is_refused(tmp_path: Path) -> None:
+    got = task(tmp_path, kind="retrieval", source={"kind": "shards", "path": "${HOME}/x.tar"})
+    with pytest.raises(ConfigError, match=r"only \$\{DUALENC_DATA\} is filled in"):
+        read_rows(got)
+
+
+def test_shards_with_txt_json_captions_and_metadata(tmp_path: Path) -> None:
+    red, blue = picture((255, 0, 0)), picture((0, 0, 255))
+    write_tar(tmp_path / "x-0.tar", [("a.png", red), ("a.txt", b"red thing")])
+    caps = json.dumps({"captions": ["blue", "a blue one"], "kind": "cold"}).encode()
+    write_tar(tmp_path / "x-1.tar", [("dir/b.v1.PNG", blue), ("dir/b.json", caps), ("c.png", red), ("c.txt", b"\xff")])
+    source = {"kind": "shards", "path": "./x-{0..1}.tar", "members": {"image": ["png", "v1.png"]}}
+    rows = read_rows(task(tmp_path, kind="retrieval", source=source)).rows
+    assert [r.id for r in rows] == ["x-0/a", "x-1/dir/b", "x-1/c"]
+    assert [[c.text for c in r.contents["text"]] for r in rows[:2]] == [["red thing"], ["blue", "a blue one"]]
+    assert rows[1].contents["image"][0].read() == blue
+    with pytest.raises(DataError, match="not UTF-8"):  # this one caption is skipped and named, not the shard
+        rows[2].contents["text"][0].read()
+
+
+def test_broken_shards_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.png", picture((1, 2, 3)) * 40), ("a.txt", b"t")])
+    whole = (tmp_path / "x.tar").read_bytes()
+    got = task(tmp_path, **RETRIEVAL)
+    (tmp_path / "x.tar").write_bytes(whole[:1500])
+    with pytest.raises(DataError, match=r"x\.tar is not a whole, plain tar"):
+        read_rows(got)
+    (tmp_path / "x.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.tar"):
+        read_rows(got)
+    (tmp_path / "x.tar").unlink()
+    (tmp_path / "y.tar").write_bytes(whole)
+    with pytest.raises(DataError, match=r"There is no file .*x\.tar. Did you mean 'y.tar'\?"):
+        read_rows(got)
+
+
+def test_clip_benchmark_layout(tmp_path: Path) -> None:
+    root = tmp_path / "wds_two"
+    for i, (colour, label) in enumerate([((255, 0, 0), "1"), ((0, 255, 0), "0")]):
+        write_tar(root / "test" / f"{i}.tar", [(f"s{i}.png", picture(colour)), (f"s{i}.cls", label.encode())])
+    (root / "test" / "nshards.txt").write_text("2")
+    (root / "classnames.txt").write_text("green\nred\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c}\n")
+    got = task(tmp_path, kind="classification", source={"kind": "clip_benchmark", "path": "./wds_two"})
+    rows = read_rows(got).rows
+    assert [r.label for r in rows] == ["1", "0"]
+    assert templates_of(got) == ["a photo of {}.", "{}"]
+    from evals.classification import classes_of
+
+    assert classes_of(got, rows) == (["0", "1"], [["green"], ["red"]])
+    write_tar(root / "test" / "0.tar", [("s.png", picture((1, 1, 1))), ("s.txt", b"one\ntwo\n")])
+    (root / "test" / "nshards.txt").write_text("1")
+    pairs = read_rows(task(tmp_path, kind="retrieval", source={"kind": "clip_benchmark", "path": "./wds_two"})).rows
+    assert [c.text for c in pairs[0].contents["text"]] == ["one", "two"]
+
+
+def test_lists_give_the_same_rows_from_jsonl_and_csv(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.png").write_bytes(picture((9, 9, 9)))
+    values = [
+        {"image": "p/a.png", "caption": "grey", "split": "dev"},
+        {"image": "p/b.png", "caption": "x", "split": "t"},
+    ]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(v) + "\n" for v in values))
+    with (tmp_path / "l.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(values[0]))
+        writer.writeheader()
+        writer.writerows(values)
+    got = []
+    for kind in ("jsonl", "csv"):
+        source = {"kind": kind, "path": f"./l.{kind}", "split": "dev"}
+        rows = read_rows(task(tmp_path, kind="retrieval", source=source)).rows
+        got.append([(r.id, r.contents["image"][0].read(), r.contents["text"][0].text) for r in rows])
+    assert got[0] == got[1] == [("p/a.png", picture((9, 9, 9)), "grey")]
+    source = {"kind": "jsonl", "path": "./l.jsonl", "where": {"splitt": "dev"}}
+    with pytest.raises(ConfigError, match=r"source.where.splitt: there is no column 'splitt'. Did you mean 'split'\?"):
+        read_rows(task(tmp_path, kind="retrieval", source=source))
+    source = {"kind": "jsonl", "path": "./l.jsonl", "split": "test"}
+    with pytest.raises(DataError, match=r"no items in .*with split 'test'"):
+        read_rows(task(tmp_path, kind="retrieval", source=source))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "p/../../secret.png"])
+def test_a_list_cannot_reach_outside_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "l.jsonl").write_text(json.dumps({"image": name, "caption": "x"}))
+    with pytest.raises(DataError, match="paths must stay inside the list's folder"):
+        read_rows(task(tmp_path, kind="retrieval", source={"kind": "jsonl", "path": "./l.jsonl"}))
+
+
+def test_a_folder_a_class_and_an_empty_one(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "eel"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (tmp_path / "f" / name / "1.png").write_bytes(picture((7, 7, 7)))
+    got = task(tmp_path, kind="classification", source={"kind": "folder", "path": "./f"}, templates=["{}"])
+    rows = read_rows(got)
+    assert [(r.id, r.label) for r in rows.rows] == [("cat/1.png", "cat"), ("dog/1.png", "dog")]
+    assert rows.notes == ["The class folder 'eel' is empty: the class stays a wrong answer to choose from."]
+
+
+def test_expand() -> None:
+    assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand("{x,y}-{0..1}") == ["x-0", "x-1", "y-0", "y-1"]
