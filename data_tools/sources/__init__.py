@@ -1,0 +1,18 @@
+"""Where samples come from: one module a layout, each registered in :data:`sources`."""
+
+from data_tools.sources import files, hf, parquet, quickstart, tables
+from data_tools.sources.base import Dropped, Keys, Record, SourceConfig, SourceKind, sources
+
+__all__ = [
+    "Dropped",
+    "Keys",
+    "Record",
+    "SourceConfig",
+    "SourceKind",
+    "files",
+    "hf",
+    "parquet",
+    "quickstart",
+    "sources",
+    "tables",
+]

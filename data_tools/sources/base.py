@@ -1,0 +1,227 @@
+"""What every source has in common: the record it yields, the settings it takes, how keys and captions are made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from dualenc.config import Positive, Section
+from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.registry import Registry
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+MAX_KEY = 80
+
+C = TypeVar("C", bound="SourceConfig")
+T = TypeVar("T")
+
+
+class SourceConfig(Section):
+    """Settings that every source takes."""
+
+    name: str = Field("train", description="first part of the shards' names where the source names no split")
+    size: Positive | None = Field(
+        None, description="longest side in px; larger pictures are made smaller; default: as is"
+    )
+    encode: Literal["keep", "jpeg", "webp", "png"] = Field(
+        "keep", description="write pictures in this format; keep: the original bytes"
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(
+        90, description="of JPEG and WebP, where a picture is written anew"
+    )
+    verify: bool = Field(True, description="decode every picture once and drop those that are broken")
+    text: Literal["auto", "txt", "json"] = Field(
+        "auto", description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields"
+    )
+    shuffle_seed: int | None = Field(None, description="shuffle the samples; default: the source's own order")
+    limit: Positive | None = Field(None, description="stop after this many records")
+    shard_samples: Positive = Field(1000, description="samples a shard at most")
+    shard_mb: Annotated[float, Field(gt=0)] = Field(500.0, description="megabytes (10^6 bytes) a shard at most")
+    overwrite: bool = Field(False, description="replace shards of the same name")
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="fail when more than this share is dropped"
+    )
+    threads: Positive = 4
+
+
+@dataclass(slots=True)
+class Record:
+    """One sample before it is packed.
+
+    Attributes:
+        name: where it comes from, for keys and reports ("images/17.jpg", "row 12").
+        media: ending → the bytes, or the file that holds them. Pictures are checked and may be written anew.
+        captions: the texts, in order; empty for a sample without text.
+        fields: anything else that goes into the .json member.
+        members: ending → bytes that are packed as they are ("cls").
+        split: first part of the shards' names; "" for the config's ``name``.
+        many: the source holds lists of captions, so the .json layout is used whatever this record's number.
+        exact_key: use ``name`` as the key, unchanged.
+    """
+
+    name: str
+    media: dict[str, bytes | Path]
+    captions: tuple[str, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, bytes] = field(default_factory=dict)
+    split: str = ""
+    many: bool = False
+    exact_key: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A record that is not packed: its name, why ("broken image"), and the details."""
+
+    name: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class SourceKind(Generic[C]):
+    """A registered source: its settings, its records, and what it adds to the output folder at the end (if anything).
+
+    ``finish(config, out)`` runs after the shards are written and returns lines for the report.
+    """
+
+    config: type[C]
+    records: Callable[[C], Iterator[Record | Dropped]]
+    about: str
+    finish: Callable[[C, Path], list[str]] | None = None
+
+
+sources: Registry[SourceKind[Any]] = Registry("source")
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+
+class Keys:
+    """Makes keys that are safe as member names and different from each other.
+
+    A key has only ASCII letters, digits, ``_`` and ``-``: no dot (a key ends at the first dot), no slash (a member
+    name never becomes a path). What had to be shortened, or would be the same as another, gets a hash or a number.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def make(self, name: str) -> str:
+        """The key of a record's name; the same names in the same order give the same keys."""
+        stem = re.sub(r"\.[A-Za-z0-9]{1,5}$", "", name)
+        key = re.sub(r"[^A-Za-z0-9_\-]+", "_", stem).strip("_") or "sample"
+        if len(key) > MAX_KEY:
+            key = f"{key[: MAX_KEY - 11]}_{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+        number = self._seen.get(key, 0)
+        self._seen[key] = number + 1
+        if number:
+            return self.make(f"{key}-{number}")
+        return key
+
+
+# --- captions ----------------------------------------------------------------------------------------------------
+
+
+def template_fields(template: str, where: str) -> list[str]:
+    """The names a caption template uses.
+
+    Raises:
+        ConfigError: for anything but plain ``{name}`` fields: attributes and formats are not for data.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as e:
+        raise ConfigError(
+            f"{where}: {template!r} is no template ({e}); write for example '{{caption}}, {{colour}}'"
+        ) from e
+    names = []
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not re.fullmatch(r"[^\W\d][\w\- ]*", name) or spec or conversion:
+            raise ConfigError(
+                f"{where}: {{{name}}} must be the plain name of a field, for example '{{caption}}, {{colour}}'"
+            )
+        names.append(name)
+    return names
+
+
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """Fill ``{name}`` from ``row`` (missing or null: nothing); spaces are made single, dangling commas removed."""
+    out = ""
+    for literal, name, _, _ in string.Formatter().parse(template):
+        value = row.get(name) if name is not None else None
+        out += literal + ("" if value is None else str(value))
+    out = re.sub(r"\s+", " ", out)
+    out = re.sub(r"\s*,(?:\s*,)+", ",", out)
+    return out.strip(" ,")
+
+
+def as_captions(value: Any) -> tuple[str, ...]:
+    """A string or a list of strings as captions, spaces stripped, empty ones left out."""
+    items = (
+        [value]
+        if isinstance(value, str)
+        else value
+        if isinstance(value, Sequence)
+        else []
+        if value is None
+        else [value]
+    )
+    texts = (" ".join(str(v).split()) for v in items if v is not None)
+    return tuple(t for t in texts if t)
+
+
+def jsonable(value: Any) -> bool:
+    """Whether a value can stand in a .json member as it is."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def shuffled(items: Iterable[T], seed: int | None) -> list[T]:
+    """A list of ``items``, shuffled when a seed is given (Python's Mersenne Twister: the same everywhere)."""
+    out = list(items)
+    if seed is not None:
+        random.Random(seed).shuffle(out)
+    return out
+
+
+def need_file(path: str, where: str, ending: str = "") -> Path:
+    """The path of a file that exists.
+
+    Raises:
+        DataError: naming the file and the nearest one there is.
+    """
+    p = Path(path).expanduser()
+    if not p.is_file():
+        beside = [f.name for f in p.parent.glob("*" + ending)] if p.parent.is_dir() else []
+        near = (
+            did_you_mean(p.name, beside) if beside else "" if p.parent.is_dir() else f"There is no folder {p.parent}."
+        )
+        raise DataError(f"{where}: there is no file {p}. {near}".rstrip())
+    return p
+
+
+def need_folder(path: str, where: str) -> Path:
+    """The path of a folder that exists.
+
+    Raises:
+        DataError: naming it.
+    """
+    p = Path(path).expanduser()
+    if not p.is_dir():
+        raise DataError(f"{where}: there is no folder {p}.")
+    return p
