@@ -46,10 +46,10 @@ class Component(BaseModel):
 class Modality(Section):
     """One modality: how its raw bytes become tensors, and its tower."""
 
-    kind: str | None = Field(None, description="which modality file handles it; default: the key itself")
+    kind: str | None = Field(default=None, description="which modality file handles it; default: the key itself")
     input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
     encoder: Component
-    lock: bool = Field(False, description="keep the tower's weights as they are (LiT)")
+    lock: bool = Field(default=False, description="keep the tower's weights as they are (LiT)")
 
 
 class Source(Section):
@@ -58,7 +58,7 @@ class Source(Section):
     name: str
     shards: str | list[str] = Field(description="path, brace pattern, list, pipe:COMMAND, http(s):// or s3:// URL")
     weight: Annotated[float, Field(gt=0)] = 1.0
-    index: str | None = Field(None, description="index file; default: index.json beside the shards")
+    index: str | None = Field(default=None, description="index file; default: index.json beside the shards")
     members: dict[str, list[str]] = Field(
         default_factory=dict,
         description="modality → endings tried in turn; 'json:KEY' takes a key of the .json member; default: the kind's",
@@ -73,11 +73,11 @@ class Data(Section):
     lanes: Positive = Field(
         1, description="the pass is cut into this many streams of shards; ranks read their lanes' shards only"
     )
-    window: Positive = Field(1_000_000, description="samples shuffled together within a lane")
+    window: Positive = Field(default=1_000_000, description="samples shuffled together within a lane")
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3
-    max_bad_share: Share = Field(0.02, description="stop when more than this share of a source's samples is lost")
+    max_bad_share: Share = Field(default=0.02, description="stop when more than this share of a source's samples is lost")
     cache_dir: str | None = Field(
         None, description="where remote shards are kept while they are read; default: a temporary folder"
     )
@@ -93,7 +93,7 @@ class LogitScale(Section):
     init: Annotated[float, Field(gt=0)] = 1 / 0.07
     max: Annotated[float, Field(gt=0)] = 100.0
     learnable: bool = True
-    bias: float | None = Field(None, description="initial logit bias (SigLIP: −10); none: no bias")
+    bias: float | None = Field(default=None, description="initial logit bias (SigLIP: −10); none: no bias")
 
 
 class Batches(Section):
@@ -111,11 +111,11 @@ class Optim(Section):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
-    momentum: Share = Field(0.95, description="of Muon and SGD")
+    momentum: Share = Field(default=0.95, description="of Muon and SGD")
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
-    logit_scale_lr: Annotated[float, Field(gt=0)] | None = Field(None, description="default: lr")
+    logit_scale_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: lr")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    ema_samples: Positive | None = Field(None, description="half-life of the weights' moving average, in samples")
+    ema_samples: Positive | None = Field(default=None, description="half-life of the weights' moving average, in samples")
 
 
 class Schedule(Section):
@@ -146,19 +146,19 @@ class Engine(Section):
     """What runs the step. ``kind: deepspeed, zero_stage: 2`` is all that has to change."""
 
     kind: Literal["accelerate", "deepspeed"] = "accelerate"
-    parallel: Literal["auto", "ddp", "fsdp2"] = Field("auto", description="accelerate: auto is one process or DDP")
+    parallel: Literal["auto", "ddp", "fsdp2"] = Field(default="auto", description="accelerate: auto is one process or DDP")
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_params: bool = False
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights, loss and scale stay fp32")
-    compile: bool = Field(False, description="torch.compile each tower")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights, loss and scale stay fp32")
+    compile: bool = Field(default=False, description="torch.compile each tower")
     grad_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Positive | None = Field(
         None, description="CPU threads per process; default: torch's own, shared among local ranks"
     )
     timeout_s: Positive = 600
-    max_nonfinite: Positive = Field(10, description="stop after this many non-finite steps in a row")
+    max_nonfinite: Positive = Field(default=10, description="stop after this many non-finite steps in a row")
 
 
 class Checkpoints(Section):
@@ -170,7 +170,7 @@ class Checkpoints(Section):
     resume: str = Field(
         "auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder"
     )
-    init_from: str | None = Field(None, description="start from this model's weights (a MODEL as in dualenc eval)")
+    init_from: str | None = Field(default=None, description="start from this model's weights (a MODEL as in dualenc eval)")
 
 
 class Evals(Section):
@@ -185,7 +185,7 @@ class Tracking(Section):
     """Where numbers go. metrics.jsonl is always written."""
 
     log_every: Positive = 10
-    sample_ids: bool = Field(False, description="write every step's sample ids to samples-rankR.jsonl")
+    sample_ids: bool = Field(default=False, description="write every step's sample ids to samples-rankR.jsonl")
     tensorboard: bool = False
     wandb: bool = False
     wandb_project: str = "dualenc"
@@ -197,7 +197,7 @@ class Recipe(Section):
     name: str
     description: str = ""
     seed: int = 0
-    out: str | None = Field(None, description="run folder; default: runs/NAME")
+    out: str | None = Field(default=None, description="run folder; default: runs/NAME")
     modalities: dict[str, Modality] = Field(min_length=2)
     pairs: list[tuple[str, str]] = Field(
         default_factory=list, description="default: the one pair when there are two modalities"

@@ -1,0 +1,109 @@
+"""Towers and the model made of them; every file in this folder is imported, so adding a tower is adding its file."""
+
+import math
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from dualenc.config import Component
+from dualenc.encoders.dual_encoder import DualEncoder, decay_groups
+from dualenc.encoders.families import families, find, own_towers
+from dualenc.encoders.tower import Tower, activations
+from dualenc.errors import ConfigError
+
+__all__ = [
+    "DualEncoder",
+    "Tower",
+    "activations",
+    "build_tower",
+    "check_input",
+    "decay_groups",
+    "families",
+    "input_defaults",
+    "list_encoders",
+    "own_towers",
+]
+
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+
+def list_encoders() -> dict[str, list[str]]:
+    """Family → names, for ``dualenc list encoders``."""
+    return {family: families[family]().names() for family in families}
+
+
+def build_tower(
+    kind: str, component: Component, describe: Mapping[str, Any], embed_dim: int, where: str = "encoder"
+) -> Tower:
+    """Build one tower; random weights come from torch's global generator, so seed it.
+
+    Args:
+        kind: the modality's kind ("image", "text", …).
+        component: ``name`` FAMILY/NAME and that tower's settings.
+        describe: what the modality's input says of itself (``ModalityInput.describe()``).
+        embed_dim: D of the shared space.
+        where: dotted key of the component, for messages.
+
+    Raises:
+        ConfigError: naming the key: unknown family, name or setting, or an input the tower cannot take.
+        CheckpointError: if pretrained weights do not fit.
+    """
+    family, name, config = find(kind, component, where)
+    return family.build(kind, name, config, describe, embed_dim, where)
+
+
+def input_defaults(kind: str, component: Component, where: str = "encoder") -> dict[str, Any]:
+    """Settings of the modality's ``input`` that this encoder was made with: what the recipe leaves out."""
+    family, name, config = find(kind, component, where)
+    return family.input_defaults(kind, name, config)
+
+
+def check_input(
+    kind: str,
+    component: Component,
+    describe: Mapping[str, Any],
+    reference: Mapping[str, Any] | None = None,
+    where: str = "input",
+) -> None:
+    """Refuse an input that pretrained weights were not made for.
+
+    Args:
+        describe: the input as it would be built.
+        reference: the input built from the encoder's own defaults: two tokenizers of different names are equal if
+            their hashes are. Without it names are compared.
+
+    Raises:
+        ConfigError: naming the field, its value and the one to write.
+    """
+    family, name, config = find(kind, component, "encoder")
+    got = describe["config"]
+    for key, need in family.demands(kind, name, config).items():
+        have = got.get(key)
+        if key == "tokenizer":
+            same = have == need
+            if reference is not None:
+                same = describe["tokenizer"]["sha256"] == reference["tokenizer"]["sha256"]
+        elif key == "context_length":
+            # A shorter context cuts long captions but changes no feature of the others.
+            same = int(have) <= int(need)
+        else:
+            same = _equal(have, need)
+        if not same:
+            raise ConfigError(
+                f"{where}.{key}: the weights of {component.name} were made with {_shown(need)}, got {_shown(have)}. "
+                "Leave the key out to have the right one."
+            )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(math.isclose(x, y, abs_tol=1e-6) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in value) + "]"
+    return repr(value)

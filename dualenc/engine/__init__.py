@@ -1,0 +1,29 @@
+"""What runs the step: one small protocol, two engines. Nothing else in the project knows which one it is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dualenc.config import Engine as EngineConfig
+from dualenc.config import Optim
+from dualenc.distributed.world import World
+from dualenc.engine.base import Engine, Stepped
+from dualenc.engine.schedule import lr_factor
+
+__all__ = ["Engine", "Stepped", "build_engine", "lr_factor"]
+
+
+def build_engine(config: EngineConfig, optim: Optim, model: nn.Module, world: World) -> Engine:
+    """The engine a recipe asks for, around ``model`` (changed in place; its weights must be alike on all ranks).
+
+    Raises:
+        ConfigError: if settings do not go together, or deepspeed is asked for and not installed.
+    """
+    if config.kind == "deepspeed":
+        from dualenc.engine.deepspeed import DeepSpeedEngine
+
+        engine: Engine = DeepSpeedEngine(config, optim, model, world)
+        return engine
+    from dualenc.engine.accelerate import AccelerateEngine
+
+    return AccelerateEngine(config, optim, model, world)

@@ -1,0 +1,33 @@
+"""Contrastive losses on features: one file per loss, a pure function and a thin module.
+
+A recipe's ``loss: {name: …}`` is looked up in ``losses`` and built by :func:`build_loss`. To add a loss: write
+``losses/yours.py`` with a registered class (see ``base.losses``), import it here, and write its test.
+
+The losses here have no parameters: logit scale and bias are the model's. A loss with parameters must have them reduced
+over ranks and stepped like every other: it has to be a submodule of the module that the engine wraps, so such a
+loss reads its parameters from ``outputs`` of the model's forward, as scale and bias do. ``build_loss`` refuses others.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dualenc.config import Component, settings_as
+from dualenc.losses import info_nce, sigmoid  # noqa: F401  (they register themselves)
+from dualenc.losses.base import Loss, LossOutput, losses
+from dualenc.losses.objective import objective
+
+__all__ = ["Loss", "LossOutput", "build_loss", "losses", "objective"]
+
+
+def build_loss(component: Component) -> Loss:
+    """Build the loss a recipe names.
+
+    Raises:
+        ConfigError: for an unknown name (with the nearest known one) or setting.
+    """
+    factory = losses[component.name]
+    loss: Loss = factory(settings_as(factory.Config, component.settings, "loss"))
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        raise TypeError(f"loss {component.name!r} has parameters outside the wrapped module; see dualenc.losses")
+    return loss

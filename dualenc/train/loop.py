@@ -25,6 +25,7 @@ from dualenc.config import Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
+from dualenc.distributed.failure import naming_missing_ranks
 from dualenc.distributed.world import World, all_reduce_sum, barrier, close_world, init_world
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA
@@ -166,8 +167,8 @@ class Run:
         self.tracker.say(f"Step {batch.step}: loss or gradient is not finite; skipped on all ranks, samples noted.")
         if in_a_row + 1 >= self.recipe.engine.max_nonfinite:
             raise DivergenceError(
-                f"{in_a_row + 1} non-finite steps in a row (engine.max_nonfinite). Lower optim.lr or engine precision "
-                f"risk; the samples of these steps are in {self.run_dir}/nonfinite-rank*.jsonl."
+                f"{in_a_row + 1} non-finite steps in a row (engine.max_nonfinite). Lower optim.lr, or use engine.precision "
+                f"fp32; the samples of these steps are in {self.run_dir}/nonfinite-rank*.jsonl."
             )
         return in_a_row + 1
 
@@ -315,7 +316,7 @@ def train(recipe: Recipe, evaluate: Evaluate | None = None) -> Path:
             (run_dir / "environment.json").write_text(info, encoding="utf-8")
         greet(run)
         try:
-            with run.stop.listening():
+            with run.stop.listening(), naming_missing_ranks(world):
                 run.train()
         finally:
             run.close()

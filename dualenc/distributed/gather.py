@@ -1,0 +1,69 @@
+"""All-gather of features with the one gradient that is right.
+
+Each rank's loss is a function of every rank's features. With L = mean over ranks of L_r, the gradient at a rank's
+features is the sum over ranks of what each L_r sends back: the backward is a reduce-scatter with SUM. Engines average
+parameter gradients over ranks, so nothing else is scaled, for any world size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dualenc.distributed.world import world_size
+from dualenc.errors import DualencError
+
+
+def gather(x: Tensor) -> Tensor:
+    """Concatenate ``x [B, …]`` of all ranks in rank order → ``[W·B, …]``; the gradient sums over ranks.
+
+    Every rank must call it, and run the backward of it, in the same order.
+
+    Raises:
+        DualencError: if the ranks' shapes differ (gloo would abort the process, NCCL hang).
+    """
+    if world_size() == 1:
+        return x
+    check_equal_shapes(x)
+    out: Tensor = _AllGather.apply(x)
+    return out
+
+
+def gather_ids(ids: Tensor) -> Tensor:
+    """Concatenate integer ``ids [B]`` of all ranks → ``[W·B]``, without gradient."""
+    return ids if world_size() == 1 else _all_gather(ids)
+
+
+def check_equal_shapes(x: Tensor) -> None:
+    """Raise on all ranks alike if ``x`` has another shape on some rank."""
+    mine = torch.tensor(x.shape, dtype=torch.int64, device=x.device)
+    shapes = _all_gather(mine).view(-1, x.ndim).tolist()
+    if any(s != shapes[0] for s in shapes):
+        listed = ", ".join(f"rank {r}: {s}" for r, s in enumerate(shapes))
+        raise DualencError(f"Features must have one shape on all ranks, got {listed}; give every rank the same batch")
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return reduce_scatter_sum(grad)
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def reduce_scatter_sum(x: Tensor) -> Tensor:
+    """Sum ``x [W·B, …]`` over ranks and keep this rank's ``[B, …]``."""
+    out = x.new_empty((x.shape[0] // world_size(), *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), op=dist.ReduceOp.SUM)
+    return out

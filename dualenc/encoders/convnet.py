@@ -1,0 +1,104 @@
+"""A small residual convolutional net (He et al. 2016; pre-activation order) that trains on a CPU.
+
+There is no batch norm: statistics of the batch would make a row's gradient depend on which other rows its rank and
+micro-batch hold. Each place is normalised over its channels instead (layer norm, as in ConvNeXt, Liu et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dualenc.config import Component, Positive, Section
+from dualenc.encoders.families import own_towers
+from dualenc.encoders.tower import HeadKind, ImageTower, build_head
+from dualenc.errors import ConfigError
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of [n, C, H, W]; free of copies where the memory is channels-last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] → the same shape."""
+        y = nn.functional.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return y.permute(0, 3, 1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv3(relu(conv3(norm x))); the second convolution starts at zero, so the block starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.act = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.kaiming_normal_(self.conv1.weight, nonlinearity="relu")
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] → the same shape."""
+        out: Tensor = x + self.conv2(self.act(self.conv1(self.norm(x))))
+        return out
+
+
+class ConvTrunk(nn.Module):
+    """Pictures [n, 3, S, S] → features at strides ``stem``, 2·stem, 4·stem, … → mean over places → [n, W]."""
+
+    def __init__(self, widths: list[int], depths: list[int], stem: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 2 * stem - 1, stride=stem, padding=stem - 1)]
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            if i > 0:
+                layers += [ChannelNorm(widths[i - 1]), nn.Conv2d(widths[i - 1], width, 2, stride=2)]
+            layers += [ResidualBlock(width) for _ in range(depth)]
+        self.layers = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(widths[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, 3, S, S] → [n, W]."""
+        out: Tensor = self.norm(self.layers(x).mean((2, 3)))
+        return out
+
+
+@own_towers.register("convnet")
+class ConvNet(ImageTower):
+    """Residual convolutional net for small pictures."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    class Config(Section):
+        """Settings of own/convnet."""
+
+        widths: list[Positive] = Field([48, 96, 192], min_length=1, description="channels of each stage")
+        depths: list[Annotated[int, Field(ge=0)]] | None = Field(
+            None, description="residual blocks of each stage; default: one, two in the last"
+        )
+        stem: Annotated[int, Field(ge=1)] = Field(4, description="stride of the first convolution")
+        channels_last: bool = True
+        head: HeadKind = "linear"
+
+        @model_validator(mode="after")
+        def _same_length(self) -> Any:
+            if self.depths is not None and len(self.depths) != len(self.widths):
+                raise ValueError(f"depths ({self.depths}) must name as many stages as widths ({self.widths})")
+            return self
+
+    def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
+        size, stride = int(describe["config"]["size"]), config.stem * 2 ** (len(config.widths) - 1)
+        if size < stride:
+            raise ConfigError(f"own/convnet: pictures of {size} pixels are smaller than its stride {stride}.")
+        width = config.widths[-1]
+        if config.head == "none" and width != embed_dim:
+            raise ConfigError(f"own/convnet: head: none needs widths[-1] ({width}) = embed_dim ({embed_dim}).")
+        trunk = ConvTrunk(config.widths, config.depths or [1] * (len(config.widths) - 1) + [2], config.stem)
+        if config.channels_last:
+            trunk = trunk.to(memory_format=torch.channels_last)
+        super().__init__(trunk, build_head(config.head, width, embed_dim), describe, config.channels_last)
+        self.component = Component(name="own/convnet", **config.model_dump(mode="json"))
+        self.embed_dim = embed_dim

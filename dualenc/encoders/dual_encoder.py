@@ -1,0 +1,191 @@
+"""Towers, temperature and bias: collated inputs → normalised features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dualenc.config import LogitScale, pair_name
+from dualenc.encoders.tower import Tower
+
+
+class DualEncoder(nn.Module):
+    """Two or more towers that share a feature space, and a temperature for each pair that is contrasted.
+
+    Args:
+        towers: modality → tower; all give ``embed_dim`` features.
+        pairs: the pairs of modalities that are contrasted.
+        scale: how the temperature starts, its bound, whether it is learned, and the bias.
+        lock: modalities whose tower keeps its weights (LiT, Zhai et al. 2022): no gradient, always in eval mode.
+
+    The temperature is kept as its logarithm, shape [1], fp32. The bound is applied here, in the forward: clamping the
+    parameter after a step would act on a copy where an optimizer keeps masters of its own (DeepSpeed). Its gradient
+    passes the bound unchanged (see :class:`_StraightClamp`).
+    """
+
+    def __init__(
+        self,
+        towers: Mapping[str, Tower],
+        pairs: Iterable[tuple[str, str]],
+        scale: LogitScale,
+        lock: Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict(towers)
+        self.pairs = [(a, b) for a, b in pairs]
+        self.locked = tuple(lock)
+        names = [pair_name(p) for p in self.pairs]
+        log = math.log(scale.init)
+        # As in CLIP the logarithm stays within [0, log max]; a start outside of that is taken at its word.
+        self.bounds = (min(0.0, log), max(math.log(scale.max), log))
+        start = {n: nn.Parameter(torch.full((1,), log), requires_grad=scale.learnable) for n in names}
+        self.logit_scale = _Scales(start)
+        bias = {n: nn.Parameter(torch.full((1,), scale.bias)) for n in names} if scale.bias is not None else {}
+        self.logit_bias = _Biases(bias)
+        for m in self.locked:
+            self.towers[m].requires_grad_(False).eval()
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the towers."""
+        return list(self.towers)
+
+    def forward(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Encode whatever modalities ``inputs`` holds.
+
+        Args:
+            inputs: modality → its collated rows (a tensor, or a dict of tensors).
+
+        Returns:
+            ``features``: modality → [n_m, D], L2-normalised, fp32. ``logit_scale``: pair → [1], the bounded factor of
+            the cosines (not its logarithm). ``logit_bias``: pair → [1]; empty where the model has none.
+        """
+        features = {m: self.encode(m, x) for m, x in inputs.items()}
+        return {
+            "features": features,
+            "logit_scale": self.logit_scale(*self.bounds),
+            "logit_bias": self.logit_bias(),
+        }
+
+    def encode(self, modality: str, x: Any) -> Tensor:
+        """One modality's collated rows → [n, D], L2-normalised, fp32.
+
+        Under FSDP2 or ZeRO-3 call ``forward({modality: x})`` of the wrapped model instead.
+        """
+        # Autocast may hand over bf16; the norm and all that follows are fp32.
+        out: Tensor = nn.functional.normalize(self.towers[modality](x).float(), dim=-1)
+        return out
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """As ``nn.Module.train``; locked towers stay in eval mode."""
+        super().train(mode)
+        for m in self.locked:
+            self.towers[m].eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in every tower that is trained."""
+        for m, tower in self.towers.items():
+            if m not in self.locked:
+                assert isinstance(tower, Tower)
+                tower.set_grad_checkpointing(enable)
+
+    def compile_towers(self) -> None:
+        """torch.compile each tower in place; names in the state dict stay as they are."""
+        for tower in self.towers.values():
+            tower.compile()
+
+
+class _StraightClamp(torch.autograd.Function):
+    """Clamp whose gradient is that of the identity.
+
+    A clamp's own gradient is 0 beyond its bound, so a temperature that once reached the bound would never come back.
+    Dropping only the outward part is no way out: the sign of a rank's share of the gradient is not the sign of the
+    sum, so the result would depend on the number of ranks. A straight gradient is linear; its cost is that the
+    parameter itself may wander beyond the bound (at most lr a step under Adam) and has to walk back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> tuple[Tensor, None, None]:
+        return grad[0], None, None
+
+
+class _Callable(nn.ParameterDict):
+    """A ParameterDict with a forward: calling it is what makes engines that shard parameters bring them here."""
+
+    __call__ = nn.Module.__call__
+
+
+class _Scales(_Callable):
+    """pair → logarithm of its scale."""
+
+    def forward(self, low: float, high: float) -> dict[str, Tensor]:
+        """pair → exp of the bounded logarithm, [1], fp32."""
+        out = {}
+        for pair, log in self.items():
+            bounded: Tensor = _StraightClamp.apply(log.float(), low, high)
+            out[pair] = bounded.exp()
+        return out
+
+
+class _Biases(_Callable):
+    """pair → logit bias."""
+
+    def forward(self) -> dict[str, Tensor]:
+        """pair → [1], fp32."""
+        # A copy: wrappers such as DDP mistake a parameter among the outputs for an unused one.
+        return {pair: bias.float().clone() for pair, bias in self.items()}
+
+
+def decay_groups(module: nn.Module) -> tuple[list[str], list[str], list[str]]:
+    """Names of trained parameters: (with weight decay, without, logit scale and bias).
+
+    Weight decay is for matrices and convolutions only. Vectors (gains and biases of norms, layer scale) and learned
+    positions, class tokens and queries have none, as in CLIP's and timm's recipes; nor have the scale and bias, which
+    are a group of their own.
+    """
+    decay, no_decay, scale = [], [], []
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if any(part in ("logit_scale", "logit_bias") for part in name.split(".")):
+            scale.append(name)
+        elif p.ndim < 2 or p.squeeze().ndim < 2 or _is_embedding(name):
+            no_decay.append(name)
+        else:
+            decay.append(name)
+    return decay, no_decay, scale
+
+
+_EMBEDDINGS = (
+    "positional_embedding",
+    "position_embedding",
+    "position_embeddings",
+    "pos_embed",
+    "positions",
+    "class_embedding",
+    "cls_token",
+    "cls_emb",
+    "reg_token",
+    "mask_token",
+    "query",
+    "latent",
+    "probe",
+    "relative_position_bias_table",
+)
+
+
+def _is_embedding(name: str) -> bool:
+    """Positions, class tokens and pooling queries: parameters themselves, or the weight of an nn.Embedding of them."""
+    parts = name.split(".")
+    own = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
+    # A linear layer may be called "query" (BERT); the bare parameter of that name is a token.
+    return own in _EMBEDDINGS and not (parts[-1] == "weight" and own in ("query", "latent"))

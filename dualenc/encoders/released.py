@@ -1,0 +1,198 @@
+"""Whole dual encoders that other people released: CLIP and SigLIP in the layouts of open_clip and transformers.
+
+They become the parts a bundle is made of: input settings, towers with their own projections, temperature, tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualenc.config import Component, LogitScale
+from dualenc.encoders import hf_towers as hf
+from dualenc.encoders import open_clip_towers as oc
+from dualenc.encoders.weights import read_weights
+from dualenc.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+PAIR = ("image", "text")
+_KEY = "-".join(PAIR)
+# Of an OpenAI archive; a CoCa's caption decoder is no part of the dual encoder.
+_IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text_decoder.")
+_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+@dataclass
+class Released:
+    """What is needed to build a released model.
+
+    Attributes:
+        name: for people.
+        embed_dim: D.
+        inputs: modality (= kind) → settings of its input.
+        encoders: modality → component that builds its architecture without weights.
+        scale: temperature and bias as released; the exact values are in ``tensors``.
+        tensors: the DualEncoder's state dict; None where the model is to start from random weights.
+        source: the file or repository the tensors came from.
+    """
+
+    name: str
+    embed_dim: int
+    inputs: dict[str, dict[str, Any]]
+    encoders: dict[str, Component]
+    scale: LogitScale
+    tensors: dict[str, Tensor] | None
+    source: str
+
+
+# --- open_clip ---------------------------------------------------------------------------------------------------
+
+
+def from_open_clip(spec: str) -> Released:
+    """``NAME``, ``NAME/TAG`` or ``NAME/FILE``. Without tag or file the weights are random, and a warning says so.
+
+    Raises:
+        ConfigError: if the name, tag or file is unknown (the nearest is named).
+        CheckpointError: if the tensors are not this model's.
+    """
+    name, _, weights = spec.partition("/")
+    config = oc.OpenClipConfig(pretrained=weights or False)
+    cfg = oc.architecture(name, config)
+    inputs = {
+        "image": oc.image_defaults(cfg, oc.preprocessing(name, config)),
+        "text": oc.text_defaults(cfg, f"open_clip:{name}"),
+    }
+    file = oc.pretrained_file(name, weights, f"open_clip:{spec}") if weights else None
+    if file is None:
+        logger.warning("open_clip:%s has no weight tag: its weights are random. Write open_clip:%s/TAG.", name, name)
+    return _open_clip(name, cfg, inputs, file)
+
+
+def from_open_clip_folder(folder: Path) -> Released:
+    """A folder with open_clip_config.json and its weights.
+
+    Raises:
+        CheckpointError: if a file is missing or the tensors are not this model's.
+    """
+    raw = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    cfg = raw.get("model_cfg")
+    if not isinstance(cfg, dict):
+        raise CheckpointError(f"{folder}/open_clip_config.json has no model_cfg")
+    file = next((folder / f for f in _OPEN_CLIP_FILES if (folder / f).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder} holds none of {', '.join(_OPEN_CLIP_FILES)}")
+    cfg = oc.architecture(folder.name, oc.OpenClipConfig(config=cfg))
+    own_vocabulary = "hf_tokenizer_name" in cfg["text_cfg"]
+    tokenizer = f"open_clip:local-dir:{folder.resolve()}" if own_vocabulary else "clip"
+    inputs = {
+        "image": oc.image_defaults(cfg, raw.get("preprocess_cfg", {})),
+        "text": oc.text_defaults(cfg, tokenizer),
+    }
+    return _open_clip(folder.name, cfg, inputs, file)
+
+
+def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]], file: Path | None) -> Released:
+    encoders = {
+        kind: Component.model_validate({"name": f"open_clip/{name}", "config": cfg, "head": "none"}) for kind in PAIR
+    }
+    log = torch.tensor([float(cfg.get("init_logit_scale", math.log(1 / 0.07)))])
+    bias = cfg.get("init_logit_bias")
+    bias = None if bias is None else torch.tensor([float(bias)])
+    tensors = None
+    if file is not None:
+        raw = read_weights(file)
+        log = raw.pop("logit_scale", log).float().reshape(1)
+        if "logit_bias" in raw:
+            bias = raw.pop("logit_bias").float().reshape(1)
+        image, text = oc.image_tensors(raw), oc.text_tensors(raw)
+        used = {f"visual.{k}" for k in image} | set(text) | {f"text.{k}" for k in text}
+        left = [k for k in raw if k not in used and not k.startswith(_IGNORED) and not k.endswith("position_ids")]
+        if left:
+            raise CheckpointError(f"{file}: {len(left)} tensors have no place in {name}, first {left[0]!r}")
+        tensors = _tensors({"image": ("trunk.", image), "text": ("net.", text)}, log, bias)
+    source = f"open_clip:{name}" if file is None else str(file)
+    return Released(name, int(cfg["embed_dim"]), inputs, encoders, _scale(log, bias), tensors, source)
+
+
+# --- transformers ------------------------------------------------------------------------------------------------
+
+
+def from_hf(where: str) -> Released:
+    """A folder or repository with a CLIPModel or SiglipModel, its preprocessor and tokenizer.
+
+    Raises:
+        ConfigError: if it is not within reach, or is another kind of model.
+        CheckpointError: if a tensor is missing.
+    """
+    from transformers import AutoModel
+
+    config = hf.load_config(where)
+    if config.model_type not in ("clip", "siglip"):
+        raise ConfigError(
+            f"hf:{where} is a {config.model_type!r} model; clip and siglip are dual encoders that can be loaded whole. "
+            f"As one tower write encoder: {{name: hf/{where}}} in a recipe."
+        )
+    inputs: dict[str, dict[str, Any]] = {"image": hf.image_defaults(hf.preprocessor(where), where)}
+    text = config.text_config
+    inputs["text"] = hf.text_defaults(text, f"hf:{where}", int(text.max_position_embeddings))
+    try:
+        model, info = AutoModel.from_pretrained(
+            where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"hf:{where} has no weights within reach ({str(e).splitlines()[0]})") from e
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"hf:{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    state = {k: v.detach() for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    log = state.pop("logit_scale").reshape(1)
+    bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
+    clip = config.model_type == "clip"
+    embed_dim = int(config.projection_dim) if clip else int(config.vision_config.hidden_size)
+    encoders, parts = {}, {}
+    for kind, arch, prefix in (("image", config.vision_config, "vision"), ("text", text, "text")):
+        if clip:
+            arch.projection_dim = embed_dim  # the halves' own configs keep a default that the whole overrides
+        projection = "visual_projection." if kind == "image" else "text_projection."
+        own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", projection))}
+        own = own if clip else _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
+        parts[kind] = ("trunk.net." if kind == "image" else "net.", own)
+        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if clip else {})}
+        encoders[kind] = Component.model_validate(
+            {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
+        )
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), _tensors(parts, log, bias), f"hf:{where}")
+
+
+def _as_named(tensors: dict[str, Tensor], prefix: str, names: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SigLIP's half on its own keeps or drops the whole's prefix, depending on transformers' version."""
+    return tensors if all(k in tensors for k in names) else {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+# --- both --------------------------------------------------------------------------------------------------------
+
+
+def _tensors(parts: dict[str, tuple[str, dict[str, Tensor]]], log: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    out = {
+        f"towers.{m}.{prefix}{k}": v.float() if v.is_floating_point() else v
+        for m, (prefix, part) in parts.items()
+        for k, v in part.items()
+    }
+    out[f"logit_scale.{_KEY}"] = log
+    if bias is not None:
+        out[f"logit_bias.{_KEY}"] = bias
+    return out
+
+
+def _scale(log: Tensor, bias: Tensor | None) -> LogitScale:
+    init = math.exp(float(log))
+    # SigLIP's temperatures lie above CLIP's bound of 100; a hair of room keeps rounding from moving the value itself.
+    return LogitScale(init=init, max=max(100.0, init * 1.001), bias=None if bias is None else float(bias))

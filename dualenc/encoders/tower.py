@@ -1,0 +1,94 @@
+"""What every tower is: collated inputs of one modality → features [n, D], not yet normalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dualenc.config import Component
+
+HeadKind = Literal["linear", "mlp", "none"]
+
+
+class Tower(nn.Module):
+    """Base of all towers.
+
+    Attributes:
+        component: name and settings that build this architecture again, without weights and without any file.
+        embed_dim: D of the features.
+    """
+
+    component: Component
+    embed_dim: int
+
+    def forward(self, x: Any) -> Tensor:
+        """The collated rows of one modality → [n, D]."""
+        raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward instead of keeping them; towers too small to gain leave it out."""
+
+
+class ImageTower(Tower):
+    """Pictures uint8 [n, 3, S, S] → normalised on the device → ``trunk`` → ``head`` → [n, D].
+
+    Mean and std are an input's settings, kept in dualenc.json; the buffers that hold them are not part of the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, describe: Mapping[str, Any], channels_last: bool) -> None:
+        super().__init__()
+        config = describe["config"]
+        self.trunk, self.head = trunk, head
+        self.channels_last = channels_last
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """uint8 [n, 3, S, S] → [n, D]."""
+        y = (x.to(self.mean.dtype) / 255 - self.mean) / self.std
+        if self.channels_last:
+            y = y.contiguous(memory_format=torch.channels_last)
+        out: Tensor = self.head(self.trunk(y))
+        return out
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Passed on to trunks that have the switch (open_clip, timm, own ViT)."""
+        switch = getattr(self.trunk, "set_grad_checkpointing", None)
+        if switch is not None:
+            switch(enable)
+
+
+def build_head(kind: HeadKind, width: int, embed_dim: int) -> nn.Module:
+    """Projection of pooled features [n, width] to the shared space [n, embed_dim], without bias (as in CLIP).
+
+    ``mlp`` is one hidden layer of ``width`` with GELU.
+    """
+    if kind == "none":
+        return nn.Identity()
+    last = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(last.weight, std=1 / math.sqrt(width))
+    return last if kind == "linear" else nn.Sequential(nn.Linear(width, width), nn.GELU(), last)
+
+
+def activations(module: nn.Module) -> list[str]:
+    """The distinct activation functions in ``module``, such as ``["GELU(approximate='none')"]``.
+
+    A model run with another activation than it was trained with gives lower numbers and no error (open_clip#771): so a
+    bundle records them, and loading compares.
+    """
+    found = set()
+    for m in module.modules():
+        kind = type(m)
+        named = any(part in kind.__name__.lower() for part in ("gelu", "relu", "silu", "swish", "hardtanh"))
+        if ".activation" in kind.__module__ or (named and next(m.children(), None) is None):
+            # extra_repr also says "inplace": no number depends on it
+            extra = ", ".join(p for p in m.extra_repr().split(", ") if p and "inplace" not in p)
+            found.add(f"{kind.__name__}({extra})")
+    return sorted(f for f in found if not f.startswith(("MultiheadAttention", "NonDynamically")))

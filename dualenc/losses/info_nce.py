@@ -1,0 +1,91 @@
+"""Symmetric InfoNCE (the softmax loss of CLIP, arXiv 2103.00020), with several positives by pair id.
+
+For a valid row i with positives P(i) = {j : id_j = id_i} among the valid columns V of the global batch
+
+    ℓ_i = −Σ_j t_ij log softmax_j(s · a_i·b_j),    t_ij = (1 − ε)·[j ∈ P(i)]/|P(i)| + ε/|V|
+
+and the loss is ½ (mean_i ℓ_i(a→b) + mean_i ℓ_i(b→a)). Uniform targets over positives: SupCon's L_out
+(arXiv 2004.11362, eq. 2) with the anchor's own pair among its positives.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dualenc.distributed.gather import gather, gather_ids
+from dualenc.distributed.world import world_size
+from dualenc.losses.base import LossOutput, TiledConfig, losses
+from dualenc.losses.tiled import tiled_info_nce
+
+
+def info_nce(
+    a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, label_smoothing: float = 0.0, strip_mb: float | None = None
+) -> LossOutput:
+    """This rank's rows of the loss above, in both directions.
+
+    Args:
+        a, b: [B, D] normalised features; the columns are gathered from all ranks.
+        ids: [B] pair ids, −1 for a slot that takes no part.
+        logit_scale: [1].
+        label_smoothing: ε in [0, 1).
+        strip_mb: compute in strips of this many MiB of logits, or None for the plain [B, N] matrices.
+
+    Returns:
+        value = Σ_{local valid i} ½ (ℓ_i(a→b) + ℓ_i(b→a)) / (n / W) with n valid rows in the global batch, and the
+        share of rows whose best column is a positive (``top1_ab``, ``top1_ba``), likewise.
+    """
+    all_a, all_b, all_ids = gather(a), gather(b), gather_ids(ids)
+    share = (all_ids >= 0).sum().clamp(min=1) / world_size()
+    if strip_mb is None:
+        sum_ab, hits_ab = info_nce_rows(a, all_b, ids, all_ids, logit_scale, label_smoothing)
+        sum_ba, hits_ba = info_nce_rows(b, all_a, ids, all_ids, logit_scale, label_smoothing)
+    else:
+        sum_ab, hits_ab = tiled_info_nce(a, all_b, ids, all_ids, logit_scale, label_smoothing, strip_mb)
+        sum_ba, hits_ba = tiled_info_nce(b, all_a, ids, all_ids, logit_scale, label_smoothing, strip_mb)
+    return LossOutput((sum_ab + sum_ba) / (2 * share), {"top1_ab": hits_ab / share, "top1_ba": hits_ba / share})
+
+
+def info_nce_rows(
+    rows: Tensor, columns: Tensor, row_ids: Tensor, column_ids: Tensor, logit_scale: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Σ ℓ_i over valid rows, and the number of rows whose best column is a positive.
+
+    Args:
+        rows: [B, D]; columns: [N, D]; row_ids: [B]; column_ids: [N]. Every valid row's id occurs among the columns.
+    """
+    valid, present = row_ids >= 0, column_ids >= 0
+    logits = logit_scale * (rows[valid] @ columns[present].T)
+    positive = row_ids[valid, None] == column_ids[None, present]
+    target = positive.to(logits.dtype) / positive.sum(1, keepdim=True)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing / max(logits.shape[1], 1)
+    if not len(logits):  # no row here is valid: a zero that still runs the gather's backward with the other ranks
+        return logit_scale[:0].sum() + rows[:0].sum() + columns[:0].sum(), logits.new_zeros(())
+    per_row = torch.logsumexp(logits, dim=1) - (target * logits).sum(1)
+    best = logits.detach().argmax(1, keepdim=True)
+    return per_row.sum(), positive.gather(1, best).sum().to(logits.dtype)
+
+
+@losses.register("info_nce")
+class InfoNCE(nn.Module):
+    """InfoNCE as a recipe's ``loss: {name: info_nce}``. It has no parameters; a logit bias would cancel out."""
+
+    class Config(TiledConfig):
+        """Settings."""
+
+        label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> LossOutput:
+        """See :func:`info_nce`; ``logit_bias`` adds the same to all logits of a row and is ignored."""
+        strip_mb = self.config.choose(len(a) * world_size())
+        return info_nce(a, b, ids, logit_scale, self.config.label_smoothing, strip_mb)

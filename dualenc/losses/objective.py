@@ -1,0 +1,72 @@
+"""From the model's outputs to one number: which slots take part in which pair, and the mean over pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualenc.config import pair_name
+from dualenc.data.batch import ABSENT, Batch
+from dualenc.losses.base import Loss, LossOutput
+
+
+def objective(
+    outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pairs: Sequence[tuple[str, str]], loss: Loss
+) -> LossOutput:
+    """Apply ``loss`` to every pair of modalities and average the pairs, each with the same weight.
+
+    A slot takes part in a pair if it has both modalities and a pair id. Features that take part in nothing (dummy rows,
+    a modality in no pair) and unused scales keep a path with gradient zero, so that on every rank every parameter
+    gets a gradient: engines that reduce parameter by parameter would wait for it.
+
+    Args:
+        outputs: what the model's forward returns: ``features`` {m: [n_m, D]}, ``logit_scale`` and ``logit_bias``
+            {pair: [1]}.
+        batch: gives ``rows`` {m: [n_m]} (empty for a dummy row), ``ids`` [B], ``size`` B.
+        pairs: (modality, modality).
+
+    Returns:
+        value and metrics on the footing of :class:`LossOutput`; metrics are named ``loss/PAIR``, ``top1/A-to-B`` …,
+        ``logit_scale/PAIR`` and, where there is one, ``logit_bias/PAIR``.
+    """
+    features, scales, biases = outputs["features"], outputs["logit_scale"], outputs["logit_bias"]
+    slots = {m: to_slots(x, batch.rows[m], batch.size) for m, x in features.items()}
+    has = {m: mark(batch.rows[m], batch.size) for m in features}
+    value = zero_path(x for group in outputs.values() for x in group.values())
+    metrics: dict[str, Tensor] = {}
+    for a, b in pairs:
+        key = pair_name((a, b))
+        ids = torch.where(has[a] & has[b], batch.ids, ABSENT)
+        out = loss(slots[a], slots[b], ids, scales[key], biases.get(key))
+        value = value + out.value / len(pairs)
+        metrics[f"loss/{key}"] = out.value.detach()
+        metrics |= {_metric_name(name, a, b): x for name, x in out.metrics.items()}
+        metrics[f"logit_scale/{key}"] = scales[key].detach().squeeze()
+        if key in biases:
+            metrics[f"logit_bias/{key}"] = biases[key].detach().squeeze()
+    return LossOutput(value, metrics)
+
+
+def to_slots(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Put ``x[k]`` (of ``[n, D]``) into slot ``rows[k]`` of ``[size, D]``; other slots are zero, extra rows unused."""
+    return x.new_zeros(size, x.shape[1]).index_copy(0, rows, x[: len(rows)])
+
+
+def mark(rows: Tensor, size: int) -> Tensor:
+    """Bool [size]: which slots are in ``rows``."""
+    return torch.zeros(size, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+
+
+def zero_path(tensors: Iterable[Any]) -> Tensor:
+    """A zero that depends on every tensor: its gradient there is 0 even where the tensor holds a NaN."""
+    total: Tensor = torch.stack([x[:0].sum(dtype=torch.float32) for x in tensors]).sum()
+    return total
+
+
+def _metric_name(name: str, a: str, b: str) -> str:
+    base, _, direction = name.rpartition("_")
+    ends = {"ab": f"{a}-to-{b}", "ba": f"{b}-to-{a}"}
+    return f"{base}/{ends[direction]}" if direction in ends else f"{name}/{pair_name((a, b))}"
