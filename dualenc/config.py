@@ -79,7 +79,7 @@ class Data(Section):
     retries: Annotated[int, Field(ge=0)] = 3
     max_bad_share: Share = Field(default=0.02, description="stop when more than this share of a source's samples is lost")
     cache_dir: str | None = Field(
-        None, description="where remote shards are kept while they are read; default: a temporary folder"
+        default=None, description="where remote shards are kept while they are read; default: a temporary folder"
     )
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
     stall_s: Annotated[float, Field(gt=0)] = Field(
@@ -155,7 +155,7 @@ class Engine(Section):
     grad_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Positive | None = Field(
-        None, description="CPU threads per process; default: torch's own, shared among local ranks"
+        default=None, description="CPU threads per process; default: torch's own, shared among local ranks"
     )
     timeout_s: Positive = 600
     max_nonfinite: Positive = Field(default=10, description="stop after this many non-finite steps in a row")
@@ -168,7 +168,7 @@ class Checkpoints(Section):
     every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
     keep: Positive = 2
     resume: str = Field(
-        "auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder"
+        default="auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder"
     )
     init_from: str | None = Field(default=None, description="start from this model's weights (a MODEL as in dualenc eval)")
 

@@ -182,7 +182,7 @@ def test_changed_weights_are_refused(saved: Path) -> None:
             lambda s: s["modalities"]["image"]["encoder"].update(depths=[1, 1, 3]),
             "tensors are missing, first 'towers.image",
         ),
-        (lambda s: s["modalities"]["image"]["encoder"].update(name="own/convmet"), "Did you mean 'convnet'"),
+        (lambda s: s["modalities"]["image"]["encoder"].update(name="own/convmet"), "Did you mean 'own/convnet'"),
         (lambda s: s["weights"].update(file="../x"), "weights.file"),
         (lambda s: s.update(format=2), "format: 2"),
         (lambda s: s.pop("pairs"), "pairs: this key is needed"),

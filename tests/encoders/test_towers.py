@@ -52,7 +52,7 @@ def small_open_clip(**text: Any) -> dict[str, Any]:
         ("image", "open_clip/ViT-B-33", {}, "There is no open_clip model 'ViT-B-33'. Did you mean 'ViT-B-32'?"),
         ("image", "timm/efficientnet_light0", {}, "Did you mean 'efficientnet_lite0'?"),
         ("image", "timm/resnet18.a1_in1", {}, "Did you mean 'a1_in1k'?"),
-        ("image", "own/convnett", {}, "Did you mean 'convnet'?"),
+        ("image", "own/convnett", {}, "Did you mean 'own/convnet'?"),
         ("text", "own/convnet", {}, "Write own/transformer"),
         ("image", "convnet", {}, "Did you mean 'own/convnet'?"),
         ("image", "tim/resnet18", {}, "Did you mean 'timm'?"),
