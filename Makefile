@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test test-fast check format clean
+.PHONY: help setup quickstart test test-fast check format gradcheck bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,12 @@ check: $(STAMP) ## format, lint, types, layering, unit tests
 format: $(STAMP) ## rewrite the code in the project's format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, micro-batch against one process: a table
+	$(PY) tests/distributed/gradcheck.py
+
+bench: $(STAMP) ## time and memory of the losses, plain and tiled, up to N = 32k
+	$(PY) -m dualenc.bench loss
 
 clean: ## remove runs and caches, not the environment
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

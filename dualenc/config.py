@@ -77,7 +77,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3
-    max_bad_share: Share = Field(default=0.02, description="stop when more than this share of a source's samples is lost")
+    max_bad_share: Share = Field(default=0.02, description="stop when a source lost more than this share")
     cache_dir: str | None = Field(
         default=None, description="where remote shards are kept while they are read; default: a temporary folder"
     )
@@ -115,7 +115,7 @@ class Optim(Section):
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
     logit_scale_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: lr")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    ema_samples: Positive | None = Field(default=None, description="half-life of the weights' moving average, in samples")
+    ema_samples: Positive | None = Field(default=None, description="half-life of the weights' average, in samples")
 
 
 class Schedule(Section):
@@ -146,11 +146,11 @@ class Engine(Section):
     """What runs the step. ``kind: deepspeed, zero_stage: 2`` is all that has to change."""
 
     kind: Literal["accelerate", "deepspeed"] = "accelerate"
-    parallel: Literal["auto", "ddp", "fsdp2"] = Field(default="auto", description="accelerate: auto is one process or DDP")
+    parallel: Literal["auto", "ddp", "fsdp2"] = Field(default="auto", description="auto: one process or DDP")
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_params: bool = False
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights, loss and scale stay fp32")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights stay fp32")
     compile: bool = Field(default=False, description="torch.compile each tower")
     grad_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -170,7 +170,7 @@ class Checkpoints(Section):
     resume: str = Field(
         default="auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder"
     )
-    init_from: str | None = Field(default=None, description="start from this model's weights (a MODEL as in dualenc eval)")
+    init_from: str | None = Field(default=None, description="start from the weights of this MODEL (as in eval)")
 
 
 class Evals(Section):

@@ -32,6 +32,9 @@ class RowsConfig(SourceConfig):
         None, description="only rows of this split; default: all, each split into shards of its own"
     )
     split_field: str | None = Field("split", description="field that names a row's split; none: there is no such field")
+    hold_out: int | None = Field(
+        None, ge=2, description="leave out every n-th row (the first, …), for a task with every: {step: n, offset: 0}"
+    )
     group: bool = Field(False, description="several rows with the same picture are one sample with several captions")
 
 
@@ -71,14 +74,16 @@ def resolve(cfg: RowsConfig, fields: Iterable[str], where: str) -> RowsConfig:
 def to_records(cfg: RowsConfig, rows: Iterable[tuple[str, Row]], folder: Path) -> Iterator[Record | Dropped]:
     """Records of (name, row) pairs; ``cfg`` comes from :func:`resolve`, picture paths are relative to ``folder``."""
     root = Path(cfg.root).expanduser() if cfg.root else folder
-    found = False
+    found = 0
     splits: set[str] = set()
     for name, row in rows:
         split = str(row[cfg.split_field]) if cfg.split_field and row.get(cfg.split_field) is not None else ""
         splits.add(split)
         if cfg.split is not None and split != cfg.split:
             continue
-        found = True
+        found += 1
+        if cfg.hold_out is not None and (found - 1) % cfg.hold_out == 0:
+            continue
         yield _record(cfg, name, row, root, split)
     if cfg.split is not None and not found:
         raise ConfigError(f"split: no row has {cfg.split_field}={cfg.split!r}. {did_you_mean(cfg.split, splits)}")

@@ -48,9 +48,9 @@ class ResidualBlock(nn.Module):
 
 
 class ConvTrunk(nn.Module):
-    """Pictures [n, 3, S, S] → features at strides ``stem``, 2·stem, 4·stem, … → mean over places → [n, W]."""
+    """Pictures [n, 3, S, S] → features at strides ``stem``, 2·stem, 4·stem, … → mean over cells → [n, grid²·W]."""
 
-    def __init__(self, widths: list[int], depths: list[int], stem: int) -> None:
+    def __init__(self, widths: list[int], depths: list[int], stem: int, grid: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 2 * stem - 1, stride=stem, padding=stem - 1)]
         for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
@@ -58,11 +58,12 @@ class ConvTrunk(nn.Module):
                 layers += [ChannelNorm(widths[i - 1]), nn.Conv2d(widths[i - 1], width, 2, stride=2)]
             layers += [ResidualBlock(width) for _ in range(depth)]
         self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(widths[-1])
+        self.grid = grid
+        self.norm = nn.LayerNorm(widths[-1] * grid**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, 3, S, S] → [n, W]."""
-        out: Tensor = self.norm(self.layers(x).mean((2, 3)))
+        """[n, 3, S, S] → [n, grid²·W]."""
+        out: Tensor = self.norm(nn.functional.adaptive_avg_pool2d(self.layers(x), self.grid).flatten(1))
         return out
 
 
@@ -80,6 +81,9 @@ class ConvNet(ImageTower):
             None, description="residual blocks of each stage; default: one, two in the last"
         )
         stem: Annotated[int, Field(ge=1)] = Field(4, description="stride of the first convolution")
+        grid: Annotated[int, Field(ge=1)] = Field(
+            1, description="pool to grid × grid cells before the head: more than 1 keeps the picture's layout"
+        )
         channels_last: bool = True
         head: HeadKind = "linear"
 
@@ -93,10 +97,16 @@ class ConvNet(ImageTower):
         size, stride = int(describe["config"]["size"]), config.stem * 2 ** (len(config.widths) - 1)
         if size < stride:
             raise ConfigError(f"own/convnet: pictures of {size} pixels are smaller than its stride {stride}.")
-        width = config.widths[-1]
+        if (size // stride) % config.grid:
+            raise ConfigError(
+                f"own/convnet: grid: {config.grid} does not divide the last map's {size // stride} places."
+            )
+        width = config.widths[-1] * config.grid**2
         if config.head == "none" and width != embed_dim:
-            raise ConfigError(f"own/convnet: head: none needs widths[-1] ({width}) = embed_dim ({embed_dim}).")
-        trunk = ConvTrunk(config.widths, config.depths or [1] * (len(config.widths) - 1) + [2], config.stem)
+            raise ConfigError(f"own/convnet: head: none needs widths[-1] · grid² ({width}) = embed_dim ({embed_dim}).")
+        trunk = ConvTrunk(
+            config.widths, config.depths or [1] * (len(config.widths) - 1) + [2], config.stem, config.grid
+        )
         if config.channels_last:
             trunk = trunk.to(memory_format=torch.channels_last)
         super().__init__(trunk, build_head(config.head, width, embed_dim), describe, config.channels_last)

@@ -108,6 +108,14 @@ def test_fashion_template_fields_and_size(small: Path, tmp_path: Path, capsys: p
     assert "60 samples, 60 captions" in capsys.readouterr().out
 
 
+def test_held_out_rows_are_not_in_the_shards(small: Path, tmp_path: Path) -> None:
+    rows = lines(small / "captions.jsonl")
+    build("jsonl", tmp_path / "out", path=str(small / "captions.jsonl"), hold_out=6, keep="none", progress=False)
+    got = read_back(tmp_path / "out", wanted={"text": ["txt"]})
+    captions = [v["text"].decode() for v in got.values()]
+    assert captions == [r["caption"] for i, r in enumerate(rows) if i % 6]
+
+
 def test_tuxpaint_webp_kept(tmp_path: Path) -> None:
     source = real("tuxpaint")
     report = build("jsonl", tmp_path, path=str(source / "captions.jsonl"), limit=100, keep="none", progress=False)
