@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +41,8 @@ def main() -> None:
     """Entry point. Errors meant for a person are one line on stderr; ``--debug`` shows the traceback."""
     sys.argv[1:] = take_launcher_arguments(sys.argv[1:])
     debug = "--debug" in sys.argv
+    if not debug:  # torch's C++ warnings come once per rank, before torch is loaded is the only time to say so
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(
         level=logging.INFO if debug else logging.WARNING,
         format="%(name)s: %(message)s",
@@ -164,19 +165,34 @@ def print_plan(recipe: Recipe) -> None:
 def launch(
     ctx: typer.Context,
     nproc: Annotated[
-        int, typer.Option("--nproc", help="Processes on this machine (one a GPU, or several on a CPU).")
+        int, typer.Option("--nproc", min=1, help="Processes on this machine (one a GPU, or several on a CPU).")
     ] = 1,
     max_restarts: Annotated[
-        int, typer.Option("--max-restarts", help="Start again this often after a crash, from the last save.")
+        int, typer.Option("--max-restarts", min=0, help="Start again this often after a crash, from the last save.")
     ] = 0,
 ) -> None:
     """Start a command on several ranks: dualenc launch --nproc 2 train RECIPE [key=value …]."""
     if not ctx.args:
         raise ConfigError("dualenc launch: say what to start, for example: dualenc launch --nproc 2 train RECIPE")
-    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    cmd += [f"--max-restarts={max_restarts}", "-m", "dualenc", *ctx.args]
-    env = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // nproc, 1)), **os.environ}
-    raise typer.Exit(subprocess.run(cmd, env=env, check=False).returncode)
+    from dualenc.distributed.launch import launch as start
+
+    raise typer.Exit(start([sys.executable, "-m", "dualenc", *ctx.args], nproc, max_restarts))
+
+
+@app.command("engine-json")
+def engine_json(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML file.")],
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option("--ranks", help="Number of ranks over all machines.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
+    from dualenc.engine.deepspeed import deepspeed_json
+
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.engine.kind != "deepspeed":
+        raise ConfigError(f"engine.kind is {loaded.engine.kind}, which has no such file; add engine.kind=deepspeed")
+    print(json.dumps(deepspeed_json(loaded.engine, loaded.optim, ranks), indent=2))
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from dualenc.distributed.world import World
 from dualenc.errors import DualencError
 
 _SIGNS = re.compile(
-    r"timed? ?out|connection (reset|closed|refused)|broken pipe|connectFullMesh|socket|NCCL|gloo|remote process|store",
+    r"timed? ?out|connection (reset|closed|refused)|broken pipe|connectFullMesh|socket|NCCL|gloo|remote process|\bstore"
+    r"|TCPStore",
     re.IGNORECASE,
 )
 

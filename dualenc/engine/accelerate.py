@@ -20,7 +20,15 @@ from dualenc.config import Engine as EngineConfig
 from dualenc.config import Optim
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import shards, state
-from dualenc.engine.base import Outputs, Stepped, apply_memory_and_compile, blocks, check_shapes, protect_outputs
+from dualenc.engine.base import (
+    Outputs,
+    Stepped,
+    apply_memory_and_compile,
+    blocks,
+    check_shapes,
+    make_contiguous,
+    protect_outputs,
+)
 from dualenc.engine.optim import build_optimizers, set_lr_factor
 from dualenc.errors import ConfigError
 
@@ -81,6 +89,7 @@ class AccelerateEngine:
 
         ensure_group(self.world)
         self.module.to(self.device)
+        make_contiguous(self.module)
         mesh = init_device_mesh(self.device.type, (self.world.world_size,))
         for block in blocks(self.module):
             fully_shard(block, mesh=mesh)

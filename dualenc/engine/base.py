@@ -95,6 +95,13 @@ def check_shapes(model: nn.Module) -> None:
         raise ConfigError(f"Parameter {scalars[0]} is 0-D; register it with shape [1] (DeepSpeed and FSDP2 need that)")
 
 
+@torch.no_grad()
+def make_contiguous(model: nn.Module) -> None:
+    """Lay channels-last weights out plainly: DeepSpeed reads parameters as flat runs of bytes, FSDP2 refuses others."""
+    for x in [*model.parameters(), *model.buffers()]:
+        x.data = x.data.contiguous()
+
+
 def protect_outputs(model: nn.Module) -> None:
     """Make the forward return no parameter itself (such as a bias), only values computed from it.
 

@@ -30,7 +30,14 @@ from dualenc.config import Engine as EngineConfig
 from dualenc.config import Optim
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import shards, state
-from dualenc.engine.base import Outputs, Stepped, apply_memory_and_compile, check_shapes, protect_outputs
+from dualenc.engine.base import (
+    Outputs,
+    Stepped,
+    apply_memory_and_compile,
+    check_shapes,
+    make_contiguous,
+    protect_outputs,
+)
 from dualenc.engine.optim import build_optimizers, set_lr_factor
 from dualenc.errors import ConfigError
 
@@ -60,6 +67,7 @@ class DeepSpeedEngine:
         apply_memory_and_compile(model, config)
         deepspeed = import_deepspeed(world)
         model.to(world.device)
+        make_contiguous(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fused = world.device.type == "cuda" and not config.offload_optimizer
         (optimizer,) = build_optimizers(model, optim, fused=fused)

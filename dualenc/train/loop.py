@@ -33,9 +33,12 @@ from dualenc.errors import CheckpointError, DivergenceError, Interrupted
 from dualenc.losses import build_loss
 from dualenc.train import checkpoint as ckpt
 from dualenc.train.step import StepResult, train_step
-from dualenc.train.tracking import JsonlSink, Tracker, environment, git_hash
+from dualenc.train.tracking import JsonlSink, Tracker, environment, git_hash, keep_rank_files_until
 
 logger = logging.getLogger(__name__)
+
+HEADLINE = ("_R@1", "_R@10", "top1")
+"""Endings of the metrics that are worth a line on the terminal; all of them go to metrics.jsonl."""
 
 Evaluate = Callable[[Embedder, World], Mapping[str, float]]
 """Given a way to embed and the world, all ranks together: task/metric → value."""
@@ -74,6 +77,7 @@ class Run:
             self.bundle.model.load_state_dict(ckpt.trained_weights(save))
         elif recipe.checkpoint.init_from:
             init_weights(self.bundle, recipe.checkpoint.init_from)
+        self.parameter_count = sum(p.numel() for p in self.bundle.model.parameters())  # ZeRO 3 empties them
         self.engine: Engine = build_engine(recipe.engine, recipe.optim, self.bundle.model, world)
         self.ema = self._build_ema(save)
         if save is not None:
@@ -97,6 +101,7 @@ class Run:
         self.ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, names)
         self.ledger.load_state_dict(self.state.ledger)
         self.tracker = Tracker(run_dir, recipe, self.state.step, self.total_steps, world.rank == 0)
+        keep_rank_files_until(run_dir, self.state.step, world.rank, world.world_size)
         self.samples: JsonlSink | None = None
         if recipe.tracking.sample_ids:
             self.samples = JsonlSink(run_dir / f"samples-rank{world.rank}.jsonl", self.state.step)
@@ -163,12 +168,14 @@ class Run:
             return 0
         self.state.nonfinite_steps += 1
         with (self.run_dir / f"nonfinite-rank{self.world.rank}.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": batch.step, "samples": batch.keys}) + "\n")
-        self.tracker.say(f"Step {batch.step}: loss or gradient is not finite; skipped on all ranks, samples noted.")
+            f.write(json.dumps({"step": self.state.step, "samples": batch.keys}) + "\n")
+        self.tracker.say(
+            f"Step {self.state.step}: loss or gradient is not finite; skipped on all ranks, samples noted."
+        )
         if in_a_row + 1 >= self.recipe.engine.max_nonfinite:
             raise DivergenceError(
-                f"{in_a_row + 1} non-finite steps in a row (engine.max_nonfinite). Lower optim.lr, or use engine.precision "
-                f"fp32; the samples of these steps are in {self.run_dir}/nonfinite-rank*.jsonl."
+                f"{in_a_row + 1} non-finite steps in a row (engine.max_nonfinite). Lower optim.lr, or use "
+                f"engine.precision fp32; the samples of these steps are in {self.run_dir}/nonfinite-rank*.jsonl."
             )
         return in_a_row + 1
 
@@ -267,8 +274,10 @@ class Run:
         self.tracker.log(
             self.state.step, {"samples_seen": self.state.samples_seen} | {f"eval/{k}": v for k, v in values.items()}
         )
-        shown = "  ".join(f"{k} {100 * v:.1f} %" for k, v in values.items() if k.endswith(("R@1", "R@10", "top1")))
-        self.tracker.say(f"step {self.state.step} zero-shot: {shown}")
+        for task in dict.fromkeys(k.split("/")[0] for k in values):
+            own = {k.split("/")[1]: v for k, v in values.items() if k.startswith(f"{task}/")}
+            shown = [f"{k.replace('_', ' ')} {100 * v:.1f}" for k, v in own.items() if k.endswith(HEADLINE)]
+            self.tracker.say(f"step {self.state.step}  {task}: {', '.join(shown)} %")
 
     def close(self) -> None:
         self.tracker.close()
@@ -306,20 +315,21 @@ def train(recipe: Recipe, evaluate: Evaluate | None = None) -> Path:
     world = init_world(recipe.engine.device, recipe.engine.timeout_s, recipe.engine.threads)
     clean = False
     try:
-        if world.rank == 0:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        barrier(world)
-        run = Run(recipe, run_dir, world, evaluate)
-        if world.rank == 0:
-            (run_dir / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
-            info = json.dumps(environment(world.world_size), indent=1)
-            (run_dir / "environment.json").write_text(info, encoding="utf-8")
-        greet(run)
-        try:
-            with run.stop.listening(), naming_missing_ranks(world):
-                run.train()
-        finally:
-            run.close()
+        with naming_missing_ranks(world):
+            if world.rank == 0:
+                run_dir.mkdir(parents=True, exist_ok=True)
+            barrier(world)
+            run = Run(recipe, run_dir, world, evaluate)
+            if world.rank == 0:
+                (run_dir / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+                info = json.dumps(environment(world.world_size), indent=1)
+                (run_dir / "environment.json").write_text(info, encoding="utf-8")
+            greet(run)
+            try:
+                with run.stop.listening():
+                    run.train()
+            finally:
+                run.close()
         clean = True
     finally:
         close_world(world, clean=clean)
@@ -329,9 +339,9 @@ def train(recipe: Recipe, evaluate: Evaluate | None = None) -> Path:
 def greet(run: Run) -> None:
     """The lines that say what is about to happen."""
     r = run.recipe
-    params = sum(p.numel() for p in run.bundle.model.parameters())
     run.tracker.say(
-        f"{r.name}: {params / 1e6:.2f} M parameters, global batch {r.batch.size} on {run.world.world_size} rank(s), "
+        f"{r.name}: {run.parameter_count / 1e6:.2f} M parameters, "
+        f"global batch {r.batch.size} on {run.world.world_size} rank(s), "
         f"{run.total_steps} steps = {run.total_steps * r.batch.size:,} samples, in {run.run_dir}"
     )
     if run.resumed_from is not None:

@@ -39,10 +39,7 @@ class JsonlSink:
     """One JSON object a line. A resumed run drops the lines its save does not know, so no step stands twice."""
 
     def __init__(self, path: Path, start_step: int) -> None:
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        tmp = path.with_suffix(".tmp")
-        tmp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        tmp.replace(path)
+        keep_until(path, start_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -51,6 +48,25 @@ class JsonlSink:
 
     def close(self) -> None:
         self._file.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after ``step`` from a JSON lines file, and the torn one that a kill may leave."""
+    kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    tmp.replace(path)
+
+
+def keep_rank_files_until(run_dir: Path, step: int, rank: int, world_size: int) -> None:
+    """Drop what a resumed run will do again from the files of every rank, also of ranks that are no more.
+
+    Each file is rewritten by one rank only, the one that may have it open: rank r takes those of ranks r, r + W, …
+    """
+    for path in run_dir.glob("*-rank*.jsonl"):
+        number = path.stem.rpartition("-rank")[2]
+        if number.isdigit() and int(number) % world_size == rank:
+            keep_until(path, step)
 
 
 def _lines(path: Path) -> list[str]:
