@@ -97,6 +97,7 @@ class Loader:
             self.plan, self.sets, inputs, pairs, wanted, seed, batch_size, rank, world, self._cache, data
         )
         self._iterator: Any = None
+        self._lost_worker = False
         self._watchdog: Watchdog | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -128,7 +129,13 @@ class Loader:
         # Releasing torch's iterator stops its workers, but a traceback on its way up may still hold it.
         shutdown = getattr(iterator, "_shutdown_workers", None)
         if shutdown is not None:
-            shutdown()
+            try:
+                shutdown()
+            except RuntimeError as e:
+                # torch's SIGCHLD handler reports a dead worker wherever the main thread is, so also here, once more.
+                if not self._lost_worker or "killed by" not in str(e):
+                    raise
+                shutdown()
         self._steps.close()
 
     def _torch_loader(self, start: int, stop: int) -> DataLoader[Any]:
@@ -161,6 +168,7 @@ class Loader:
             lost = isinstance(e, ConnectionError | EOFError) or "exited unexpectedly" in text or "killed by" in text
             if not self._data.workers or not lost or text.startswith("Caught "):
                 raise
+            self._lost_worker = True
             raise DataError(
                 f"A data worker died while step {step} was read ({text.splitlines()[0]}); usually memory ran out: "
                 "lower data.workers or data.prefetch."
