@@ -6,11 +6,13 @@ import hashlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -427,6 +429,21 @@ def _quiet_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_parent, args=(os.getppid(),), name="dualenc-signals", daemon=True).start()
+    _report_while_alive(os.getppid())
+
+
+def _report_while_alive(parent: int) -> None:
+    """A worker whose trainer was killed loses its connections: no error of its own, and nobody is left to read it."""
+    report = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        lost = isinstance(error, OSError | EOFError)
+        if lost:
+            time.sleep(1.0)  # the connection goes before the process is seen to be gone
+        if os.getppid() == parent or not lost:
+            report(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _obey_parent(parent: int) -> None:
