@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test test-fast check format gradcheck bench clean
+.PHONY: help setup quickstart test test-fast test-quiet check format gradcheck bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,7 +24,10 @@ quickstart: $(STAMP) ## train on real pairs, evaluate on held-out ones, write ru
 	$(PY) -m dualenc report runs/quickstart
 
 test: check ## everything: check, then all tests, the multi-process ones too
-	$(PY) -m pytest tests -m "dist or slow"
+	$(PY) -m pytest tests -m "dist or slow" --ignore tests/train/test_launch.py --ignore tests/train/test_elastic.py
+
+test-quiet: $(STAMP) ## launchers and killed ranks: long, with time-outs, for a machine that does nothing else
+	$(PY) -m pytest tests/train/test_launch.py tests/train/test_elastic.py -m "dist or slow"
 
 test-fast: $(STAMP) ## unit tests only (one process, no slow ones)
 	$(PY) -m pytest tests -m "not dist and not slow"
