@@ -89,8 +89,8 @@ def test_a_save_goes_on_under_any_engine_and_number_of_ranks(tmp_path: Path) -> 
 
 
 def test_bf16_never_passes_the_bound_of_the_temperature(tmp_path: Path) -> None:
-    """50 steps at a rate that drives the scale from 7.39 into its bound of 7.6 at once."""
-    args = ["engine.precision=bf16", "optim.lr=0.02", "budget.steps=50", "logit_scale={init: 7.39, max: 7.6}"]
+    """50 steps from a scale so low that the loss drives it into its bound within a few of them."""
+    args = ["engine.precision=bf16", "optim.lr=0.002", "budget.steps=50", "logit_scale={init: 1.0, max: 1.02}"]
     args += ["schedule.warmup_samples=0", "checkpoint.every_steps=100"]
     spawn(
         JOBS,
@@ -102,8 +102,8 @@ def test_bf16_never_passes_the_bound_of_the_temperature(tmp_path: Path) -> None:
     for name in ENGINES:
         scales = [r["logit_scale/image-text"] for r in rows(tmp_path / name / "metrics.jsonl")]
         assert len(scales) == 50
-        assert max(scales) <= 7.6 * (1 + 1e-6), name
-        assert max(scales) > 7.59, f"{name}: the bound was never met, the test shows nothing"
+        assert max(scales) <= 1.02 * (1 + 1e-6), name
+        assert max(scales) > 1.019, f"{name}: the bound was never met, the test shows nothing"
         assert all(x.dtype == torch.float32 for x in weights(tmp_path / name).values() if x.is_floating_point()), name
 
 
