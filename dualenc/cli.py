@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from dualenc import __version__
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
@@ -375,12 +376,16 @@ def list_(
 
 
 def _recipes() -> None:
-    table = Table("recipe", "what it trains")
-    for path in sorted(RECIPES.rglob("*.yaml")):
+    if not RECIPES.is_dir():
+        raise ConfigError(
+            f"There is no folder {RECIPES} here; recipes stand in the repository: run this at its top level"
+        )
+    table = Table(Column("recipe", overflow="fold"), "what it trains")
+    for path in sorted(p for p in RECIPES.rglob("*.yaml") if "launch" not in p.parts):  # launchers' own files there
         try:
             table.add_row(str(path), load_recipe(path).description)
-        except ConfigError:
-            continue  # bases and engine files are not recipes of their own
+        except ConfigError as e:
+            table.add_row(str(path), f"[red]cannot be used:[/] {escape(str(e))}")
     Console().print(table)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -15,17 +14,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "quickstart" / "quickstart.yaml"
-SMALL = [
-    "modalities.image.encoder.widths=[8,16,32]", "modalities.text.encoder.width=32", "modalities.text.encoder.layers=1",
-    "modalities.text.encoder.heads=2", "embed_dim=32", "batch.size=16", "eval.tasks=[]", "engine.threads=1",
-    "data.workers=0", "budget.steps=2", "out=run", "tracking.log_every=1",
-]  # fmt: skip
+sys.path.insert(0, str(Path(__file__).parent / "train"))
+from _runs import RECIPE, ROOT, environment
+from _runs import SMALL as TINY
+
+SMALL = [*TINY, "batch.size=16", "data.workers=0", "budget.steps=2", "out=run"]
 
 
 def dualenc(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    env = environment(COLUMNS="200")
     cmd = [sys.executable, "-m", "dualenc", *args]
     return subprocess.run(cmd, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
 

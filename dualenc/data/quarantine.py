@@ -52,15 +52,33 @@ class Ledger:
         for bad in batch.bad:
             self._bad[bad.source] = self._bad.get(bad.source, 0) + 1
             self._last[bad.source] = bad
-            mark = hash((bad.source, bad.shard, bad.key))
-            if mark not in self._written:
-                if len(self._written) < _REMEMBERED:
-                    self._written.add(mark)
+            if self._is_new(bad.source, bad.shard, bad.key):
                 new.append(json.dumps({"step": batch.step, **asdict(bad)}, ensure_ascii=False))
         if new and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.write("\n".join(new) + "\n")
+
+    def _is_new(self, source: str, shard: str, key: str) -> bool:
+        mark = hash((source, shard, key))
+        if mark in self._written:
+            return False
+        if len(self._written) < _REMEMBERED:
+            self._written.add(mark)
+        return True
+
+    def _read_written(self) -> None:
+        """Remember what an earlier process wrote down, on any rank; a line cut short by a kill goes."""
+        if self.path is None:
+            return
+        if self.path.exists():
+            raw = self.path.read_bytes()
+            self.path.write_bytes(raw[: raw.rfind(b"\n") + 1])
+        for path in sorted(self.path.parent.glob("quarantine*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    row = json.loads(line)
+                    self._is_new(row["source"], row["shard"], row["key"])
 
     def counts(self) -> Counts:
         """Counts of this rank, on top of those it was resumed with."""
@@ -111,5 +129,6 @@ class Ledger:
         return {"counts": {s: list(c) for s, c in counts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved counts; an empty state begins at zero."""
+        """Go on from saved counts; an empty state begins at zero. Samples named before are not named again."""
+        self._read_written()
         self._before = {s: (int(c[0]), int(c[1])) for s, c in state.get("counts", {}).items()}

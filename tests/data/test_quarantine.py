@@ -36,6 +36,21 @@ def test_counts_and_file(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "quarantine.rank3.jsonl").is_file()
 
 
+def test_a_resumed_run_names_nothing_twice(tmp_path: Path) -> None:
+    """Also what another rank named, and after a kill in the middle of a line."""
+    Ledger(tmp_path, 0.5, rank=1).add(batch("a", 4, 2))
+    first = Ledger(tmp_path, 0.5)
+    first.add(batch("a", 4, 1, start=10))
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text(path.read_text() + '{"step": 7, "sou')
+    again = Ledger(tmp_path, 0.5)
+    again.load_state_dict({"counts": {"a": [8, 3]}})
+    again.add(batch("a", 4, 2))
+    again.add(batch("a", 4, 2, start=10))
+    assert again.counts() == {"a": (16, 7)}
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["10", "11"]
+
+
 @pytest.mark.parametrize(
     ("seen", "bad", "share", "stops"),
     [

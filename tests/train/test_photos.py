@@ -46,4 +46,5 @@ def test_folder_to_shards_to_training_to_retrieval(tmp_path: Path, recipe: str) 
     results = json.loads((tmp_path / "results.json").read_text())
     counts = results["tasks"]["few"]["n"]
     assert counts["text"] == pytest.approx(5 * counts["image"], rel=0.02)
-    assert 0 <= results["tasks"]["few"]["metrics"]["image_to_text_R@10"] <= 1
+    # three steps teach nothing worth a threshold: the numbers are those of the saved weights, whole and finite
+    assert results["tasks"]["few"]["skipped"]["count"] == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,28 +16,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "quickstart" / "quickstart.yaml"
-SHARDS = sorted((ROOT / "recipes" / "quickstart" / "data").glob("train-*.tar"))
+sys.path.insert(0, str(Path(__file__).parent))
+from _runs import RECIPE, SHARD, SMALL, environment, losses, newest, rows
 
-# The quickstart's model made small, so that a run takes seconds.
-SMALL = [
-    "modalities.image.encoder.widths=[8,16,32]",
-    "modalities.text.encoder.width=32",
-    "modalities.text.encoder.layers=1",
-    "modalities.text.encoder.heads=2",
-    "embed_dim=32",
-    "batch.size=32",
-    "eval.tasks=[]",
-    "engine.threads=1",
-    "tracking.log_every=1",
-    "tracking.sample_ids=true",
-    "schedule.warmup_samples=64",
-]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+SHARDS = sorted(SHARD.parent.glob("train-*.tar"))
 
 
 def dualenc(*args: str, cwd: Path, ranks: int = 1, timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -47,21 +28,12 @@ def dualenc(*args: str, cwd: Path, ranks: int = 1, timeout: float = 200) -> subp
     return subprocess.run(cmd, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in metrics(run) if "loss" in row]
-
-
 def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return rows(run / "metrics.jsonl")
 
 
 def seen(run: Path, rank: int = 0) -> list[tuple[int, list[str]]]:
-    rows = [json.loads(line) for line in (run / f"samples-rank{rank}.jsonl").read_text().splitlines()]
-    return [(r["step"], r["samples"]) for r in rows]
-
-
-def newest(run: Path) -> Path:
-    return max((run / "checkpoints").iterdir())
+    return [(r["step"], r["samples"]) for r in rows(run / f"samples-rank{rank}.jsonl")]
 
 
 @pytest.mark.dist
