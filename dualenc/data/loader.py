@@ -165,16 +165,26 @@ class Loader:
             item: Batch | Failure = next(iterator)
             return item
         except (RuntimeError, OSError, EOFError) as e:
-            # A dead worker shows itself as torch's message, or as a broken connection when its tensors are fetched.
-            text = str(e) or type(e).__name__
-            lost = isinstance(e, ConnectionError | EOFError) or "exited unexpectedly" in text or "killed by" in text
-            if not self._data.workers or not lost or text.startswith("Caught "):
+            lost = self.lost_worker(e, step)
+            if lost is None:
                 raise
-            self._lost_worker = True
-            raise DataError(
-                f"A data worker died while step {step} was read ({text.splitlines()[0]}); usually memory ran out: "
-                "lower data.workers or data.prefetch."
-            ) from e
+            raise lost from e
+
+    def lost_worker(self, error: Exception, step: int) -> DataError | None:
+        """What to raise instead of ``error`` if that says that a data worker died; None if it says something else.
+
+        A dead worker shows itself as a broken connection when its tensors are fetched, or as torch's RuntimeError; the
+        latter comes out of a signal handler, so wherever the main thread is, also in the middle of a step.
+        """
+        text = str(error) or type(error).__name__
+        lost = isinstance(error, ConnectionError | EOFError) or "exited unexpectedly" in text or "killed by" in text
+        if not self._data.workers or not lost or text.startswith("Caught "):
+            return None
+        self._lost_worker = True
+        return DataError(
+            f"A data worker died while step {step} was read ({text.splitlines()[0]}); usually memory ran out: "
+            "lower data.workers or data.prefetch."
+        )
 
     def _awaited(self, step: int) -> str:
         """What the stall message says about a step."""

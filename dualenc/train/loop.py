@@ -133,14 +133,17 @@ class Run:
                 self._log(result, meter)
                 meter = Meter()
             self.tracker.advance(self.state.step)
-            if due or last or stopping:
+            saving = due or last or stopping
+            if saving:
                 self._save()
             if stopping and not last:
                 raise Interrupted(self._how_to_go_on())
             every = self.recipe.eval.every_steps
-            if last or (every and self.state.step % every == 0):
+            evaluating = last or bool(every and self.state.step % every == 0)
+            if evaluating:
                 self._evaluate()
-            clock = clock if not (due or last) else time.perf_counter()
+            if saving or evaluating:
+                clock = time.perf_counter()  # neither is part of the next step's time
 
     def _step(self, batch: Batch) -> StepResult:
         if batch.step != self.state.step:
@@ -328,6 +331,11 @@ def train(recipe: Recipe, evaluate: Evaluate | None = None) -> Path:
             try:
                 with run.stop.listening():
                     run.train()
+            except RuntimeError as e:
+                lost = run.loader.lost_worker(e, run.state.step) if "DataLoader worker" in str(e) else None
+                if lost is None:
+                    raise
+                raise lost from e
             finally:
                 run.close()
         clean = True
