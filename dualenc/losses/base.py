@@ -58,7 +58,7 @@ class TiledConfig(Section):
         "gathered", description="ring: features travel around the ranks, none holds all of them; never plain"
     )
     tile_mb: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="MiB of a tile of logits; default 8 on CPU (it stays in the cache), 128 on CUDA"
+        None, description="MiB of a tile of logits; default 2 on CPU (it stays in the cache), 128 on CUDA"
     )
 
     @model_validator(mode="after")
@@ -78,7 +78,7 @@ class TiledConfig(Section):
         if self.impl == "plain" or (self.impl == "auto" and self.columns == "gathered" and global_batch < 2048):
             return None
         name = "triton_tiled" if self.impl != "tiled" and not why_no_triton(device) else "tiled"
-        tile_mb = self.tile_mb or (128.0 if device.type == "cuda" else 8.0)
+        tile_mb = self.tile_mb or (128.0 if device.type == "cuda" else 2.0)
         return How(tile_mb, self.columns == "ring", importlib.import_module(f"dualenc.losses.{name}"))
 
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dualenc.distributed.gather import gather, gather_ids
+from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.losses.base import LossOutput, TiledConfig, losses
 from dualenc.losses.sweeps import How, sweep_info_nce
@@ -38,8 +38,9 @@ def info_nce(
         value = Σ_{local valid i} ½ (ℓ_i(a→b) + ℓ_i(b→a)) / (n / W) with n valid rows in the global batch, and the
         share of rows with a positive above every negative (``top1_ab``, ``top1_ba``), likewise.
     """
+    check_equal_shapes(a)
     all_ids = gather_ids(ids)
-    share = (all_ids >= 0).sum().clamp(min=1) / world_size()
+    share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
     if how is None:
         all_a, all_b = gather(a), gather(b)
         sum_ab, hits_ab = info_nce_rows(a, all_b, ids, all_ids, logit_scale, label_smoothing)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dualenc.distributed.gather import gather, gather_ids
+from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.losses.base import LossOutput, TiledConfig, losses
 from dualenc.losses.info_nce import hits
@@ -37,12 +37,13 @@ def sigmoid_loss(
         value = the sum over local rows / (n / W), and ``top1_ab`` and ``top1_ba``, the share of rows with a positive
         above every negative.
     """
+    check_equal_shapes(a)
     all_ids = gather_ids(ids)
-    share = (all_ids >= 0).sum().clamp(min=1) / world_size()
+    share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
     if how is None:
         total, hits_ab, hits_ba = plain_sigmoid(a, gather(b), ids, all_ids, logit_scale, logit_bias)
     else:
-        total, hits_ab, hits_ba = sweep_sigmoid(a, b, ids, logit_scale, logit_bias, how)
+        total, hits_ab, hits_ba = sweep_sigmoid(a, b, ids, all_ids, logit_scale, logit_bias, how)
     return LossOutput(total / share, {"top1_ab": hits_ab / share, "top1_ba": hits_ba / share})
 
 
@@ -65,13 +66,13 @@ def plain_sigmoid(
         logits = logits + logit_bias
     positive = row_ids[valid, None] == column_ids[None, present]
     total = -nn.functional.logsigmoid((2 * positive.to(logits.dtype) - 1) * logits).sum()
-    of_columns = Stats.empty(columns)
+    of_columns = Stats.empty(len(columns), columns.detach())
     if len(logits):
         seen = logits.detach()
         of_columns.pos[present] = seen.amax(0)  # of all: above every negative only if it is a positive's
         of_columns.neg[present] = seen.masked_fill(positive, -float("inf")).amax(0)
     hits_ab = hits(logits, positive) if len(logits) else logits.new_zeros(())
-    return total, hits_ab, Stats(*merge_stats(of_columns.tensors())).hits()
+    return total, hits_ab, Stats(merge_stats(of_columns.data)).hits()
 
 
 @losses.register("sigmoid")

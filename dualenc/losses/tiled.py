@@ -1,7 +1,7 @@
 """InfoNCE and sigmoid on a block of rows × a block of columns, a tile of logits at a time.
 
-Three functions, on torch (here) and as Triton kernels (``triton_tiled``): what a block adds to the value, and what it
-adds to the gradients. ``sweeps`` puts blocks together, over ranks too. All work in both directions at once: the tile
+Three functions, on torch (here) and as Triton kernels (``triton_tiled``), say what a block adds to the value and to the
+gradients. ``sweeps`` puts blocks together, over ranks too. All work in both directions at once: the tile
 that gives row i its softmax over columns gives column j its softmax over rows, so no product is computed twice in a
 sweep. Nothing of size B·N exists, only one tile and its copy.
 """
@@ -17,34 +17,30 @@ from torch import Tensor, nn
 INF = float("inf")
 
 
-@dataclass(slots=True)
 class Stats:
     """What is known of n rows (or columns) so far; blocks are added one by one.
 
     Attributes:
+        data: [4, n], one tensor that can be sent; the others are its rows.
         pos, neg: [n] the largest logit of a positive and of a negative; −inf where none was seen.
         z: [n] Σ exp(logit − m) with m = max(pos, neg) (the online softmax of arXiv 1805.02867).
         at_pos: [n] Σ of the positives' logits.
     """
 
-    pos: Tensor
-    neg: Tensor
-    z: Tensor
-    at_pos: Tensor
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.pos, self.neg, self.z, self.at_pos = data[0], data[1], data[2], data[3]
 
     @classmethod
-    def empty(cls, like: Tensor) -> Stats:
-        """For the rows of ``like`` [n, …]."""
-        n = len(like)
-        return cls(like.new_full((n,), -INF), like.new_full((n,), -INF), like.new_zeros(n), like.new_zeros(n))
+    def empty(cls, n: int, like: Tensor) -> Stats:
+        """Nothing seen yet."""
+        data = like.new_zeros(4, n)
+        data[:2] = -INF
+        return cls(data)
 
-    def tensors(self) -> list[Tensor]:
-        """The four, in the order of the fields."""
-        return [self.pos, self.neg, self.z, self.at_pos]
-
-    def of(self, index: Tensor | slice) -> Stats:
-        """Some of the rows: a view for a slice, a copy for an index."""
-        return Stats(*(x[index] for x in self.tensors()))
+    def of(self, s: slice) -> Stats:
+        """Some of the rows, as a view."""
+        return Stats(self.data[:, s])
 
     def raise_to(self, pos: Tensor, neg: Tensor) -> Tensor:
         """Take in new largest logits, rescale ``z`` to them, and return the new m [n]."""
@@ -70,25 +66,20 @@ class Block:
 
     Attributes:
         x: [n, D] features; ids: [n] pair ids.
-        weight: [n] target of each positive of this row, (1 − ε) / number of positives (InfoNCE's gradient).
-        lse: [n] logsumexp of this row's logits (InfoNCE's gradient).
-        upstream: [n] gradient of the final value at this row's term, or None where it is 1.
+        terms: for InfoNCE's gradient three of [n], with u the upstream gradient of a row's term of the value:
+            u · (1 − ε) / number of positives; the logsumexp of the row's logits; u. Else none.
     """
 
     x: Tensor
     ids: Tensor
-    weight: Tensor | None = None
-    lse: Tensor | None = None
-    upstream: Tensor | None = None
+    terms: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
 
     def part(self, s: slice) -> Block:
         """Some of the rows, as a view."""
-        return Block(
-            self.x[s], self.ids[s], *(None if t is None else t[s] for t in (self.weight, self.lse, self.upstream))
-        )
+        return Block(self.x[s], self.ids[s], tuple(t[s] for t in self.terms))
 
 
 class Positives:
@@ -139,35 +130,24 @@ def info_nce_stats(rows: Block, columns: Block, scale: Tensor, of_rows: Stats, o
 def info_nce_grad(
     rows: Block, columns: Block, scale: Tensor, smooth: float, grad_rows: Tensor, grad_columns: Tensor, mb: float
 ) -> Tensor:
-    """Add this block's gradients (in place); returns its gradient of the scale, a scalar.
+    """Add this block's gradients of the features (in place); returns its gradient of the scale, a scalar.
 
-    With upstream u, the gradient at logit l_ij is u_i (softmax_j − t_ij) + u_j (softmax_i − t_ji).
+    The gradient at logit l_ij is u_i (softmax_j − t_ij) + u_j (softmax_i − t_ji).
 
     Args:
-        rows: [R, D]; columns: [n, D], both with ``weight`` and ``lse``; ``upstream`` on both or on none.
-        smooth: ε / |V|. grad_rows: [R, D]; grad_columns: [n, D].
+        rows: [R, D]; columns: [n, D], both with their terms.
+        smooth: ε / |V|. grad_rows: [R, D]; grad_columns: [n, D]. The others as in :func:`info_nce_stats`.
     """
     grad_scale = rows.x.new_zeros(())
     scratch = Scratch(rows.x)
     for i, j, row, column, logits in _tiles(rows, columns, scale, None, mb, scratch):
         R, C = rows.part(i), columns.part(j)
-        assert R.lse is not None
-        assert C.lse is not None
-        assert R.weight is not None
-        assert C.weight is not None
-        g = torch.sub(logits, R.lse[:, None], out=scratch.get(1, logits.shape)).exp_()
-        logits.sub_(C.lse).exp_()
-        t_row, t_column = R.weight[row], C.weight[column]
-        if R.upstream is not None and C.upstream is not None:
-            g.mul_(R.upstream[:, None])
-            logits.mul_(C.upstream)
-            t_row, t_column = t_row * R.upstream[row], t_column * C.upstream[column]
-            if smooth:
-                g.sub_(smooth * R.upstream[:, None]).sub_(smooth * C.upstream)
-        elif smooth:
-            g.sub_(2 * smooth)
-        g.add_(logits)
-        g[row, column] -= t_row + t_column
+        (target_row, lse_row, u_row), (target_column, lse_column, u_column) = R.terms, C.terms
+        g = torch.sub(logits, lse_row[:, None], out=scratch.get(1, logits.shape)).exp_().mul_(u_row[:, None])
+        g.addcmul_(logits.sub_(lse_column).exp_(), u_column)
+        if smooth:
+            g.sub_(smooth * u_row[:, None]).sub_(smooth * u_column)
+        g[row, column] -= target_row[row] + target_column[column]
         grad_scale += add_gradients(g, R.x, C.x, scale, grad_rows[i], grad_columns[j])
     return grad_scale
 
@@ -177,35 +157,31 @@ def sigmoid_block(
     columns: Block,
     scale: Tensor,
     bias: Tensor,
-    of_rows: Stats | None,
-    of_columns: Stats | None,
+    stats: tuple[Stats, Stats] | None,
     grads: tuple[Tensor, Tensor] | None,
     mb: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's Σ −log σ(z·logit), its statistics (in place) and its gradients for upstream 1 (in place).
+) -> Tensor:
+    """The block's Σ −log σ(z·logit), and that sum's gradients of scale and bias: [3].
 
     Args:
-        rows: [R, D]; columns: [n, D]; scale, bias: [1].
-        of_rows, of_columns: for top-1 only, or None.
-        grads: [R, D] and [n, D] to add to, or None for the value alone.
-
-    Returns:
-        the sum (zero without statistics), and the gradients of scale and bias (zero without ``grads``), scalars.
+        rows: [R, D]; columns: [n, D]; scale, bias: [1]; mb: MiB of a tile.
+        stats: of R rows and n columns to add to (``pos`` and ``neg``, for top-1); None: the sum is not wanted either.
+        grads: gradients of the features, [R, D] and [n, D], to add to; None: no gradient is wanted.
     """
-    total, grad_scale, grad_bias = (rows.x.new_zeros(()) for _ in range(3))
+    sums = rows.x.new_zeros(3)
     for i, j, row, column, logits in _tiles(rows, columns, scale, bias, mb, Scratch(rows.x)):
         at_positive = logits[row, column]
-        if of_rows is not None and of_columns is not None:
-            _take_maxima(logits, row, column, at_positive, of_rows.of(i), of_columns.of(j))
-        logits[row, column] = -at_positive  # now −z·logit: every term is softplus of it
-        if of_rows is not None:
-            total += nn.functional.softplus(logits).sum()
+        if stats is not None:
+            _take_maxima(logits, row, column, at_positive, stats[0].of(i), stats[1].of(j))
+        logits[row, column] = -at_positive  # now −z·logit: terms are softplus of it, gradients its σ
+        if stats is not None:
+            sums[0] += nn.functional.softplus(logits).sum()
         if grads is not None:
             g = logits.sigmoid_()
             g[row, column] *= -1
-            grad_bias += g.sum()
-            grad_scale += add_gradients(g, rows.x[i], columns.x[j], scale, grads[0][i], grads[1][j])
-    return total, grad_scale, grad_bias
+            sums[1] += add_gradients(g, rows.x[i], columns.x[j], scale, grads[0][i], grads[1][j])
+            sums[2] += g.sum()
+    return sums
 
 
 class Scratch:

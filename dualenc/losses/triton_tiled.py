@@ -1,11 +1,12 @@
 """The block functions of ``tiled`` for CUDA: matrix products by cuBLAS, all else on a tile in two Triton kernels.
 
 A tile of logits is read twice for the statistics (its rows', its columns') and once for the gradient, which replaces
-it. Every sum is owned by one program, so there are no atomics and numbers do not change from run to run; nothing waits
-for the device. Products are as exact as torch's: fp32 unless TF32 was allowed.
+it. Every sum is owned by one program, so there are no atomics and numbers do not change from run to run. Products are
+as exact as torch's: fp32 unless TF32 was allowed.
 
-Import it only where Triton is installed. With TRITON_INTERPRET=1 in the environment before the import, Triton runs the
-kernels on the CPU; the tests use that where there is no GPU.
+Import it only where Triton is installed. What it was run on: Triton's interpreter on the CPU (TRITON_INTERPRET=1 before
+the import), against ``tiled``; and compiled, not run, for compute capability 8.0 and 9.0. Never yet on a GPU: its test
+there is skipped without one, and block sizes are not tuned.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def info_nce_grad(
     """As ``tiled.info_nce_grad``."""
     grad_scale = rows.x.new_zeros(())
     for i, j, logits in tiles(rows, columns, scale, None, mb, Scratch(rows.x)):
-        _to_gradient(logits, rows.part(i), columns.part(j), smooth, sigmoid=False)
-        grad_scale += add_gradients(logits, rows.x[i], columns.x[j], scale, grad_rows[i], grad_columns[j])
+        R, C = rows.part(i), columns.part(j)
+        _to_gradient(logits, R.ids, C.ids, (*R.terms, *C.terms), smooth)
+        grad_scale += add_gradients(logits, R.x, C.x, scale, grad_rows[i], grad_columns[j])
     return grad_scale
 
 
@@ -43,21 +45,21 @@ def sigmoid_block(
     columns: Block,
     scale: Tensor,
     bias: Tensor,
-    of_rows: Stats | None,
-    of_columns: Stats | None,
+    stats: tuple[Stats, Stats] | None,
     grads: tuple[Tensor, Tensor] | None,
     mb: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """As ``tiled.sigmoid_block``."""
-    terms, (grad_scale, grad_bias) = rows.x.new_zeros(len(rows)), rows.x.new_zeros(2)
+    sums, terms = rows.x.new_zeros(3), rows.x.new_zeros(len(rows))
     for i, j, logits in tiles(rows, columns, scale, bias, mb, Scratch(rows.x)):
-        if of_rows is not None and of_columns is not None:
-            _both_stats(logits, rows.ids[i], columns.ids[j], of_rows.of(i), of_columns.of(j), terms[i])
+        if stats is not None:
+            _both_stats(logits, rows.ids[i], columns.ids[j], stats[0].of(i), stats[1].of(j), terms[i])
         if grads is not None:
-            _to_gradient(logits, rows.part(i), columns.part(j), 0.0, sigmoid=True)
-            grad_bias += logits.sum()
-            grad_scale += add_gradients(logits, rows.x[i], columns.x[j], scale, grads[0][i], grads[1][j])
-    return terms.sum(), grad_scale, grad_bias
+            _to_gradient(logits, rows.ids[i], columns.ids[j], (), None)
+            sums[1] += add_gradients(logits, rows.x[i], columns.x[j], scale, grads[0][i], grads[1][j])
+            sums[2] += logits.sum()
+    sums[0] = terms.sum()
+    return sums
 
 
 def _both_stats(
@@ -66,25 +68,28 @@ def _both_stats(
     """Add a tile to the statistics (views) and, for the sigmoid loss, Σ softplus(−z·logit) to ``terms`` [h]."""
     h, w = logits.shape
     sigmoid = terms is not None
-    to_row = [*of_row.tensors(), torch.zeros_like(of_row.z) if terms is None else terms]
-    to_column = [*of_column.tensors(), torch.zeros_like(of_column.z)]
+    to_row = [*of_row.data, torch.zeros_like(of_row.z) if terms is None else terms]
+    to_column = [*of_column.data, torch.zeros_like(of_column.z)]
     own, other = ALONG_ROW
     _stats_kernel[(triton.cdiv(h, own),)](logits, row_ids, column_ids, *to_row, h, w, w, 1, sigmoid, own, other)
     other, own = ALONG_COLUMN
     _stats_kernel[(triton.cdiv(w, own),)](logits, column_ids, row_ids, *to_column, w, h, 1, w, sigmoid, own, other)
 
 
-def _to_gradient(logits: Tensor, rows: Block, columns: Block, smooth: float, sigmoid: bool) -> None:
-    """Replace the logits [h, w] by the gradient at them."""
+def _to_gradient(
+    logits: Tensor, row_ids: Tensor, column_ids: Tensor, terms: tuple[Tensor, ...], smooth: float | None
+) -> None:
+    """Replace the logits [h, w] by the gradient at them.
+
+    Args:
+        terms: InfoNCE: the rows' three, then the columns'; sigmoid loss: none.
+        smooth: InfoNCE: ε / |V|; None for the sigmoid loss.
+    """
     h, w = logits.shape
-    vectors = [x.new_ones(len(x)) if v is None else v for x, v in _vectors(rows) + _vectors(columns)]
     height, width = GRADIENT
     grid = (triton.cdiv(h, height), triton.cdiv(w, width))
-    _gradient_kernel[grid](logits, rows.ids, columns.ids, *vectors, h, w, smooth, sigmoid, height, width)
-
-
-def _vectors(block: Block) -> list[tuple[Tensor, Tensor | None]]:
-    return [(block.x[:, 0], v) for v in (block.weight, block.lse, block.upstream)]
+    six = terms or (logits,) * 6  # never read
+    _gradient_kernel[grid](logits, row_ids, column_ids, *six, h, w, smooth or 0.0, smooth is None, height, width)
 
 
 # Kernels have no type annotations: Triton reads them as code.
@@ -131,7 +136,7 @@ def _stats_kernel(  # type: ignore
 
 @triton.jit  # type: ignore
 def _gradient_kernel(  # type: ignore
-    LOGITS, ROW_IDS, COLUMN_IDS, ROW_WEIGHT, ROW_LSE, ROW_UP, COLUMN_WEIGHT, COLUMN_LSE, COLUMN_UP, h, w, smooth,
+    LOGITS, ROW_IDS, COLUMN_IDS, ROW_TARGET, ROW_LSE, ROW_UP, COLUMN_TARGET, COLUMN_LSE, COLUMN_UP, h, w, smooth,
     SIGMOID: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program: HEIGHT × WIDTH entries of the tile, changed from logits to gradients."""
@@ -149,10 +154,10 @@ def _gradient_kernel(  # type: ignore
         g = tl.where(signed >= 0, 1.0, e) / (1.0 + e)
         g = tl.where(positive, -g, g)
     else:
-        row_weight, column_weight = tl.load(ROW_WEIGHT + i, mask=in_h), tl.load(COLUMN_WEIGHT + j, mask=in_w)
+        row_target, column_target = tl.load(ROW_TARGET + i, mask=in_h), tl.load(COLUMN_TARGET + j, mask=in_w)
         row_lse, column_lse = tl.load(ROW_LSE + i, mask=in_h), tl.load(COLUMN_LSE + j, mask=in_w)
         row_up, column_up = tl.load(ROW_UP + i, mask=in_h), tl.load(COLUMN_UP + j, mask=in_w)
-        to_row = tl.exp(logits - row_lse[:, None]) - smooth - tl.where(positive, row_weight[:, None], 0.0)
-        to_column = tl.exp(logits - column_lse[None, :]) - smooth - tl.where(positive, column_weight[None, :], 0.0)
-        g = row_up[:, None] * to_row + column_up[None, :] * to_column
+        to_row = row_up[:, None] * (tl.exp(logits - row_lse[:, None]) - smooth)
+        to_column = column_up[None, :] * (tl.exp(logits - column_lse[None, :]) - smooth)
+        g = to_row + to_column - tl.where(positive, row_target[:, None] + column_target[None, :], 0.0)
     tl.store(at, g, mask=there)

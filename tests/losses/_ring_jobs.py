@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def features(n: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.nn.functional.normalize(torch.randn(n, dim, generator=g, dtype=dtype), dim=-1) for _ in "ab"]
 
 
+def sum_over_ranks(x: Tensor) -> None:
+    if dist.is_initialized():  # not in a world of one
+        dist.all_reduce(x)
+
+
 def outcome(settings: dict[str, Any], world: World, size: int, ids: Tensor, dtype: torch.dtype, upstream: float) -> Any:
     """Value, metrics and gradients of this rank (scale, bias: the mean). Slots of absent ids hold NaN."""
     r, dim = world.rank, 6
@@ -59,7 +65,7 @@ def outcome(settings: dict[str, Any], world: World, size: int, ids: Tensor, dtyp
     grads = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in zip("abst", inputs, strict=True)}
     # A rank's gradient of the scale is of the logits it computed, in whichever direction; engines take the mean.
     scalars = torch.cat([grads.pop("s"), grads.pop("t")])
-    dist.all_reduce(scalars)
+    sum_over_ranks(scalars)
     return {"value": out.value.detach(), **out.metrics, **grads, "scale and bias": scalars / world.world_size}
 
 
@@ -68,18 +74,13 @@ def compare(world: World) -> dict[str, float]:
     found = {}
     for name, pattern in PATTERNS.items():
         for loss in ({"name": "info_nce"}, {"name": "info_nce", "label_smoothing": 0.2}, {"name": "sigmoid"}):
-            for size in (1, 5, 16):
-                ids = pattern(size * world.world_size)
-                for dtype in (torch.float64, torch.float32):
-                    for upstream in (1.0, 1.0 + world.rank):
-                        want = outcome(loss | SETTINGS["plain"], world, size, ids, dtype, upstream)
-                        for how in ("gathered", "ring"):
-                            got = outcome(loss | SETTINGS[how], world, size, ids, dtype, upstream)
-                            off = max(
-                                float((got[k] - x).abs().max() / x.abs().max().clamp(min=1)) for k, x in want.items()
-                            )
-                            key = f"{how} {str(dtype)[-2:]} {loss} {name} {size} {upstream == 1.0}"
-                            found[key] = off if off == off else float("inf")
+            for size, dtype, slope in ((1, torch.float64, 0.0), (7, torch.float64, 1.0), (16, torch.float32, 1.0)):
+                ids, upstream = pattern(size * world.world_size), 1.0 + slope * world.rank
+                want = outcome(loss | SETTINGS["plain"], world, size, ids, dtype, upstream)
+                for how in ("gathered", "ring"):
+                    got = outcome(loss | SETTINGS[how], world, size, ids, dtype, upstream)
+                    off = max(float((got[k] - x).abs().max() / x.abs().max().clamp(min=1)) for k, x in want.items())
+                    found[f"{how} {dtype} {loss} {name} {size}"] = off if off == off else float("inf")
     return found
 
 
@@ -98,7 +99,7 @@ def against_the_papers(world: World) -> dict[str, float]:
         loss = naive_info_nce(a, b, kept, inputs[2]) if kind == "info_nce" else naive_sigmoid(a, b, kept, *inputs[2:])
         loss.backward()
         value = got["value"].clone()
-        dist.all_reduce(value)
+        sum_over_ranks(value)
         found[f"{kind} value"] = abs(float(value / world.world_size - loss))
         found[f"{kind} scale"] = abs(float(got["scale and bias"][0] - inputs[2].grad))
         for k, x in zip("ab", inputs, strict=False):
@@ -145,13 +146,13 @@ def memory(world: World) -> dict[str, list[int]]:
     return found
 
 
-def meetings(world: World, both_ways: bool) -> dict[str, Any]:
+def meetings(world: World) -> dict[str, Any]:
     """Every rank adds its number + 1 to every block, and notes whom it met."""
     met = []
 
-    def visit(fixed: list[Tensor], moving: list[Tensor]) -> None:
+    def visit(fixed: Sequence[Tensor], found: Tensor) -> None:
         met.append(fixed[0].tolist())
-        moving[0] += world.rank + 1
+        found += world.rank + 1
 
-    (home,) = circulate(visit, [torch.arange(3) + 10 * world.rank], [torch.zeros(3)], both_ways)
+    home = circulate(visit, [torch.arange(3) + 10 * world.rank], torch.zeros(3))
     return {"met": met, "home": home}

@@ -188,4 +188,4 @@ def test_the_recipe_line_builds_the_loss_and_names_errors() -> None:
 def test_auto_goes_over_to_tiles_at_2048() -> None:
     config = build_loss(Component(name="sigmoid")).config  # type: ignore[attr-defined]
     assert config.choose(2047, torch.device("cpu")) is None
-    assert config.choose(2048, torch.device("cpu")) == How(8.0, False, tiled)
+    assert config.choose(2048, torch.device("cpu")) == How(2.0, False, tiled)

@@ -21,26 +21,25 @@ JOBS = Path(__file__).with_name("_ring_jobs.py")
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_block_meets_every_rank_and_comes_home(ranks: int, both_ways: bool) -> None:
-    for out in spawn(JOBS, "meetings", ranks, {"both_ways": both_ways}):
-        assert sorted(x for block in out["met"] for x in block) == [10 * r + k for r in range(ranks) for k in range(3)]
+def test_every_block_meets_every_rank_and_comes_home(ranks: int) -> None:
+    for rank, out in enumerate(spawn(JOBS, "meetings", ranks)):
+        assert out["met"] == [[10 * ((rank - hop) % ranks) + k for k in range(3)] for hop in range(ranks)]
         assert out["home"].tolist() == [sum(range(ranks + 1))] * 3
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ring_and_gathered_tiles_equal_the_plain_matrix(ranks: int) -> None:
     """Value, metrics and all gradients of every rank; fp64 to 1e-12, fp32 to 1e-6."""
     for found in spawn(JOBS, "compare", ranks):
-        assert len(found) == 2 * 2 * 3 * 6 * 3 * 2
-        assert {k: x for k, x in found.items() if not x <= (1e-12 if " 64 " in k else 1e-6)} == {}
+        assert len(found) == 2 * 3 * 6 * 3
+        assert {k: x for k, x in found.items() if not x <= (1e-12 if "float64" in k else 1e-6)} == {}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_ring_equals_the_papers(ranks: int) -> None:
     for found in spawn(JOBS, "against_the_papers", ranks):
         assert len(found) == 8
