@@ -32,10 +32,10 @@ def test_every_block_meets_every_rank_and_comes_home(ranks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ring_and_gathered_tiles_equal_the_plain_matrix(ranks: int) -> None:
-    """Value, metrics and all gradients of every rank; fp64 to 1e-12, fp32 to 1e-6."""
+    """Value, metrics and all gradients of every rank; fp64 to 1e-12, fp32 to 3e-6."""
     for found in spawn(JOBS, "compare", ranks):
         assert len(found) == 2 * 3 * 6 * 3
-        assert {k: x for k, x in found.items() if not x <= (1e-12 if "float64" in k else 1e-6)} == {}
+        assert {k: x for k, x in found.items() if not x <= (1e-12 if "float64" in k else 3e-6)} == {}
 
 
 @pytest.mark.dist
