@@ -42,7 +42,7 @@ ONLY_IN = {
     "timm": ("dualenc/encoders",),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
     "typer": ("dualenc/cli.py",),
-    "argparse": ("dualenc/cli.py",),
+    "argparse": ("dualenc/cli.py", "dualenc/bench.py"),
     "pickle": (),
 }
 

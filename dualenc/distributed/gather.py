@@ -34,13 +34,15 @@ def gather(x: Tensor) -> Tensor:
 
 def gather_ids(ids: Tensor) -> Tensor:
     """Concatenate integer ``ids [B]`` of all ranks → ``[W·B]``, without gradient."""
-    return ids if world_size() == 1 else _all_gather(ids)
+    return ids if world_size() == 1 else all_gather(ids)
 
 
 def check_equal_shapes(x: Tensor) -> None:
     """Raise on all ranks alike if ``x`` has another shape on some rank."""
+    if world_size() == 1:
+        return
     mine = torch.tensor(x.shape, dtype=torch.int64, device=x.device)
-    shapes = _all_gather(mine).view(-1, x.ndim).tolist()
+    shapes = all_gather(mine).view(-1, x.ndim).tolist()
     if any(s != shapes[0] for s in shapes):
         listed = ", ".join(f"rank {r}: {s}" for r, s in enumerate(shapes))
         raise DualencError(f"Features must have one shape on all ranks, got {listed}; give every rank the same batch")
@@ -49,14 +51,15 @@ def check_equal_shapes(x: Tensor) -> None:
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _all_gather(x)
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return reduce_scatter_sum(grad)
 
 
-def _all_gather(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate ``x [B, …]`` of all ranks → ``[W·B, …]``, without gradient and without a check of the shapes."""
     out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(out, x.contiguous())
     return out

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dualenc.config import Section
+from dualenc.errors import ConfigError
+from dualenc.losses.sweeps import How
 from dualenc.registry import Registry
 
 
@@ -44,14 +49,44 @@ class Loss(Protocol):
 
 
 class TiledConfig(Section):
-    """Settings of a loss that can be computed without its [B, N] matrix; both ways give the same numbers."""
+    """How a loss is computed; every way gives the same numbers."""
 
-    impl: Literal["auto", "plain", "tiled"] = Field("auto", description="auto: tiled from a global batch of 2048 on")
-    strip_mb: Annotated[float, Field(gt=0)] = Field(64.0, description="MiB of logits that exist at one time")
+    impl: Literal["auto", "plain", "tiled", "triton"] = Field(
+        "auto", description="auto: the plain matrix below a global batch of 2048, else triton on CUDA, else tiled"
+    )
+    columns: Literal["gathered", "ring"] = Field(
+        "gathered", description="ring: features travel around the ranks, none holds all of them; never plain"
+    )
+    tile_mb: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="MiB of a tile of logits; default 2 on CPU (it stays in the cache), 128 on CUDA"
+    )
 
-    def choose(self, global_batch: int) -> float | None:
-        """The strip size for this batch, or None for the plain matrix."""
-        return self.strip_mb if self.impl == "tiled" or (self.impl == "auto" and global_batch >= 2048) else None
+    @model_validator(mode="after")
+    def _ring_is_tiled(self) -> Self:
+        if self.impl == "plain" and self.columns == "ring":
+            raise ValueError("impl: plain holds all columns, so it does not go with columns: ring; write impl: auto")
+        return self
+
+    def choose(self, global_batch: int, device: torch.device) -> How | None:
+        """How to compute a batch of this size on this device, or None for the plain matrix.
+
+        Raises:
+            ConfigError: if ``impl`` is triton and cannot be used here.
+        """
+        if self.impl == "triton" and (missing := why_no_triton(device)):
+            raise ConfigError(f"loss.impl is triton, but {missing}; write auto or tiled")
+        if self.impl == "plain" or (self.impl == "auto" and self.columns == "gathered" and global_batch < 2048):
+            return None
+        name = "triton_tiled" if self.impl != "tiled" and not why_no_triton(device) else "tiled"
+        tile_mb = self.tile_mb or (128.0 if device.type == "cuda" else 2.0)
+        return How(tile_mb, self.columns == "ring", importlib.import_module(f"dualenc.losses.{name}"))
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """What is missing for the Triton kernels, or None if nothing is."""
+    if device.type != "cuda":
+        return f"the features are on {device.type} and it needs CUDA"
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
 losses: Registry[type[Any]] = Registry("loss")

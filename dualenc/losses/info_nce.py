@@ -16,43 +16,45 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dualenc.distributed.gather import gather, gather_ids
+from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.losses.base import LossOutput, TiledConfig, losses
-from dualenc.losses.tiled import tiled_info_nce
+from dualenc.losses.sweeps import How, sweep_info_nce
 
 
 def info_nce(
-    a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, label_smoothing: float = 0.0, strip_mb: float | None = None
+    a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, label_smoothing: float = 0.0, how: How | None = None
 ) -> LossOutput:
     """This rank's rows of the loss above, in both directions.
 
     Args:
-        a, b: [B, D] normalised features; the columns are gathered from all ranks.
+        a, b: [B, D] normalised features; the columns are those of all ranks.
         ids: [B] pair ids, −1 for a slot that takes no part.
         logit_scale: [1].
         label_smoothing: ε in [0, 1).
-        strip_mb: compute in strips of this many MiB of logits, or None for the plain [B, N] matrices.
+        how: tiled, without the [B, N] matrices (see ``losses.sweeps``), or None for the plain matrices.
 
     Returns:
         value = Σ_{local valid i} ½ (ℓ_i(a→b) + ℓ_i(b→a)) / (n / W) with n valid rows in the global batch, and the
-        share of rows whose best column is a positive (``top1_ab``, ``top1_ba``), likewise.
+        share of rows with a positive above every negative (``top1_ab``, ``top1_ba``), likewise.
     """
-    all_a, all_b, all_ids = gather(a), gather(b), gather_ids(ids)
-    share = (all_ids >= 0).sum().clamp(min=1) / world_size()
-    if strip_mb is None:
+    check_equal_shapes(a)
+    all_ids = gather_ids(ids)
+    share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
+    if how is None:
+        all_a, all_b = gather(a), gather(b)
         sum_ab, hits_ab = info_nce_rows(a, all_b, ids, all_ids, logit_scale, label_smoothing)
         sum_ba, hits_ba = info_nce_rows(b, all_a, ids, all_ids, logit_scale, label_smoothing)
+        total = sum_ab + sum_ba
     else:
-        sum_ab, hits_ab = tiled_info_nce(a, all_b, ids, all_ids, logit_scale, label_smoothing, strip_mb)
-        sum_ba, hits_ba = tiled_info_nce(b, all_a, ids, all_ids, logit_scale, label_smoothing, strip_mb)
-    return LossOutput((sum_ab + sum_ba) / (2 * share), {"top1_ab": hits_ab / share, "top1_ba": hits_ba / share})
+        total, hits_ab, hits_ba = sweep_info_nce(a, b, ids, all_ids, logit_scale, label_smoothing, how)
+    return LossOutput(total / (2 * share), {"top1_ab": hits_ab / share, "top1_ba": hits_ba / share})
 
 
 def info_nce_rows(
     rows: Tensor, columns: Tensor, row_ids: Tensor, column_ids: Tensor, logit_scale: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Σ ℓ_i over valid rows, and the number of rows whose best column is a positive.
+    """Σ ℓ_i over valid rows, and the number of rows with a positive above every negative.
 
     Args:
         rows: [B, D]; columns: [N, D]; row_ids: [B]; column_ids: [N]. Every valid row's id occurs among the columns.
@@ -66,8 +68,13 @@ def info_nce_rows(
     if not len(logits):  # no row here is valid: a zero that still runs the gather's backward with the other ranks
         return logit_scale[:0].sum() + rows[:0].sum() + columns[:0].sum(), logits.new_zeros(())
     per_row = torch.logsumexp(logits, dim=1) - (target * logits).sum(1)
-    best = logits.detach().argmax(1, keepdim=True)
-    return per_row.sum(), positive.gather(1, best).sum().to(logits.dtype)
+    return per_row.sum(), hits(logits, positive)
+
+
+def hits(logits: Tensor, positive: Tensor) -> Tensor:
+    """How many rows of [B, N] have a positive above every negative. A tie, as of collapsed features, is a miss."""
+    logits = logits.detach()
+    return (logits.amax(1) > logits.masked_fill(positive, -float("inf")).amax(1)).sum().to(logits.dtype)
 
 
 @losses.register("info_nce")
@@ -87,5 +94,5 @@ class InfoNCE(nn.Module):
         self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
     ) -> LossOutput:
         """See :func:`info_nce`; ``logit_bias`` adds the same to all logits of a row and is ignored."""
-        strip_mb = self.config.choose(len(a) * world_size())
-        return info_nce(a, b, ids, logit_scale, self.config.label_smoothing, strip_mb)
+        how = self.config.choose(len(a) * world_size(), a.device)
+        return info_nce(a, b, ids, logit_scale, self.config.label_smoothing, how)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dualenc.distributed.gather import gather, gather_ids
+from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.losses.base import LossOutput, TiledConfig, losses
-from dualenc.losses.tiled import tiled_sigmoid
+from dualenc.losses.info_nce import hits
+from dualenc.losses.sweeps import How, merge_stats, sweep_sigmoid
+from dualenc.losses.tiled import Stats
 
 
 def sigmoid_loss(
@@ -21,7 +23,7 @@ def sigmoid_loss(
     ids: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor | None = None,
-    strip_mb: float | None = None,
+    how: How | None = None,
 ) -> LossOutput:
     """This rank's rows of the loss above.
 
@@ -29,39 +31,48 @@ def sigmoid_loss(
         a, b: [B, D] normalised features; the columns are ``b`` of all ranks.
         ids: [B] pair ids, −1 for a slot that takes no part.
         logit_scale: [1]; logit_bias: [1], or None for no bias.
-        strip_mb: compute in strips of this many MiB of logits, or None for the plain [B, N] matrix.
+        how: tiled, without the [B, N] matrix (see ``losses.sweeps``), or None for the plain matrix.
 
     Returns:
-        value = the sum over local rows / (n / W), and ``top1_ab``, the share of rows whose best column is a positive.
+        value = the sum over local rows / (n / W), and ``top1_ab`` and ``top1_ba``, the share of rows with a positive
+        above every negative.
     """
-    all_b, all_ids = gather(b), gather_ids(ids)
-    share = (all_ids >= 0).sum().clamp(min=1) / world_size()
-    if strip_mb is None:
-        total, hits = sigmoid_rows(a, all_b, ids, all_ids, logit_scale, logit_bias)
+    check_equal_shapes(a)
+    all_ids = gather_ids(ids)
+    share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
+    if how is None:
+        total, hits_ab, hits_ba = plain_sigmoid(a, gather(b), ids, all_ids, logit_scale, logit_bias)
     else:
-        total, hits = tiled_sigmoid(a, all_b, ids, all_ids, logit_scale, logit_bias, strip_mb)
-    return LossOutput(total / share, {"top1_ab": hits / share})
+        total, hits_ab, hits_ba = sweep_sigmoid(a, b, ids, all_ids, logit_scale, logit_bias, how)
+    return LossOutput(total / share, {"top1_ab": hits_ab / share, "top1_ba": hits_ba / share})
 
 
-def sigmoid_rows(
+def plain_sigmoid(
     rows: Tensor,
     columns: Tensor,
     row_ids: Tensor,
     column_ids: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Σ over valid rows and columns of −log σ(z·logit), and the number of rows whose best column is a positive."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ over valid rows and columns of −log σ(z·logit), and the hits of this rank's rows a→b and b→a.
+
+    Args:
+        rows: [B, D]; columns: [W·B, D], those of all ranks; row_ids: [B]; column_ids: [W·B].
+    """
     valid, present = row_ids >= 0, column_ids >= 0
     logits = logit_scale * (rows[valid] @ columns[present].T)
     if logit_bias is not None:
         logits = logits + logit_bias
     positive = row_ids[valid, None] == column_ids[None, present]
     total = -nn.functional.logsigmoid((2 * positive.to(logits.dtype) - 1) * logits).sum()
-    if not len(logits):
-        return total, logits.new_zeros(())
-    best = logits.detach().argmax(1, keepdim=True)
-    return total, positive.gather(1, best).sum().to(logits.dtype)
+    of_columns = Stats.empty(len(columns), columns.detach())
+    if len(logits):
+        seen = logits.detach()
+        of_columns.pos[present] = seen.amax(0)  # of all: above every negative only if it is a positive's
+        of_columns.neg[present] = seen.masked_fill(positive, -float("inf")).amax(0)
+    hits_ab = hits(logits, positive) if len(logits) else logits.new_zeros(())
+    return total, hits_ab, Stats(merge_stats(of_columns.data)).hits()
 
 
 @losses.register("sigmoid")
@@ -81,4 +92,4 @@ class Sigmoid(nn.Module):
         self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
     ) -> LossOutput:
         """See :func:`sigmoid_loss`."""
-        return sigmoid_loss(a, b, ids, logit_scale, logit_bias, self.config.choose(len(a) * world_size()))
+        return sigmoid_loss(a, b, ids, logit_scale, logit_bias, self.config.choose(len(a) * world_size(), a.device))

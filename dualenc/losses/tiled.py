@@ -1,59 +1,85 @@
-"""The row sums of InfoNCE and the sigmoid loss without the [B, N] matrix.
+"""InfoNCE and sigmoid on a block of rows × a block of columns, a tile of logits at a time.
 
-A strip of rows meets all columns; its loss and its gradient are taken at once, while the strip's logits are there, so
-nothing of size B·N is kept and no product is computed twice. Memory is O((B + N)·D + strip). The gradient is scaled
-by the upstream gradient in the backward.
-
-With e_ij = exp(l_ij − m_i) and Z_i = Σ_j e_ij the softmax never exists: (e/Z) C = (e C)/Z and (e/Z)ᵀ R = eᵀ (R/Z).
-Targets are sparse (each row has few positives), so they are added by index.
+Three functions, on torch (here) and as Triton kernels (``triton_tiled``), say what a block adds to the value and to the
+gradients. ``sweeps`` puts blocks together, over ranks too. All work in both directions at once: the tile
+that gives row i its softmax over columns gives column j its softmax over rows, so no product is computed twice in a
+sweep. Nothing of size B·N exists, only one tile and its copy.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+INF = float("inf")
 
 
-def tiled_info_nce(
-    rows: Tensor,
-    columns: Tensor,
-    row_ids: Tensor,
-    column_ids: Tensor,
-    logit_scale: Tensor,
-    label_smoothing: float = 0.0,
-    strip_mb: float = 64.0,
-) -> tuple[Tensor, Tensor]:
-    """As ``info_nce_rows``: Σ ℓ_i over valid rows, and the number of rows whose best column is a positive.
+class Stats:
+    """What is known of n rows (or columns) so far; blocks are added one by one.
 
-    Args:
-        rows: [B, D]; columns: [N, D]; row_ids: [B]; column_ids: [N]; −1 takes no part.
-        logit_scale: [1].
-        label_smoothing: ε of the targets.
-        strip_mb: memory for the logits that exist at one time, in MiB.
+    Attributes:
+        data: [4, n], one tensor that can be sent; the others are its rows.
+        pos, neg: [n] the largest logit of a positive and of a negative; −inf where none was seen.
+        z: [n] Σ exp(logit − m) with m = max(pos, neg) (the online softmax of arXiv 1805.02867).
+        at_pos: [n] Σ of the positives' logits.
     """
-    total, hits = _InfoNCERows.apply(rows, columns, row_ids, column_ids, logit_scale, label_smoothing, strip_mb)
-    return total, hits
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+        self.pos, self.neg, self.z, self.at_pos = data[0], data[1], data[2], data[3]
+
+    @classmethod
+    def empty(cls, n: int, like: Tensor) -> Stats:
+        """Nothing seen yet."""
+        data = like.new_zeros(4, n)
+        data[:2] = -INF
+        return cls(data)
+
+    def of(self, s: slice) -> Stats:
+        """Some of the rows, as a view."""
+        return Stats(self.data[:, s])
+
+    def raise_to(self, pos: Tensor, neg: Tensor) -> Tensor:
+        """Take in new largest logits, rescale ``z`` to them, and return the new m [n]."""
+        before = torch.maximum(self.pos, self.neg)
+        torch.maximum(self.pos, pos, out=self.pos)
+        torch.maximum(self.neg, neg, out=self.neg)
+        m = torch.maximum(self.pos, self.neg)
+        self.z.mul_((before - m).exp_())
+        return m
+
+    def lse(self) -> Tensor:
+        """log Σ exp(logit) [n]."""
+        return torch.maximum(self.pos, self.neg) + self.z.log()
+
+    def hits(self) -> Tensor:
+        """How many rows have a positive above every negative (a tie, as of collapsed features, is a miss)."""
+        return (self.pos > self.neg).sum().to(self.z.dtype)
 
 
-def tiled_sigmoid(
-    rows: Tensor,
-    columns: Tensor,
-    row_ids: Tensor,
-    column_ids: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None = None,
-    strip_mb: float = 64.0,
-) -> tuple[Tensor, Tensor]:
-    """As ``sigmoid_rows``: Σ −log σ(z·logit) over valid rows and columns, and the top-1 hits.
+@dataclass(slots=True)
+class Block:
+    """Features that take part, with what belongs to each.
 
-    Arguments as in :func:`tiled_info_nce`; ``logit_bias`` is [1] or None.
+    Attributes:
+        x: [n, D] features; ids: [n] pair ids.
+        terms: for InfoNCE's gradient three of [n], with u the upstream gradient of a row's term of the value:
+            u · (1 − ε) / number of positives; the logsumexp of the row's logits; u. Else none.
     """
-    bias = torch.zeros_like(logit_scale) if logit_bias is None else logit_bias
-    total, hits = _SigmoidRows.apply(rows, columns, row_ids, column_ids, logit_scale, bias, strip_mb)
-    return total, hits
+
+    x: Tensor
+    ids: Tensor
+    terms: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def part(self, s: slice) -> Block:
+        """Some of the rows, as a view."""
+        return Block(self.x[s], self.ids[s], tuple(t[s] for t in self.terms))
 
 
 class Positives:
@@ -62,131 +88,162 @@ class Positives:
     def __init__(self, column_ids: Tensor) -> None:
         self.sorted, self.order = torch.sort(column_ids)
 
-    def of(self, row_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Every (row, column) with equal ids, as two index tensors [P], and the count per row [B]."""
+    def count(self, row_ids: Tensor) -> Tensor:
+        """How many columns have each row's id [B]."""
+        return torch.searchsorted(self.sorted, row_ids, right=True) - torch.searchsorted(self.sorted, row_ids)
+
+    def of(self, row_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Every (row, column) with equal ids, as two index tensors [P]."""
         first = torch.searchsorted(self.sorted, row_ids)
         count = torch.searchsorted(self.sorted, row_ids, right=True) - first
         row = torch.repeat_interleave(torch.arange(len(row_ids), device=row_ids.device), count)
         start_of_row = torch.cumsum(count, 0) - count
         within = torch.arange(len(row), device=row.device) - start_of_row[row]
-        return row, self.order[first[row] + within], count
+        return row, self.order[first[row] + within]
 
 
-def strip_rows(columns: int, element_size: int, strip_mb: float) -> int:
-    """How many rows make a strip of at most ``strip_mb`` MiB of logits (at least 16, at most 1024)."""
-    return int(min(max(strip_mb * 2**20 / element_size / max(columns, 1), 16), 1024))
+def tile_shape(rows: int, columns: int, element_size: int, tile_mb: float) -> tuple[int, int]:
+    """Rows and columns of a tile of at most ``tile_mb`` MiB (at least 16 × 16), four times as wide as it is high."""
+    entries = max(tile_mb * 2**20 / element_size, 256)
+    width = min(max(int((4 * entries) ** 0.5), 16), max(columns, 1))
+    return min(max(int(entries / width), 16), max(rows, 1)), width
 
 
-def _strips(valid: Tensor, columns: Tensor, strip_mb: float) -> tuple[Tensor, ...]:
-    """The valid rows' positions, a strip at a time; none where there is none."""
-    return torch.split(valid, strip_rows(len(columns), columns.element_size(), strip_mb)) if len(valid) else ()
+def info_nce_stats(rows: Block, columns: Block, scale: Tensor, of_rows: Stats, of_columns: Stats, mb: float) -> None:
+    """Add this block's logits to both statistics (in place).
+
+    Args:
+        rows: [R, D]; columns: [n, D]; scale: [1]; of_rows: R of them; of_columns: n of them; mb: MiB of a tile.
+    """
+    scratch = Scratch(rows.x)
+    for i, j, row, column, logits in _tiles(rows, columns, scale, None, mb, scratch):
+        of_row, of_column = of_rows.of(i), of_columns.of(j)
+        at_positive = logits[row, column]
+        of_row.at_pos.index_add_(0, row, at_positive)
+        of_column.at_pos.index_add_(0, column, at_positive)
+        m_row, m_column = _take_maxima(logits, row, column, at_positive, of_row, of_column)
+        e = torch.sub(logits, m_row[:, None], out=scratch.get(1, logits.shape)).exp_()
+        of_row.z += e.sum(1)
+        of_column.z += logits.sub_(m_column).exp_().sum(0)
 
 
-class _InfoNCERows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        columns: Tensor,
-        row_ids: Tensor,
-        column_ids: Tensor,
-        logit_scale: Tensor,
-        label_smoothing: float,
-        strip_mb: float,
-    ) -> tuple[Tensor, Tensor]:
-        valid, present = torch.nonzero(row_ids >= 0).flatten(), torch.nonzero(column_ids >= 0).flatten()
-        C, ids = columns[present], column_ids[present]
-        positives, column_sum = Positives(ids), C.sum(0)
-        grad_rows, grad_columns = torch.zeros_like(rows), torch.zeros_like(C)
-        total, hits, grad_scale = rows.new_zeros(()), rows.new_zeros(()), rows.new_zeros(())
-        smooth = label_smoothing / max(len(C), 1)
-        for strip in _strips(valid, C, strip_mb):
-            R = rows[strip] * logit_scale
-            logits = R @ C.T
-            row, column, count = positives.of(row_ids[strip])
-            weight = ((1 - label_smoothing) / count.to(rows.dtype))[row]
-            best, where = logits.max(1, keepdim=True)
-            hits += (ids[where.flatten()] == row_ids[strip]).sum()
-            total -= (weight * logits[row, column]).sum() + smooth * (R @ column_sum).sum()
-            e = logits.sub_(best).exp_()
-            Z = e.sum(1, keepdim=True)
-            total += (best + Z.log()).sum()
-            # d total / d logits = e/Z − target; times the columns, and its transpose times the scaled rows.
-            g = torch.mm(e, C).div_(Z)
-            g.index_add_(0, row, C[column] * -weight[:, None])
-            if smooth:
-                g -= smooth * column_sum
-                grad_columns -= smooth * R.sum(0)
-            grad_columns.addmm_(e.T, R / Z)
-            grad_columns.index_add_(0, column, R[row] * -weight[:, None])
-            grad_scale += (g * rows[strip]).sum()
-            grad_rows[strip] = g * logit_scale
-        return _save(ctx, total, hits, grad_rows, grad_columns, grad_scale.reshape_as(logit_scale), columns, present)
+def info_nce_grad(
+    rows: Block, columns: Block, scale: Tensor, smooth: float, grad_rows: Tensor, grad_columns: Tensor, mb: float
+) -> Tensor:
+    """Add this block's gradients of the features (in place); returns its gradient of the scale, a scalar.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_rows, grad_columns, grad_scale = (g * grad for g in ctx.saved_tensors)
-        return grad_rows, grad_columns, None, None, grad_scale, None, None
+    The gradient at logit l_ij is u_i (softmax_j − t_ij) + u_j (softmax_i − t_ji).
+
+    Args:
+        rows: [R, D]; columns: [n, D], both with their terms.
+        smooth: ε / |V|. grad_rows: [R, D]; grad_columns: [n, D]. The others as in :func:`info_nce_stats`.
+    """
+    grad_scale = rows.x.new_zeros(())
+    scratch = Scratch(rows.x)
+    for i, j, row, column, logits in _tiles(rows, columns, scale, None, mb, scratch):
+        R, C = rows.part(i), columns.part(j)
+        (target_row, lse_row, u_row), (target_column, lse_column, u_column) = R.terms, C.terms
+        g = torch.sub(logits, lse_row[:, None], out=scratch.get(1, logits.shape)).exp_().mul_(u_row[:, None])
+        g.addcmul_(logits.sub_(lse_column).exp_(), u_column)
+        if smooth:
+            g.sub_(smooth * u_row[:, None]).sub_(smooth * u_column)
+        g[row, column] -= target_row[row] + target_column[column]
+        grad_scale += add_gradients(g, R.x, C.x, scale, grad_rows[i], grad_columns[j])
+    return grad_scale
 
 
-class _SigmoidRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        columns: Tensor,
-        row_ids: Tensor,
-        column_ids: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor,
-        strip_mb: float,
-    ) -> tuple[Tensor, Tensor]:
-        valid, present = torch.nonzero(row_ids >= 0).flatten(), torch.nonzero(column_ids >= 0).flatten()
-        C, ids = columns[present], column_ids[present]
-        positives = Positives(ids)
-        grad_rows, grad_columns = torch.zeros_like(rows), torch.zeros_like(C)
-        total, hits, grad_scale, grad_bias = (rows.new_zeros(()) for _ in range(4))
-        for strip in _strips(valid, C, strip_mb):
-            R = rows[strip] * logit_scale
-            logits = torch.addmm(logit_bias, R, C.T)
-            row, column, _ = positives.of(row_ids[strip])
-            hits += (ids[logits.argmax(1)] == row_ids[strip]).sum()
-            logits[row, column] *= -1  # now −z·logit: every term is softplus of it
-            total += nn.functional.softplus(logits).sum()
+def sigmoid_block(
+    rows: Block,
+    columns: Block,
+    scale: Tensor,
+    bias: Tensor,
+    stats: tuple[Stats, Stats] | None,
+    grads: tuple[Tensor, Tensor] | None,
+    mb: float,
+) -> Tensor:
+    """The block's Σ −log σ(z·logit), and that sum's gradients of scale and bias: [3].
+
+    Args:
+        rows: [R, D]; columns: [n, D]; scale, bias: [1]; mb: MiB of a tile.
+        stats: of R rows and n columns to add to (``pos`` and ``neg``, for top-1); None: the sum is not wanted either.
+        grads: gradients of the features, [R, D] and [n, D], to add to; None: no gradient is wanted.
+    """
+    sums = rows.x.new_zeros(3)
+    for i, j, row, column, logits in _tiles(rows, columns, scale, bias, mb, Scratch(rows.x)):
+        at_positive = logits[row, column]
+        if stats is not None:
+            _take_maxima(logits, row, column, at_positive, stats[0].of(i), stats[1].of(j))
+        logits[row, column] = -at_positive  # now −z·logit: terms are softplus of it, gradients its σ
+        if stats is not None:
+            sums[0] += nn.functional.softplus(logits).sum()
+        if grads is not None:
             g = logits.sigmoid_()
             g[row, column] *= -1
-            grad_bias += g.sum()
-            by_row = g @ C
-            grad_columns.addmm_(g.T, R)
-            grad_scale += (by_row * rows[strip]).sum()
-            grad_rows[strip] = by_row * logit_scale
-        out = _save(ctx, total, hits, grad_rows, grad_columns, grad_scale.reshape_as(logit_scale), columns, present)
-        ctx.grad_bias = grad_bias.reshape_as(logit_bias)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        grad_rows, grad_columns, grad_scale = (g * grad for g in ctx.saved_tensors)
-        return grad_rows, grad_columns, None, None, grad_scale, ctx.grad_bias * grad, None
+            sums[1] += add_gradients(g, rows.x[i], columns.x[j], scale, grads[0][i], grads[1][j])
+            sums[2] += g.sum()
+    return sums
 
 
-def _save(
-    ctx: Any,
-    total: Tensor,
-    hits: Tensor,
-    grad_rows: Tensor,
-    grad_present: Tensor,
-    grad_scale: Tensor,
-    columns: Tensor,
-    present: Tensor,
+class Scratch:
+    """Memory for tiles that is kept: fresh pages for every tile cost as much as the exponentials in it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.kept: dict[int, Tensor] = {}
+
+    def get(self, slot: int, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised [h, w]; what was got from the slot before is overwritten."""
+        n = shape[0] * shape[1]
+        if slot not in self.kept or self.kept[slot].numel() < n:
+            self.kept[slot] = self.like.new_empty(n)
+        return self.kept[slot][:n].view(shape)
+
+
+def tiles(
+    rows: Block, columns: Block, scale: Tensor, bias: Tensor | None, mb: float, scratch: Scratch
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, columns and logits of one tile after the other; the logits are overwritten by the next tile's."""
+    height, width = tile_shape(len(rows), len(columns), rows.x.element_size(), mb)
+    for c in range(0, len(columns), width):
+        j = slice(c, min(c + width, len(columns)))
+        for r in range(0, len(rows), height):
+            i = slice(r, min(r + height, len(rows)))
+            logits = scratch.get(0, (i.stop - i.start, j.stop - j.start))
+            scaled, C = rows.x[i] * scale, columns.x[j].T
+            if bias is None:
+                torch.mm(scaled, C, out=logits)
+            else:
+                torch.addmm(bias, scaled, C, out=logits)
+            yield i, j, logits
+
+
+def _tiles(
+    rows: Block, columns: Block, scale: Tensor, bias: Tensor | None, mb: float, scratch: Scratch
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
+    """As ``tiles``, with the row and column numbers in the tile [P] of each positive before the logits."""
+    start = -1
+    for i, j, logits in tiles(rows, columns, scale, bias, mb, scratch):
+        if j.start != start:
+            start, positives = j.start, Positives(columns.ids[j])
+        yield i, j, *positives.of(rows.ids[i]), logits
+
+
+def _take_maxima(
+    logits: Tensor, row: Tensor, column: Tensor, at_positive: Tensor, of_row: Stats, of_column: Stats
 ) -> tuple[Tensor, Tensor]:
-    if len(present) == len(columns):
-        grad_columns = grad_present
-    else:
-        grad_columns = torch.zeros_like(columns)
-        grad_columns[present] = grad_present
-    ctx.save_for_backward(grad_rows, grad_columns, grad_scale)
-    ctx.mark_non_differentiable(hits)
-    return total, hits
+    """Raise the statistics (views) to this tile's largest logits; ``logits`` is left as it was."""
+    logits[row, column] = -INF
+    pos = torch.full_like(of_row.pos, -INF).scatter_reduce_(0, row, at_positive, "amax")
+    m_row = of_row.raise_to(pos, logits.amax(1))
+    pos = torch.full_like(of_column.pos, -INF).scatter_reduce_(0, column, at_positive, "amax")
+    m_column = of_column.raise_to(pos, logits.amax(0))
+    logits[row, column] = at_positive
+    return m_row, m_column
+
+
+def add_gradients(g: Tensor, R: Tensor, C: Tensor, scale: Tensor, grad_rows: Tensor, grad_columns: Tensor) -> Tensor:
+    """From the gradient at a tile's logits [h, w] to that of the features (in place) and of the scale (returned)."""
+    by_row = g @ C
+    grad_columns.addmm_(g.T, R * scale)
+    grad_rows.addcmul_(by_row, scale)
+    return (by_row * R).sum()

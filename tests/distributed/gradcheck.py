@@ -1,9 +1,10 @@
 """Every engine, world size, loss, micro-batch and dropout against one process on the whole batch.
 
-    python tests/distributed/gradcheck.py [--ranks 1,2,4]
+    python tests/distributed/gradcheck.py [--ranks 1,2,4] [--columns ring]
 
-prints a table; each cell is the largest relative difference of any parameter (temperature and bias included) after
-3 SGD steps with momentum and clipping. SGD, because Adam hides a wrong scale of the gradient.
+prints a table and ends with 1 if a cell is above the limit. Each cell is the largest relative difference of any
+parameter (temperature and bias included) after 3 SGD steps with momentum and clipping. SGD, because Adam hides a wrong
+scale of the gradient.
 
 The reference knows nothing of engines, gathers or caches: it encodes every rank's every chunk with that rank's random
 numbers in one graph, takes the naive fp64 loss of the whole batch, and steps torch's SGD.
@@ -11,8 +12,10 @@ numbers in one graph, takes the naive fp64 loss of the whole batch, and steps to
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from dualenc.losses import build_loss
 from dualenc.train.step import train_step
 
 STEPS, SIZE, CLIP, LR, MOMENTUM = 3, 16, 0.5, 0.2, 0.9
+LIMIT = 1e-5
 OPTIM = Optim(name="sgd", lr=LR, momentum=MOMENTUM, weight_decay=0.0, clip_grad_norm=CLIP)
 ENGINES: dict[str, dict[str, Any]] = {
     "single": {},
@@ -80,10 +84,12 @@ def reference(loss: str, chunks: int, dropout: float, world_size: int) -> dict[s
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def run(world: World, engine: str, loss: str, chunks: int, dropout: float) -> dict[str, Tensor]:
+def run(
+    world: World, engine: str, loss: str, chunks: int, dropout: float, columns: str = "gathered"
+) -> dict[str, Tensor]:
     """Parameters after STEPS steps of the real thing; whole on rank 0."""
     built = build_engine(EngineConfig(**ENGINES[engine]), OPTIM, tiny(dropout), world)
-    objective = build_loss(Component(name=loss))
+    objective = build_loss(Component(name=loss, columns=columns))
     for step in range(STEPS):
         batch = share_of(make_batch(step, SIZE), world.rank, world.world_size)
         torch.manual_seed(seed_of(step, world.rank))
@@ -98,12 +104,12 @@ def difference(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, 
     return worst[name], name
 
 
-def sweep(world: World, engines: list[str]) -> dict[str, Any]:
+def sweep(world: World, engines: list[str], columns: str = "gathered") -> dict[str, Any]:
     """Rank 0: case → [difference, parameter]."""
     out: dict[str, Any] = {}
     references: dict[tuple[str, int, float], dict[str, Tensor]] = {}
     for case in cases(world.world_size, engines):
-        got = run(world, **case)
+        got = run(world, **case, columns=columns)
         if world.rank == 0:
             what = (case["loss"], case["chunks"], case["dropout"])
             if what not in references:
@@ -114,22 +120,35 @@ def sweep(world: World, engines: list[str]) -> dict[str, Any]:
 
 def main() -> int:
     from _spawn import spawn
+    from rich.console import Console
+    from rich.table import Table
 
-    ranks = [int(r) for r in (sys.argv[2] if sys.argv[1:2] == ["--ranks"] else "1,2,4").split(",")]
-    columns = [
-        (loss, chunks, dropout) for loss in ("info_nce", "sigmoid") for chunks in (1, 4) for dropout in (0.0, 0.3)
-    ]
-    heads = [f"{loss}{'' if c == 1 else ' micro'}{' drop' if d else ''}" for loss, c, d in columns]
-    print("engine   ranks  " + "  ".join(f"{h:>19}" for h in heads))
-    worst = 0.0
-    for world_size in ranks:
-        found = spawn(Path(__file__), "sweep", world_size, {"engines": list(ENGINES)}, timeout_s=900)[0]
+    parser = argparse.ArgumentParser(description="N ranks against one process: parameters after 3 SGD steps.")
+    parser.add_argument("--ranks", default="1,2,4")
+    parser.add_argument("--columns", default="gathered", choices=["gathered", "ring"])
+    arguments = parser.parse_args()
+    kinds = [(x, c, d) for x in ("info_nce", "sigmoid") for c in (1, 4) for d in (0.0, 0.3)]
+    table = Table(title=f"Largest relative difference of any parameter from one process ({arguments.columns} columns)")
+    for head in ("engine", "ranks"):
+        table.add_column(head)
+    for loss, chunks, dropout in kinds:
+        table.add_column(f"{loss}\n{'whole' if chunks == 1 else 'batch/4'}{', dropout' if dropout else ''}")
+    began, cells = time.monotonic(), []
+    for world_size in map(int, arguments.ranks.split(",")):
+        given = {"engines": list(ENGINES), "columns": arguments.columns}
+        found = spawn(Path(__file__), "sweep", world_size, given, timeout_s=900)[0]
+        print(f"{world_size} rank(s): {len(found)} cells after {time.monotonic() - began:.0f} s", file=sys.stderr)
         for engine in ENGINES if world_size == 1 else list(ENGINES)[1:]:
-            cells = [found[f"{engine}/{loss}/{c}/{d}"][0] for loss, c, d in columns]
-            worst = max(worst, *cells)
-            print(f"{engine:8} {world_size:5}  " + "  ".join(f"{x:19.1e}" for x in cells), flush=True)
-    print(f"largest: {worst:.1e} ({'exact' if worst <= 1e-5 else 'WRONG'}, limit 1e-5)")
-    return 0 if worst <= 1e-5 else 1
+            row = [found[f"{engine}/{loss}/{chunks}/{dropout}"][0] for loss, chunks, dropout in kinds]
+            cells += row
+            table.add_row(engine, str(world_size), *(f"{'' if x <= LIMIT else '[red]'}{x:.1e}" for x in row))
+    Console(width=120).print(table)
+    wrong = sum(not x <= LIMIT for x in cells)
+    verdict = f"{wrong} WRONG" if wrong else "exact"
+    print(
+        f"{len(cells)} cells, largest {max(cells):.1e} (limit {LIMIT:.0e}): {verdict}; {time.monotonic() - began:.0f} s"
+    )
+    return 1 if wrong or not cells else 0
 
 
 if __name__ == "__main__":

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from dualenc.config import Component
 from dualenc.errors import ConfigError
-from dualenc.losses import build_loss
+from dualenc.losses import build_loss, tiled
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.sigmoid import sigmoid_loss
-from dualenc.losses.tiled import Positives, strip_rows
+from dualenc.losses.sweeps import How
+from dualenc.losses.tiled import Positives, tile_shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _tiny import naive_info_nce, naive_sigmoid
 
 torch.set_num_threads(1)
 
-TINY_STRIP = 1e-6  # MiB: strips of the smallest size, 16 rows
+TINY_STRIP = How(1e-6, False, tiled)  # tiles of the smallest size, 16 x 16
 
 
 def features(n: int, dim: int = 5, seed: int = 0) -> list[Tensor]:
@@ -50,7 +51,7 @@ def naive(kind: str, a: Tensor, b: Tensor, ids: list[int], scale: Tensor, bias: 
 
 
 def ours(
-    kind: str, a: Tensor, b: Tensor, ids: list[int], scale: Tensor, bias: Tensor, smoothing: float, strip: float | None
+    kind: str, a: Tensor, b: Tensor, ids: list[int], scale: Tensor, bias: Tensor, smoothing: float, strip: How | None
 ) -> Tensor:
     t = torch.tensor(ids)
     if kind == "info_nce":
@@ -58,12 +59,12 @@ def ours(
     return sigmoid_loss(a, b, t, scale, bias, strip).value
 
 
-@pytest.mark.parametrize("strip", [None, TINY_STRIP, 64.0])
+@pytest.mark.parametrize("strip", [None, TINY_STRIP, How(64.0, False, tiled)])
 @pytest.mark.parametrize(("kind", "smoothing"), [("info_nce", 0.0), ("info_nce", 0.2), ("sigmoid", 0.0)])
 @settings(max_examples=15, deadline=None)
 @given(ids=st.lists(st.integers(-1, 4), min_size=1, max_size=20), seed=st.integers(0, 1000))
 def test_value_and_gradient_equal_the_papers(
-    kind: str, smoothing: float, strip: float | None, ids: list[int], seed: int
+    kind: str, smoothing: float, strip: How | None, ids: list[int], seed: int
 ) -> None:
     """Any pattern of shared ids (several positives) and absent rows, to fp64 precision."""
     inputs = [x.requires_grad_() for x in features(len(ids), seed=seed)]
@@ -75,16 +76,16 @@ def test_value_and_gradient_equal_the_papers(
 
 
 @pytest.mark.parametrize("strip", [None, TINY_STRIP])
-def test_info_nce_on_numbers_written_out(strip: float | None) -> None:
+def test_info_nce_on_numbers_written_out(strip: How | None) -> None:
     """Orthogonal pairs, scale 2: each row is log(e² + 1) − 2 in both directions."""
     eye = torch.eye(2)
-    out = info_nce(eye, eye, torch.tensor([0, 1]), torch.tensor([2.0]), strip_mb=strip)
+    out = info_nce(eye, eye, torch.tensor([0, 1]), torch.tensor([2.0]), how=strip)
     assert float(out.value) == pytest.approx(0.126928, abs=1e-6)
     assert float(out.metrics["top1_ab"]) == 1.0
 
 
 @pytest.mark.parametrize("strip", [None, TINY_STRIP])
-def test_sigmoid_on_numbers_written_out(strip: float | None) -> None:
+def test_sigmoid_on_numbers_written_out(strip: How | None) -> None:
     """Orthogonal pairs, scale 2, bias −1: positives at logit 1, negatives at −1, all four terms log(1 + e⁻¹)."""
     eye = torch.eye(2)
     out = sigmoid_loss(eye, eye, torch.tensor([0, 1]), torch.tensor([2.0]), torch.tensor([-1.0]), strip)
@@ -93,7 +94,7 @@ def test_sigmoid_on_numbers_written_out(strip: float | None) -> None:
 
 @pytest.mark.parametrize("strip", [None, TINY_STRIP])
 @pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
-def test_absent_rows_change_nothing(kind: str, strip: float | None) -> None:
+def test_absent_rows_change_nothing(kind: str, strip: How | None) -> None:
     """The value with absent slots, whatever stands in them, is the value without these slots."""
     a, b, scale, bias = features(6)
     ids = [4, -1, 2, 2, -1, 9]
@@ -106,7 +107,7 @@ def test_absent_rows_change_nothing(kind: str, strip: float | None) -> None:
 
 @pytest.mark.parametrize("strip", [None, TINY_STRIP])
 @pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
-def test_no_valid_row_is_zero_with_zero_gradients(kind: str, strip: float | None) -> None:
+def test_no_valid_row_is_zero_with_zero_gradients(kind: str, strip: How | None) -> None:
     inputs = [x.requires_grad_() for x in features(3)]
     value = ours(kind, *inputs[:2], [-1, -1, -1], *inputs[2:], 0.0, strip)
     assert float(value) == 0.0
@@ -116,9 +117,9 @@ def test_no_valid_row_is_zero_with_zero_gradients(kind: str, strip: float | None
 def test_top1_counts_any_positive() -> None:
     a = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [0.1, 1.0], [1.0, 0.0]]), dim=-1)
     for strip in (None, TINY_STRIP):
-        both = info_nce(a, a.flip(0), torch.tensor([1, 2, 1]), torch.tensor([5.0]), strip_mb=strip).metrics
+        both = info_nce(a, a.flip(0), torch.tensor([1, 2, 1]), torch.tensor([5.0]), how=strip).metrics
         assert float(both["top1_ab"]) == pytest.approx(1.0)
-        one = info_nce(a, a.flip(0), torch.tensor([1, 2, 3]), torch.tensor([5.0]), strip_mb=strip).metrics
+        one = info_nce(a, a.flip(0), torch.tensor([1, 2, 3]), torch.tensor([5.0]), how=strip).metrics
         assert float(one["top1_ab"]) == pytest.approx(1 / 3)
 
 
@@ -127,24 +128,48 @@ def test_extreme_scale_stays_finite_and_equal() -> None:
     a = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     ids, scale, bias = torch.arange(40), torch.tensor([100.0]), torch.tensor([-10.0])
     for b in (a.clone(), -a, a[:1].expand(40, -1)):
-        for plain, tiled in (
-            (info_nce(a, b, ids, scale), info_nce(a, b, ids, scale, strip_mb=TINY_STRIP)),
+        for plain, got in (
+            (info_nce(a, b, ids, scale), info_nce(a, b, ids, scale, how=TINY_STRIP)),
             (sigmoid_loss(a, b, ids, scale, bias), sigmoid_loss(a, b, ids, scale, bias, TINY_STRIP)),
         ):
             assert torch.isfinite(plain.value)
-            torch.testing.assert_close(tiled.value, plain.value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got.value, plain.value, rtol=1e-5, atol=1e-5)
 
 
 def test_positives_are_found_by_sorting() -> None:
-    row, column, count = Positives(torch.tensor([7, 3, 7, 1])).of(torch.tensor([7, 9, 1]))
+    found, ids = Positives(torch.tensor([7, 3, 7, 1])), torch.tensor([7, 9, 1])
+    row, column = found.of(ids)
     assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == [(0, 0), (0, 2), (2, 3)]
-    assert count.tolist() == [2, 0, 1]
+    assert found.count(ids).tolist() == [2, 0, 1]
 
 
-def test_a_strip_has_a_bounded_size() -> None:
-    assert strip_rows(16384, 4, 64.0) == 1024
-    assert strip_rows(1_000_000, 4, 64.0) == 16
-    assert strip_rows(10, 4, 64.0) == 1024
+@pytest.mark.parametrize(("rows", "columns", "mb"), [(32768, 32768, 8.0), (5, 10**6, 1.0), (10**6, 3, 0.5)])
+def test_a_tile_has_a_bounded_size(rows: int, columns: int, mb: float) -> None:
+    height, width = tile_shape(rows, columns, 4, mb)
+    assert height * width * 4 <= mb * 2**20
+    assert 1 <= height <= rows
+    assert 1 <= width <= columns
+    assert tile_shape(100, 100, 4, 1e-9) == (16, 32)
+
+
+def test_collapsed_features_hit_nothing() -> None:
+    """All logits alike: argmax would give every row the first column, and one of n rows a hit by chance."""
+    one = torch.nn.functional.normalize(torch.ones(4, 4), dim=-1)
+    for how in (None, TINY_STRIP):
+        for out in (
+            info_nce(one, one, torch.arange(4), torch.tensor([5.0]), how=how),
+            sigmoid_loss(one, one, torch.arange(4), torch.tensor([5.0]), how=how),
+        ):
+            assert [float(x) for x in out.metrics.values()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("how", [None, TINY_STRIP])
+def test_sigmoid_counts_hits_in_both_directions(how: How | None) -> None:
+    """b_0 lies nearest to a_0, and so does b_1: both rows of a find theirs, or not, by their own columns."""
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    b = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    metrics = sigmoid_loss(a, b, torch.arange(2), torch.tensor([5.0]), torch.tensor([-1.0]), how).metrics
+    assert {k: float(x) for k, x in metrics.items()} == {"top1_ab": 1.0, "top1_ba": 0.5}
 
 
 def test_the_recipe_line_builds_the_loss_and_names_errors() -> None:
@@ -162,5 +187,5 @@ def test_the_recipe_line_builds_the_loss_and_names_errors() -> None:
 
 def test_auto_goes_over_to_tiles_at_2048() -> None:
     config = build_loss(Component(name="sigmoid")).config  # type: ignore[attr-defined]
-    assert config.choose(2047) is None
-    assert config.choose(2048) == 64.0
+    assert config.choose(2047, torch.device("cpu")) is None
+    assert config.choose(2048, torch.device("cpu")) == How(2.0, False, tiled)
