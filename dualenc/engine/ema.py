@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
+from dualenc.distributed.pieces import Piece, Stored
 from dualenc.engine import shards
 from dualenc.errors import CheckpointError
 
@@ -42,16 +41,21 @@ class EMA:
         """Whole averaged tensors by name, on the CPU. All ranks must call it: sharded weights are collected."""
         return {name: shards.full(x, self._average[name]).cpu().clone() for name, x in _tensors(self._model).items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Set the average from whole tensors.
+    def pieces(self, rank: int, world_size: int) -> list[Piece]:
+        """The part of the average that this rank writes; nothing is collected."""
+        parts = {name: (x, self._average[name]) for name, x in _tensors(self._model).items()}
+        return shards.own(parts, rank, world_size)
+
+    def load_state_dict(self, saved: Stored) -> None:
+        """Set the average; every rank reads its own part only.
 
         Raises:
             CheckpointError: if a tensor is missing.
         """
         for name, x in _tensors(self._model).items():
-            if name not in state:
+            if name not in saved.shapes:
                 raise CheckpointError(f"The saved moving average has no tensor {name}")
-            self._average[name].copy_(shards.shard(x, state[name]))
+            self._average[name].copy_(shards.read(x, saved, name))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
