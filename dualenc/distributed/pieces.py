@@ -160,11 +160,13 @@ class Files:
         first = bisect.bisect_right(runs, start, key=lambda r: r.start) - 1
         for run in runs[max(first, 0) :]:
             low, high = max(start, run.start), min(end, run.end)
-            if low < high or run.start == run.end:
+            if low < high:
                 out.append(self._slice(run, name, low, high))
             if run.end >= end:
                 break
-        return torch.cat(out) if len(out) != 1 else out[0]
+        if not out:
+            return self._slice(runs[0], name, runs[0].start, runs[0].start)
+        return torch.cat(out) if len(out) > 1 else out[0]
 
     def whole(self, name: str) -> Tensor:
         """A tensor in its shape."""
@@ -204,7 +206,7 @@ class Files:
         shape = part.get_shape()
         if not shape:
             scalar: Tensor = self._file(run.path).get_tensor(name)
-            return scalar.view(1)
+            return scalar.view(1)[low:high]
         low, high = low - run.start, high - run.start
         row = math.prod(shape[1:])
         if row == 0 or low >= high:

@@ -191,8 +191,8 @@ class AccelerateEngine:
     def load_model_state(self, saved: Stored) -> None:
         """Set weights and buffers; only this rank's part is read."""
         self._reshard()
-        for name, x in self.module.state_dict(keep_vars=True).items():
-            shards.local(x).copy_(shards.read(x, saved, name))
+        for _, x, part in shards.read_all(self.module.state_dict(keep_vars=True), saved):
+            shards.local(x).copy_(part)
 
     def optimizer_state(self) -> state.State:
         """Whole optimizer state by parameter name."""

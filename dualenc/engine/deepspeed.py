@@ -155,8 +155,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_model_state(self, saved: Stored) -> None:
         """Set weights and buffers; only this rank's part is read."""
-        for name, x in self.module.state_dict(keep_vars=True).items():
-            piece = shards.read(x, saved, name)
+        for _, x, piece in shards.read_all(self.module.state_dict(keep_vars=True), saved):
             shards.local(x).copy_(piece)
             if self.stage == 3 and x.requires_grad:  # the optimizer's own copy
                 flat, start, size, _ = self._flat(x)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from dualenc.distributed.pieces import Piece, Stored
 from dualenc.engine import shards
-from dualenc.errors import CheckpointError
 
 
 class EMA:
@@ -50,12 +49,10 @@ class EMA:
         """Set the average; every rank reads its own part only.
 
         Raises:
-            CheckpointError: if a tensor is missing.
+            CheckpointError: if its tensors are not the model's.
         """
-        for name, x in _tensors(self._model).items():
-            if name not in saved.shapes:
-                raise CheckpointError(f"The saved moving average has no tensor {name}")
-            self._average[name].copy_(shards.read(x, saved, name))
+        for name, _, part in shards.read_all(_tensors(self._model), saved):
+            self._average[name].copy_(part)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ speak of whole tensors, or of flat ranges of them, by name and know no engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,18 +98,31 @@ def own(parts: Mapping[str, tuple[Tensor, Tensor]], rank: int, world_size: int) 
     return [x for x in mine if x.data.numel() or rank == 0] + deal(everywhere, rank, world_size)
 
 
+def read_all(tensors: Mapping[str, Tensor], saved: Stored) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, parameter or buffer, its saved local part) of a whole model, one after another.
+
+    Raises:
+        CheckpointError: if the save has a tensor that the model has not, or lacks one, or its shape is another.
+    """
+    for name in saved.shapes:
+        if name not in tensors:
+            raise CheckpointError(f"The save has a tensor {name}, which has no place in the model")
+    for name, x in tensors.items():
+        yield name, x, read(x, saved, name)
+
+
 def read(p: Tensor, saved: Stored, name: str) -> Tensor:
     """This rank's part of a saved tensor, in the shape of :func:`local` (on the CPU); only this part is read.
 
     Raises:
         CheckpointError: if the saved tensor is not there or has another shape.
     """
-    wanted = tuple(shape(p))
-    if saved.shapes.get(name) != wanted:
-        found = (
-            "is not in the save" if name not in saved.shapes else f"has shape {list(saved.shapes[name])} in the save"
+    if name not in saved.shapes:
+        raise CheckpointError(f"The save has no tensor {name}, which the model needs")
+    if saved.shapes[name] != tuple(shape(p)):
+        raise CheckpointError(
+            f"{name} has shape {list(saved.shapes[name])} in the save, the model needs {list(shape(p))}"
         )
-        raise CheckpointError(f"Tensor {name} {found}, the model needs {list(wanted)}")
     start, end = extent(p)
     flat, mine = saved.read(name, start, end), local(p)
     if mine.numel() > len(flat):  # ZeRO-3's last partitions are padded

@@ -32,7 +32,7 @@ from torch import Tensor
 from dualenc.config import Recipe
 from dualenc.distributed.pieces import Files, Piece, file_name, find, stored, write
 from dualenc.distributed.world import World, all_gather_object, broadcast_object
-from dualenc.errors import CheckpointError
+from dualenc.errors import CheckpointError, DualencError
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ class Saver:
 
     All ranks enter and leave it together, and the folder must be on a file system that all of them see. What is not a
     piece is written by rank 0. Every rank hashes what it wrote, so rank 0 reads nothing of the others'. An exception on
-    any rank removes the folder and is raised there; on the others it is a CheckpointError that names the rank.
+    any rank removes the folder and is raised there; on the others it is a DualencError that names the rank (no
+    CheckpointError: a new start may well find room on the disk).
     """
 
     def __init__(self, run_dir: Path, step: int, world: World | None = None) -> None:
@@ -98,6 +99,7 @@ class Saver:
         own = self.final.with_name(f".writing-{self.final.name}-{os.getpid()}")
         self.folder = broadcast_object(own, self.world)
         self._mine: dict[str, list[Any]] = {}
+        self._given_up: str | None = None
         self._over = False  # no more messages: a rank has failed, and it waits for none
 
     def __enter__(self) -> Saver:
@@ -130,7 +132,7 @@ class Saver:
         """Size and sha256 of all ranks' pieces by file name, on all ranks, which must call it alike.
 
         Raises:
-            CheckpointError: if a rank could not write its own.
+            DualencError: if a rank could not write its own.
         """
         all_files = self._exchange(self._mine, None)
         self._raise_if_given_up()
@@ -181,8 +183,7 @@ class Saver:
         A rank that fails between two exchanges brings its error to the next one, so nobody waits for it in vain.
         """
         said = None if error is None else f"{type(error).__name__}: {error}"
-        self._given_up, before = None, self._over
-        self._over = True  # if the exchange itself fails, there is nobody to talk to
+        before, self._over = self._over, True  # if the exchange itself fails, there is nobody to talk to
         found = all_gather_object((files, said), self.world)
         self._over = before
         for rank, (_, failed) in enumerate(found):
@@ -194,7 +195,7 @@ class Saver:
 
     def _raise_if_given_up(self) -> None:
         if self._over:
-            raise CheckpointError(self._given_up or f"The save {self.final.name} was given up")
+            raise DualencError(self._given_up or f"The save {self.final.name} was given up")
 
 
 def prune(run_dir: Path, keep: int) -> None:

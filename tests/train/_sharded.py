@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _runs import build
 
 from dualenc.distributed.pieces import Files, Piece
-from dualenc.distributed.world import World
+from dualenc.distributed.world import World, barrier
+from dualenc.errors import DualencError
 from dualenc.train import checkpoint as ckpt
 from dualenc.train.loop import Run
 
@@ -94,38 +95,32 @@ def own(run: Run) -> dict[str, int]:
     return {"bytes": size(all_pieces), "largest": max(p.data.numel() for p in all_pieces)}
 
 
-def disk_full(world: World, overrides: list[str]) -> str:
-    """Rank 1 cannot write its piece: what each rank says."""
-    original = ckpt.write
+def failing(world: World, overrides: list[str], out: str) -> None:
+    """Rank 1 has no room on its disk: every rank writes down what it says and what is left then. Again, and rank 1 is
+    killed when it has written the second of its three files of the second save."""
+    original_write, original_digest, seen = ckpt.write, ckpt._digest, []
 
     def write(path: Path, pieces: Iterable[Piece]) -> None:
-        original(path, pieces)
+        original_write(path, pieces)
         if world.rank == 1:
             raise OSError("No space left on device")
-
-    ckpt.write = write
-    run = build(world, overrides)
-    try:
-        run.train()
-    except (OSError, ckpt.CheckpointError) as e:
-        return f"{type(e).__name__}: {e}"
-    finally:
-        run.close()
-        ckpt.write = original
-    return "saved"
-
-
-def killed_while_writing(world: World, overrides: list[str]) -> str:
-    """Rank 1 is killed between writing and hashing its second file of the save after the first."""
-    run = build(world, overrides)
-    original, seen = ckpt._digest, []
 
     def digest(path: Path) -> list[Any]:
         seen.append(path)
         if world.rank == 1 and len(seen) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(path)
+        return original_digest(path)
 
-    ckpt._digest = digest
-    run.train()
-    return "not killed"
+    ckpt.write = write
+    run = build(world, overrides)
+    try:
+        run.train()
+        message = "saved"
+    except (OSError, DualencError) as e:
+        message = f"{type(e).__name__}: {e}"
+    run.close()
+    barrier(world)
+    left = [p.name for p in (run.run_dir / "checkpoints").iterdir()]
+    (Path(out) / f"said-{world.rank}").write_text(f"{message}; left: {left}")
+    ckpt.write, ckpt._digest = original_write, digest
+    build(world, overrides).train()

@@ -129,15 +129,15 @@ def test_every_rank_writes_its_share_and_says_so_in_the_manifest(chain: dict[str
 @pytest.mark.slow
 def test_no_rank_gathers_the_state(chain: dict[str, Any]) -> None:
     """A sharded save brings into memory the rank's own pieces and nothing larger; a whole one all of the state."""
-    for name, ranks in chain["found"].items():
+    for name in ("FSDP2", "ZeRO 2", "ZeRO 3"):
+        ranks = chain["found"][name]
         whole = sum(rank["own"]["bytes"] for rank in ranks)
         for rank in ranks:
             print(f"{name}: state {whole}, own {rank['own']}, sharded save {rank['sharded']}, whole {rank['whole']}")
-            assert rank["sharded"]["bytes"] <= rank["own"]["bytes"] + 4096, name
-            assert rank["sharded"]["largest"] <= max(rank["own"]["largest"], 512), name
-        if len(ranks) > 1:
-            assert ranks[0]["whole"]["bytes"] > 0.9 * whole, f"{name}: the count sees no gathering"
-            assert ranks[0]["whole"]["bytes"] > 1.5 * max(rank["sharded"]["bytes"] for rank in ranks), name
+            assert rank["sharded"]["bytes"] <= rank["own"]["bytes"] + 4096, name  # 4096: counts that ranks exchange
+            assert rank["sharded"]["largest"] <= max(rank["own"]["largest"], 1024), name
+        assert ranks[0]["whole"]["bytes"] > whole, f"{name}: the count sees no gathering"
+        assert ranks[0]["whole"]["largest"] > max(rank["sharded"]["largest"] for rank in ranks), name
 
 
 # --- using a sharded save ------------------------------------------------------------------------------------------
@@ -192,15 +192,21 @@ def test_a_damaged_shard_is_named_and_the_older_save_used(
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_rank_killed_while_writing_leaves_no_save(chain: dict[str, Any], tmp_path: Path) -> None:
+def test_a_rank_that_fails_or_dies_while_writing_leaves_no_save(chain: dict[str, Any], tmp_path: Path) -> None:
+    """First a rank finds no room: all ranks give the save up, and say so. Then one is killed between two files of the
+    second save: the next start goes on from the first and sweeps what was staged."""
     args = [*chain["always"], f"out={tmp_path}/run", "checkpoint.every_steps=1"]
+    arguments = {"overrides": [*args, *ENGINES["FSDP2"], "budget.steps=3"], "out": str(tmp_path)}
     with tempfile.TemporaryDirectory() as out:
-        processes = start(
-            JOBS, "killed_while_writing", 2, {"overrides": [*args, *ENGINES["FSDP2"], "budget.steps=3"]}, Path(out), 20
-        )
+        processes = start(JOBS, "failing", 2, arguments, Path(out), 20)
         texts = [p.communicate(timeout=200)[0] for p in processes]
+    said = [(tmp_path / f"said-{r}").read_text() for r in range(2)]
+    assert said == [
+        "DualencError: The save step-0000000001 was given up: rank 1 failed (OSError: No space left on device); left: []",
+        "OSError: No space left on device; left: []",
+    ]
     assert processes[1].returncode == -9, texts[1][-2000:]
-    assert processes[0].returncode != 0, texts[0][-2000:]
+    assert processes[0].returncode not in (0, -9), texts[0][-2000:]
     folder = tmp_path / "run" / "checkpoints"
     names = sorted(p.name for p in folder.iterdir())
     assert [n for n in names if n.startswith("step-")] == ["step-0000000001"]
@@ -208,15 +214,3 @@ def test_a_rank_killed_while_writing_leaves_no_save(chain: dict[str, Any], tmp_p
     (found,) = _runs.segments(World(), [[*args, "budget.steps=3"]])
     assert (found["began"], found["ended"]) == (1, 3)
     assert not [p for p in folder.iterdir() if p.name.startswith(".writing")]
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_a_rank_that_cannot_write_ends_the_save_on_all(chain: dict[str, Any], tmp_path: Path) -> None:
-    args = [*chain["always"], *ENGINES["FSDP2"], f"out={tmp_path}/run", "budget.steps=1"]
-    first, second = spawn(JOBS, "disk_full", 2, {"overrides": args})
-    assert second == "OSError: No space left on device"
-    assert first == (
-        "CheckpointError: The save step-0000000001 was given up: rank 1 failed (OSError: No space left on device)"
-    )
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
