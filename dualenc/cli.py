@@ -269,6 +269,20 @@ def embed(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval; its saves may be sharded.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the bundle.")],
+    debug: Debug = False,
+) -> None:
+    """Write a model as a bundle with one model.safetensors, such as what a sharded save holds in pieces."""
+    from dualenc.bundle import load_model
+
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out: {out} is not empty; name a new folder")
+    Console().print(f"written: {load_model(model).save(out)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Option("--out", help="Default: RUN/report.html")] = None,

@@ -170,6 +170,10 @@ class Checkpoints(Section):
     resume: str = Field(
         default="auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder"
     )
+    sharded: Literal["auto", True, False] = Field(
+        default="auto",
+        description="every rank writes what it holds, not rank 0 all; auto: FSDP2 or ZeRO 1–3 from 8 GiB of state",
+    )
     init_from: str | None = Field(default=None, description="start from the weights of this MODEL (as in eval)")
 
 

@@ -1,6 +1,6 @@
 """A bundle: a DualEncoder, how its inputs are made, and where it came from; kept as a folder that explains itself.
 
-FOLDER/model.safetensors      the weights
+FOLDER/model.safetensors      the weights (or model-00001-of-00008.safetensors …, as the ranks of a run wrote them)
 FOLDER/dualenc.json           inputs, architectures, activations, tokenizer hashes, versions, hash of the weights
 FOLDER/inputs/MODALITY/       files an input needs (a tokenizer's)
 """
@@ -107,6 +107,7 @@ class Bundle:
         folder: str | Path,
         state: Mapping[str, Tensor] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        pieces: Mapping[str, str] | None = None,
     ) -> Path:
         """Write the bundle into ``folder`` (created; an earlier bundle in it is overwritten) and return the folder.
 
@@ -116,22 +117,21 @@ class Bundle:
             state: the weights, by the names of ``model.state_dict()``; default: the model's own. A run whose engine
                 holds the weights in pieces, or that keeps a moving average, passes them here.
             provenance: added to the bundle's own.
+            pieces: file → sha256 of weights that the ranks of a run have written into ``folder``, see
+                :mod:`dualenc.distributed.pieces`; no weights are written then.
 
         Raises:
             CheckpointError: if ``state`` does not have exactly the model's tensors.
         """
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION).unlink(missing_ok=True)
-        tensors = dict(state) if state is not None else self.model.state_dict()
-        wrong = set(tensors) ^ set(self.model.state_dict())
-        if wrong:
-            raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
-        # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
-        flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        save_file(flat, str(folder / WEIGHTS), metadata={"format": "pt"})
+        weights: dict[str, Any]
+        if pieces is not None:
+            weights = {"files": dict(sorted(pieces.items())), "sha256": pieces_digest(pieces)}
+        else:
+            self._save_weights(folder / WEIGHTS, state)
+            weights = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
         description = self.describe()
         for m, x in self.inputs.items():
             write = getattr(x, "save", None)
@@ -141,10 +141,21 @@ class Bundle:
                     written["tokenizer"]["name"] = written["config"]["tokenizer"]
                 description["modalities"][m]["input"] = written
         description["provenance"] = {**self.provenance, **(provenance or {})}
-        description["weights"] = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
+        description["weights"] = weights
         text = json.dumps(description, indent=1, ensure_ascii=False)
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         return folder
+
+    def _save_weights(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
+        from safetensors.torch import save_file
+
+        tensors = dict(state) if state is not None else self.model.state_dict()
+        wrong = set(tensors) ^ set(self.model.state_dict())
+        if wrong:
+            raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
+        # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
+        flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+        save_file(flat, str(path), metadata={"format": "pt"})
 
 
 # --- building ----------------------------------------------------------------------------------------------------
@@ -287,6 +298,12 @@ def file_digest(path: Path) -> str:
     """sha256 of a file, in hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def pieces_digest(files: Mapping[str, str]) -> str:
+    """One sha256 for weights in several files: over their names and hashes. Another number of ranks gives another."""
+    text = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dualenc.bundle.bundle import (
     DESCRIPTION,
@@ -19,9 +20,11 @@ from dualenc.bundle.bundle import (
     build_input,
     file_digest,
     part_of,
+    pieces_digest,
     versions,
 )
 from dualenc.config import Component, LogitScale, settings_as
+from dualenc.distributed.pieces import Files
 from dualenc.encoders import Tower, activations
 from dualenc.encoders.released import PAIR, Released, from_hf, from_open_clip, from_open_clip_folder
 from dualenc.encoders.weights import read_weights
@@ -106,15 +109,7 @@ def load_bundle(folder: Path) -> Bundle:
         CheckpointError: naming the field that is not as it was saved.
     """
     said = _read_description(folder)
-    weights = folder / str(said["weights"]["file"])
-    if weights.parent != folder or not weights.is_file():
-        raise CheckpointError(f"{folder}: weights.file: there is no {said['weights']['file']!r} in it")
-    digest = file_digest(weights)
-    if digest != said["weights"]["sha256"]:
-        raise CheckpointError(
-            f"{folder}: weights.sha256: {weights.name} has {digest[:12]}…, {DESCRIPTION} says "
-            f"{said['weights']['sha256'][:12]}…: it was changed or damaged after it was saved."
-        )
+    tensors, digest = _weights(folder, said["weights"])
     parts, inputs = {}, {}
     for m, d in said["modalities"].items():
         where = f"{folder}: modalities.{m}"
@@ -128,9 +123,7 @@ def load_bundle(folder: Path) -> Bundle:
     scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
     try:
-        bundle = assemble(
-            said["name"], parts, inputs, pairs, scale, int(said["embed_dim"]), read_weights(weights), str(folder)
-        )
+        bundle = assemble(said["name"], parts, inputs, pairs, scale, int(said["embed_dim"]), tensors, str(folder))
     except ConfigError as e:
         raise CheckpointError(f"{folder}: its architecture cannot be built: {e}") from e
     for m, d in said["modalities"].items():
@@ -140,6 +133,26 @@ def load_bundle(folder: Path) -> Bundle:
     bundle.provenance, bundle.weights_hash = dict(said["provenance"]), digest
     _note_versions(said["versions"], folder)
     return bundle
+
+
+def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The weights, from one file or from those that ranks wrote, and their hash; the files must be as described."""
+    files = dict(said["files"]) if "files" in said else {str(said["file"]): said["sha256"]}
+    for name, digest in files.items():
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            raise CheckpointError(f"{folder}: weights.file: there is no {name!r} in it")
+        found = file_digest(path)
+        if found != digest:
+            raise CheckpointError(
+                f"{folder}: weights.sha256: {name} has {found[:12]}…, {DESCRIPTION} says "
+                f"{digest[:12]}…: it was changed or damaged after it was saved."
+            )
+    paths = [folder / name for name in sorted(files)]
+    if "files" not in said:
+        return read_weights(paths[0]), str(said["sha256"])
+    saved = Files(paths)
+    return {name: saved.whole(name) for name in saved.shapes}, pieces_digest(files)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

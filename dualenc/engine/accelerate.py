@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dualenc.config import Engine as EngineConfig
 from dualenc.config import Optim
+from dualenc.distributed.pieces import Piece, Stored
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import shards, state
 from dualenc.engine.base import (
@@ -180,45 +181,61 @@ class AccelerateEngine:
                 out[name] = whole.cpu().clone()
         return out
 
-    @torch.no_grad()
-    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set weights and buffers from whole tensors."""
+    def model_pieces(self) -> list[Piece]:
+        """The part of weights and buffers that this rank writes; nothing is collected."""
         self._reshard()
-        for name, x in self.module.state_dict(keep_vars=True).items():
-            shards.local(x).copy_(shards.shard(x, state[name]))
+        parts = {name: (x, shards.local(x)) for name, x in self.module.state_dict(keep_vars=True).items()}
+        return shards.own(parts, self.world.rank, self.world.world_size)
+
+    @torch.no_grad()
+    def load_model_state(self, saved: Stored) -> None:
+        """Set weights and buffers; only this rank's part is read."""
+        self._reshard()
+        for _, x, part in shards.read_all(self.module.state_dict(keep_vars=True), saved):
+            shards.local(x).copy_(part)
 
     def optimizer_state(self) -> state.State:
         """Whole optimizer state by parameter name."""
-        owner = self._owners()
-
-        def state_of(p: Tensor) -> Mapping[str, Any]:
-            return cast(Mapping[str, Any], owner[p][0].state.get(p, {}))
 
         def whole(p: Tensor, value: Tensor) -> Tensor:
             return value.full_tensor() if isinstance(value, DTensor) else value
 
-        return state.collect(self.optim.name, self.parameters, state_of, whole, self.world.rank == 0)
+        return state.collect(self.optim.name, self.parameters, self._state_of(), whole, self.world.rank == 0)
 
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Set the optimizer state that any engine saved."""
-        state.check(self.optim.name, {k: shards.shape(p) for k, p in self.parameters.items()}, tensors, info)
+    def optimizer_pieces(self) -> tuple[list[Piece], dict[str, Any]]:
+        """The part of the optimizer state that this rank writes; nothing is collected."""
+
+        def piece(name: str, p: Tensor, value: Tensor) -> Piece:
+            return shards.piece(name, p, shards.local(value))
+
+        dealt = None if self.config.parallel == "fsdp2" else (self.world.rank, self.world.world_size)
+        return state.cut(self.optim.name, self.parameters, self._state_of(), piece, dealt)
+
+    def load_optimizer_state(self, saved: Stored, info: Mapping[str, Any]) -> None:
+        """Set the optimizer state that any engine saved; only this rank's part is read."""
+        shapes = {k: shards.shape(p) for k, p in self.parameters.items()}
+        fields = state.check(self.optim.name, shapes, saved, info)
         owner = self._owners()
         for key, p in self.parameters.items():
-            whole, scalars = state.of_parameter(key, tensors, info)
+            tensors, scalars = fields.get(key, {}), state.scalars_of(key, info)
             optimizer, group = owner[p]
-            if not whole and not scalars:
+            if not tensors and not scalars:
                 continue
-            entry: dict[str, Any] = {k: _like(p, t) for k, t in whole.items()}
+            entry: dict[str, Any] = {field: _like(p, shards.read(p, saved, name)) for field, name in tensors.items()}
             entry |= {k: state.step_tensor(v, group, p.device) for k, v in scalars.items()}
             optimizer.state[p] = entry
+
+    def _state_of(self) -> state.StateOf:
+        owner = self._owners()
+        return lambda p: owner[p][0].state.get(p, {})
 
     def _owners(self) -> dict[Tensor, tuple[torch.optim.Optimizer, dict[str, Any]]]:
         return {p: (o, g) for o in self.optimizers for g in o.param_groups for p in g["params"]}
 
 
-def _like(p: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` placed and cut like ``p``."""
-    piece = shards.shard(p, whole).to(device=p.device, dtype=p.dtype).clone()
+def _like(p: Tensor, part: Tensor) -> Tensor:
+    """``part`` placed like ``p``, of which it is this rank's part."""
+    piece = part.to(device=p.device, dtype=p.dtype, copy=True)
     if not isinstance(p, DTensor):
         return piece
     return DTensor.from_local(piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

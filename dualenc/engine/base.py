@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.config import Engine as EngineConfig
+from dualenc.distributed.pieces import Piece, Stored
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 
@@ -74,8 +75,13 @@ class Engine(Protocol):
         """Whole weights and buffers by name on the CPU of rank 0; an empty dict on the others."""
         ...
 
-    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set weights and buffers from whole tensors, given on every rank."""
+    def model_pieces(self) -> list[Piece]:
+        """The part of weights and buffers that this rank writes, all ranks together each element once. Nothing is
+        collected; the pieces share memory with the weights."""
+        ...
+
+    def load_model_state(self, saved: Stored) -> None:
+        """Set weights and buffers; every rank reads its own part only."""
         ...
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,8 +89,13 @@ class Engine(Protocol):
         others), and a small JSON-able dict with the scalars, such as step counts (on every rank)."""
         ...
 
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Set what :meth:`optimizer_state` of any engine and world size gave, given on every rank."""
+    def optimizer_pieces(self) -> tuple[list[Piece], dict[str, Any]]:
+        """What :meth:`optimizer_state` gives, as the pieces that this rank writes; nothing is collected."""
+        ...
+
+    def load_optimizer_state(self, saved: Stored, info: Mapping[str, Any]) -> None:
+        """Set what :meth:`optimizer_state` or the pieces of any engine and world size gave; every rank reads its own
+        part only."""
         ...
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from dualenc.config import Engine as EngineConfig
 from dualenc.config import Optim
+from dualenc.distributed.pieces import Piece, Stored
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import shards, state
 from dualenc.engine.base import (
@@ -146,11 +147,15 @@ class DeepSpeedEngine:
                 out[name] = whole.cpu().clone()
         return out
 
+    def model_pieces(self) -> list[Piece]:
+        """The part of weights and buffers that this rank writes; nothing is collected."""
+        parts = {name: (x, shards.local(x)) for name, x in self.module.state_dict(keep_vars=True).items()}
+        return shards.own(parts, self.world.rank, self.world.world_size)
+
     @torch.no_grad()
-    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set weights and buffers from whole tensors."""
-        for name, x in self.module.state_dict(keep_vars=True).items():
-            piece = shards.shard(x, state[name])
+    def load_model_state(self, saved: Stored) -> None:
+        """Set weights and buffers; only this rank's part is read."""
+        for _, x, piece in shards.read_all(self.module.state_dict(keep_vars=True), saved):
             shards.local(x).copy_(piece)
             if self.stage == 3 and x.requires_grad:  # the optimizer's own copy
                 flat, start, size, _ = self._flat(x)
@@ -165,16 +170,25 @@ class DeepSpeedEngine:
 
     def optimizer_state(self) -> state.State:
         """Whole optimizer state by parameter name."""
-        torch_state = self._torch_optimizer.state
+        whole = self._whole if self.stage else lambda _, x: x
+        return state.collect(self.optim.name, self.parameters, self._state_of, whole, self.world.rank == 0)
+
+    def optimizer_pieces(self) -> tuple[list[Piece], dict[str, Any]]:
+        """The part of the optimizer state that this rank writes; nothing is collected."""
         if self.stage == 0:
-            return state.collect(
-                self.optim.name, self.parameters, lambda p: torch_state.get(p, {}), lambda _, x: x, self.world.rank == 0
-            )
-        return state.collect(self.optim.name, self.parameters, self._state_of, self._whole, self.world.rank == 0)
+            dealt = (self.world.rank, self.world.world_size)
+            return state.cut(self.optim.name, self.parameters, self._state_of, shards.piece, dealt)
+
+        def piece(name: str, p: Tensor, value: Tensor) -> Piece:
+            start, size, at = self._held(p)
+            return Piece(name, tuple(shards.shape(p)), at, value.narrow(0, start, size))
+
+        return state.cut(self.optim.name, self.parameters, self._state_of, piece, None)
 
     def _state_of(self, p: Tensor) -> Mapping[str, Any]:
-        """The parameter's state as this rank has it: flat pieces (ZeRO 3), or the whole flat group's (1, 2)."""
-        return cast(Mapping[str, Any], self._torch_optimizer.state.get(self._flat(p)[0], {}))
+        """The parameter's state as this rank has it: whole (ZeRO 0), or that of the flat tensor it is part of."""
+        key = p if self.stage == 0 else self._flat(p)[0]
+        return cast(Mapping[str, Any], self._torch_optimizer.state.get(key, {}))
 
     def _whole(self, p: Tensor, value: Tensor) -> Tensor:
         """ZeRO 3 gathers equal pieces; ZeRO 1 and 2 cut anywhere, so pieces are laid into zeros and summed."""
@@ -204,28 +218,38 @@ class DeepSpeedEngine:
         groups = self._engine.optimizer.bit16_groups
         return next(i for i, group in enumerate(groups) if any(q is p for q in group))
 
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Set the optimizer state that any engine saved."""
-        state.check(self.optim.name, {k: shards.shape(p) for k, p in self.parameters.items()}, tensors, info)
-        for key, p in self.parameters.items():
-            whole, scalars = state.of_parameter(key, tensors, info)
-            if whole or scalars:
-                self._load(p, whole, scalars)
+    def _held(self, p: Tensor) -> tuple[int, int, int]:
+        """As :meth:`_flat`, without the tensor and without ZeRO 3's padding: (start in it, length, start within p)."""
+        _, start, size, at = self._flat(p)
+        whole = shards.shape(p).numel()
+        at = min(at, whole)
+        return start, min(size, whole - at), at
 
-    def _load(self, p: Tensor, whole: Mapping[str, Tensor], scalars: Mapping[str, float]) -> None:
+    def load_optimizer_state(self, saved: Stored, info: Mapping[str, Any]) -> None:
+        """Set the optimizer state that any engine saved; only this rank's part is read."""
+        shapes = {k: shards.shape(p) for k, p in self.parameters.items()}
+        fields = state.check(self.optim.name, shapes, saved, info)
+        for key, p in self.parameters.items():
+            scalars = state.scalars_of(key, info)
+            if key in fields or scalars:
+                self._load(p, saved, fields.get(key, {}), scalars)
+
+    def _load(self, p: Tensor, saved: Stored, fields: state.Fields, scalars: Mapping[str, float]) -> None:
         optimizer = self._torch_optimizer
         group = optimizer.param_groups[0]  # fused or not is the same for all groups
         if self.stage == 0:
-            entry: dict[str, Any] = {k: t.to(p.device, p.dtype).clone() for k, t in whole.items()}
+            entry: dict[str, Any] = {
+                k: shards.read(p, saved, name).to(p.device, p.dtype, copy=True) for k, name in fields.items()
+            }
             optimizer.state[p] = entry | {k: state.step_tensor(v, group, p.device) for k, v in scalars.items()}
             return
-        flat, start, size, at = self._flat(p)
+        flat, (start, size, at) = self._flat(p)[0], self._held(p)
         entry = optimizer.state[flat]
-        for field, tensor in whole.items():
+        for field, name in fields.items():
             if field not in entry:
                 entry[field] = torch.zeros_like(flat)
-            piece = tensor.flatten()[at : at + size]
-            entry[field].narrow(0, start, len(piece)).copy_(piece)
+            if size:
+                entry[field].narrow(0, start, size).copy_(saved.read(name, at, at + size))
         for field, value in scalars.items():
             entry[field] = state.step_tensor(value, group, flat.device)
 

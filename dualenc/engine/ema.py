@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
+from dualenc.distributed.pieces import Piece, Stored
 from dualenc.engine import shards
-from dualenc.errors import CheckpointError
 
 
 class EMA:
@@ -42,16 +40,19 @@ class EMA:
         """Whole averaged tensors by name, on the CPU. All ranks must call it: sharded weights are collected."""
         return {name: shards.full(x, self._average[name]).cpu().clone() for name, x in _tensors(self._model).items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Set the average from whole tensors.
+    def pieces(self, rank: int, world_size: int) -> list[Piece]:
+        """The part of the average that this rank writes; nothing is collected."""
+        parts = {name: (x, self._average[name]) for name, x in _tensors(self._model).items()}
+        return shards.own(parts, rank, world_size)
+
+    def load_state_dict(self, saved: Stored) -> None:
+        """Set the average; every rank reads its own part only.
 
         Raises:
-            CheckpointError: if a tensor is missing.
+            CheckpointError: if its tensors are not the model's.
         """
-        for name, x in _tensors(self._model).items():
-            if name not in state:
-                raise CheckpointError(f"The saved moving average has no tensor {name}")
-            self._average[name].copy_(shards.shard(x, state[name]))
+        for name, _, part in shards.read_all(_tensors(self._model), saved):
+            self._average[name].copy_(part)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -74,14 +74,17 @@ class Run:
             refuse_changes(saved.fingerprint, self.state.fingerprint, save)
             saved.fingerprint = self.state.fingerprint
             self.state = saved
-            self.bundle.model.load_state_dict(ckpt.trained_weights(save))
         elif recipe.checkpoint.init_from:
             init_weights(self.bundle, recipe.checkpoint.init_from)
-        self.parameter_count = sum(p.numel() for p in self.bundle.model.parameters())  # ZeRO 3 empties them
+        parameters = list(self.bundle.model.parameters())
+        self.parameter_count = sum(p.numel() for p in parameters)  # ZeRO 3 empties them
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        self.sharded = ckpt.is_sharded(recipe, self.parameter_count, trained, world.world_size)
         self.engine: Engine = build_engine(recipe.engine, recipe.optim, self.bundle.model, world)
+        if save is not None:  # after the engine has cut the model: a rank reads its own part
+            self.engine.load_model_state(ckpt.trained_weights(save))
+            self.engine.load_optimizer_state(ckpt.optimizer_state(save), self.state.optimizer)
         self.ema = self._build_ema(save)
-        if save is not None:
-            self.engine.load_optimizer_state(ckpt.load_tensors(save, "optimizer.safetensors"), self.state.optimizer)
         self.loss = build_loss(recipe.loss)
         self.loader = Loader(
             recipe.data,
@@ -211,13 +214,16 @@ class Run:
         if resume == "none":
             return None
         if resume == "auto":
-            return ckpt.newest_good(self.run_dir)
+            return ckpt.newest_good(self.run_dir, self.world)
         path = Path(resume)
         if not path.is_dir():
             raise CheckpointError(
                 f"checkpoint.resume: there is no folder {resume}; write auto, none, or a save's folder"
             )
-        save = ckpt.newest_good(path) if (path / "checkpoints").is_dir() else path
+        if not (path / "checkpoints").is_dir():
+            ckpt.refuse_damaged(path, self.world)
+            return path
+        save = ckpt.newest_good(path, self.world)
         if save is None:
             raise CheckpointError(f"checkpoint.resume: {resume} holds no finished save")
         return save
@@ -226,8 +232,8 @@ class Run:
         if self.recipe.optim.ema_samples is None:
             return None
         ema = EMA(self.engine.module, self.recipe.optim.ema_samples)
-        if save is not None and (save / "weights.safetensors").exists():
-            ema.load_state_dict(ckpt.load_tensors(save, "model/model.safetensors"))
+        if save is not None and ckpt.has_average(save):
+            ema.load_state_dict(ckpt.average_weights(save))
         return ema
 
     def _save_is_due(self) -> bool:
@@ -237,26 +243,43 @@ class Run:
         return by_step or (conf.every_minutes is not None and minutes >= conf.every_minutes)
 
     def _save(self) -> None:
-        """All ranks take part in collecting state; rank 0 writes."""
+        """All ranks take part: rank 0 writes what it collected, or every rank what it holds."""
         self._last_save = time.monotonic()
+        self.state.ledger = self.ledger.state_dict(self.world)
+        (self._save_sharded if self.sharded else self._save_whole)()
+        if self.world.rank == 0:
+            ckpt.prune(self.run_dir, self.recipe.checkpoint.keep)
+        barrier(self.world)
+
+    def _save_whole(self) -> None:
         weights = self.engine.model_state()
         optimizer, self.state.optimizer = self.engine.optimizer_state()
         average = self.ema.state_dict() if self.ema else None
-        self.state.ledger = self.ledger.state_dict(self.world)
-        if self.world.rank == 0:
-            with ckpt.Saver(self.run_dir, self.state.step) as saver:
-                self.bundle.save(
-                    saver.folder / "model",
-                    state=weights if average is None else average,
-                    provenance={"step": self.state.step, "samples_seen": self.state.samples_seen, "git": git_hash()},
-                )
+        with ckpt.Saver(self.run_dir, self.state.step, self.world) as saver:
+            if self.world.rank == 0:
                 if average is not None:
                     saver.tensors("weights.safetensors", weights)
                 saver.tensors("optimizer.safetensors", optimizer)
-                saver.state(self.state)
-                (saver.folder / "recipe.yaml").write_text(dump_yaml(self.recipe), encoding="utf-8")
-            ckpt.prune(self.run_dir, self.recipe.checkpoint.keep)
-        barrier(self.world)
+                self._save_rest(saver, state=weights if average is None else average)
+
+    def _save_sharded(self) -> None:
+        rank, world_size = self.world.rank, self.world.world_size
+        optimizer, self.state.optimizer = self.engine.optimizer_pieces()
+        with ckpt.Saver(self.run_dir, self.state.step, self.world) as saver:
+            if self.ema is not None:
+                saver.pieces("weights", self.engine.model_pieces())
+            saver.pieces("model/model", self.ema.pieces(rank, world_size) if self.ema else self.engine.model_pieces())
+            saver.pieces("optimizer", optimizer)
+            files = {Path(name).name: digest for name, (_, digest) in saver.written().items() if "/" in name}
+            if rank == 0:
+                self._save_rest(saver, pieces=files)
+
+    def _save_rest(self, saver: ckpt.Saver, **weights: Any) -> None:
+        """What rank 0 writes besides the optimizer's tensors; ``weights``: as ``Bundle.save`` takes them."""
+        provenance = {"step": self.state.step, "samples_seen": self.state.samples_seen, "git": git_hash()}
+        self.bundle.save(saver.folder / "model", provenance=provenance, **weights)
+        saver.state(self.state)
+        (saver.folder / "recipe.yaml").write_text(dump_yaml(self.recipe), encoding="utf-8")
 
     def _how_to_go_on(self) -> str:
         return (

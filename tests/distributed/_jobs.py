@@ -15,6 +15,7 @@ from dualenc.config import Component, Optim
 from dualenc.config import Engine as EngineConfig
 from dualenc.distributed.failure import LostRankError, naming_missing_ranks
 from dualenc.distributed.gather import gather
+from dualenc.distributed.pieces import InMemory
 from dualenc.distributed.world import (
     World,
     all_gather_object,
@@ -152,7 +153,7 @@ def train(
     built = build_engine(EngineConfig(**engine), Optim(**(optim or ADAMW.model_dump())), model, world)
     average = EMA(built.module, ema) if ema else None
     if saved:
-        built.load_optimizer_state(saved["tensors"], saved["info"])
+        built.load_optimizer_state(InMemory(saved["tensors"]), saved["info"])
     loss = build_loss(Component(name="info_nce"))
     results = []
     for step in range(first, last):
@@ -196,6 +197,6 @@ def eval_between(world: World, engines: list[dict[str, Any]]) -> list[dict[str, 
         train_step(built, batches[1], PAIRS, loss)
         start = tiny(seed=7).state_dict()
         after = built.model_state()
-        built.load_model_state(start)
+        built.load_model_state(InMemory(start))
         out.append({"features": features[:1].clone(), "mid": mid, "after": after, "set": built.model_state()})
     return out

@@ -10,6 +10,7 @@ import torch
 
 from dualenc.config import Engine as EngineConfig
 from dualenc.config import Optim
+from dualenc.distributed.pieces import InMemory
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
 from dualenc.engine.base import blocks
@@ -133,10 +134,10 @@ def test_the_average_copies_buffers_and_frozen_weights_and_comes_back() -> None:
     assert state["0.running_mean"].tolist() == [3.0, 3.0]
     assert state["1.weight"].unique().tolist() == [5.0]
     again = EMA(model, half_life=10)
-    again.load_state_dict(state)
+    again.load_state_dict(InMemory(state))
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
     with pytest.raises(CheckpointError, match=r"no tensor 1\.bias"):
-        again.load_state_dict({k: v for k, v in state.items() if k != "1.bias"})
+        again.load_state_dict(InMemory({k: v for k, v in state.items() if k != "1.bias"}))
 
 
 # --- the step ----------------------------------------------------------------------------------------------------
@@ -179,11 +180,13 @@ def test_state_of_another_optimizer_or_model_is_refused() -> None:
     saved = _jobs.train(World(), {}, 0, 1)
     engine = build_engine(EngineConfig(), Optim(name="sgd"), tiny(), World())
     with pytest.raises(CheckpointError, match="is of 'adamw', the recipe says 'sgd'"):
-        engine.load_optimizer_state(saved["tensors"], saved["info"])
+        engine.load_optimizer_state(InMemory(saved["tensors"]), saved["info"])
     locked = tiny()
     locked.towers["image"].requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"has towers\.image\..*, which is not trained here"):
-        build_engine(EngineConfig(), Optim(), locked, World()).load_optimizer_state(saved["tensors"], saved["info"])
+        build_engine(EngineConfig(), Optim(), locked, World()).load_optimizer_state(
+            InMemory(saved["tensors"]), saved["info"]
+        )
     wide = build_engine(EngineConfig(), Optim(), tiny(width=24), World())
     with pytest.raises(CheckpointError, match=r"has shape \["):
-        wide.load_optimizer_state(saved["tensors"], saved["info"])
+        wide.load_optimizer_state(InMemory(saved["tensors"]), saved["info"])

@@ -22,7 +22,7 @@ def write(run: Path, step: int) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     save = write(tmp_path, 5)
     assert ckpt.load_state(save) == ckpt.TrainState(step=5, samples_seen=40)
-    assert torch.equal(ckpt.trained_weights(save)["w"], torch.full((3,), 5.0))
+    assert torch.equal(ckpt.trained_weights(save).whole("w"), torch.full((3,), 5.0))
 
 
 def test_a_flipped_byte_is_seen_and_the_older_save_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -34,7 +34,7 @@ def test_a_flipped_byte_is_seen_and_the_older_save_used(tmp_path: Path, caplog: 
     assert ckpt.newest_good(tmp_path) == old
     assert "sha256 differs" in caplog.text
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written"):
-        ckpt.load_state(new)
+        ckpt.refuse_damaged(new)
 
 
 @pytest.mark.parametrize("missing", ["state.json", ckpt.MANIFEST])
