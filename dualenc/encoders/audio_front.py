@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-_CPU_FRAMES = 128  # frames at once: their spectra stay in the cache
+_CPU_FRAMES = 64  # frames at once: their spectra stay in the cache
 _DEVICE_FRAMES = 1 << 16
 _TINY = 1e-7
 
@@ -107,14 +107,15 @@ class FrontEnd(nn.Module):
         if self.pad == "none":
             return wave, length
         wave = wave[:, : self.samples]
-        if self.pad == "zeros" or (wave.shape[1] == self.samples and bool((length >= self.samples).all())):
+        if self.pad == "zeros":
             out = nn.functional.pad(wave, (0, self.samples - wave.shape[1]))
         else:
-            own = length.clamp(max=self.samples)[:, None]
-            at = torch.arange(self.samples, device=wave.device).expand(len(wave), -1)
-            out = wave.gather(1, at % own)
-            if self.pad == "repeatpad":
-                out = out * (at < own * (self.samples // own))
+            out = wave.new_zeros(len(wave), self.samples)
+            for row, filled, n in zip(wave, out, length.clamp(max=self.samples).tolist(), strict=True):
+                whole = self.samples // n * n
+                filled[:whole].view(-1, n).copy_(row[:n].expand(whole // n, n))
+                if self.pad == "repeat":
+                    filled[whole:] = row[: self.samples - whole]
         return out, torch.full_like(length, self.samples)
 
     # --- mel --------------------------------------------------------------------------------------------------
@@ -148,16 +149,22 @@ class FrontEnd(nn.Module):
         return count.clamp(min=1)
 
     def _mel(self, frames: Tensor) -> Tensor:
-        """Frames [n, k, win] → power in each band [n, k, M]."""
+        """Frames [n, k, win] → power in each band [n, k, M].
+
+        In evaluation in fp64: in fp32 a Fourier transform's error is that of the loudest bin in all bins, up to 0.01 dB
+        in quiet bands. Training does not notice, and runs twice as fast.
+        """
+        if not self.training and frames.device.type != "mps":
+            frames = frames.double()
         if self.f["remove_dc"]:
             frames = frames - frames.mean(-1, keepdim=True)
         if self.f["preemphasis"]:
             a = self.f["preemphasis"]
             before = torch.cat([frames[..., :1], frames[..., :-1]], -1)
             frames = frames - a * before
-        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.window, n=self.n_fft)).flatten(-2)
+        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.window.to(frames.dtype), n=self.n_fft)).flatten(-2)
         low, high = self.bins
-        power = spectrum[..., 2 * low : 2 * high].square()
+        power = spectrum[..., 2 * low : 2 * high].square_()
         return power.to(self.filters.dtype) @ self.filters
 
     def _finish(self, mel: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +231,7 @@ class FrontEnd(nn.Module):
         window = torch.hann_window(n, periodic=name == "hann", dtype=torch.float64)
         window = window**0.85 if name == "povey" else window
         left = (self.n_fft - n) // 2 if self.f["center"] else 0
-        return nn.functional.pad(window, (left, self.n_fft - n - left if self.f["center"] else 0)).float()
+        return nn.functional.pad(window, (left, self.n_fft - n - left if self.f["center"] else 0))
 
 
 def third_start(places: int, part: int, share: float) -> int:
