@@ -1,6 +1,7 @@
-"""Log-mel features, ours against ClapFeatureExtractor, in one run on one core: ``python -m dualenc.bench_audio FOLDER``.
+"""Log-mel features, ours against ClapFeatureExtractor, in one run on one core.
 
-FOLDER holds sound files. Both start from the same decoded 48 kHz waveforms and end with features of 10 s (repeatpad).
+``python -m dualenc.bench_audio FOLDER``: FOLDER holds sound files. Both start from the same decoded 48 kHz waveforms
+and end with features of 10 s (repeatpad).
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ def compare(folder: Path) -> None:
     }
     reference = theirs()[:, 0]
     best = dict.fromkeys(runs, float("inf"))
-    # Round by round, so that a busy machine slows all of them alike.
+    # Seconds of this process on its core, round by round: what else runs on the machine slows all of them alike.
     for _ in range(ROUNDS):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], time.process_time() - start)
     seconds = sum(map(len, waves)) / source.config.rate / len(waves)
-    print(f"{len(files)} clips of {seconds:.1f} s on average, one thread, best of {ROUNDS} rounds")
+    print(f"{len(files)} clips of {seconds:.1f} s on average, one thread, CPU seconds, best of {ROUNDS} rounds")
     slow = best["ClapFeatureExtractor"]
     for name, run in runs.items():
         far = np.abs(np.asarray(run()).reshape(reference.shape) - reference)
