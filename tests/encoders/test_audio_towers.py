@@ -272,8 +272,7 @@ def gradients(world: World, engine: dict[str, Any], micro: int | None = None) ->
     built = build_engine(EngineConfig.model_validate(engine), optim, model, world)
     pairs = [("audio", "text"), ("image", "text")]
     train_step(built, batch, pairs, build_loss(Component(name="info_nce")), micro)
-    after = built.model_state()
-    return {n: before[n] - after[n] for n in before}
+    return {n: before[n] - p for n, p in built.model_state().items()}
 
 
 def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
