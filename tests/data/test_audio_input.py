@@ -165,27 +165,32 @@ def test_an_mp3_or_ogg_that_is_cut_keeps_what_is_there_or_is_refused(samples: An
 
 
 LONG = """
-import resource, sys
+import sys
 import numpy as np
 from pathlib import Path
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
 source = AudioInput(AudioConfig())
+
+def peak():  # not ru_maxrss, which a child inherits from its parent
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM"))
+
 short = Path(sys.argv[1]).read_bytes()
 source.train(source.decode(short), np.random.default_rng(0))  # libraries are loaded
 for path in sys.argv[2:]:
     raw = Path(path).read_bytes()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     for seed in range(3):
         row = source.train(source.decode(raw), np.random.default_rng(seed))
         assert row["wave"].shape == (160_000,)
     source.eval(source.decode(raw))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(len(raw) >> 20, grown >> 10, int(row["wave"].abs().sum() > 0))
+    print(len(raw) >> 20, (peak() - before) >> 10, int(row["wave"].abs().sum() > 0))
 """
 
 
 def test_three_hours_cost_no_more_memory_than_ten_seconds(tmp_path: Path) -> None:
-    """8 kHz: 165 MiB of WAV, 345 MiB as float32. Only the crop is decoded."""
+    """8 kHz: 164 MiB of WAV, 329 MiB as float32. Only the crop is decoded."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("needs /proc to see the peak of a process")
     rate, hours = 8_000, 3
     rng = np.random.default_rng(0)
     paths = [str(tmp_path / "short.wav")]
@@ -313,7 +318,7 @@ def test_mixing_adds_sounds_and_joins_captions(tmp_path: Path) -> None:
         assert torch.equal(batch.inputs["text"]["ids"], same.inputs["text"]["ids"])
         for row, (key, ids) in enumerate(zip(batch.keys, batch.inputs["text"]["ids"], strict=True)):
             own = f"clip {int(key.rsplit('/', 1)[1])}"
-            said = text.tokenizer.decode(ids.tolist())
+            said = text.tokenizer.decode(ids[batch.inputs["text"]["mask"][row]].tolist())
             n = int(batch.inputs["audio"]["length"][row])
             got = batch.inputs["audio"]["wave"][row, :n].numpy()
             a = waves[own.capitalize() + "."]
@@ -335,7 +340,7 @@ def test_mixing_adds_sounds_and_joins_captions(tmp_path: Path) -> None:
     assert 12 < joined < 36
     plain, _ = digits(tmp_path)
     plain.stop_step = 1
-    assert all(" and " not in text.tokenizer.decode(ids.tolist()) for b in plain for ids in b.inputs["text"]["ids"])
+    assert not any(" and " in text.tokenizer.decode(ids.tolist()) for b in plain for ids in b.inputs["text"]["ids"])
 
 
 def test_pictures_are_not_mixed(tmp_path: Path) -> None:
