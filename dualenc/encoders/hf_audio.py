@@ -6,7 +6,6 @@ that architecture's usual one.
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -170,8 +169,8 @@ def settled(arch: Any, describe: Mapping[str, Any]) -> Any:
 
 def whisper_places(arch: Any, config: Mapping[str, Any]) -> int:
     """Places after the second convolution, which halves the frames."""
-    samples, hop = round(config["max_s"] * config["rate"]), int(config["features"]["hop"])
-    return math.ceil(samples // hop / 2)
+    frames: int = round(config["max_s"] * config["rate"]) // int(config["features"]["hop"])
+    return -(-frames // 2)
 
 
 def random_audio(arch: Any) -> nn.Module:
@@ -207,8 +206,10 @@ def cut_places(net: nn.Module, arch: Any, config: Mapping[str, Any]) -> None:
     """Keep of Whisper's sinusoidal positions those that ``max_s`` needs; in place."""
     places = whisper_places(arch, config)
     if places < arch.max_source_positions:
-        kept = net.embed_positions.weight[:places].detach().clone()  # type: ignore[union-attr, index]
-        net.embed_positions = nn.Embedding(*kept.shape, _weight=kept).requires_grad_(False)
+        kept: Tensor = net.embed_positions.weight[:places].detach()  # type: ignore[union-attr, index, assignment]
+        shorter = nn.Embedding(places, kept.shape[1]).requires_grad_(False)
+        shorter.weight.copy_(kept)
+        net.embed_positions = shorter
         net.max_source_positions = arch.max_source_positions = places  # type: ignore[assignment]
 
 

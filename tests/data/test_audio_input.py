@@ -289,8 +289,8 @@ def test_described_settings_make_the_same_input() -> None:
 
 
 def digits(tmp_path: Path, **data: Any) -> tuple[Loader, list[tuple[bytes, str]]]:
-    """A loader over twelve spoken digits, captioned "Clip 0." …; every batch has all of them."""
-    clips = [(raw, f"Clip {i}.") for i, raw in enumerate(of("fsdd", 12))]
+    """A loader over twelve spoken digits, captioned "Clip a." …; every batch has all of them."""
+    clips = [(raw, f"Clip {'abcdefghijkl'[i]}.") for i, raw in enumerate(of("fsdd", 12))]
     path = tmp_path / "d-000.tar"
     with tarfile.open(path, "w") as tar:
         for i, (raw, text) in enumerate(clips):
@@ -317,7 +317,7 @@ def test_mixing_adds_sounds_and_joins_captions(tmp_path: Path) -> None:
         assert torch.equal(batch.inputs["audio"]["wave"], same.inputs["audio"]["wave"])
         assert torch.equal(batch.inputs["text"]["ids"], same.inputs["text"]["ids"])
         for row, (key, ids) in enumerate(zip(batch.keys, batch.inputs["text"]["ids"], strict=True)):
-            own = f"clip {int(key.rsplit('/', 1)[1])}"
+            own = f"clip {'abcdefghijkl'[int(key.rsplit('/', 1)[1])]}"
             said = text.tokenizer.decode(ids[batch.inputs["text"]["mask"][row]].tolist())
             n = int(batch.inputs["audio"]["length"][row])
             got = batch.inputs["audio"]["wave"][row, :n].numpy()
