@@ -7,7 +7,7 @@ Code in a repository is never run, and weights are read as safetensors or under 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from dualenc.config import Component, Section
 from dualenc.encoders.families import families
+from dualenc.encoders.hf_halves import PROJECTED, ProjectedHalf
+from dualenc.encoders.migrations import resize_positions
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
 from dualenc.encoders.transformer import end_of_text
-from dualenc.encoders.weights import PACKAGE, no_scalars, package_folder
+from dualenc.encoders.weights import PACKAGE, load_exactly, no_scalars, package_folder
 from dualenc.errors import ConfigError
 
 Pooling = Literal["mean", "cls", "eot", "model"]
@@ -27,11 +29,15 @@ _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class HFConfig(Section):
-    """Settings of hf/NAME. ``pooling`` model: whatever the model itself returns as pooled."""
+    """Settings of hf/NAME. ``pooling`` model: whatever the model itself returns as pooled.
+
+    ``resize_positions``: a picture size or context other than the weights' is meant; learned positions are resized.
+    """
 
     pretrained: bool = True
     pooling: Pooling | None = None
     head: HeadKind = "linear"
+    resize_positions: bool = False
     config: dict[str, Any] | None = None
 
 
@@ -54,10 +60,7 @@ class HF:
             return image_defaults(preprocessor(where), name)
         arch = part_config(load_config(where), kind)
         sentence = read_json(where, "sentence_bert_config.json")
-        places = int(getattr(arch, "max_position_embeddings", 512))
-        # RoBERTa counts its places from padding_idx + 1.
-        places -= 2 if arch.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-        return text_defaults(arch, f"hf:{where}", int(sentence.get("max_seq_length") or places))
+        return text_defaults(arch, f"hf:{where}", int(sentence.get("max_seq_length") or places(arch)))
 
     def demands(self, kind: str, name: str, config: HFConfig) -> dict[str, Any]:
         if not config.pretrained or config.config is not None:
@@ -80,6 +83,8 @@ class HF:
             folder = locate(name)
             arch = part_config(load_config(folder), kind)
             net = released_model(folder, arch, where) if config.pretrained else random_model(arch)
+            if config.resize_positions:
+                net, arch = resized(net, arch, kind, describe, where)
         pooling = config.pooling or (default_pooling(name, arch, kind) if config.config is None else "model")
         return wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
 
@@ -196,6 +201,36 @@ def read_json(where: str, name: str) -> dict[str, Any]:
     return out if isinstance(out, dict) else {}
 
 
+def places(arch: Any) -> int:
+    """The longest text an architecture has positions for."""
+    count = int(getattr(arch, "max_position_embeddings", 512))
+    # RoBERTa counts its places from padding_idx + 1.
+    return count - (2 if arch.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "altclip_text_model") else 0)
+
+
+def snapshot_with(where: str, name: str, weights: Sequence[str]) -> Path | None:
+    """The folder, on this machine, of a repository that holds ``name``, one of ``weights`` fetched too; else None."""
+    from transformers.utils.hub import cached_file
+
+    def get(file: str) -> str | None:
+        path: str | None = cached_file(
+            where,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        return path
+
+    found = get(name)
+    if found is None:
+        return None
+    next((f for f in weights if get(f) is not None), None)  # the first there is: the others hold the same
+    for file in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        get(file)
+    return Path(found).parent
+
+
 def preprocessor(where: str) -> dict[str, Any]:
     """How pictures are prepared, in either of the layouts transformers writes."""
     pre = read_json(where, "preprocessor_config.json")
@@ -264,6 +299,8 @@ def random_model(arch: Any, projected: bool = False) -> nn.Module:
     """The architecture with random weights, fp32."""
     from transformers import AutoModel
 
+    if arch.model_type in PROJECTED and projected:
+        return no_scalars(ProjectedHalf(arch))
     cls = model_class(arch, projected)
     build: Any = cls or AutoModel.from_config
     return without_pooler(build(arch))
@@ -293,6 +330,24 @@ def released_model(where: str, arch: Any, field: str) -> nn.Module:
             f"of another shape: {sorted(map(str, info['mismatched_keys']))[:1]}"
         )
     return without_pooler(net)
+
+
+def resized(net: nn.Module, arch: Any, kind: str, describe: Mapping[str, Any], where: str) -> tuple[nn.Module, Any]:
+    """The same weights for pictures of the input's size, or texts of its length: learned positions are resized.
+
+    Raises:
+        ConfigError: for architectures whose positions are not simply learned ones.
+    """
+    key, want = ("image_size", "size") if kind == "image" else ("max_position_embeddings", "context_length")
+    value = int(describe["config"][want])
+    if int(getattr(arch, key, value)) == value or (kind == "text" and value < int(getattr(arch, key))):
+        return net, arch
+    if not arch.model_type.startswith(("clip", "siglip")):
+        raise ConfigError(f"{where}.resize_positions: positions of {arch.model_type!r} models are not resized.")
+    arch = type(arch)(**{**kept_config(arch), key: value})
+    new = random_model(arch)
+    load_exactly(new, resize_positions(dict(net.state_dict()), new), f"{where}.resize_positions")
+    return new, arch
 
 
 def without_pooler(net: nn.Module) -> nn.Module:
@@ -325,14 +380,14 @@ def wrap(
         tower = ImageTower(HFImageTrunk(net, pooling), module, describe, channels_last=False)
     else:
         tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
-        places = int(getattr(arch, "max_position_embeddings", context))
-        if context > places:
-            raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {places} places.")
+        longest = int(getattr(arch, "max_position_embeddings", context))
+        if context > longest:
+            raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {longest} places.")
         if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
             raise ConfigError(
                 f"{where}: input.tokenizer has {tokenizer['vocab_size']} ids, the tower {arch.vocab_size}."
             )
-        fixed = places if arch.model_type.startswith("siglip") else 0
+        fixed = longest if arch.model_type.startswith("siglip") else 0
         tower = HFText(net, module, pooling, int(tokenizer["eot_id"]), (fixed, int(tokenizer["pad_id"])))
     kept = kept_config(arch)
     if projected:

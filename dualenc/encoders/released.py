@@ -18,6 +18,8 @@ from torch import Tensor
 from dualenc.config import Component, LogitScale
 from dualenc.encoders import hf_towers as hf
 from dualenc.encoders import open_clip_towers as oc
+from dualenc.encoders.convert import FAMILIES
+from dualenc.encoders.migrations import migrate_open_clip
 from dualenc.encoders.weights import read_weights
 from dualenc.errors import CheckpointError, ConfigError
 
@@ -27,6 +29,7 @@ PAIR = ("image", "text")
 _KEY = "-".join(PAIR)
 # Of an OpenAI archive; a CoCa's caption decoder is no part of the dual encoder.
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text_decoder.")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -82,7 +85,7 @@ def from_open_clip_folder(folder: Path) -> Released:
     Raises:
         CheckpointError: if a file is missing or the tensors are not this model's.
     """
-    raw = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    raw = json.loads((folder / _OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
     cfg = raw.get("model_cfg")
     if not isinstance(cfg, dict):
         raise CheckpointError(f"{folder}/open_clip_config.json has no model_cfg")
@@ -96,6 +99,13 @@ def from_open_clip_folder(folder: Path) -> Released:
         "image": oc.image_defaults(cfg, raw.get("preprocess_cfg", {})),
         "text": oc.text_defaults(cfg, tokenizer),
     }
+    said = inputs["image"]["size"]
+    built = oc.image_defaults(cfg, {})["size"]
+    if said != built:
+        raise CheckpointError(
+            f"{folder}: preprocess_cfg.size: pictures of {said} px, model_cfg.vision_cfg.image_size is {built}; one of "
+            "them was changed."
+        )
     return _open_clip(folder.name, cfg, inputs, file)
 
 
@@ -108,7 +118,7 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
     bias = None if bias is None else torch.tensor([float(bias)])
     tensors = None
     if file is not None:
-        raw = read_weights(file)
+        raw = migrate_open_clip(cfg, read_weights(file))
         log = raw.pop("logit_scale", log).float().reshape(1)
         if "logit_bias" in raw:
             bias = raw.pop("logit_bias").float().reshape(1)
@@ -126,50 +136,75 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
 
 
 def from_hf(where: str) -> Released:
-    """A folder or repository with a CLIPModel or SiglipModel, its preprocessor and tokenizer.
+    """A folder or repository with a CLIPModel, SiglipModel, AltCLIPModel or ChineseCLIPModel and its preprocessing; or
+    one in open_clip's layout.
+
+    SigLIP 2 of a fixed resolution is a SiglipModel. Its NaFlex variant (model_type siglip2) keeps each picture's own
+    aspect in a ragged grid of patches, which an input of one size cannot give: refused.
 
     Raises:
         ConfigError: if it is not within reach, or is another kind of model.
-        CheckpointError: if a tensor is missing.
+        CheckpointError: if a tensor is missing, or tokenizer, size and architecture contradict each other.
     """
-    from transformers import AutoModel
-
+    folder = hf.snapshot_with(where, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
+    if folder is not None and not hf.read_json(where, "config.json"):
+        return from_open_clip_folder(folder)
     config = hf.load_config(where)
-    if config.model_type not in ("clip", "siglip"):
+    family = str(config.model_type)
+    if family not in FAMILIES:
         raise ConfigError(
-            f"hf:{where} is a {config.model_type!r} model; clip and siglip are dual encoders that can be loaded whole. "
+            f"hf:{where} is a {family!r} model; {', '.join(FAMILIES)} are dual encoders that can be loaded whole. "
             f"As one tower write encoder: {{name: hf/{where}}} in a recipe."
         )
+    vision, text = config.vision_config, config.text_config
     inputs: dict[str, dict[str, Any]] = {"image": hf.image_defaults(hf.preprocessor(where), where)}
-    text = config.text_config
-    inputs["text"] = hf.text_defaults(text, f"hf:{where}", int(text.max_position_embeddings))
+    inputs["text"] = hf.text_defaults(text, f"hf:{where}", hf.places(text))
+    if inputs["image"]["size"] != int(vision.image_size):
+        raise CheckpointError(
+            f"hf:{where}: preprocessor_config.json: size: pictures of {inputs['image']['size']} px, "
+            f"config.json: vision_config.image_size is {vision.image_size}; one of them was changed."
+        )
+    state = _whole(where)
+    log = state.pop("logit_scale").reshape(1)
+    bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
+    projected = family != "siglip"
+    embed_dim = int(config.projection_dim) if projected else int(vision.hidden_size)
+    encoders, parts = {}, {}
+    for kind, arch, prefix in (("image", vision, "vision"), ("text", text, "text")):
+        if projected:
+            arch.projection_dim = embed_dim  # the halves' own configs keep a default that the whole overrides
+        projection = "visual_projection." if kind == "image" else "text_projection."
+        own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", projection))}
+        own = own if projected else _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
+        parts[kind] = ("trunk.net." if kind == "image" else "net.", own)
+        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if projected else {})}
+        encoders[kind] = Component.model_validate(
+            {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
+        )
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), _tensors(parts, log, bias), f"hf:{where}")
+
+
+def _whole(where: str) -> dict[str, Tensor]:
+    """Every tensor of a transformers model: safetensors, or a torch file under ``weights_only``."""
+    from transformers import AutoModel
+
     try:
         model, info = AutoModel.from_pretrained(
             where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"hf:{where} has no weights within reach ({str(e).splitlines()[0]})") from e
+    except Exception as e:
+        if "weights_only" in str(e) or "WeightsUnpickler" in str(e):
+            raise CheckpointError(
+                f"hf:{where}: refused, its file holds more than tensors and reading it would run code. "
+                "Convert it to safetensors."
+            ) from e
+        raise
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(f"hf:{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    state = {k: v.detach() for k, v in model.state_dict().items() if not k.endswith("position_ids")}
-    log = state.pop("logit_scale").reshape(1)
-    bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
-    clip = config.model_type == "clip"
-    embed_dim = int(config.projection_dim) if clip else int(config.vision_config.hidden_size)
-    encoders, parts = {}, {}
-    for kind, arch, prefix in (("image", config.vision_config, "vision"), ("text", text, "text")):
-        if clip:
-            arch.projection_dim = embed_dim  # the halves' own configs keep a default that the whole overrides
-        projection = "visual_projection." if kind == "image" else "text_projection."
-        own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", projection))}
-        own = own if clip else _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
-        parts[kind] = ("trunk.net." if kind == "image" else "net.", own)
-        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if clip else {})}
-        encoders[kind] = Component.model_validate(
-            {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
-        )
-    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), _tensors(parts, log, bias), f"hf:{where}")
+    return {k: v.detach() for k, v in model.state_dict().items() if not k.endswith("position_ids")}
 
 
 def _as_named(tensors: dict[str, Tensor], prefix: str, names: dict[str, Tensor]) -> dict[str, Tensor]:
