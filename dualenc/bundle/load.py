@@ -21,6 +21,7 @@ from dualenc.bundle.bundle import (
     part_of,
     versions,
 )
+from dualenc.bundle.record import check_activations, check_inputs, read_record
 from dualenc.config import Component, LogitScale, settings_as
 from dualenc.encoders import Tower, activations
 from dualenc.encoders.released import PAIR, Released, from_hf, from_open_clip, from_open_clip_folder
@@ -125,6 +126,8 @@ def load_bundle(folder: Path) -> Bundle:
         _same(d["input"], inputs[m].describe(), f"{where}.input", skip=("name",))
         encoder = Component.model_validate(d["encoder"])
         parts[m] = part_of(d["kind"], d["input"]["config"], encoder, bool(d["lock"]))
+    made = read_record(weights)
+    check_inputs(made, inputs, str(folder))
     scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
     try:
@@ -137,6 +140,7 @@ def load_bundle(folder: Path) -> Bundle:
         tower = bundle.model.towers[m]
         assert isinstance(tower, Tower)
         _same(d["activation"], activations(tower), f"{folder}: modalities.{m}.activation")
+    check_activations(made, bundle, str(folder))
     bundle.provenance, bundle.weights_hash = dict(said["provenance"]), digest
     _note_versions(said["versions"], folder)
     return bundle
@@ -184,12 +188,14 @@ def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
 
 def _released(found: Released, spec: str) -> Bundle:
     inputs = {m: build_input(m, found.inputs[m], f"{spec}: input of {m}") for m in PAIR}
+    made = read_record(found.file) if found.file is not None else {}
+    check_inputs(made, inputs, spec)
     parts = {m: part_of(m, inputs[m].describe()["config"], found.encoders[m]) for m in PAIR}
     bundle = assemble(found.name, parts, inputs, [PAIR], found.scale, found.embed_dim, found.tensors, spec)
     bundle.provenance = {"source": spec, "weights": "random" if found.tensors is None else found.source}
-    path = Path(found.source)
-    if path.is_file():
-        bundle.weights_hash = file_digest(path)
+    check_activations(made, bundle, spec)
+    if found.file is not None:
+        bundle.weights_hash = file_digest(found.file)
     return bundle
 
 

@@ -184,8 +184,8 @@ def part_config(config: Any, kind: str) -> Any:
     return config if part is None else part
 
 
-def read_json(where: str, name: str) -> dict[str, Any]:
-    """A json file of a folder or repository; empty where it has none."""
+def file_of(where: str, name: str) -> Path | None:
+    """A file of a folder or repository, on this machine; None where it has none or the Hub is out of reach."""
     from transformers.utils.hub import cached_file
 
     path: str | None = cached_file(
@@ -195,9 +195,13 @@ def read_json(where: str, name: str) -> dict[str, Any]:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    if path is None:
-        return {}
-    out = json.loads(Path(path).read_text(encoding="utf-8"))
+    return None if path is None else Path(path)
+
+
+def read_json(where: str, name: str) -> dict[str, Any]:
+    """A json file of a folder or repository; empty where it has none."""
+    path = file_of(where, name)
+    out = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     return out if isinstance(out, dict) else {}
 
 
@@ -210,25 +214,13 @@ def places(arch: Any) -> int:
 
 def snapshot_with(where: str, name: str, weights: Sequence[str]) -> Path | None:
     """The folder, on this machine, of a repository that holds ``name``, one of ``weights`` fetched too; else None."""
-    from transformers.utils.hub import cached_file
-
-    def get(file: str) -> str | None:
-        path: str | None = cached_file(
-            where,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        return path
-
-    found = get(name)
+    found = file_of(where, name)
     if found is None:
         return None
-    next((f for f in weights if get(f) is not None), None)  # the first there is: the others hold the same
+    next((f for f in weights if file_of(where, f) is not None), None)  # the first there is: the others hold the same
     for file in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
-        get(file)
-    return Path(found).parent
+        file_of(where, file)
+    return found.parent
 
 
 def preprocessor(where: str) -> dict[str, Any]:

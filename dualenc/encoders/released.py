@@ -45,6 +45,7 @@ class Released:
         scale: temperature and bias as released; the exact values are in ``tensors``.
         tensors: the DualEncoder's state dict; None where the model is to start from random weights.
         source: the file or repository the tensors came from.
+        file: the one file of weights, where there is one on this machine.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Released:
     scale: LogitScale
     tensors: dict[str, Tensor] | None
     source: str
+    file: Path | None = None
 
 
 # --- open_clip ---------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
             raise CheckpointError(f"{file}: {len(left)} tensors have no place in {name}, first {left[0]!r}")
         tensors = _tensors({"image": ("trunk.", image), "text": ("net.", text)}, log, bias)
     source = f"open_clip:{name}" if file is None else str(file)
-    return Released(name, int(cfg["embed_dim"]), inputs, encoders, _scale(log, bias), tensors, source)
+    return Released(name, int(cfg["embed_dim"]), inputs, encoders, _scale(log, bias), tensors, source, file)
 
 
 # --- transformers ------------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ def from_hf(where: str) -> Released:
         )
     vision, text = config.vision_config, config.text_config
     inputs: dict[str, dict[str, Any]] = {"image": hf.image_defaults(hf.preprocessor(where), where)}
-    inputs["text"] = hf.text_defaults(text, f"hf:{where}", hf.places(text))
+    inputs["text"] = hf.text_defaults(text, f"hf:{where}", _context(where, text))
     if inputs["image"]["size"] != int(vision.image_size):
         raise CheckpointError(
             f"hf:{where}: preprocessor_config.json: size: pictures of {inputs['image']['size']} px, "
@@ -181,7 +183,14 @@ def from_hf(where: str) -> Released:
         encoders[kind] = Component.model_validate(
             {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
         )
-    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), _tensors(parts, log, bias), f"hf:{where}")
+    tensors, file = _tensors(parts, log, bias), hf.file_of(where, "model.safetensors")
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}", file)
+
+
+def _context(where: str, text: Any) -> int:
+    """The longest text: the tokenizer's own length where that is shorter than the tower's places (AltCLIP, CLAP)."""
+    said = hf.read_json(where, "tokenizer_config.json").get("model_max_length")
+    return min(hf.places(text), int(said)) if isinstance(said, int) and said > 1 else hf.places(text)
 
 
 def _whole(where: str) -> dict[str, Tensor]:
