@@ -17,8 +17,19 @@ from torch import Tensor, nn
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.errors import ConfigError
 
-FAMILIES = {"clip": "CLIPModel", "siglip": "SiglipModel", "altclip": "AltCLIPModel", "chinese_clip": "ChineseCLIPModel"}
-"""transformers' model_type of a whole dual encoder of pictures and texts → its class."""
+FAMILIES = {
+    "clip": "CLIPModel",
+    "siglip": "SiglipModel",
+    "altclip": "AltCLIPModel",
+    "chinese_clip": "ChineseCLIPModel",
+    "clap": "ClapModel",
+}
+"""transformers' model_type of a whole dual encoder → its class."""
+_PARTS = {
+    "image": ("vision_model.", "visual_projection"),
+    "audio": ("audio_model.", "audio_projection"),
+    "text": ("text_model.", "text_projection"),
+}
 
 
 class NoSuchLayoutError(ConfigError):
@@ -107,8 +118,10 @@ _OURS = ("dualenc_projection",)
 
 def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
     config = {k: v for k, v in settings["config"].items() if k not in _OURS}
-    family = str(config["model_type"]).removesuffix("_vision_model").removesuffix("_text_model")
-    part, projection = ("vision_model.", "visual_projection") if kind == "image" else ("text_model.", "text_projection")
+    family = str(config["model_type"])
+    for half in ("vision", "audio", "text"):
+        family = family.removesuffix(f"_{half}_model")
+    part, projection = _PARTS[kind]
     if family not in FAMILIES or settings.get("pooling") != "model":
         raise NoSuchLayoutError(
             f"{tower.component.name} ({config['model_type']}, pooling {settings.get('pooling')}) is no half of "

@@ -1,4 +1,5 @@
-"""Whole dual encoders that other people released: CLIP and SigLIP in the layouts of open_clip and transformers.
+"""Whole dual encoders that other people released: CLIP and SigLIP in the layouts of open_clip and transformers, CLAP
+in that of transformers.
 
 They become the parts a bundle is made of: input settings, towers with their own projections, temperature, tensors.
 """
@@ -19,6 +20,7 @@ from dualenc.config import Component, LogitScale
 from dualenc.encoders import hf_towers as hf
 from dualenc.encoders import open_clip_towers as oc
 from dualenc.encoders.convert import FAMILIES
+from dualenc.encoders.hf_audio import audio_defaults
 from dualenc.encoders.migrations import migrate_open_clip
 from dualenc.encoders.weights import read_weights
 from dualenc.errors import CheckpointError, ConfigError
@@ -30,6 +32,7 @@ _KEY = "-".join(PAIR)
 # Of an OpenAI archive; a CoCa's caption decoder is no part of the dual encoder.
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text_decoder.")
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
+_TABLES = ("position_ids", "token_type_ids")
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -40,7 +43,7 @@ class Released:
     Attributes:
         name: for people.
         embed_dim: D.
-        inputs: modality (= kind) → settings of its input.
+        inputs: modality (= kind) → settings of its input; their order is the pair.
         encoders: modality → component that builds its architecture without weights.
         scale: temperature and bias as released; the exact values are in ``tensors``.
         tensors: the DualEncoder's state dict; None where the model is to start from random weights.
@@ -138,57 +141,49 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
 
 
 def from_hf(where: str) -> Released:
-    """A folder or repository with a CLIPModel, SiglipModel, AltCLIPModel or ChineseCLIPModel and its preprocessing; or
-    one in open_clip's layout.
+    """A folder or repository with a CLIPModel, SiglipModel, AltCLIPModel, ChineseCLIPModel or ClapModel, its
+    preprocessor and tokenizer; or one in open_clip's layout.
 
     SigLIP 2 of a fixed resolution is a SiglipModel. Its NaFlex variant (model_type siglip2) keeps each picture's own
     aspect in a ragged grid of patches, which an input of one size cannot give: refused.
 
     Raises:
         ConfigError: if it is not within reach, or is another kind of model.
-        CheckpointError: if a tensor is missing, or tokenizer, size and architecture contradict each other.
+        CheckpointError: if a tensor is missing, or size and architecture contradict each other.
     """
     folder = hf.snapshot_with(where, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
     if folder is not None and not hf.read_json(where, "config.json"):
         return from_open_clip_folder(folder)
     config = hf.load_config(where)
-    family = str(config.model_type)
-    if family not in FAMILIES:
+    if config.model_type not in FAMILIES:
         raise ConfigError(
-            f"hf:{where} is a {family!r} model; {', '.join(FAMILIES)} are dual encoders that can be loaded whole. "
-            f"As one tower write encoder: {{name: hf/{where}}} in a recipe."
+            f"hf:{where} is a {config.model_type!r} model; {', '.join(FAMILIES)} are dual encoders that can be loaded "
+            f"whole. As one tower write encoder: {{name: hf/{where}}} in a recipe."
         )
-    vision, text = config.vision_config, config.text_config
-    inputs: dict[str, dict[str, Any]] = {"image": hf.image_defaults(hf.preprocessor(where), where)}
-    inputs["text"] = hf.text_defaults(text, f"hf:{where}", _context(where, text))
-    if inputs["image"]["size"] != int(vision.image_size):
-        raise CheckpointError(
-            f"hf:{where}: preprocessor_config.json: size: pictures of {inputs['image']['size']} px, "
-            f"config.json: vision_config.image_size is {vision.image_size}; one of them was changed."
-        )
-    state = _whole(where)
-    log = state.pop("logit_scale").reshape(1)
-    bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
-    projected = family != "siglip"
-    embed_dim = int(config.projection_dim) if projected else int(vision.hidden_size)
-    encoders, parts = {}, {}
-    for kind, arch, prefix in (("image", vision, "vision"), ("text", text, "text")):
-        if projected:
-            arch.projection_dim = embed_dim  # the halves' own configs keep a default that the whole overrides
-        projection = "visual_projection." if kind == "image" else "text_projection."
-        own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", projection))}
-        own = own if projected else _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
-        parts[kind] = ("trunk.net." if kind == "image" else "net.", own)
-        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if projected else {})}
-        encoders[kind] = Component.model_validate(
-            {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
-        )
-    tensors, file = _tensors(parts, log, bias), hf.file_of(where, "model.safetensors")
-    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}", file)
+    inputs: dict[str, dict[str, Any]] = {}
+    if config.model_type == "clap":
+        pre = hf.preprocessor(where, "feature_extractor")
+        inputs["audio"] = audio_defaults(config.audio_config, pre)
+        seconds, samples = inputs["audio"]["max_s"], pre.get("nb_max_samples")
+        if samples is not None and round(seconds * inputs["audio"]["rate"]) != int(samples):
+            raise CheckpointError(
+                f"hf:{where}: preprocessor_config.json: sampling_rate: {seconds:g} s at {inputs['audio']['rate']} Hz are "
+                f"not nb_max_samples ({samples}); one of them was changed."
+            )
+    else:
+        inputs["image"] = hf.image_defaults(hf.preprocessor(where), where)
+        said, built = inputs["image"]["size"], int(config.vision_config.image_size)
+        if said != built:
+            raise CheckpointError(
+                f"hf:{where}: preprocessor_config.json: size: pictures of {said} px, config.json: "
+                f"vision_config.image_size is {built}; one of them was changed."
+            )
+    inputs["text"] = hf.text_defaults(config.text_config, f"hf:{where}", _context(where, config.text_config))
+    return _from_hf_model(where, config, inputs, _whole(where))
 
 
 def _context(where: str, text: Any) -> int:
-    """The longest text: the tokenizer's own length where that is shorter than the tower's places (AltCLIP, CLAP)."""
+    """The longest text: the tokenizer's own length where that is shorter than the tower's places (AltCLIP)."""
     said = hf.read_json(where, "tokenizer_config.json").get("model_max_length")
     return min(hf.places(text), int(said)) if isinstance(said, int) and said > 1 else hf.places(text)
 
@@ -204,16 +199,59 @@ def _whole(where: str) -> dict[str, Tensor]:
     except (OSError, ValueError) as e:
         raise ConfigError(f"hf:{where} has no weights within reach ({str(e).splitlines()[0]})") from e
     except Exception as e:
-        if "weights_only" in str(e) or "WeightsUnpickler" in str(e):
+        if "weights_only" in str(e).lower() or "WeightsUnpickler" in str(e):
             raise CheckpointError(
                 f"hf:{where}: refused, its file holds more than tensors and reading it would run code. "
                 "Convert it to safetensors."
             ) from e
         raise
-    missing = sorted(info["missing_keys"])
+    # Tables of places are not weights: files of other versions lack them, and the model has made them itself.
+    missing = sorted(k for k in info["missing_keys"] if not k.endswith(_TABLES))
     if missing:
         raise CheckpointError(f"hf:{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    return {k: v.detach() for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    return {k: v.detach() for k, v in model.state_dict().items()}
+
+
+def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], state: dict[str, Tensor]) -> Released:
+    """The parts of a model that is read."""
+    other = next(iter(inputs))
+    projects = config.model_type != "siglip"
+    log = _temperature(state, where)
+    bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
+    embed_dim = int(config.projection_dim) if projects else int(config.vision_config.hidden_size)
+    encoders, parts = {}, {}
+    halves = {"image": ("vision", "visual", "trunk.net."), "audio": ("audio", "audio", "net.")}
+    for kind, (prefix, projection, place) in {other: halves[other], "text": ("text", "text", "net.")}.items():
+        arch = getattr(config, f"{prefix}_config")
+        if projects:
+            arch.projection_dim = embed_dim  # the halves' own configs keep a default that the whole overrides
+        own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", f"{projection}_projection."))}
+        if not projects:
+            own = _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
+        # CLIP's position_ids are no tensor of its halves; CLAP's are.
+        own = own if other == "audio" else {k: v for k, v in own.items() if not k.endswith(_TABLES)}
+        parts[kind] = (place, own)
+        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if projects else {})}
+        encoders[kind] = Component.model_validate(
+            {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
+        )
+    tensors, file = _tensors(parts, log, bias, f"{other}-text"), hf.file_of(where, "model.safetensors")
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}", file)
+
+
+def _temperature(state: dict[str, Tensor], where: str) -> Tensor:
+    """The logarithm of the scale, [1], taken out of ``state``. CLAP has one for each direction."""
+    if "logit_scale" in state:
+        return state.pop("logit_scale").reshape(1)
+    audio, text = (state.pop(f"logit_scale_{side}").reshape(1) for side in "at")
+    if not torch.allclose(audio, text, rtol=1e-3):
+        logger.info(
+            "%s has two temperatures, %.2f from audio and %.2f from text; the first is kept for both.",
+            where,
+            math.exp(float(audio)),
+            math.exp(float(text)),
+        )
+    return audio
 
 
 def _as_named(tensors: dict[str, Tensor], prefix: str, names: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,15 +262,17 @@ def _as_named(tensors: dict[str, Tensor], prefix: str, names: dict[str, Tensor])
 # --- both --------------------------------------------------------------------------------------------------------
 
 
-def _tensors(parts: dict[str, tuple[str, dict[str, Tensor]]], log: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+def _tensors(
+    parts: dict[str, tuple[str, dict[str, Tensor]]], log: Tensor, bias: Tensor | None, pair: str = _KEY
+) -> dict[str, Tensor]:
     out = {
         f"towers.{m}.{prefix}{k}": v.float() if v.is_floating_point() else v
         for m, (prefix, part) in parts.items()
         for k, v in part.items()
     }
-    out[f"logit_scale.{_KEY}"] = log
+    out[f"logit_scale.{pair}"] = log
     if bias is not None:
-        out[f"logit_bias.{_KEY}"] = bias
+        out[f"logit_bias.{pair}"] = bias
     return out
 
 
