@@ -267,6 +267,24 @@ def embed(
     print(json.dumps(report, indent=1))
 
 
+@app.command("export")
+def export_(
+    model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
+    layout: Annotated[str, typer.Option("--format", help="hf, open_clip, onnx or safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not hold anything yet.")],
+    results: Annotated[
+        Path | None, typer.Option("--results", help="results.json for the model card; default: the run's own.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model for other libraries, with a model card beside it."""
+    from dualenc.bundle import load_model
+    from dualenc.bundle.export import export
+
+    folder = export(load_model(model), layout, out, model, results)
+    Console().print(f"written: {folder}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],

@@ -194,6 +194,8 @@ def _released(found: Released, spec: str) -> Bundle:
     parts = {m: part_of(m, inputs[m].describe()["config"], found.encoders[m]) for m in (first, second)}
     bundle = assemble(found.name, parts, inputs, [(first, second)], found.scale, found.embed_dim, found.tensors, spec)
     bundle.provenance = {"source": spec, "weights": "random" if found.tensors is None else found.source}
+    if found.clap_scales is not None:  # a DualEncoder has one; an export back to transformers writes both
+        bundle.provenance["clap_logit_scales"] = list(found.clap_scales)
     check_activations(made, bundle, spec)
     if found.file is not None:
         bundle.weights_hash = file_digest(found.file)

@@ -126,7 +126,7 @@ class HFText(Tower):
         if self.pooling == "cls":
             return states[:, 0]
         if self.pooling == "eot":
-            return states[torch.arange(len(ids), device=ids.device), end_of_text(ids, mask, self.eot_id)]
+            return states[torch.arange(ids.shape[0], device=ids.device), end_of_text(ids, mask, self.eot_id)]
         weights = mask.unsqueeze(-1).to(states.dtype)
         return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 

@@ -49,6 +49,7 @@ class Released:
         tensors: the DualEncoder's state dict; None where the model is to start from random weights.
         source: the file or repository the tensors came from.
         file: the one file of weights, where there is one on this machine.
+        clap_scales: CLAP's two temperatures (logarithms, from audio and from text) where they differ.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Released:
     tensors: dict[str, Tensor] | None
     source: str
     file: Path | None = None
+    clap_scales: tuple[float, float] | None = None
 
 
 # --- open_clip ---------------------------------------------------------------------------------------------------
@@ -216,6 +218,8 @@ def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], s
     """The parts of a model that is read."""
     other = next(iter(inputs))
     projects = config.model_type != "siglip"
+    two = tuple(float(state[f"logit_scale_{side}"]) for side in "at") if "logit_scale_a" in state else (0.0, 0.0)
+    scales = (two[0], two[1]) if two[0] != two[1] else None
     log = _temperature(state, where)
     bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
     embed_dim = int(config.projection_dim) if projects else int(config.vision_config.hidden_size)
@@ -236,7 +240,7 @@ def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], s
             {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
         )
     tensors, file = _tensors(parts, log, bias, f"{other}-text"), hf.file_of(where, "model.safetensors")
-    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}", file)
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}", file, scales)
 
 
 def _temperature(state: dict[str, Tensor], where: str) -> Tensor:

@@ -173,8 +173,11 @@ class TextInput:
         # built again: files may describe another class of tokenizer, with another digest
         return TextInput(self.config.model_copy(update=settings), folder).describe()
 
-    def export_tokenizer(self, folder: str | Path) -> None:
+    def export_tokenizer(self, folder: str | Path, padding_is_seen: bool = False) -> None:
         """Write the tokenizer as transformers' ``AutoTokenizer`` reads it.
+
+        Args:
+            padding_is_seen: the tower attends to padding (SigLIP), so its id must be the same too.
 
         CLIP's cleaning of HTML entities and broken encodings (ftfy) is not part of that layout; all else is.
 
@@ -183,6 +186,11 @@ class TextInput:
         """
         self.tokenizer.export(Path(folder))
         written = HFTokenizer(str(folder), self.context_length, None)
+        if padding_is_seen and written.pad_id != self.pad_id:
+            raise ConfigError(
+                f"tokenizer: {self.config.tokenizer} cannot be written for transformers: this tower sees its padding, id "
+                f"{self.pad_id}, which is a word there; transformers would pad with {written.pad_id}."
+            )
         for text in PROBES:
             ours, theirs = self.tokenizer.encode(text), written.encode(text)
             if ours != theirs:
