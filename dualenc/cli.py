@@ -268,18 +268,22 @@ def embed(
     print(json.dumps(report, indent=1))
 
 
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval; its saves may be sharded.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the bundle.")],
+@app.command("export")
+def export_(
+    model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
+    layout: Annotated[str, typer.Option("--format", help="hf, open_clip, onnx or safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not hold anything yet.")],
+    results: Annotated[
+        Path | None, typer.Option("--results", help="results.json for the model card; default: the run's own.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a model as a bundle with one model.safetensors, such as what a sharded save holds in pieces."""
+    """Write a model for other libraries, with a model card beside it."""
     from dualenc.bundle import load_model
+    from dualenc.bundle.export import export
 
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out: {out} is not empty; name a new folder")
-    Console().print(f"written: {load_model(model).save(out)}", highlight=False, soft_wrap=True)
+    folder = export(load_model(model), layout, out, model, results)
+    Console().print(f"written: {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()

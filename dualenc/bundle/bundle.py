@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dualenc.bundle.record import record
 from dualenc.config import Component, LogitScale, Modality, Recipe, settings_as
 from dualenc.data.modalities import ModalityInput, modalities
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
@@ -158,7 +159,7 @@ class Bundle:
             raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
         # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
         flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        save_file(flat, str(path), metadata={"format": "pt"})
+        save_file(flat, str(path), metadata=record(self))
 
 
 # --- building ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from dualenc.bundle.bundle import (
     pieces_digest,
     versions,
 )
+from dualenc.bundle.record import check_activations, check_inputs, read_record
 from dualenc.config import Component, LogitScale, settings_as
 from dualenc.distributed.pieces import Files
 from dualenc.encoders import Tower, activations
@@ -109,7 +110,7 @@ def load_bundle(folder: Path) -> Bundle:
         CheckpointError: naming the field that is not as it was saved.
     """
     said = _read_description(folder)
-    tensors, digest = _weights(folder, said["weights"])
+    tensors, digest, made = _weights(folder, said["weights"])
     parts, inputs = {}, {}
     for m, d in said["modalities"].items():
         where = f"{folder}: modalities.{m}"
@@ -120,6 +121,7 @@ def load_bundle(folder: Path) -> Bundle:
         _same(d["input"], inputs[m].describe(), f"{where}.input", skip=("name",))
         encoder = Component.model_validate(d["encoder"])
         parts[m] = part_of(d["kind"], d["input"]["config"], encoder, bool(d["lock"]))
+    check_inputs(made, inputs, str(folder))
     scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
     try:
@@ -130,13 +132,17 @@ def load_bundle(folder: Path) -> Bundle:
         tower = bundle.model.towers[m]
         assert isinstance(tower, Tower)
         _same(d["activation"], activations(tower), f"{folder}: modalities.{m}.activation")
+    check_activations(made, bundle, str(folder))
     bundle.provenance, bundle.weights_hash = dict(said["provenance"]), digest
     _note_versions(said["versions"], folder)
     return bundle
 
 
-def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """The weights, from one file or from those that ranks wrote, and their hash; the files must be as described."""
+def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The weights, from one file or from those that ranks wrote, their hash, and the record in the one file.
+
+    The files must be as described.
+    """
     files = dict(said["files"]) if "files" in said else {str(said["file"]): said["sha256"]}
     for name, digest in files.items():
         path = folder / name
@@ -150,9 +156,9 @@ def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
             )
     paths = [folder / name for name in sorted(files)]
     if "files" not in said:
-        return read_weights(paths[0]), str(said["sha256"])
+        return read_weights(paths[0], renamed=False), str(said["sha256"]), read_record(paths[0])
     saved = Files(paths)
-    return {name: saved.whole(name) for name in saved.shapes}, pieces_digest(files)
+    return {name: saved.whole(name) for name in saved.shapes}, pieces_digest(files), {}
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -198,12 +204,16 @@ def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
 def _released(found: Released, spec: str) -> Bundle:
     first, second = found.inputs
     inputs = {m: build_input(m, found.inputs[m], f"{spec}: input of {m}") for m in (first, second)}
+    made = read_record(found.file) if found.file is not None else {}
+    check_inputs(made, inputs, spec)
     parts = {m: part_of(m, inputs[m].describe()["config"], found.encoders[m]) for m in (first, second)}
     bundle = assemble(found.name, parts, inputs, [(first, second)], found.scale, found.embed_dim, found.tensors, spec)
     bundle.provenance = {"source": spec, "weights": "random" if found.tensors is None else found.source}
-    path = Path(found.source)
-    if path.is_file():
-        bundle.weights_hash = file_digest(path)
+    if found.clap_scales is not None:  # a DualEncoder has one; an export back to transformers writes both
+        bundle.provenance["clap_logit_scales"] = list(found.clap_scales)
+    check_activations(made, bundle, spec)
+    if found.file is not None:
+        bundle.weights_hash = file_digest(found.file)
     return bundle
 
 

@@ -99,7 +99,8 @@ def check_input(
         if not same:
             raise ConfigError(
                 f"{where}.{key}: the weights of {component.name} were made with {_shown(need)}, got {_shown(have)}. "
-                "Leave the key out to have the right one."
+                "Leave the key out to have the right one"
+                + (", or add encoder.resize_positions: true." if key in ("size", "context_length") else ".")
             )
 
 

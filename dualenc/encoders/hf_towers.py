@@ -8,7 +8,7 @@ Code in a repository is never run, and weights are read as safetensors or under 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from dualenc.config import Component, Section
 from dualenc.encoders import hf_audio
 from dualenc.encoders.families import families
+from dualenc.encoders.hf_halves import PROJECTED, ProjectedHalf
+from dualenc.encoders.migrations import resize_positions
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
 from dualenc.encoders.transformer import end_of_text
-from dualenc.encoders.weights import PACKAGE, no_scalars, package_folder
+from dualenc.encoders.weights import PACKAGE, load_exactly, no_scalars, package_folder
 from dualenc.errors import ConfigError
 
 Pooling = Literal["mean", "cls", "eot", "model"]
@@ -31,12 +33,14 @@ _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 class HFConfig(Section):
     """Settings of hf/NAME. ``pooling`` model: whatever the model itself returns as pooled. ``projection``: keep the
     projection into the shared space that CLIP and CLAP were released with (then head: none gives their features).
+    ``resize_positions``: a picture size or context other than the weights' is meant; learned positions are resized.
     """
 
     pretrained: bool = True
     projection: bool = False
     pooling: Pooling | None = None
     head: HeadKind = "linear"
+    resize_positions: bool = False
     config: dict[str, Any] | None = None
 
 
@@ -63,10 +67,7 @@ class HF:
             return image_defaults(preprocessor(where), name)
         arch = part_config(load_config(where), kind)
         sentence = read_json(where, "sentence_bert_config.json")
-        places = int(getattr(arch, "max_position_embeddings", 512))
-        # RoBERTa counts its places from padding_idx + 1.
-        places -= 2 if arch.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "clap_text_model") else 0
-        return text_defaults(arch, f"hf:{where}", int(sentence.get("max_seq_length") or places))
+        return text_defaults(arch, f"hf:{where}", int(sentence.get("max_seq_length") or places(arch)))
 
     def demands(self, kind: str, name: str, config: HFConfig) -> dict[str, Any]:
         if not config.pretrained or config.config is not None:
@@ -90,6 +91,8 @@ class HF:
             arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
             projected = config.projection
             net = released_model(folder, arch, where, projected) if config.pretrained else random_model(arch, projected)
+            if config.resize_positions:
+                net, arch = resized(net, arch, kind, describe, where)
         pooling = config.pooling or (
             default_pooling(name, arch, kind) if config.config is None or kind == "audio" else "model"
         )
@@ -125,7 +128,7 @@ class HFText(Tower):
         if self.pooling == "cls":
             return states[:, 0]
         if self.pooling == "eot":
-            return states[torch.arange(len(ids), device=ids.device), end_of_text(ids, mask, self.eot_id)]
+            return states[torch.arange(ids.shape[0], device=ids.device), end_of_text(ids, mask, self.eot_id)]
         weights = mask.unsqueeze(-1).to(states.dtype)
         return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
@@ -203,8 +206,8 @@ def arch_of(kept: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
-def read_json(where: str, name: str) -> dict[str, Any]:
-    """A json file of a folder or repository; empty where it has none."""
+def file_of(where: str, name: str) -> Path | None:
+    """A file of a folder or repository, on this machine; None where it has none or the Hub is out of reach."""
     from transformers.utils.hub import cached_file
 
     path: str | None = cached_file(
@@ -214,10 +217,34 @@ def read_json(where: str, name: str) -> dict[str, Any]:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    if path is None:
-        return {}
-    out = json.loads(Path(path).read_text(encoding="utf-8"))
+    return None if path is None else Path(path)
+
+
+def read_json(where: str, name: str) -> dict[str, Any]:
+    """A json file of a folder or repository; empty where it has none."""
+    path = file_of(where, name)
+    out = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     return out if isinstance(out, dict) else {}
+
+
+_ROBERTAS = ("roberta", "xlm-roberta", "camembert", "mpnet", "clap_text_model", "altclip_text_model")
+
+
+def places(arch: Any) -> int:
+    """The longest text an architecture has positions for."""
+    # RoBERTa counts its places from padding_idx + 1.
+    return int(getattr(arch, "max_position_embeddings", 512)) - (2 if arch.model_type in _ROBERTAS else 0)
+
+
+def snapshot_with(where: str, name: str, weights: Sequence[str]) -> Path | None:
+    """The folder, on this machine, of a repository that holds ``name``, one of ``weights`` fetched too; else None."""
+    found = file_of(where, name)
+    if found is None:
+        return None
+    next((f for f in weights if file_of(where, f) is not None), None)  # the first there is: the others hold the same
+    for file in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        file_of(where, file)
+    return found.parent
 
 
 def preprocessor(where: str, part: str = "image_processor") -> dict[str, Any]:
@@ -292,6 +319,8 @@ def random_model(arch: Any, projected: bool = False) -> nn.Module:
     """The architecture with random weights, fp32."""
     from transformers import AutoModel
 
+    if arch.model_type in PROJECTED and projected:
+        return no_scalars(ProjectedHalf(arch))
     if arch.model_type in hf_audio.TYPES and not projected:
         return no_scalars(hf_audio.random_audio(arch))
     cls = model_class(arch, projected)
@@ -326,6 +355,24 @@ def released_model(where: str, arch: Any, field: str, projected: bool = False) -
             f"of another shape: {sorted(map(str, info['mismatched_keys']))[:1]}"
         )
     return without_pooler(net.get_encoder() if arch.model_type == "whisper" else net)
+
+
+def resized(net: nn.Module, arch: Any, kind: str, describe: Mapping[str, Any], where: str) -> tuple[nn.Module, Any]:
+    """The same weights for pictures of the input's size, or texts of its length: learned positions are resized.
+
+    Raises:
+        ConfigError: for architectures whose positions are not simply learned ones.
+    """
+    key, want = ("image_size", "size") if kind == "image" else ("max_position_embeddings", "context_length")
+    value = int(describe["config"][want])
+    if int(getattr(arch, key, value)) == value or (kind == "text" and value < int(getattr(arch, key))):
+        return net, arch
+    if not arch.model_type.startswith(("clip", "siglip")):
+        raise ConfigError(f"{where}.resize_positions: positions of {arch.model_type!r} models are not resized.")
+    arch = type(arch)(**{**kept_config(arch), key: value})
+    new = random_model(arch)
+    load_exactly(new, resize_positions(dict(net.state_dict()), new), f"{where}.resize_positions")
+    return new, arch
 
 
 def without_pooler(net: nn.Module) -> nn.Module:
@@ -364,14 +411,14 @@ def wrap(
         tower = hf_audio.HFAudio(net, arch, module, pooling, describe)
     else:
         tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
-        places = int(getattr(arch, "max_position_embeddings", context))
-        if context > places:
-            raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {places} places.")
+        longest = int(getattr(arch, "max_position_embeddings", context))
+        if context > longest:
+            raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {longest} places.")
         if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
             raise ConfigError(
                 f"{where}: input.tokenizer has {tokenizer['vocab_size']} ids, the tower {arch.vocab_size}."
             )
-        fixed = places if arch.model_type.startswith("siglip") else 0
+        fixed = longest if arch.model_type.startswith("siglip") else 0
         tower = HFText(net, module, pooling, int(tokenizer["eot_id"]), (fixed, int(tokenizer["pad_id"])))
     kept = kept_config(arch)
     if projected:

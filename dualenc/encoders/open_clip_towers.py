@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dualenc.config import Component, Section
 from dualenc.encoders.families import families
+from dualenc.encoders.migrations import migrate_open_clip, resize_positions
 from dualenc.encoders.tower import ImageTower, Tower, build_head
 from dualenc.encoders.weights import load_exactly, no_scalars, read_weights, strip_prefix
 from dualenc.errors import ConfigError, did_you_mean
@@ -32,6 +33,9 @@ class OpenClipConfig(Section):
     patch_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     head: Literal["auto", "linear", "mlp", "none"] = Field(
         default="auto", description="auto: linear where the widths differ"
+    )
+    resize_positions: bool = Field(
+        default=False, description="a size or context other than the weights' is meant: learned positions are resized"
     )
     config: dict[str, Any] | None = Field(default=None, description="the architecture itself, as a checkpoint keeps it")
 
@@ -60,19 +64,27 @@ class OpenClip:
             return {}
         defaults = self.input_defaults(kind, name, config)
         keys = ("size", "mean", "std") if kind == "image" else ("tokenizer", "context_length")
+        if config.resize_positions:
+            keys = tuple(k for k in keys if k not in ("size", "context_length"))
         return {k: defaults[k] for k in keys if k in defaults}
 
     def build(
         self, kind: str, name: str, config: OpenClipConfig, describe: Mapping[str, Any], embed_dim: int, where: str
     ) -> Tower:
         cfg = architecture(name, config)
+        if kind == "text" and config.resize_positions:
+            own = int(cfg["text_cfg"].get("context_length", 77))
+            cfg["text_cfg"]["context_length"] = max(own, int(describe["config"]["context_length"]))
         build = build_image if kind == "image" else build_text
         tower = build(f"open_clip/{name}", cfg, describe, embed_dim, config.head)
         if config.pretrained:
             tensors = read_weights(pretrained_file(name, config.pretrained, f"{where}.pretrained"))
+            tensors = migrate_open_clip(cfg, tensors)
             part = image_tensors(tensors) if kind == "image" else text_tensors(tensors)
             net = tower.trunk if isinstance(tower, ImageTower) else tower.net
             assert isinstance(net, nn.Module)
+            if config.resize_positions:
+                part = resize_positions(part, net)
             load_exactly(net, part, f"{where}.pretrained: {config.pretrained}")
         return tower
 
@@ -255,9 +267,7 @@ def image_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def text_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The text half of a CLIP's tensors, in the layout of a text tower."""
-    found = strip_prefix(tensors, "text.") or {k: v for k, v in tensors.items() if k.startswith(TEXT_PARTS)}
-    # transformers ≥ 4.31 no longer keeps this buffer, older files do.
-    return {k: v for k, v in found.items() if not k.endswith("embeddings.position_ids")}
+    return strip_prefix(tensors, "text.") or {k: v for k, v in tensors.items() if k.startswith(TEXT_PARTS)}
 
 
 def pretrained_file(name: str, pretrained: bool | str, where: str) -> Path:

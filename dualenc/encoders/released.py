@@ -19,7 +19,9 @@ from torch import Tensor
 from dualenc.config import Component, LogitScale
 from dualenc.encoders import hf_towers as hf
 from dualenc.encoders import open_clip_towers as oc
+from dualenc.encoders.convert import FAMILIES
 from dualenc.encoders.hf_audio import audio_defaults
+from dualenc.encoders.migrations import migrate_open_clip
 from dualenc.encoders.weights import read_weights
 from dualenc.errors import CheckpointError, ConfigError
 
@@ -29,6 +31,7 @@ PAIR = ("image", "text")
 _KEY = "-".join(PAIR)
 # Of an OpenAI archive; a CoCa's caption decoder is no part of the dual encoder.
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text_decoder.")
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
 _TABLES = ("position_ids", "token_type_ids")
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -45,6 +48,8 @@ class Released:
         scale: temperature and bias as released; the exact values are in ``tensors``.
         tensors: the DualEncoder's state dict; None where the model is to start from random weights.
         source: the file or repository the tensors came from.
+        file: the one file of weights, where there is one on this machine.
+        clap_scales: CLAP's two temperatures (logarithms, from audio and from text) where they differ.
     """
 
     name: str
@@ -54,6 +59,8 @@ class Released:
     scale: LogitScale
     tensors: dict[str, Tensor] | None
     source: str
+    file: Path | None = None
+    clap_scales: tuple[float, float] | None = None
 
 
 # --- open_clip ---------------------------------------------------------------------------------------------------
@@ -85,7 +92,7 @@ def from_open_clip_folder(folder: Path) -> Released:
     Raises:
         CheckpointError: if a file is missing or the tensors are not this model's.
     """
-    raw = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    raw = json.loads((folder / _OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
     cfg = raw.get("model_cfg")
     if not isinstance(cfg, dict):
         raise CheckpointError(f"{folder}/open_clip_config.json has no model_cfg")
@@ -99,6 +106,13 @@ def from_open_clip_folder(folder: Path) -> Released:
         "image": oc.image_defaults(cfg, raw.get("preprocess_cfg", {})),
         "text": oc.text_defaults(cfg, tokenizer),
     }
+    said = inputs["image"]["size"]
+    built = oc.image_defaults(cfg, {})["size"]
+    if said != built:
+        raise CheckpointError(
+            f"{folder}: preprocess_cfg.size: pictures of {said} px, model_cfg.vision_cfg.image_size is {built}; one of "
+            "them was changed."
+        )
     return _open_clip(folder.name, cfg, inputs, file)
 
 
@@ -111,7 +125,7 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
     bias = None if bias is None else torch.tensor([float(bias)])
     tensors = None
     if file is not None:
-        raw = read_weights(file)
+        raw = migrate_open_clip(cfg, read_weights(file))
         log = raw.pop("logit_scale", log).float().reshape(1)
         if "logit_bias" in raw:
             bias = raw.pop("logit_bias").float().reshape(1)
@@ -122,54 +136,90 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
             raise CheckpointError(f"{file}: {len(left)} tensors have no place in {name}, first {left[0]!r}")
         tensors = _tensors({"image": ("trunk.", image), "text": ("net.", text)}, log, bias)
     source = f"open_clip:{name}" if file is None else str(file)
-    return Released(name, int(cfg["embed_dim"]), inputs, encoders, _scale(log, bias), tensors, source)
+    return Released(name, int(cfg["embed_dim"]), inputs, encoders, _scale(log, bias), tensors, source, file)
 
 
 # --- transformers ------------------------------------------------------------------------------------------------
 
 
 def from_hf(where: str) -> Released:
-    """A folder or repository with a CLIPModel, SiglipModel or ClapModel, its preprocessor and tokenizer.
+    """A folder or repository with a CLIPModel, SiglipModel, AltCLIPModel, ChineseCLIPModel or ClapModel, its
+    preprocessor and tokenizer; or one in open_clip's layout.
+
+    SigLIP 2 of a fixed resolution is a SiglipModel. Its NaFlex variant (model_type siglip2) keeps each picture's own
+    aspect in a ragged grid of patches, which an input of one size cannot give: refused.
 
     Raises:
         ConfigError: if it is not within reach, or is another kind of model.
-        CheckpointError: if a tensor is missing.
+        CheckpointError: if a tensor is missing, or size and architecture contradict each other.
     """
-    from transformers import AutoModel
-
+    folder = hf.snapshot_with(where, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
+    if folder is not None and not hf.read_json(where, "config.json"):
+        return from_open_clip_folder(folder)
     config = hf.load_config(where)
-    if config.model_type not in ("clip", "siglip", "clap"):
+    if config.model_type not in FAMILIES:
         raise ConfigError(
-            f"hf:{where} is a {config.model_type!r} model; clip, siglip and clap are dual encoders that can be loaded "
+            f"hf:{where} is a {config.model_type!r} model; {', '.join(FAMILIES)} are dual encoders that can be loaded "
             f"whole. As one tower write encoder: {{name: hf/{where}}} in a recipe."
         )
-    clap = config.model_type == "clap"
     inputs: dict[str, dict[str, Any]] = {}
-    if clap:
-        inputs["audio"] = audio_defaults(config.audio_config, hf.preprocessor(where, "feature_extractor"))
+    if config.model_type == "clap":
+        pre = hf.preprocessor(where, "feature_extractor")
+        inputs["audio"] = audio_defaults(config.audio_config, pre)
+        seconds, samples = inputs["audio"]["max_s"], pre.get("nb_max_samples")
+        if samples is not None and round(seconds * inputs["audio"]["rate"]) != int(samples):
+            raise CheckpointError(
+                f"hf:{where}: preprocessor_config.json: sampling_rate: {seconds:g} s at {inputs['audio']['rate']} Hz are "
+                f"not nb_max_samples ({samples}); one of them was changed."
+            )
     else:
         inputs["image"] = hf.image_defaults(hf.preprocessor(where), where)
-    text = config.text_config
-    # RoBERTa, which CLAP's text tower is, counts its places from padding_idx + 1.
-    places = int(text.max_position_embeddings) - (2 if clap else 0)
-    inputs["text"] = hf.text_defaults(text, f"hf:{where}", places)
+        said, built = inputs["image"]["size"], int(config.vision_config.image_size)
+        if said != built:
+            raise CheckpointError(
+                f"hf:{where}: preprocessor_config.json: size: pictures of {said} px, config.json: "
+                f"vision_config.image_size is {built}; one of them was changed."
+            )
+    inputs["text"] = hf.text_defaults(config.text_config, f"hf:{where}", _context(where, config.text_config))
+    return _from_hf_model(where, config, inputs, _whole(where))
+
+
+def _context(where: str, text: Any) -> int:
+    """The longest text: the tokenizer's own length where that is shorter than the tower's places (AltCLIP)."""
+    said = hf.read_json(where, "tokenizer_config.json").get("model_max_length")
+    return min(hf.places(text), int(said)) if isinstance(said, int) and said > 1 else hf.places(text)
+
+
+def _whole(where: str) -> dict[str, Tensor]:
+    """Every tensor of a transformers model: safetensors, or a torch file under ``weights_only``."""
+    from transformers import AutoModel
+
     try:
         model, info = AutoModel.from_pretrained(
             where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"hf:{where} has no weights within reach ({str(e).splitlines()[0]})") from e
+    except Exception as e:
+        if "weights_only" in str(e).lower() or "WeightsUnpickler" in str(e):
+            raise CheckpointError(
+                f"hf:{where}: refused, its file holds more than tensors and reading it would run code. "
+                "Convert it to safetensors."
+            ) from e
+        raise
     # Tables of places are not weights: files of other versions lack them, and the model has made them itself.
     missing = sorted(k for k in info["missing_keys"] if not k.endswith(_TABLES))
     if missing:
         raise CheckpointError(f"hf:{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    return _from_hf_model(where, config, inputs, {k: v.detach() for k, v in model.state_dict().items()})
+    return {k: v.detach() for k, v in model.state_dict().items()}
 
 
 def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], state: dict[str, Tensor]) -> Released:
     """The parts of a model that is read."""
     other = next(iter(inputs))
     projects = config.model_type != "siglip"
+    two = tuple(float(state[f"logit_scale_{side}"]) for side in "at") if "logit_scale_a" in state else (0.0, 0.0)
+    scales = (two[0], two[1]) if two[0] != two[1] else None
     log = _temperature(state, where)
     bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
     embed_dim = int(config.projection_dim) if projects else int(config.vision_config.hidden_size)
@@ -189,8 +239,8 @@ def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], s
         encoders[kind] = Component.model_validate(
             {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
         )
-    tensors = _tensors(parts, log, bias, f"{other}-text")
-    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}")
+    tensors, file = _tensors(parts, log, bias, f"{other}-text"), hf.file_of(where, "model.safetensors")
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}", file, scales)
 
 
 def _temperature(state: dict[str, Tensor], where: str) -> Tensor:

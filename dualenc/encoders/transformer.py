@@ -127,7 +127,7 @@ class TextTransformer(Tower):
         ids = x["ids"]
         y = self.drop(self.tokens(ids) + self.positions[: ids.shape[1]])
         y = self.transformer(y, causal=True)
-        pooled = y[torch.arange(len(ids), device=ids.device), end_of_text(ids, x["mask"], self.eot_id)]
+        pooled = y[torch.arange(ids.shape[0], device=ids.device), end_of_text(ids, x["mask"], self.eot_id)]
         out: Tensor = self.head(self.norm(pooled))
         return out
 

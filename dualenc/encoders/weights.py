@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualenc.encoders.migrations import migrate
 from dualenc.errors import CheckpointError, ConfigError
 
 PACKAGE = "package:"
@@ -50,8 +51,11 @@ def weight_file(spec: str, where: str) -> Path:
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
     """A state dict from safetensors, or from a torch file that holds tensors only (nothing in it is executed).
+
+    Args:
+        renamed: bring older and wrapped names up to date (``migrations.RENAMED``); a file of our own needs none.
 
     Raises:
         CheckpointError: if the file is damaged or holds anything but tensors.
@@ -65,7 +69,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(str(path), map_location="cpu", weights_only=True)
         )
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
+    except RuntimeError as e:
+        if "TorchScript" in str(e):
+            raise CheckpointError(
+                f"{path}: refused, it is a TorchScript program, not a file of weights. OpenAI's models are also there as "
+                "plain weights: write open_clip:NAME/openai, or convert it to safetensors."
+            ) from e
+        raise CheckpointError(f"{path}: these weights cannot be read ({str(e).splitlines()[0]})") from e
+    except (SafetensorError, OSError, EOFError, ValueError) as e:
         raise CheckpointError(f"{path}: these weights cannot be read ({str(e).splitlines()[0]})") from e
     except Exception as e:
         raise CheckpointError(
@@ -76,7 +87,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raw = raw[key]
     if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
         raise CheckpointError(f"{path}: this is no state dict of tensors")
-    return {str(k).removeprefix("module."): v for k, v in raw.items()}
+    return migrate(raw) if renamed else raw
 
 
 def load_exactly(

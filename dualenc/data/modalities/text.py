@@ -28,6 +28,16 @@ _UNSET_LENGTH = 100_000
 _FORMS = "clip, clip-bpe:SIZE, open_clip:MODEL or hf:FOLDER_OR_REPO"
 
 
+PROBES = (
+    "a photo of a cat",
+    "Two Dogs RUN, isn't it? (1,234.5 km/h) - really!",
+    "Ein Café am Fluß; naïve coöperation — 猫と犬",
+    "under_score   and\twhite \n space ",
+    "word " * 300,
+)
+"""Texts whose ids tell tokenizers apart: case, punctuation, accents, scripts, white space, cutting."""
+
+
 class Tokenizer(Protocol):
     """Ids of one text, special tokens included, at most ``context_length`` of them.
 
@@ -48,6 +58,9 @@ class Tokenizer(Protocol):
 
     def save(self, folder: Path) -> str | None:
         """Write the files it needs; return the ``tokenizer:`` setting that reads them, None if it needs no files."""
+
+    def export(self, folder: Path) -> None:
+        """Write it as a tokenizer of the transformers library, whatever it is."""
 
 
 class TextConfig(Section):
@@ -156,11 +169,40 @@ class TextInput:
     def save(self, folder: str | Path) -> dict[str, Any]:
         """Write the tokenizer's files into ``folder/tokenizer`` (if it has any) and return what ``describe`` says,
         with ``tokenizer`` pointing there: with ``base_dir=folder`` the same input is built, offline."""
-        described = self.describe()
         setting = self.tokenizer.save(Path(folder) / "tokenizer")
-        if setting is not None:
-            described["config"]["tokenizer"] = "hf:./tokenizer"
-        return described
+        if setting is None:
+            return self.describe()
+        settings = {"tokenizer": "hf:./tokenizer", "context_length": self.context_length}
+        if self._full:  # known of an open_clip model's tokenizer by its name, not of its files
+            settings["pad"] = "context"
+        # built again: files may describe another class of tokenizer, with another digest
+        return TextInput(self.config.model_copy(update=settings), folder).describe()
+
+    def export_tokenizer(self, folder: str | Path, padding_is_seen: bool = False) -> None:
+        """Write the tokenizer as transformers' ``AutoTokenizer`` reads it.
+
+        Args:
+            padding_is_seen: the tower attends to padding (SigLIP), so its id must be the same too.
+
+        CLIP's cleaning of HTML entities and broken encodings (ftfy) is not part of that layout; all else is.
+
+        Raises:
+            ConfigError: if what was written gives other ids on texts that try case, punctuation, accents and length.
+        """
+        self.tokenizer.export(Path(folder))
+        written = HFTokenizer(str(folder), self.context_length, None)
+        if padding_is_seen and written.pad_id != self.pad_id:
+            raise ConfigError(
+                f"tokenizer: {self.config.tokenizer} cannot be written for transformers: this tower sees its padding, id "
+                f"{self.pad_id}, which is a word there; transformers would pad with {written.pad_id}."
+            )
+        for text in PROBES:
+            ours, theirs = self.tokenizer.encode(text), written.encode(text)
+            if ours != theirs:
+                raise ConfigError(
+                    f"tokenizer: {self.config.tokenizer} cannot be written for transformers: {text[:40]!r} would be "
+                    f"{theirs[:12]} instead of {ours[:12]}."
+                )
 
     def _encode(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
@@ -216,7 +258,7 @@ class ClipBPE:
         bpe.bpe_ranks = {m: i for i, m in enumerate(merges)}
         bpe.encoder = {token: i for i, token in enumerate(vocab)}
         bpe.decoder = dict(enumerate(vocab))
-        self._bpe = bpe
+        self._bpe, self._lower = bpe, lower
         self._text = "\n".join([*vocab, "merges", *(" ".join(m) for m in merges), str(lower)])
         self.vocab_size, self.context_length = len(vocab), context_length
         self.sot_id, self.eot_id = vocab_size - 2, vocab_size - 1
@@ -235,6 +277,22 @@ class ClipBPE:
 
     def save(self, folder: Path) -> str | None:
         return None
+
+    def export(self, folder: Path) -> None:
+        from tokenizers import normalizers
+        from transformers import CLIPTokenizer
+
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+        vocab = {names.get(k, k): v for k, v in self._bpe.encoder.items()}
+        merges = ["#version: 0.2", *(" ".join(m) for m in self._bpe.bpe_ranks)]
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+        tok = CLIPTokenizer.from_pretrained(folder)
+        if self._lower is False:
+            space = normalizers.Replace(_regex(r"\s+"), " ")
+            tok.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), space])
+        _write(tok, folder, self.context_length)
 
 
 class HFTokenizer:
@@ -288,6 +346,9 @@ class HFTokenizer:
         self._tok.save_pretrained(folder)
         return f"hf:{folder}"
 
+    def export(self, folder: Path) -> None:
+        _write(self._tok, folder, self.context_length, "lower" if self._lower else "")
+
 
 class OpenClipTokenizer:
     """A tokenizer of an open_clip model that is not CLIP's BPE (SigLIP, CLIPA, multilingual towers)."""
@@ -316,7 +377,44 @@ class OpenClipTokenizer:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, folder: Path) -> str | None:
-        return None
+        self.export(folder)
+        return f"hf:{folder}"
+
+    def export(self, folder: Path) -> None:
+        if getattr(self._tok, "tokenizer_mode", "") or getattr(self._tok, "strip_sep_token", False):
+            raise ConfigError("tokenizer: open_clip's modes 'clips' and strip_sep_token have no form in transformers.")
+        clean = getattr(getattr(self._tok, "clean_fn", None), "__name__", "canonicalize").removeprefix("_clean_")
+        _write(self._tok.tokenizer, folder, self.context_length, "lower" if self._lower else clean)
+
+
+def _write(tok: Any, folder: Path, context_length: int, clean: str = "") -> None:
+    """Save a transformers tokenizer with its length, and with what was done to texts before it as its normaliser."""
+    from tokenizers import normalizers
+
+    backend = getattr(tok, "backend_tokenizer", None)
+    steps: list[Any] = []
+    if clean == "canonicalize":  # big_vision's, as open_clip does it: "_" is a space, other punctuation is dropped
+        steps += [normalizers.Replace("_", " "), normalizers.Replace(_regex(r"[!-/:-@\[-`{-~]"), "")]
+    if clean in ("canonicalize", "lower"):
+        steps.append(normalizers.Lowercase())
+    if clean in ("canonicalize", "whitespace"):
+        steps += [normalizers.Replace(_regex(r"\s+"), " "), normalizers.Strip()]
+    before, length = (backend.normalizer if backend is not None else None), tok.model_max_length
+    if backend is not None and steps:
+        backend.normalizer = normalizers.Sequence([*steps, *([before] if before is not None else [])])
+    tok.model_max_length = context_length
+    try:
+        tok.save_pretrained(folder)
+    finally:
+        tok.model_max_length = length
+        if backend is not None and steps:
+            backend.normalizer = before
+
+
+def _regex(pattern: str) -> Any:
+    from tokenizers import Regex
+
+    return Regex(pattern)
 
 
 def _open_clip(model: str, context_length: int | None, lower: bool | None) -> Tokenizer:
