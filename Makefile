@@ -15,7 +15,7 @@ setup: $(STAMP) ## create .venv with everything
 $(STAMP): pyproject.toml .ci/constraints.txt
 	test -x $(PY) || python3.11 -m venv $(VENV) || python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt torch torchvision
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev,deepspeed,tools,released]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev,deepspeed,tools,audio,released]'
 	touch $(STAMP)
 
 quickstart: $(STAMP) ## train on real pairs, evaluate on held-out ones, write runs/quickstart/report.html (about 5 minutes on 2 cores)

@@ -38,6 +38,7 @@ ONLY_IN = {
     "webdataset": ("dualenc/data", "data_tools"),
     "PIL": ("dualenc/data", "data_tools"),
     "soundfile": ("dualenc/data", "data_tools"),
+    "soxr": ("dualenc/data", "data_tools"),
     "open_clip": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
     "timm": ("dualenc/encoders",),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py"),

@@ -1,0 +1,220 @@
+"""Sound → mono waveforms at the encoder's rate, ragged; the log-mel is taken on the device, by the tower."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+
+from dualenc.config import Positive, Section, Share
+from dualenc.data.modalities.base import DecodeError, modalities
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dualenc.data.sound import Sound
+
+_Positive = Annotated[float, Field(gt=0)]
+_NonNegative = Annotated[float, Field(ge=0)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class Features(Section):
+    """What the tower makes of a waveform, on the device. Defaults: 64 mel bands in dB, as the own tower takes them."""
+
+    kind: Literal["mel", "waveform"] = "mel"
+    n_fft: Positive = 1024
+    win: Positive | None = Field(default=None, description="samples of a window; default: n_fft")
+    hop: Positive = 320
+    window: Literal["hann", "hann_symmetric", "povey"] = "hann"
+    center: bool = Field(default=True, description="frame k is centred on sample k · hop; the ends are mirrored")
+    drop_last: bool = Field(default=False, description="leave out the last frame (Whisper)")
+    remove_dc: bool = Field(default=False, description="take each frame's mean off (Kaldi)")
+    preemphasis: Share = 0.0
+    scale: _Positive = Field(default=1.0, description="factor of the waveform (Kaldi's 16-bit counts: 32768)")
+    mels: Positive = 64
+    f_min: _NonNegative = 50.0
+    f_max: _Positive | None = Field(default=None, description="default: half the rate")
+    mel_scale: Literal["htk", "slaney", "kaldi"] = "slaney"
+    mel_norm: bool = Field(default=True, description="divide each triangle by its width (Slaney)")
+    log: Literal["db", "log10", "ln"] = "db"
+    floor: _Positive = Field(default=1e-10, description="power below which there is silence")
+    span: _Positive | None = Field(default=None, description="cut at this far below the clip's loudest place")
+    mean: float = Field(default=-40.0, description="taken off the log-mel")
+    std: _Positive = Field(default=20.0, description="what the log-mel is divided by")
+    normalize: Literal["none", "waveform", "bins"] = Field(
+        default="none", description="each clip to mean 0 and variance 1: its waveform, or each of its mel bands"
+    )
+    frames: Positive | None = Field(default=None, description="pad with zeros or cut to this many frames (AST)")
+    stack: Positive = Field(default=1, description="frames joined to one (w2v-BERT: 2)")
+
+
+class SpecAugment(Section):
+    """Bands of mel bins and stretches of frames set to the clip's mean (Park et al. 2019); shares are the widest."""
+
+    freq_masks: _Count = 2
+    freq_share: Share = 0.2
+    time_masks: _Count = 2
+    time_share: Share = 0.1
+    p: Share = 1.0
+
+
+class Augment(Section):
+    """In training only. ``gain_db``: the range of a random change of loudness."""
+
+    gain_db: tuple[float, float] | None = None
+    spec: SpecAugment | None = None
+
+
+class AudioConfig(Section):
+    """How a clip becomes a row.
+
+    Longer clips than ``max_s`` are cropped: anywhere in training, as ``eval_crop`` says in evaluation. ``pad``: none
+    keeps each clip's length (towers mask what pads the batch); the others fill up to ``max_s`` on the device: zeros;
+    repeat: the clip again and again, cut; repeatpad: as often as it fits whole, then zeros.
+    """
+
+    rate: Positive = 16_000
+    max_s: _Positive = 10.0
+    min_s: _NonNegative = Field(default=0.05, description="shorter clips are refused: they do not fill a window")
+    eval_crop: Literal["start", "center"] = "center"
+    pad: Literal["none", "zeros", "repeat", "repeatpad"] = "none"
+    long: Literal["crop", "fusion"] = Field(
+        default="crop", description="fusion (CLAP): the whole clip shrunk, and three crops of it"
+    )
+    fusion_s: _Positive = Field(default=60.0, description="fusion looks at no more than this much of a clip")
+    ship: Literal["float32", "int16"] = Field(
+        default="float32",
+        description="how samples leave the workers; int16: half the memory, noise at −98 dB of full scale",
+    )
+    features: Features = Features()
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _fits(self) -> AudioConfig:
+        f = self.features
+        if f.f_max is not None and f.f_max > self.rate / 2:
+            raise ValueError(f"features.f_max ({f.f_max:g} Hz) is above half the rate ({self.rate / 2:g})")
+        if (f.win or f.n_fft) > f.n_fft:
+            raise ValueError(f"features.win ({f.win}) must not be above n_fft ({f.n_fft})")
+        if self.long == "fusion" and (self.pad == "none" or f.kind != "mel"):
+            raise ValueError("long: fusion needs features.kind: mel and a pad (CLAP's is repeatpad)")
+        if self.min_s > self.max_s:
+            raise ValueError(f"min_s ({self.min_s:g}) is above max_s ({self.max_s:g})")
+        return self
+
+
+@modalities.register("audio")
+class AudioInput:
+    """Clips as rows ``{"wave": [T], …}``; ``collate`` → ``{"wave": float32 | int16 [B, T], "length": int64 [B], …}``.
+
+    ``wave`` is mono at ``rate``, full scale ±1 (int16: ±32767), zero beyond ``length``. With SpecAugment ``spec``
+    float32 [B, K, 2]: start and width of each mask as shares, frequency masks first. With fusion ``crops`` float32
+    [B, 3]: where in its third of the clip each crop lies.
+
+    float16 is not offered: its noise follows the loud parts at −72 dB and drowns the quiet bands.
+    """
+
+    Config: ClassVar[type[BaseModel]] = AudioConfig
+    default_members: ClassVar[list[str]] = ["flac", "wav", "ogg", "mp3", "opus"]
+
+    def __init__(self, config: AudioConfig, base_dir: str | Path | None = None) -> None:
+        self.config = config
+        self.samples = round(config.max_s * config.rate)
+
+    # --- the protocol -----------------------------------------------------------------------------------------
+
+    def decode(self, raw: Any) -> Sound:
+        """Read the header; samples are decoded when a view asks for them.
+
+        Raises:
+            DecodeError: if it is no sound file, or one of no length.
+        """
+        from dualenc.data.sound import Sound
+
+        if not isinstance(raw, bytes | bytearray | memoryview):
+            raise DecodeError(f"a sound must be the bytes of a file, got {type(raw).__name__}")
+        sound = Sound(bytes(raw))
+        if sound.seconds < self.config.min_s:
+            raise DecodeError(
+                f"{sound.frames} samples at {sound.rate} Hz are shorter than min_s ({self.config.min_s:g} s)"
+            )
+        return sound
+
+    def train(self, x: Sound, rng: np.random.Generator) -> dict[str, Tensor]:
+        """A random crop with random gain, and the masks of SpecAugment."""
+        wave = self._stretch(x, lambda room: int(rng.integers(0, room + 1)))
+        augment = self.config.augment
+        if augment.gain_db is not None:
+            wave = wave * np.float32(10 ** (rng.uniform(*augment.gain_db) / 20))
+        row = {"wave": self._shipped(wave)}
+        if augment.spec is not None:
+            row["spec"] = _masks(augment.spec, rng)
+        if self.config.long == "fusion":
+            row["crops"] = torch.from_numpy(rng.random(3, dtype=np.float32))
+        return row
+
+    def eval(self, x: Sound) -> dict[str, Tensor]:
+        """The clip, or always the same stretch of a long one."""
+        middle = self.config.eval_crop == "center"
+        row = {"wave": self._shipped(self._stretch(x, lambda room: room // 2 if middle else 0))}
+        if self.config.long == "fusion":
+            row["crops"] = torch.full((3,), 0.5)
+        return row
+
+    def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Pad to the longest row of the batch."""
+        length = torch.tensor([len(r["wave"]) for r in rows])
+        wave = torch.zeros(len(rows), int(length.max()), dtype=rows[0]["wave"].dtype)
+        for i, row in enumerate(rows):
+            wave[i, : len(row["wave"])] = row["wave"]
+        more = {k: torch.stack([r[k] for r in rows]) for k in rows[0] if k != "wave"}
+        return {"wave": wave, "length": length, **more}
+
+    def dummy(self) -> dict[str, Tensor]:
+        """Quiet noise of a tenth of a second, always the same: silence would have no variance."""
+        noise = np.random.default_rng(0).normal(0, 0.01, max(self.config.rate // 10, self.config.features.n_fft))
+        row = {"wave": self._shipped(noise.astype(np.float32)[: self.samples])}
+        if self.config.augment.spec is not None:
+            row["spec"] = torch.zeros(self.config.augment.spec.freq_masks + self.config.augment.spec.time_masks, 2)
+        if self.config.long == "fusion":
+            row["crops"] = torch.full((3,), 0.5)
+        return row
+
+    def describe(self) -> dict[str, Any]:
+        """The settings; there is nothing else."""
+        return {"kind": "audio", "config": self.config.model_dump(mode="json")}
+
+    # --- parts ------------------------------------------------------------------------------------------------
+
+    def _stretch(self, x: Sound, place: Any) -> NDArray[np.float32]:
+        """At most ``max_s`` (with fusion ``fusion_s``) of a sound; ``place(room)`` picks the first frame."""
+        config = self.config
+        keep = self.samples
+        if config.long == "fusion":
+            keep = max(keep, round(config.fusion_s * config.rate))
+        want = math.ceil(keep * x.rate / config.rate)
+        # Where the length is not known there is no place to choose.
+        room = 0 if x.frames is None else max(x.frames - want, 0)
+        wave = x.read(place(room) if room else 0, want, config.rate)[:keep]
+        if len(wave) < 1:
+            raise DecodeError(f"nothing is left of it at {config.rate} Hz")
+        return wave
+
+    def _shipped(self, wave: NDArray[np.float32]) -> Tensor:
+        if self.config.ship == "int16":
+            wave = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)  # type: ignore[assignment]
+        return torch.from_numpy(np.ascontiguousarray(wave))
+
+
+def _masks(spec: SpecAugment, rng: np.random.Generator) -> Tensor:
+    """Start and width of each mask as shares of the whole, float32 [K, 2]; frequency masks first."""
+    widest = np.repeat([spec.freq_share, spec.time_share], [spec.freq_masks, spec.time_masks])
+    width = rng.random(len(widest)) * widest * (rng.random() < spec.p)
+    start = rng.random(len(widest)) * (1 - width)
+    return torch.from_numpy(np.stack([start, width], 1).astype(np.float32))
