@@ -167,7 +167,7 @@ def _judge(drops: list[Dropped], path: Path, cfg: SourceConfig, report: BuildRep
 
 
 def _in_order(records: Iterable[Record | Dropped], cfg: SourceConfig) -> Iterator[_Packed | Dropped]:
-    """Pack records in threads (Pillow and libsndfile decode outside the GIL), hand them on in order, with few in memory."""
+    """Pack records in threads (decoders run outside the GIL), hand them on in order, with few in memory."""
     keys: dict[str, Keys] = {}
     waiting: deque[Future[_Packed | Dropped]] = deque()
     with ThreadPoolExecutor(cfg.threads) as pool:

@@ -40,7 +40,8 @@ class SourceConfig(Section):
         90, description="of JPEG and WebP, where a picture is written anew"
     )
     rate: Positive | None = Field(
-        None, description="resample sounds to this many Hz, as mono FLAC where encode_audio does not say; default: as is"
+        None,
+        description="resample sounds to this many Hz, as mono FLAC where encode_audio does not say; default: as is",
     )
     seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="keep the first so many seconds of sounds")
     encode_audio: Literal["keep", "flac", "wav", "ogg"] = Field(

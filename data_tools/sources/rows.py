@@ -40,7 +40,9 @@ class RowsConfig(SourceConfig, NamedFields):
     hold_out: int | None = Field(
         None, ge=2, description="leave out every n-th row (the first, …), for a task with every: {step: n, offset: 0}"
     )
-    group: bool = Field(False, description="several rows with the same picture or sound are one sample with several captions")
+    group: bool = Field(
+        False, description="several rows with the same picture or sound are one sample with several captions"
+    )
 
 
 CAPTION_FIELDS = ("captions", "caption", "text", "sentence", "transcript", "title")
@@ -116,7 +118,9 @@ def _record(cfg: RowsConfig, label: str, row: Row, media: dict[str, bytes | Path
     fields_of_text = _listed(cfg.caption or [])
     values = [row.get(c) for c in fields_of_text]
     captions = tuple(t for v in values for t in as_captions(v))
-    many = cfg.group or len(fields_of_text) > 1 or any(isinstance(v, Sequence) and not isinstance(v, str) for v in values)
+    many = (
+        cfg.group or len(fields_of_text) > 1 or any(isinstance(v, Sequence) and not isinstance(v, str) for v in values)
+    )
     if cfg.template is not None:
         templates = _listed(cfg.template)
         many = many or len(templates) > 1
@@ -160,7 +164,7 @@ def _media(cfg: RowsConfig, row: Row, name: str, root: Path) -> tuple[dict[str, 
 
 
 def _bytes_or_file(value: Any, name: str, root: Path) -> tuple[bytes | Path | None, str]:
-    """The picture or sound a cell holds: bytes, a path, or the {bytes, path} struct that the datasets library writes."""
+    """The picture or sound a cell holds: bytes, a path, or the {bytes, path} struct of the datasets library."""
     if isinstance(value, Mapping):
         inner, path = value.get("bytes"), value.get("path")
         if inner is not None:
@@ -174,7 +178,7 @@ def _bytes_or_file(value: Any, name: str, root: Path) -> tuple[bytes | Path | No
 
 
 def grouped(records: Iterable[Record | Dropped]) -> Iterator[Record | Dropped]:
-    """Merge records of the same picture or sound, wherever they stand, into the first one. Keeps all of them in memory."""
+    """Merge records of the same picture or sound, wherever they stand, into the first; keeps all in memory."""
     first: dict[tuple[str, str], Record] = {}
     order: list[Record | Dropped] = []
     for r in records:

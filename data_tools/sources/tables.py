@@ -104,4 +104,6 @@ def csv_(cfg: CsvConfig) -> Iterator[Record | Dropped]:
 sources.register("jsonl")(
     SourceKind(JsonlConfig, jsonl, "one JSON object a line: picture or sound path, caption or list of captions")
 )
-sources.register("csv")(SourceKind(CsvConfig, csv_, "CSV or TSV: a column with picture or sound paths, columns with text"))
+sources.register("csv")(
+    SourceKind(CsvConfig, csv_, "CSV or TSV: a column with picture or sound paths, columns with text")
+)

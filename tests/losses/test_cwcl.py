@@ -1,4 +1,4 @@
-"""CWCL against the paper's formula written as a loop: value, gradient, absent rows, micro-batches, ranks and engines."""
+"""CWCL against the paper's formula written as a loop: value, gradient, absent rows, micro-batches, ranks, engines."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from dualenc.losses import build_loss
 from dualenc.losses.cwcl import cwcl
 from dualenc.losses.info_nce import info_nce
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent))
 import _cwcl_jobs as jobs
 from _spawn import spawn
 
+HERE = Path(__file__).parent
 torch.set_num_threads(1)
 
 TINY_STRIP = 1e-6  # MiB: strips of the smallest size, 16 rows
@@ -41,8 +42,8 @@ def made(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("strip", [64.0, TINY_STRIP])
 @pytest.mark.parametrize("sharpen", [1.0, 3.0])
-@settings(max_examples=12, deadline=None)
-@given(ids=st.lists(st.integers(-1, 4), min_size=1, max_size=20), seed=st.integers(0, 1000))
+@settings(max_examples=8, deadline=None)
+@given(ids=st.lists(st.integers(-1, 4), min_size=1, max_size=18), seed=st.integers(0, 1000))
 def test_value_and_gradient_equal_the_papers(sharpen: float, strip: float, ids: list[int], seed: int) -> None:
     """Any pattern of shared ids and absent rows; the absent slots hold what must not matter."""
     a, b, scale, f = made(len(ids), seed)
