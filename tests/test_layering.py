@@ -27,6 +27,7 @@ LAYERS = {
     "data_tools": 6,
     "dualenc.cli": 7,
     "dualenc.bench": 7,
+    "dualenc.bench_audio": 7,
     "dualenc.__main__": 8,
 }
 BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.config", "dualenc"}
@@ -41,7 +42,7 @@ ONLY_IN = {
     "soxr": ("dualenc/data", "data_tools"),
     "open_clip": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
     "timm": ("dualenc/encoders",),
-    "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
+    "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py", "dualenc/bench_audio.py"),
     "typer": ("dualenc/cli.py",),
     "argparse": ("dualenc/cli.py",),
     "pickle": (),

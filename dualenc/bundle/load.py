@@ -23,7 +23,7 @@ from dualenc.bundle.bundle import (
 )
 from dualenc.config import Component, LogitScale, settings_as
 from dualenc.encoders import Tower, activations
-from dualenc.encoders.released import PAIR, Released, from_hf, from_open_clip, from_open_clip_folder
+from dualenc.encoders.released import Released, from_hf, from_open_clip, from_open_clip_folder
 from dualenc.encoders.weights import read_weights
 from dualenc.errors import CheckpointError, ConfigError, did_you_mean
 
@@ -40,7 +40,7 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
     Args:
         spec: a run folder (its newest finished save), a save's folder, a bundle's folder, ``open_clip:NAME[/TAG]``
             (TAG may be a file; without it the weights are random, with a warning), ``hf:REPO_OR_FOLDER`` (CLIPModel,
-            SiglipModel), or a folder in open_clip's or transformers' layout.
+            SiglipModel, ClapModel), or a folder in open_clip's or transformers' layout.
         device: auto, cpu, cuda …
 
     Raises:
@@ -183,9 +183,10 @@ def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
 
 
 def _released(found: Released, spec: str) -> Bundle:
-    inputs = {m: build_input(m, found.inputs[m], f"{spec}: input of {m}") for m in PAIR}
-    parts = {m: part_of(m, inputs[m].describe()["config"], found.encoders[m]) for m in PAIR}
-    bundle = assemble(found.name, parts, inputs, [PAIR], found.scale, found.embed_dim, found.tensors, spec)
+    first, second = found.inputs
+    inputs = {m: build_input(m, found.inputs[m], f"{spec}: input of {m}") for m in (first, second)}
+    parts = {m: part_of(m, inputs[m].describe()["config"], found.encoders[m]) for m in (first, second)}
+    bundle = assemble(found.name, parts, inputs, [(first, second)], found.scale, found.embed_dim, found.tensors, spec)
     bundle.provenance = {"source": spec, "weights": "random" if found.tensors is None else found.source}
     path = Path(found.source)
     if path.is_file():

@@ -88,6 +88,12 @@ def check_input(
         elif key == "context_length":
             # A shorter context cuts long captions but changes no feature of the others.
             same = int(have) <= int(need)
+        elif isinstance(need, Mapping):
+            # Of a section only what the weights depend on; name the first key that differs.
+            inner = next((k for k, v in need.items() if not _equal((have or {}).get(k), v)), None)
+            same = inner is None
+            if inner is not None:
+                key, have, need = f"{key}.{inner}", (have or {}).get(inner), need[inner]
         else:
             same = _equal(have, need)
         if not same:

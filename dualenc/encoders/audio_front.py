@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-_CPU_FRAMES = 128  # frames at once: their spectra stay in the cache
+_CPU_FRAMES = 256  # frames at once: their spectra stay in the cache
 _DEVICE_FRAMES = 1 << 16
 _TINY = 1e-7
 
@@ -86,7 +86,7 @@ class FrontEnd(nn.Module):
                 return self._waveform(wave, length)
             if self.fusion:
                 return self._fused(wave, length, x["crops"])
-            values, frames = self._finish(*self._log_mel(*self._filled(wave, length)))
+            values, frames = self._finish(*self._log_mel(wave, length))
             if self.pad == "zeros":
                 frames = torch.minimum(frames, self._frames_of(length))
             mask = torch.arange(values.shape[1], device=wave.device) < frames[:, None]
@@ -107,38 +107,54 @@ class FrontEnd(nn.Module):
         if self.pad == "none":
             return wave, length
         wave = wave[:, : self.samples]
-        if self.pad == "zeros" or (wave.shape[1] == self.samples and bool((length >= self.samples).all())):
+        if self.pad == "zeros":
             out = nn.functional.pad(wave, (0, self.samples - wave.shape[1]))
         else:
-            own = length.clamp(max=self.samples)[:, None]
-            at = torch.arange(self.samples, device=wave.device).expand(len(wave), -1)
-            out = wave.gather(1, at % own)
-            if self.pad == "repeatpad":
-                out = out * (at < own * (self.samples // own))
+            out = wave.new_zeros(len(wave), self.samples)
+            for row, filled, n in zip(wave, out, length.clamp(max=self.samples).tolist(), strict=True):
+                whole = self.samples // n * n
+                filled[:whole].view(-1, n).copy_(row[:n].expand(whole // n, n))
+                if self.pad == "repeat":
+                    filled[whole:] = row[: self.samples - whole]
         return out, torch.full_like(length, self.samples)
 
     # --- mel --------------------------------------------------------------------------------------------------
 
-    def _log_mel(self, wave: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, T] → log-mel [n, F, M] and the number of frames of each clip."""
+    def _log_mel(self, wave: Tensor, length: Tensor, fill: bool = True) -> tuple[Tensor, Tensor]:
+        """[n, T] → log-mel [n, F, M] and the number of frames of each clip; ``fill``: up to ``max_s`` first."""
+        if wave.device.type == "cpu":
+            # One by one: each at its own length, and buffers small enough to be used again.
+            rows = [self._mels(wave[i : i + 1, :n], length[i : i + 1], fill)[0] for i, n in enumerate(length.tolist())]
+            mel = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        else:
+            mel = self._mels(wave, length, fill)
+        mel.clamp_(min=self.f["floor"])
+        mel = {"db": lambda m: 10 * m.log10(), "log10": torch.log10, "ln": torch.log}[self.f["log"]](mel)
+        filled = fill and self.pad != "none"
+        return mel, self._frames_of(torch.full_like(length, self.samples) if filled else length)
+
+    def _mels(self, wave: Tensor, length: Tensor, fill: bool) -> Tensor:
+        """[n, T] → power in mel bands [n, F, M]."""
+        if fill:
+            wave, length = self._filled(wave, length)
         wave = wave * self.f["scale"] if self.f["scale"] != 1 else wave
         size = self.n_fft if self.f["center"] else self.win
         wave = mirrored(wave, length, size // 2) if self.f["center"] else wave
         if wave.shape[1] < size:
             wave = nn.functional.pad(wave, (0, size - wave.shape[1]))
         frames = wave.unfold(1, size, self.hop)
+        frames = frames[:, :-1] if self.f["drop_last"] else frames
         mel = wave.new_empty(*frames.shape[:2], self.filters.shape[1])
-        at_once = _CPU_FRAMES if wave.device.type == "cpu" else _DEVICE_FRAMES
-        rows = max(1, at_once // frames.shape[1])
+        self._into(mel, frames)
+        return mel
+
+    def _into(self, mel: Tensor, frames: Tensor) -> None:
+        """Write the mel bands of some frames into ``mel``, a part at a time."""
+        at_once = _CPU_FRAMES if mel.device.type == "cpu" else _DEVICE_FRAMES
+        rows = max(1, at_once // max(1, frames.shape[1]))
         for i in range(0, len(frames), rows):
             for k in range(0, frames.shape[1], at_once):
                 mel[i : i + rows, k : k + at_once] = self._mel(frames[i : i + rows, k : k + at_once])
-        mel.clamp_(min=self.f["floor"])
-        mel = {"db": lambda m: 10 * m.log10(), "log10": torch.log10, "ln": torch.log}[self.f["log"]](mel)
-        count = self._frames_of(length)
-        if self.f["drop_last"]:
-            mel = mel[:, :-1]
-        return mel, count
 
     def _frames_of(self, length: Tensor) -> Tensor:
         if self.f["center"]:
@@ -148,16 +164,22 @@ class FrontEnd(nn.Module):
         return count.clamp(min=1)
 
     def _mel(self, frames: Tensor) -> Tensor:
-        """Frames [n, k, win] → power in each band [n, k, M]."""
+        """Frames [n, k, win] → power in each band [n, k, M].
+
+        In evaluation in fp64: in fp32 a Fourier transform's error is that of the loudest bin in all bins, up to 0.01 dB
+        in quiet bands. Training does not notice, and runs twice as fast.
+        """
+        dtype = torch.float32 if self.training or frames.device.type == "mps" else torch.float64
         if self.f["remove_dc"]:
+            frames = frames.to(dtype)
             frames = frames - frames.mean(-1, keepdim=True)
         if self.f["preemphasis"]:
             a = self.f["preemphasis"]
             before = torch.cat([frames[..., :1], frames[..., :-1]], -1)
             frames = frames - a * before
-        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.window, n=self.n_fft)).flatten(-2)
+        spectrum = torch.view_as_real(torch.fft.rfft(frames * self.window.to(dtype), n=self.n_fft)).flatten(-2)
         low, high = self.bins
-        power = spectrum[..., 2 * low : 2 * high].square()
+        power = spectrum[..., 2 * low : 2 * high].square_()
         return power.to(self.filters.dtype) @ self.filters
 
     def _finish(self, mel: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,13 +221,13 @@ class FrontEnd(nn.Module):
     def _fused(self, wave: Tensor, length: Tensor, crops: Tensor) -> Heard:
         """CLAP's four views (Wu et al. 2023): the clip shrunk to ``max_s``, and a crop of each third; [n, 4, F, M]."""
         chunk = self.samples // self.hop + 1
-        short, _ = self._log_mel(*self._filled(wave, length))
+        short, _ = self._log_mel(wave[:, : self.samples], length.clamp(max=self.samples))
         views = short[:, None].repeat(1, 4, 1, 1)
         longer = torch.zeros_like(length, dtype=torch.bool)
         for i, n in enumerate(length.tolist()):
             if n <= self.samples:
                 continue
-            whole, _ = self._log_mel(wave[i : i + 1, :n], length[i : i + 1])
+            whole, _ = self._log_mel(wave[i : i + 1, :n], length[i : i + 1], fill=False)
             total = whole.shape[1]
             if total == chunk:
                 views[i] = whole
@@ -224,7 +246,7 @@ class FrontEnd(nn.Module):
         window = torch.hann_window(n, periodic=name == "hann", dtype=torch.float64)
         window = window**0.85 if name == "povey" else window
         left = (self.n_fft - n) // 2 if self.f["center"] else 0
-        return nn.functional.pad(window, (left, self.n_fft - n - left if self.f["center"] else 0)).float()
+        return nn.functional.pad(window, (left, self.n_fft - n - left if self.f["center"] else 0))
 
 
 def third_start(places: int, part: int, share: float) -> int:

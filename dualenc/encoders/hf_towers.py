@@ -1,4 +1,5 @@
-"""Towers of the transformers library: text (BERT, RoBERTa, MPNet, CLIP, SigLIP …) and image (ViT, DINOv2, CLIP …).
+"""Towers of the transformers library: text (BERT, RoBERTa, MPNet, CLIP, SigLIP, CLAP …), image (ViT, DINOv2, CLIP …)
+and audio (see hf_audio.py).
 
 ``hf/NAME`` where NAME is a folder, a repository on the Hub, or ``package:NAME`` of an installed package with weights.
 Code in a repository is never run, and weights are read as safetensors or under ``weights_only``.
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section
+from dualenc.encoders import hf_audio
 from dualenc.encoders.families import families
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
 from dualenc.encoders.transformer import end_of_text
@@ -27,9 +29,12 @@ _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class HFConfig(Section):
-    """Settings of hf/NAME. ``pooling`` model: whatever the model itself returns as pooled."""
+    """Settings of hf/NAME. ``pooling`` model: whatever the model itself returns as pooled. ``projection``: keep the
+    projection into the shared space that CLIP and CLAP were released with (then head: none gives their features).
+    """
 
     pretrained: bool = True
+    projection: bool = False
     pooling: Pooling | None = None
     head: HeadKind = "linear"
     config: dict[str, Any] | None = None
@@ -39,7 +44,7 @@ class HFConfig(Section):
 class HF:
     """``hf/FOLDER``, ``hf/REPO`` or ``hf/package:NAME``."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image", "text")
+    kinds: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     Config: ClassVar[type[BaseModel]] = HFConfig
 
     def names(self) -> list[str]:
@@ -48,38 +53,43 @@ class HF:
     def input_defaults(self, kind: str, name: str, config: HFConfig) -> dict[str, Any]:
         """The repository's own preprocessing: preprocessor_config.json, or its tokenizer and longest text."""
         if config.config is not None:
-            return {}
+            return hf_audio.audio_defaults(arch_of(config.config), {}) if kind == "audio" else {}
         where = locate(name)
+        if kind == "audio":
+            return hf_audio.audio_defaults(
+                part_config(load_config(where), kind), preprocessor(where, "feature_extractor")
+            )
         if kind == "image":
             return image_defaults(preprocessor(where), name)
         arch = part_config(load_config(where), kind)
         sentence = read_json(where, "sentence_bert_config.json")
         places = int(getattr(arch, "max_position_embeddings", 512))
         # RoBERTa counts its places from padding_idx + 1.
-        places -= 2 if arch.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+        places -= 2 if arch.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "clap_text_model") else 0
         return text_defaults(arch, f"hf:{where}", int(sentence.get("max_seq_length") or places))
 
     def demands(self, kind: str, name: str, config: HFConfig) -> dict[str, Any]:
         if not config.pretrained or config.config is not None:
             return {}
         defaults = self.input_defaults(kind, name, config)
-        return {k: defaults[k] for k in ("mean", "std", "tokenizer", "pad") if k in defaults}
+        keys = ("rate", "features", "pad", "long") if kind == "audio" else ("mean", "std", "tokenizer", "pad")
+        return {k: defaults[k] for k in keys if k in defaults}
 
     def build(
         self, kind: str, name: str, config: HFConfig, describe: Mapping[str, Any], embed_dim: int, where: str
     ) -> Tower:
-        from transformers import AutoConfig
-
         label = f"hf/{name}"
         if config.config is not None:
-            settings = dict(config.config)
-            projected = bool(settings.pop("dualenc_projection", False))
-            arch = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            arch = arch_of(config.config)
+            projected = config.projection or bool(config.config.get("dualenc_projection", False))
+            arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
             net = random_model(arch, projected)
         else:
             folder = locate(name)
             arch = part_config(load_config(folder), kind)
-            net = released_model(folder, arch, where) if config.pretrained else random_model(arch)
+            arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
+            projected = config.projection
+            net = released_model(folder, arch, where, projected) if config.pretrained else random_model(arch, projected)
         pooling = config.pooling or (default_pooling(name, arch, kind) if config.config is None else "model")
         return wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
 
@@ -174,8 +184,20 @@ def load_config(where: str) -> Any:
 
 def part_config(config: Any, kind: str) -> Any:
     """A two-tower model's config → that of the half for ``kind``; other configs as they are."""
-    part = getattr(config, "vision_config" if kind == "image" else "text_config", None)
-    return config if part is None else part
+    part = getattr(config, {"image": "vision_config", "audio": "audio_config"}.get(kind, "text_config"), None)
+    if part is None:
+        return config
+    if hasattr(config, "projection_dim"):
+        part.projection_dim = config.projection_dim  # the halves' own configs keep a default that the whole overrides
+    return part
+
+
+def arch_of(kept: Mapping[str, Any]) -> Any:
+    """The architecture of :func:`kept_config`."""
+    from transformers import AutoConfig
+
+    settings = {k: v for k, v in kept.items() if k != "dualenc_projection"}
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def read_json(where: str, name: str) -> dict[str, Any]:
@@ -195,10 +217,10 @@ def read_json(where: str, name: str) -> dict[str, Any]:
     return out if isinstance(out, dict) else {}
 
 
-def preprocessor(where: str) -> dict[str, Any]:
-    """How pictures are prepared, in either of the layouts transformers writes."""
+def preprocessor(where: str, part: str = "image_processor") -> dict[str, Any]:
+    """How pictures (or with ``feature_extractor`` sound) are prepared, in either of the layouts transformers writes."""
     pre = read_json(where, "preprocessor_config.json")
-    return pre or dict(read_json(where, "processor_config.json").get("image_processor", {}))
+    return pre or dict(read_json(where, "processor_config.json").get(part, {}))
 
 
 def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -239,9 +261,11 @@ def default_pooling(name: str, arch: Any, kind: str) -> Pooling:
             return "cls"
         if said.get("pooling_mode_lasttoken") or mode == "lasttoken":
             return "eot"
-        if arch.model_type.startswith(("clip", "siglip")):
+        if arch.model_type.startswith(("clip", "siglip", "clap")):
             return "model"
         return "mean"
+    if kind == "audio":
+        return "model" if arch.model_type in ("clap_audio_model", "audio-spectrogram-transformer") else "mean"
     return "model" if arch.model_type.startswith(("clip", "siglip")) else "cls"
 
 
@@ -254,6 +278,8 @@ def model_class(arch: Any, projected: bool = False) -> Any:
         "clip_vision_model": "CLIPVisionModel",
         "siglip_text_model": "SiglipTextModel",
         "siglip_vision_model": "SiglipVisionModel",
+        "clap_text_model": "ClapTextModel",
+        "clap_audio_model": "ClapAudioModel",
     }
     name = halves.get(arch.model_type)
     return None if name is None else getattr(transformers, name + ("WithProjection" if projected else ""))
@@ -263,12 +289,17 @@ def random_model(arch: Any, projected: bool = False) -> nn.Module:
     """The architecture with random weights, fp32."""
     from transformers import AutoModel
 
+    if arch.model_type in hf_audio.TYPES and not projected:
+        return no_scalars(hf_audio.random_audio(arch))
     cls = model_class(arch, projected)
     build: Any = cls or AutoModel.from_config
-    return without_pooler(build(arch))
+    net = build(arch)
+    if arch.model_type == "clap_audio_model":
+        hf_audio.settle_batch_norm(net)
+    return without_pooler(net)
 
 
-def released_model(where: str, arch: Any, field: str) -> nn.Module:
+def released_model(where: str, arch: Any, field: str, projected: bool = False) -> nn.Module:
     """The released weights, fp32; every tensor of the model must be in the file.
 
     Raises:
@@ -280,7 +311,7 @@ def released_model(where: str, arch: Any, field: str) -> nn.Module:
     from dualenc.errors import CheckpointError
 
     try:
-        net, info = (model_class(arch) or AutoModel).from_pretrained(
+        net, info = (model_class(arch, projected) or AutoModel).from_pretrained(
             where, config=arch, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError) as e:
@@ -291,12 +322,14 @@ def released_model(where: str, arch: Any, field: str) -> nn.Module:
             f"{field}: the weights of {where} lack {len(missing)} tensors of the model (first {missing[:1]}); "
             f"of another shape: {sorted(map(str, info['mismatched_keys']))[:1]}"
         )
-    return without_pooler(net)
+    return without_pooler(net.get_encoder() if arch.model_type == "whisper" else net)
 
 
 def without_pooler(net: nn.Module) -> nn.Module:
-    """Drop BERT's and ViT's pooler (a layer of next-sentence prediction): unused weights would get no gradient."""
-    if isinstance(getattr(net, "pooler", None), nn.Module):
+    """Drop BERT's and ViT's pooler (a layer of next-sentence prediction): unused weights would get no gradient.
+
+    CLAP's features are its pooler's."""
+    if isinstance(getattr(net, "pooler", None), nn.Module) and type(net).__name__ != "ClapTextModel":
         net.pooler = None  # type: ignore[assignment]
     return no_scalars(net)
 
@@ -313,7 +346,7 @@ def wrap(
     where: str,
 ) -> Tower:
     """A transformers model as a tower."""
-    projected = hasattr(net, "visual_projection") or hasattr(net, "text_projection")
+    projected = any(hasattr(net, f"{part}_projection") for part in ("visual", "text", "audio"))
     own_width = getattr(arch, "projection_size", None) or arch.hidden_size
     width = int(arch.projection_dim if projected else own_width)
     if head == "none" and width != embed_dim:
@@ -322,6 +355,10 @@ def wrap(
     tower: Tower
     if kind == "image":
         tower = ImageTower(HFImageTrunk(net, pooling), module, describe, channels_last=False)
+    elif kind == "audio":
+        if arch.model_type == "whisper":
+            hf_audio.cut_places(net, arch, describe["config"])
+        tower = hf_audio.HFAudio(net, arch, module, pooling, describe)
     else:
         tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
         places = int(getattr(arch, "max_position_embeddings", context))
@@ -353,7 +390,7 @@ def kept_config(arch: Any) -> dict[str, Any]:
 
 def pooled_output(out: Any) -> Tensor:
     """What the model itself gives as one vector: projected where it projects."""
-    for key in ("image_embeds", "text_embeds", "pooler_output"):
+    for key in ("image_embeds", "text_embeds", "audio_embeds", "pooler_output"):
         value = getattr(out, key, None)
         if isinstance(value, Tensor):
             return value

@@ -1,4 +1,5 @@
-"""Whole dual encoders that other people released: CLIP and SigLIP in the layouts of open_clip and transformers.
+"""Whole dual encoders that other people released: CLIP and SigLIP in the layouts of open_clip and transformers, CLAP
+in that of transformers.
 
 They become the parts a bundle is made of: input settings, towers with their own projections, temperature, tensors.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from dualenc.config import Component, LogitScale
 from dualenc.encoders import hf_towers as hf
 from dualenc.encoders import open_clip_towers as oc
+from dualenc.encoders.hf_audio import audio_defaults
 from dualenc.encoders.weights import read_weights
 from dualenc.errors import CheckpointError, ConfigError
 
@@ -27,6 +29,7 @@ PAIR = ("image", "text")
 _KEY = "-".join(PAIR)
 # Of an OpenAI archive; a CoCa's caption decoder is no part of the dual encoder.
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text_decoder.")
+_TABLES = ("position_ids", "token_type_ids")
 _OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -37,7 +40,7 @@ class Released:
     Attributes:
         name: for people.
         embed_dim: D.
-        inputs: modality (= kind) → settings of its input.
+        inputs: modality (= kind) → settings of its input; their order is the pair.
         encoders: modality → component that builds its architecture without weights.
         scale: temperature and bias as released; the exact values are in ``tensors``.
         tensors: the DualEncoder's state dict; None where the model is to start from random weights.
@@ -126,7 +129,7 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
 
 
 def from_hf(where: str) -> Released:
-    """A folder or repository with a CLIPModel or SiglipModel, its preprocessor and tokenizer.
+    """A folder or repository with a CLIPModel, SiglipModel or ClapModel, its preprocessor and tokenizer.
 
     Raises:
         ConfigError: if it is not within reach, or is another kind of model.
@@ -135,41 +138,74 @@ def from_hf(where: str) -> Released:
     from transformers import AutoModel
 
     config = hf.load_config(where)
-    if config.model_type not in ("clip", "siglip"):
+    if config.model_type not in ("clip", "siglip", "clap"):
         raise ConfigError(
-            f"hf:{where} is a {config.model_type!r} model; clip and siglip are dual encoders that can be loaded whole. "
-            f"As one tower write encoder: {{name: hf/{where}}} in a recipe."
+            f"hf:{where} is a {config.model_type!r} model; clip, siglip and clap are dual encoders that can be loaded "
+            f"whole. As one tower write encoder: {{name: hf/{where}}} in a recipe."
         )
-    inputs: dict[str, dict[str, Any]] = {"image": hf.image_defaults(hf.preprocessor(where), where)}
+    clap = config.model_type == "clap"
+    inputs: dict[str, dict[str, Any]] = {}
+    if clap:
+        inputs["audio"] = audio_defaults(config.audio_config, hf.preprocessor(where, "feature_extractor"))
+    else:
+        inputs["image"] = hf.image_defaults(hf.preprocessor(where), where)
     text = config.text_config
-    inputs["text"] = hf.text_defaults(text, f"hf:{where}", int(text.max_position_embeddings))
+    # RoBERTa, which CLAP's text tower is, counts its places from padding_idx + 1.
+    places = int(text.max_position_embeddings) - (2 if clap else 0)
+    inputs["text"] = hf.text_defaults(text, f"hf:{where}", places)
     try:
         model, info = AutoModel.from_pretrained(
             where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"hf:{where} has no weights within reach ({str(e).splitlines()[0]})") from e
-    missing = sorted(info["missing_keys"])
+    # Tables of places are not weights: files of other versions lack them, and the model has made them itself.
+    missing = sorted(k for k in info["missing_keys"] if not k.endswith(_TABLES))
     if missing:
         raise CheckpointError(f"hf:{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
-    state = {k: v.detach() for k, v in model.state_dict().items() if not k.endswith("position_ids")}
-    log = state.pop("logit_scale").reshape(1)
+    return _from_hf_model(where, config, inputs, {k: v.detach() for k, v in model.state_dict().items()})
+
+
+def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], state: dict[str, Tensor]) -> Released:
+    """The parts of a model that is read."""
+    other = next(iter(inputs))
+    projects = config.model_type != "siglip"
+    log = _temperature(state, where)
     bias = state.pop("logit_bias").reshape(1) if "logit_bias" in state else None
-    clip = config.model_type == "clip"
-    embed_dim = int(config.projection_dim) if clip else int(config.vision_config.hidden_size)
+    embed_dim = int(config.projection_dim) if projects else int(config.vision_config.hidden_size)
     encoders, parts = {}, {}
-    for kind, arch, prefix in (("image", config.vision_config, "vision"), ("text", text, "text")):
-        if clip:
+    halves = {"image": ("vision", "visual", "trunk.net."), "audio": ("audio", "audio", "net.")}
+    for kind, (prefix, projection, place) in {other: halves[other], "text": ("text", "text", "net.")}.items():
+        arch = getattr(config, f"{prefix}_config")
+        if projects:
             arch.projection_dim = embed_dim  # the halves' own configs keep a default that the whole overrides
-        projection = "visual_projection." if kind == "image" else "text_projection."
-        own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", projection))}
-        own = own if clip else _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
-        parts[kind] = ("trunk.net." if kind == "image" else "net.", own)
-        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if clip else {})}
+        own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", f"{projection}_projection."))}
+        if not projects:
+            own = _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
+        # CLIP's position_ids are no tensor of its halves; CLAP's are.
+        own = own if other == "audio" else {k: v for k, v in own.items() if not k.endswith(_TABLES)}
+        parts[kind] = (place, own)
+        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if projects else {})}
         encoders[kind] = Component.model_validate(
             {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
         )
-    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), _tensors(parts, log, bias), f"hf:{where}")
+    tensors = _tensors(parts, log, bias, f"{other}-text")
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}")
+
+
+def _temperature(state: dict[str, Tensor], where: str) -> Tensor:
+    """The logarithm of the scale, [1], taken out of ``state``. CLAP has one for each direction."""
+    if "logit_scale" in state:
+        return state.pop("logit_scale").reshape(1)
+    audio, text = (state.pop(f"logit_scale_{side}").reshape(1) for side in "at")
+    if not torch.allclose(audio, text, rtol=1e-3):
+        logger.info(
+            "%s has two temperatures, %.2f from audio and %.2f from text; the first is kept for both.",
+            where,
+            math.exp(float(audio)),
+            math.exp(float(text)),
+        )
+    return audio
 
 
 def _as_named(tensors: dict[str, Tensor], prefix: str, names: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,15 +216,17 @@ def _as_named(tensors: dict[str, Tensor], prefix: str, names: dict[str, Tensor])
 # --- both --------------------------------------------------------------------------------------------------------
 
 
-def _tensors(parts: dict[str, tuple[str, dict[str, Tensor]]], log: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+def _tensors(
+    parts: dict[str, tuple[str, dict[str, Tensor]]], log: Tensor, bias: Tensor | None, pair: str = _KEY
+) -> dict[str, Tensor]:
     out = {
         f"towers.{m}.{prefix}{k}": v.float() if v.is_floating_point() else v
         for m, (prefix, part) in parts.items()
         for k, v in part.items()
     }
-    out[f"logit_scale.{_KEY}"] = log
+    out[f"logit_scale.{pair}"] = log
     if bias is not None:
-        out[f"logit_bias.{_KEY}"] = bias
+        out[f"logit_bias.{pair}"] = bias
     return out
 
 
