@@ -115,11 +115,16 @@ def label_spec(task: Task) -> str | None:
 
 
 def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -> str | None:
-    """The one label of a row; None where the kind of task has none. Raises DataError for a row without it."""
+    """The one label of a row; None where the kind of task has none. Raises DataError for a row without it.
+
+    Where a task drops what belongs to no class, a row without a label is such a row.
+    """
     if task.kind in ("compositional", "multilabel") or spec is None:
         return None
     got = value(spec)
     if got is None:
+        if task.kind == "classification" and task.other_labels == "drop":
+            return None
         raise DataError(f"task {task.name}: label: {row} has no {spec!r}")
     return str(got).strip()
 
