@@ -1,4 +1,4 @@
-"""Pack a data set into shards: records of a source → checked pictures and captions → tars with an index."""
+"""Pack a data set into shards: records of a source → checked pictures, sounds and captions → tars with an index."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.images import BadPicture, prepare
-from data_tools.sources import Dropped, Keys, Record, SourceConfig, sources
+from data_tools import images, sounds
+from data_tools.sources import BadMedia, Dropped, Keys, Record, SourceConfig, sources
 from data_tools.writer import ShardWriter
 from dualenc.config import settings_as
 from dualenc.data.shards import build_index
 from dualenc.errors import ConfigError, DataError
 
 MAX_SPLITS = 32
+PREPARE = {"image": images.prepare, "audio": sounds.prepare}
+"""Kinds of media that are checked and may be written anew; anything else is packed as it is."""
 
 
 @dataclass(slots=True)
@@ -165,7 +167,7 @@ def _judge(drops: list[Dropped], path: Path, cfg: SourceConfig, report: BuildRep
 
 
 def _in_order(records: Iterable[Record | Dropped], cfg: SourceConfig) -> Iterator[_Packed | Dropped]:
-    """Pack records in threads (Pillow decodes outside the GIL), hand them on in order, with few in memory."""
+    """Pack records in threads (decoders run outside the GIL), hand them on in order, with few in memory."""
     keys: dict[str, Keys] = {}
     waiting: deque[Future[_Packed | Dropped]] = deque()
     with ThreadPoolExecutor(cfg.threads) as pool:
@@ -197,10 +199,10 @@ def _pack_one(record: Record, key: str, split: str, cfg: SourceConfig) -> _Packe
             return Dropped(record.name, f"{what} file missing", str(value))
         except OSError as e:
             return Dropped(record.name, f"{what} file unreadable", str(e))
-        if what == "image":
+        if what in PREPARE:
             try:
-                ending, raw = prepare(raw, cfg)
-            except BadPicture as e:
+                ending, raw = PREPARE[what](raw, cfg)
+            except BadMedia as e:
                 return Dropped(record.name, e.reason, e.detail)
             members[ending] = raw
         else:

@@ -13,7 +13,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from data_tools.images import MAX_PIXELS, BadPicture, decode, open_picture
+from data_tools import sounds
+from data_tools.images import MAX_PIXELS, decode, open_picture
+from data_tools.sources.base import BadMedia
+from dualenc.data.modalities.audio import AudioInput
 from dualenc.data.remote import ReadFailed, ShardCache, is_local, local_path
 from dualenc.data.shards import expand, short_names
 from dualenc.data.stream import REFUSED
@@ -21,10 +24,13 @@ from dualenc.data.tarindex import Sample, index_tar, unsafe
 from dualenc.errors import DataError
 
 IMAGE = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+AUDIO = tuple(AudioInput.default_members)
 CAPTIONS = ("captions", "caption", "text")
 SHOWN = 8
 _WORTH_A_PROCESS = 64_000_000
 """Bytes of shards: a new process needs seconds before it reads its first."""
+TENTHS_BINS = (2, 5, 10, 20, 50, 100, 200, 300, 600, 3000)
+"""Of a second: what most sounds are longer than."""
 PIXEL_BINS = (32, 64, 128, 224, 256, 384, 512, 1024, 2048)
 WORD_BINS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
@@ -32,6 +38,7 @@ PROBLEMS = (
     "broken shard",
     "missing member",
     "broken image",
+    "broken sound",
     "too large",
     "broken text",
     "empty caption",
@@ -52,6 +59,8 @@ class ShardStats:
     problems: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     pixels: Counter[int] = field(default_factory=Counter)
+    tenths: Counter[int] = field(default_factory=Counter)
+    rates: Counter[int] = field(default_factory=Counter)
     words: Counter[int] = field(default_factory=Counter)
     captions: Counter[bytes] = field(default_factory=Counter)
     per_sample: Counter[int] = field(default_factory=Counter)
@@ -74,6 +83,8 @@ class ShardStats:
             (self.members, other.members),
             (self.problems, other.problems),
             (self.pixels, other.pixels),
+            (self.tenths, other.tenths),
+            (self.rates, other.rates),
             (self.words, other.words),
             (self.captions, other.captions),
             (self.per_sample, other.per_sample),
@@ -129,7 +140,7 @@ class CheckReport:
 def check(
     shards: str | Sequence[str], *, max_pixels: int = MAX_PIXELS, workers: int | None = None, progress: bool = True
 ) -> CheckReport:
-    """Read every sample of ``shards`` once, decode its picture, and look at its texts and names.
+    """Read every sample of ``shards`` once, decode its picture and sound, and look at its texts and names.
 
     Args:
         shards: paths, brace patterns, ``pipe:`` commands, URLs; remote shards are fetched whole, one after the other.
@@ -233,8 +244,9 @@ def _check_sample(fd: int, sample: Sample, shard: str, max_pixels: int, stats: S
             opened = open_picture(read(picture), max_pixels)
             stats.pixels[max(opened.size)] += 1
             decode(opened)
-        except BadPicture as e:
+        except BadMedia as e:
             stats.problem(e.reason, f"{where}.{picture}: {e.detail}")
+    _check_sound(sample, read, where, stats)
     texts = _texts(sample, read, where, stats)
     if texts is None:
         stats.lacking.setdefault("text", []).append(where)
@@ -248,6 +260,23 @@ def _check_sample(fd: int, sample: Sample, shard: str, max_pixels: int, stats: S
             continue
         stats.words[len(folded.split())] += 1
         stats.captions[hashlib.blake2b(folded.encode(), digest_size=8).digest()] += 1
+
+
+def _check_sound(sample: Sample, read: Any, where: str, stats: ShardStats) -> None:
+    ending = next((e for e in AUDIO if e in sample.members), None)
+    if ending is None:
+        stats.lacking.setdefault("audio", []).append(where)
+        return
+    stats.kinds["audio"] += 1
+    try:
+        sound = sounds.open_sound(read(ending))
+        sounds.decode(sound)
+    except BadMedia as e:
+        stats.problem(e.reason, f"{where}.{ending}: {e.detail}")
+        return
+    stats.rates[sound.rate] += 1
+    if sound.frames is not None:
+        stats.tenths[round(10 * sound.seconds)] += 1
 
 
 def _texts(sample: Sample, read: Any, where: str, stats: ShardStats) -> list[str] | None:
@@ -286,6 +315,10 @@ def print_check(report: CheckReport) -> None:
     console.print(f"members: {members}", highlight=False, markup=False)
     if stats.pixels:
         _histogram(console, "longest side, px", stats.pixels, PIXEL_BINS)
+    if stats.tenths:
+        _histogram(console, "length, tenths of a second", stats.tenths, TENTHS_BINS)
+        rates = ", ".join(f"{n:,} at {rate:,} Hz" for rate, n in stats.rates.most_common(8))
+        console.print(f"{sum(stats.tenths.elements()) / 36000:.2f} hours of sound: {rates}", highlight=False)
     if stats.words:
         _histogram(console, "caption length, words", stats.words, WORD_BINS)
         counts = ", ".join(f"{n:,} with {k}" for k, n in sorted(stats.per_sample.items())[:8])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from data_tools.sources.base import SourceConfig
+from data_tools.sources.base import BadMedia, SourceConfig
 from dualenc.data.modalities import DecodeError
 from dualenc.data.modalities.image import ImageInput, Picture
 
@@ -19,12 +19,8 @@ _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "b
 _WHITE = (255, 255, 255)
 
 
-class BadPicture(Exception):
-    """A picture cannot be packed: ``reason`` is counted, ``detail`` goes into the report."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+class BadPicture(BadMedia):
+    """A picture cannot be packed."""
 
 
 def open_picture(raw: bytes, max_pixels: int = MAX_PIXELS) -> Picture:

@@ -1,7 +1,8 @@
-"""One HTML page that shows samples as pictures with their captions; it needs no other file."""
+"""One HTML page that shows samples as pictures and sounds with their captions; it needs no other file."""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import random
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.check import CAPTIONS, IMAGE
+from data_tools.check import AUDIO, CAPTIONS, IMAGE
 from dualenc.config import Source
 from dualenc.data.modalities import DecodeError
 from dualenc.data.remote import ShardCache, is_local
@@ -20,6 +21,9 @@ from dualenc.data.thumbnails import thumbnail_uri
 from dualenc.errors import DataError
 
 THUMBNAIL_PX = 256
+MAX_SOUND = 2_000_000
+"""Bytes of a sound that is put into the page."""
+_MIME = {"flac": "audio/flac", "wav": "audio/wav", "ogg": "audio/ogg", "opus": "audio/ogg", "mp3": "audio/mpeg"}
 
 _STYLE = """
 :root { --ground:#f6f7f9; --card:#fff; --ink:#1c2430; --soft:#667085; --line:#e4e7ec; --bad:#b42318 }
@@ -40,6 +44,7 @@ article { background:var(--card); border:1px solid var(--line); border-radius:12
 .pic img { position:absolute; inset:10px; width:calc(100% - 20px); height:calc(100% - 20px); object-fit:contain }
 .pic img.small { image-rendering:pixelated }
 .none { color:#98a2b3 }
+audio { width:100%; height:32px; margin-bottom:8px }
 .bad { color:var(--bad); padding:0 8px; text-align:center; overflow-wrap:anywhere }
 .text { padding:12px 14px; flex:1 }
 .text p { margin:0 0 6px } .text p:last-child { margin:0 }
@@ -65,6 +70,7 @@ class Shown:
     fields: dict[str, Any]
     members: list[str]
     problem: str = ""
+    sound: str = ""
 
 
 def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: int = 0) -> Path:
@@ -113,7 +119,8 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
         sample = reader.locate(0, shard, place)
         card.key = f"{name.removesuffix('.tar')}/{sample.key}"
         card.members = [f".{e} {_bytes(size)}" for e, (_, size) in sample.members.items()]
-        found = reader.find(0, shard, sample, {"image": IMAGE, "txt": ["txt"], "json": ["json"]})
+        wanted = {"image": IMAGE, "audio": AUDIO, "txt": ["txt"], "json": ["json"]}
+        found = reader.find(0, shard, sample, wanted)
     except SampleError as e:
         card.problem = str(e)
         return card
@@ -125,6 +132,10 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
             card.size, card.small = f"{width}×{height}", max(width, height) <= 128
         except DecodeError as e:
             card.problem = str(e)
+    sound = found.values.get("audio")
+    if sound is not None and len(sound) <= MAX_SOUND:
+        mime = _MIME[found.members["audio"]]
+        card.sound = f"data:{mime};base64,{base64.b64encode(sound).decode()}"
     try:
         if "txt" in found.values:
             card.captions = [found.values["txt"].decode("utf-8")]
@@ -166,7 +177,7 @@ def _card(card: Shown) -> str:
         picture = f"<img{small} loading='lazy' alt='' src='{card.picture}'>"
     else:
         picture = (
-            "<span class='none'>no picture</span>"
+            f"<span class='none'>{'sound' if card.sound else 'no picture'}</span>"
             if not card.problem
             else f"<span class='bad'>{html.escape(card.problem)}</span>"
         )
@@ -174,6 +185,8 @@ def _card(card: Shown) -> str:
         text = "<ol>" + "".join(f"<li>{html.escape(c)}</li>" for c in card.captions) + "</ol>"
     else:
         text = f"<p>{html.escape(card.captions[0])}</p>" if card.captions else "<p class='none'>no text</p>"
+    if card.sound:
+        text = f"<audio controls preload='none' src='{card.sound}'></audio>{text}"
     if card.picture and card.problem:
         text += f"<p class='bad'>{html.escape(card.problem)}</p>"
     rows = [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in card.fields.items()]

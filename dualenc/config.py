@@ -49,7 +49,9 @@ class Modality(Section):
     kind: str | None = Field(default=None, description="which modality file handles it; default: the key itself")
     input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
     encoder: Component
-    lock: bool = Field(default=False, description="keep the tower's weights as they are (LiT)")
+    lock: bool | Literal["trunk"] = Field(
+        default=False, description="keep the tower's weights as they are (LiT); trunk: all but its projection"
+    )
 
 
 class Source(Section):

@@ -6,6 +6,7 @@ A class's weight is the mean of its prompts' normalised features, normalised aga
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from dualenc.errors import ConfigError, did_you_mean
 from evals import metrics
 from evals.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity
 from evals.features import Store, digest, digest_of
-from evals.metrics import Ints
-from evals.sources import Content, Row, Rows
+from evals.metrics import Floats, Ints
+from evals.rows import Content, Row, Rows
 from evals.tasks import Task, paths_of, read_lines, templates_of
 
 MAX_CONFUSION = 64
@@ -46,7 +47,7 @@ def classes_of(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]
     Raises:
         ConfigError: a label that is no class (with the nearest), unless the task drops those.
     """
-    seen = sorted({r.label for r in rows if r.label is not None})
+    seen = sorted({x for r in rows for x in (r.labels or (r.label,)) if x is not None})
     declared = task.classes
     if declared is None and task.source.kind == "clip_benchmark":
         declared = f"{paths_of(task)[0].rstrip('/')}/classnames.txt"
@@ -75,10 +76,10 @@ def _known(task: Task, labels: list[str], seen: list[str]) -> list[str]:
     return labels
 
 
-def collect(task: Task, rows: Rows, store: Store) -> Labelled:
-    """Inspect every item, leave out and name what is broken, number the classes."""
+def collect(task: Task, rows: Rows, store: Store, every: Sequence[Row] | None = None) -> Labelled:
+    """Inspect every item, leave out and name what is broken, number the classes (those of ``every`` row given)."""
     modality = task.modalities[0]
-    order, names = classes_of(task, rows.rows)
+    order, names = classes_of(task, list(every or rows.rows))
     number = {label: n for n, label in enumerate(order)}
     used = [r for r in rows.rows if r.label in number]
     notes = list(rows.notes)
@@ -110,33 +111,60 @@ def classifier(prompts: Tensor, owners: Tensor, classes: int) -> Tensor:
     return torch.nn.functional.normalize(sums / counts, dim=1).float()
 
 
-def evaluate(task: Task, data: Labelled, store: Store, seed: int, details: bool) -> dict[str, Any]:
-    """top-1, top-5, mean per-class recall, their intervals and chance, and what to look at."""
+def prompted(task: Task, names: Sequence[Sequence[str]], store: Store) -> tuple[Tensor, list[str]]:
+    """([C, D] weights of the classes from their prompts, the prompts with ``{}``)."""
     templates = templates_of(task)
     owners, texts = [], []
-    for c, names in enumerate(data.names):
-        for name in names:
+    for c, own in enumerate(names):
+        for name in own:
             for template in templates:
                 owners.append(c)
                 texts.append(Content(f"{c}", text=template.replace("{}", name)))
     prompts = store.features(task.modalities[1], texts, [digest(t.text or "") for t in texts])
-    weights = classifier(prompts, torch.tensor(owners), len(data.names))
+    return classifier(prompts, torch.tensor(owners), len(names)), templates
+
+
+def scale_of(store: Store, modalities: tuple[str, str]) -> float | None:
+    """The factor of the cosines that the model states for this pair; None when it states none (a run in training)."""
+    scales = store.embedder.describe().get("logit_scale")
+    if isinstance(scales, dict):
+        a, b = modalities
+        scales = scales.get(f"{a}-{b}", scales.get(f"{b}-{a}"))
+    return float(scales) if isinstance(scales, int | float) else None
+
+
+def evaluate(task: Task, data: Labelled, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    """top-1, top-5, mean per-class recall, calibration error, their intervals and chance, and what to look at."""
+    weights, templates = prompted(task, data.names, store)
     x = store.features(task.modalities[0], data.items, data.digests)
-    ranks, predicted = _scored(x, weights, data.labels, twins_after(data.names))
     wanted = task.wanted()
+    scale = scale_of(store, task.modalities) if "calibration_error" in wanted else None
+    ranks, predicted, confidence = _scored(x, weights, data.labels, twins_after(data.names), scale)
     values = metrics.classification_values(ranks, data.labels, predicted)
+    notes = []
+    if confidence is not None:
+        values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
+    elif "calibration_error" in task.metrics:
+        notes.append("The model states no temperature for this pair, so it has no calibration error.")
     per_item = {"top1": (ranks <= 1).astype(np.float64), "top5": (ranks <= 5).astype(np.float64)}
     asked = {k: v for k, v in per_item.items() if k in wanted}
+    ci = metrics.bootstrap_ci(asked, seed=seed) if asked else {}
+    if "mean_per_class_recall" in wanted:
+        recall = metrics.weighted_class_recall(data.labels, predicted)
+        ci["mean_per_class_recall"] = metrics.bootstrap_of(recall, len(ranks), seed=seed)
     chance = metrics.chance_classification(len(data.names))
     counts = np.bincount(data.labels, minlength=len(data.names))
     out: dict[str, Any] = {
         "metrics": metrics.rounded({k: v for k, v in values.items() if k in wanted}),
-        "ci": metrics.rounded(metrics.bootstrap_ci(asked, seed=seed)) if asked else {},
+        "ci": metrics.rounded(ci),
         "chance": metrics.rounded({k: v for k, v in chance.items() if k in wanted}),
         "n": {task.modalities[0]: len(data.items), "classes": len(data.names)},
         "largest_class_share": round(float(counts.max() / counts.sum()), 6),
         "templates": templates,
+        "notes": notes,
     }
+    if confidence is not None:
+        out["settings"] = {"logit_scale": scale}
     if details and store.ranks.is_main:
         out["details"] = _details(task, data, x, weights, (ranks, predicted), seed)
     return out
@@ -152,15 +180,20 @@ def twins_after(names: list[list[str]]) -> Ints:
     return np.array(out[::-1], dtype=np.int64)
 
 
-def _scored(x: Tensor, weights: Tensor, labels: Ints, twins: Ints) -> tuple[Ints, Ints]:
-    """In blocks, so a thousand classes of a million items need no [N, C]."""
+def _scored(
+    x: Tensor, weights: Tensor, labels: Ints, twins: Ints, scale: float | None
+) -> tuple[Ints, Ints, Floats | None]:
+    """In blocks, so a thousand classes of a million items need no [N, C]; confidences [N] where a scale is given."""
     columns, inverse = metrics.distinct_rows(weights)
-    ranks, predicted = [], []
+    ranks, predicted, confidence = [], [], []
     for start, stop in metrics.block_starts(len(x), len(weights)):
-        r, p = metrics.class_ranks((x[start:stop] @ columns.T)[:, inverse], labels[start:stop], twins)
+        scores = (x[start:stop] @ columns.T)[:, inverse]
+        r, p = metrics.class_ranks(scores, labels[start:stop], twins)
         ranks.append(r)
         predicted.append(p)
-    return np.concatenate(ranks), np.concatenate(predicted)
+        if scale is not None:
+            confidence.append(metrics.confidences(scores, scale))
+    return np.concatenate(ranks), np.concatenate(predicted), np.concatenate(confidence) if confidence else None
 
 
 def _details(

@@ -16,7 +16,7 @@ from dualenc.data.modalities import DecodeError
 from dualenc.data.thumbnails import thumbnail_uri
 from dualenc.errors import DataError
 from evals.metrics import Ints, top_k
-from evals.sources import Content
+from evals.rows import Content
 
 QUERIES = 12
 TOP = 5

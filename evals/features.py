@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dualenc.errors import DataError, DivergenceError
 from evals.ranks import Ranks
-from evals.sources import Content
+from evals.rows import Content
 
 logger = logging.getLogger(__name__)
 

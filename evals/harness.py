@@ -24,7 +24,7 @@ from typing import Any
 
 from dualenc.data.modalities import DecodeError, ModalityInput, modalities
 from dualenc.errors import ConfigError, DataError
-from evals import classification, retrieval
+from evals import classification, compositional, multilabel, probes, retrieval
 from evals.features import Embedder, Store
 from evals.ranks import ranks_of
 from evals.sources import Rows, read_rows
@@ -33,6 +33,13 @@ from evals.tasks import Task
 
 PACKAGES = ("torch", "numpy", "open_clip_torch", "timm", "transformers", "pillow")
 SHOWN_SKIPPED = 100
+KINDS: dict[str, Any] = {
+    "classification": classification,
+    "multilabel": multilabel,
+    "retrieval": retrieval,
+    "compositional": compositional,
+    "probe": probes,
+}
 
 __all__ = ["Embedder", "environment", "evaluate", "print_table", "run_task", "write_json"]
 
@@ -89,7 +96,7 @@ def evaluate(
 
 def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, Any]:
     """One task: rows → contents → features → numbers."""
-    for modality in task.modalities:
+    for modality in task.needed():
         store.require(modality)
     rows = store.ranks.agree(lambda: read_rows(task))
     try:
@@ -101,7 +108,7 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
         # second decoding, so one process does it only once something is wrong.
         store.strict = True
         data, got = _measure(task, rows, store, seed, details)
-    notes = [*getattr(data, "notes", rows.notes)]
+    notes = [*getattr(data, "notes", rows.notes), *got.get("notes", [])]
     if data.skipped:
         first = data.skipped[0]
         notes.append(
@@ -122,15 +129,12 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
         "skipped": {"count": len(data.skipped), "of": data.asked, "items": data.skipped[:SHOWN_SKIPPED]},
         "notes": notes,
     }
-    if "largest_class_share" in got:
-        result["largest_class_share"] = got["largest_class_share"]
-    if "details" in got:
-        result["details"] = got["details"]
+    result |= {k: got[k] for k in ("largest_class_share", "settings", "details") if k in got}
     return result
 
 
 def _measure(task: Task, rows: Rows, store: Store, seed: int, details: bool) -> tuple[Any, dict[str, Any]]:
-    kind: Any = classification if task.kind == "classification" else retrieval
+    kind = KINDS[task.kind]
     data = kind.collect(task, rows, store)
     refuse_too_many(task, data.skipped, data.asked)
     return data, kind.evaluate(task, data, store, seed, details)

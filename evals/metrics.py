@@ -8,7 +8,7 @@ whose features all coincide gets the last rank, not the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -213,12 +213,40 @@ def classification_values(ranks: Ints, labels: Ints, predicted: Ints) -> dict[st
     }
 
 
+def calibration_error(confidence: Floats, right: npt.NDArray[np.bool_], bins: int = 15) -> float:
+    """Expected calibration error: mean gap between confidence and accuracy over equal bins (Guo et al. 2017, eq. 3).
+
+    ``confidence [N]``: probability of the best class, in (0, 1]; a value on an edge belongs to the bin below it.
+    ``right [N]``: whether the true class won (a tie lost).
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(place, right.astype(np.float64) - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def confidences(scores: Tensor, scale: float) -> Floats:
+    """[N] probability of the best class: softmax of ``scale`` × ``scores [N, C]``."""
+    z = scale * scores.double()
+    return torch.exp(z.amax(1) - z.logsumexp(1)).numpy()
+
+
 def chance_classification(classes: int) -> dict[str, float]:
     """What guessing classes at random gives."""
     return {"top1": 1 / classes, "top5": min(5, classes) / classes, "mean_per_class_recall": 1 / classes}
 
 
 # --- intervals ----------------------------------------------------------------------------------------------------
+
+
+def bootstrap_weights(groups: Ints, *, seed: int = 0, resamples: int = 1000) -> Iterator[Floats]:
+    """How often each group was drawn, ``resamples`` times: ``groups [N]`` number 0 … G-1, weights [G].
+
+    One resample at a time, each step a vector operation: a [resamples, N] table would not fit beside the features.
+    """
+    n = int(groups.max()) + 1
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
 
 
 def bootstrap_ci(
@@ -241,19 +269,67 @@ def bootstrap_ci(
     """
     names = list(values)
     table = np.stack([np.asarray(values[n], dtype=np.float64) for n in names], axis=1)
-    index = np.arange(len(table)) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
+    index = _groups(len(table), groups)
     n = int(index.max()) + 1
     sums = np.zeros((n, len(names)))
     np.add.at(sums, index, table)
     sizes = np.bincount(index, minlength=n).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.empty((resamples, len(names)))
-    for b in range(resamples):
-        weights = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
-        means[b] = weights @ sums / (weights @ sizes)
+    draws = bootstrap_weights(index, seed=seed, resamples=resamples)
+    means = np.stack([w @ sums / (w @ sizes) for w in draws])
+    return dict(zip(names, _percentiles(means, level), strict=True))
+
+
+def bootstrap_of(
+    statistic: Callable[[Floats], float],
+    n: int,
+    groups: Ints | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> list[float]:
+    """Percentile bootstrap interval of what is no mean: ``statistic`` takes the weights [N] of the items."""
+    index = _groups(n, groups)
+    draws = bootstrap_weights(index, seed=seed, resamples=resamples)
+    got = np.array([[statistic(w[index])] for w in draws])
+    return _percentiles(got[np.isfinite(got[:, 0])], level)[0]
+
+
+def _groups(n: int, groups: Ints | None) -> Ints:
+    return np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
+
+
+def _percentiles(table: Floats, level: float) -> list[list[float]]:
     tail = 100 * (1 - level) / 2
-    low, high = np.percentile(means, [tail, 100 - tail], axis=0)
-    return {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)}
+    low, high = np.percentile(table, [tail, 100 - tail], axis=0)
+    return [[float(a), float(b)] for a, b in zip(low, high, strict=True)]
+
+
+def weighted_class_recall(labels: Ints, predicted: Ints) -> Callable[[Floats], float]:
+    """:func:`mean_per_class_recall` as a function of the items' weights."""
+    right = labels == predicted
+
+    def statistic(weights: Floats) -> float:
+        total = np.bincount(labels, weights)
+        found = np.bincount(labels[right], weights[right], minlength=len(total))
+        there = total > 0
+        return float(np.mean(found[there] / total[there]))
+
+    return statistic
+
+
+def weighted_median(values: Ints) -> Callable[[Floats], float]:
+    """The median of ``values [N]``, each taken as often as its whole-number weight says."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+
+    def statistic(weights: Floats) -> float:
+        upto = np.cumsum(weights[order])
+        half = upto[-1] / 2
+        low, high = np.searchsorted(upto, half - 0.25), np.searchsorted(upto, half + 0.25)
+        return float(ordered[low] + ordered[high]) / 2
+
+    return statistic
 
 
 def item_values(ranks: Ints, ks: Sequence[int]) -> dict[str, Floats]:
@@ -295,13 +371,24 @@ def uniformity(x: Tensor, t: float = 2.0, elements: int = BLOCK_ELEMENTS) -> flo
     return math.log((total - n) / (n * (n - 1)))
 
 
+UNIFORMITY_ROWS = 4096
+"""Uniformity looks at all pairs of rows; of larger sets, at those of this many rows, evenly spaced."""
+
+
+def _some(x: Tensor) -> Tensor:
+    step = len(x) / UNIFORMITY_ROWS
+    return x if step <= 1 else x[(torch.arange(UNIFORMITY_ROWS) * step).long()]
+
+
 def geometry(a: Tensor, b: Tensor, pairs: tuple[Tensor, Tensor], names: tuple[str, str]) -> dict[str, float]:
-    """Modality gap, alignment of the pairs, mean off-diagonal cosine of each modality."""
+    """Modality gap, alignment of the pairs, mean off-diagonal cosine and uniformity of each modality."""
     return {
         "modality_gap": modality_gap(a, b),
         "alignment": alignment(a[pairs[0]], b[pairs[1]]),
         f"mean_offdiagonal_cosine_{names[0]}": mean_offdiagonal_cosine(a),
         f"mean_offdiagonal_cosine_{names[1]}": mean_offdiagonal_cosine(b),
+        f"uniformity_{names[0]}": uniformity(_some(a)),
+        f"uniformity_{names[1]}": uniformity(_some(b)),
     }
 
 

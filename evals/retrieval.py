@@ -7,18 +7,19 @@ Second → first (text → image): every caption is a query of its own. This is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evals import metrics
+from evals import metrics, ranking
+from evals.bags import bag_values, make_bags
 from evals.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity
 from evals.features import Store, digest_of
-from evals.metrics import Ints, Positives
-from evals.sources import Content, Rows
+from evals.metrics import Floats, Ints, Positives
+from evals.rows import Content, Rows
 from evals.tasks import Task
 
 CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
@@ -36,6 +37,8 @@ class Pairs:
     skipped: list[dict[str, str]]
     asked: int
     data_digest: str
+    labels: list[str | None] = field(default_factory=list)
+    """Of each item of the first side: the value of ``same`` or ``bags.by``."""
 
     def reverse(self) -> list[list[int]]:
         """Right items of the first side for each of the second."""
@@ -80,8 +83,20 @@ def collect(task: Task, rows: Rows, store: Store) -> Pairs:
                 pairs.b_digests.append(b_seen.digests[n])
             own.append(place[key])
         pairs.right.append(sorted(set(own)))
+        pairs.labels.append(row.label)
+    if task.same is not None:
+        pairs.right = joined(pairs.right, pairs.labels)
+        provenance.append(pairs.labels)
     pairs.data_digest = digest_of(provenance)
     return pairs
+
+
+def joined(right: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list[list[int]]:
+    """Items with the same label own each other's right answers: one object seen at two times is no wrong answer."""
+    union: dict[str | None, set[int]] = {}
+    for label, own in zip(labels, right, strict=True):
+        union.setdefault(label, set()).update(own)
+    return [sorted(union[label]) for label in labels]
 
 
 def evaluate(task: Task, pairs: Pairs, store: Store, seed: int, details: bool) -> dict[str, Any]:
@@ -92,17 +107,19 @@ def evaluate(task: Task, pairs: Pairs, store: Store, seed: int, details: bool) -
     reverse = pairs.reverse()
     there = _direction(task, store, x, y, pairs.right, groups=None, seed=seed)
     # Captions of one item are drawn together in the bootstrap: they are not independent.
-    owners = np.array([r[0] for r in reverse], dtype=np.int64)
+    owners = np.array([r[0] for r in reverse], dtype=np.int64)  # with several owners, the first stands for them
     back = _direction(task, store, y, x, reverse, groups=owners, seed=seed)
     out: dict[str, Any] = {"metrics": {}, "ci": {}, "chance": {}}
     for name, part in ((f"{first}_to_{second}", there), (f"{second}_to_{first}", back)):
         for kind in ("metrics", "ci", "chance"):
             out[kind] |= {f"{name}_{k}": v for k, v in part[kind].items()}
+    if task.bags is not None:
+        _add_bags(task, pairs, (x, y), seed, out)
     flat = [(i, j) for i, js in enumerate(pairs.right) for j in js]
     index = torch.tensor(flat, dtype=torch.long)
     geometry = metrics.geometry(x, y, (index[:, 0], index[:, 1]), (first, second))
     out["metrics"] |= metrics.rounded(geometry)
-    out["n"] = {first: len(pairs.a), second: len(pairs.b)}
+    out["n"] = {first: len(pairs.a), second: len(pairs.b)} | out.get("n", {})
     if details and store.ranks.is_main:
         out["details"] = _details(task, pairs, reverse, (x, y), (there, back), seed)
     return out
@@ -120,13 +137,62 @@ def _direction(
     values = {k: v for k, v in metrics.retrieval_values(ranks, ks).items() if k in wanted}
     chance = metrics.chance_retrieval(positives.counts, len(gallery), ks)
     items = {k: v for k, v in metrics.item_values(ranks, ks).items() if k in wanted}
+    items |= _of_all_right(task, store, (queries, gallery), positives, chance)
+    values |= {k: float(np.mean(items[k])) for k in items if k not in values}
+    ci = metrics.bootstrap_ci(items, groups, seed=seed) if items else {}
+    if "median_rank" in wanted:
+        median = metrics.weighted_median(ranks)
+        ci["median_rank"] = metrics.bootstrap_of(median, len(ranks), groups, seed=seed)
+    if "mean_rank" in wanted:
+        ci |= metrics.bootstrap_ci({"mean_rank": ranks}, groups, seed=seed)
     return {
         "ranks": ranks,
         "positives": positives,
         "metrics": metrics.rounded(values),
-        "ci": metrics.rounded(metrics.bootstrap_ci(items, groups, seed=seed)) if items else {},
+        "ci": metrics.rounded(ci),
         "chance": metrics.rounded({k: v for k, v in chance.items() if k in values}),
     }
+
+
+def _of_all_right(
+    task: Task, store: Store, sides: tuple[Tensor, Tensor], positives: Positives, chance: dict[str, float]
+) -> dict[str, Floats]:
+    """Per-query values of the metrics that look at every right answer; their chance is added to ``chance``."""
+    maps, gains = task.numbers(r"mAP@(\d+)"), task.numbers(r"nDCG@(\d+)")
+    if not maps and not gains:
+        return {}
+    shard = (store.ranks.rank, store.ranks.size)
+    parts = store.ranks.gather(ranking.wrong_ahead(*sides, positives, shard=shard))
+    ahead: Ints = np.sum(parts, axis=0)
+    size = len(sides[1])
+    for k in maps:
+        chance[f"mAP@{k}"] = ranking.chance_average_precision(positives.counts, size, k)
+    for k in gains:
+        chance[f"nDCG@{k}"] = ranking.chance_ndcg(positives.counts, size, k)
+    values = {f"mAP@{k}": ranking.average_precision(ahead, positives, k) for k in maps}
+    return values | {f"nDCG@{k}": ranking.ndcg(ahead, positives, k) for k in gains}
+
+
+def _add_bags(task: Task, pairs: Pairs, features: tuple[Tensor, Tensor], seed: int, out: dict[str, Any]) -> None:
+    """R@1 in both directions inside bags of look-alikes, by each item's first caption; chance is 1 in the size."""
+    assert task.bags is not None
+    first, second = task.modalities
+    x = features[0]
+    y = features[1][torch.tensor([r[0] for r in pairs.right])]
+    labels = None if task.bags.by == "neighbours" else pairs.labels
+    names = (f"{first}_to_{second}", f"{second}_to_{first}", "both_ways")
+    for size in task.bags.sizes:
+        bags = make_bags(x, y, labels, size, seed, owners=[r[0] for r in pairs.right])
+        out.setdefault("n", {})[f"bags of {size}"] = len(bags)
+        if not len(bags):
+            out.setdefault("notes", []).append(f"There are no {size} look-alikes by {task.bags.by!r} to make a bag of.")
+            continue
+        got = dict(zip(names, bag_values(x, y, bags), strict=True))
+        keys = {n: f"{n}_bag{size}_{'R@1' if '_to_' in n else 'all_correct'}" for n in names}
+        out["metrics"] |= metrics.rounded({keys[n]: float(np.mean(v)) for n, v in got.items()})
+        ci = metrics.bootstrap_ci({n: v.reshape(len(bags), -1).mean(1) for n, v in got.items()}, seed=seed)
+        out["ci"] |= metrics.rounded({keys[n]: v for n, v in ci.items()})
+        out["chance"] |= metrics.rounded({keys[n]: 1 / size for n in names if "_to_" in n})
 
 
 def _details(

@@ -9,16 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-FILE_ONLY = ("MRR", "mean_rank")
+FILE_ONLY = ("MRR", "mean_rank", "calibration_error")
 """In the file and the report; a terminal has no room for them."""
+CLASSES = ("classification", "multilabel", "probe")
 TAILS = ("median_rank", "mean_rank", "mean_per_class_recall")
-GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine")
+GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity")
+SHARES = ("top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct", "calibration_error")
 
 
 def is_share(metric: str) -> bool:
     """Metrics that are shown in percent."""
     last = metric.rpartition("_to_")[2]
-    return metric in ("top1", "top5", "mean_per_class_recall") or "_R@" in metric or last.endswith("_MRR")
+    return metric.endswith(SHARES) or any(f"_{m}@" in metric for m in ("R", "mAP", "nDCG")) or last.endswith("_MRR")
 
 
 def is_geometry(metric: str) -> bool:
@@ -43,10 +45,11 @@ def number(metric: str, value: float | None) -> str:
 def directions(task: dict[str, Any]) -> dict[str, list[str]]:
     """Direction → its metrics that the terminal shows; classification has one, called after what is classified."""
     out: dict[str, list[str]] = {}
+    plain = f"{task['modalities'][0]} → class" if task["kind"] in CLASSES else " and ".join(task["modalities"])
     for metric in task["metrics"]:
         if not is_geometry(metric) and short(metric) not in FILE_ONLY:
             head = metric[: len(metric) - len(short(metric)) - 1] if "_to_" in metric else ""
-            out.setdefault(label(head) or f"{task['modalities'][0]} → class", []).append(metric)
+            out.setdefault(label(head) or plain, []).append(metric)
     return out
 
 

@@ -19,8 +19,28 @@ from dualenc.errors import ConfigError, DataError, did_you_mean
 from evals.files import read_text
 
 TASKS = Path(__file__).parent / "tasks"
-CLASSIFICATION_METRICS = ("top1", "top5", "mean_per_class_recall")
-RETRIEVAL_METRICS = ("R@1", "R@5", "R@10", "MRR", "median_rank", "mean_rank")
+DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("top1", "top5", "mean_per_class_recall", "calibration_error"),
+    "retrieval": ("R@1", "R@5", "R@10", "MRR", "median_rank", "mean_rank"),
+    "multilabel": ("mAP",),
+    "probe": (
+        "knn_top1",
+        "linear_top1",
+        "fewshot5_top1",
+        "prototype1_top1",
+        "opta1_top1",
+        "prototype5_top1",
+        "opta5_top1",
+    ),
+}
+METRIC_PATTERNS = {
+    "retrieval": r"(R|mAP|nDCG)@[1-9]\d*",
+    "probe": r"(fewshot|prototype|opta)[1-9]\d*_top1",
+}
+"""Metrics with a number in their name, beside the default ones."""
+NAMED = ("classification", "multilabel")
+"""Kinds whose classes are shown to the model by name, in prompts."""
+LISTS = ("jsonl", "json", "csv")
 
 
 class Every(Section):
@@ -28,30 +48,93 @@ class Every(Section):
 
     step: Positive
     offset: Annotated[int, Field(ge=0)] = 0
+    others: bool = Field(False, description="all rows but those")
+
+    def of(self, rows: list[Any]) -> list[Any]:
+        """The rows that this names."""
+        if self.others:
+            return [r for i, r in enumerate(rows) if i < self.offset or (i - self.offset) % self.step]
+        return rows[self.offset :: self.step]
 
 
 class Source(Section):
-    """What is read. ``path`` is a file, pattern or folder; see ``kind``."""
+    """What is read. ``path`` is a file, pattern, folder or name; see ``kind``."""
 
-    kind: Literal["shards", "clip_benchmark", "folder", "jsonl", "csv"] = Field(
+    kind: Literal["shards", "clip_benchmark", "folder", "jsonl", "json", "csv", "hf", "kitti", "nuscenes"] = Field(
         description="shards: webdataset tars; clip_benchmark: its exported folder (SPLIT/N.tar, classnames.txt); "
-        "folder: one folder a class; jsonl, csv: one row an item, files beside it"
+        "folder: one folder a class; jsonl, json, csv: one row an item, files beside it; hf: a Hugging Face data set "
+        "by name, or a local folder; kitti, nuscenes: the folder as published (camera and lidar)"
     )
     path: str | list[str]
     split: str | None = Field(
-        None, description="jsonl, csv: rows whose 'split' is this; folder, clip_benchmark: subfolder"
+        None,
+        description="hf: the split; jsonl, json, csv: rows whose 'split' is this; folder, clip_benchmark: subfolder",
     )
+    subset: str | None = Field(None, description="hf: the configuration, where a data set has several")
+    revision: str | None = Field(None, description="hf: the commit or tag that is read")
     where: dict[str, str | list[str]] = Field(default_factory=dict, description="keep rows whose column has this value")
     every: Every | None = None
     limit: Positive | None = Field(None, description="only the first so many")
     members: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="modality → endings (shards; 'json:KEY' takes a key of the .json member) or columns, tried in turn",
+        description="modality → endings (shards; 'json:KEY' takes a key of the .json member) or columns, tried in "
+        "turn; 'a+b' takes both columns; 'file:COLUMN' and 'file:fold{fold}/{name}.wav' are files",
     )
+    files: str | None = Field(None, description="jsonl, json, csv: the folder of 'file:' columns; default: the list's")
+    columns: list[str] | None = Field(None, description="csv without a line of names: the names")
+    separator: str = Field(",", min_length=1, description="what stands between the labels of a multi-label column")
+    group: str | None = Field(None, description="lists, hf: rows with the same value of this column are one item")
+    unit: Literal["frames", "objects"] = Field("frames", description="kitti, nuscenes: pictures, or labelled objects")
     metadata: str | None = Field(
         None, description="shards: a .jsonl or .jsonl.gz with a 'key' per sample that adds columns"
     )
     obtain: str = Field("", description="how a person gets this data")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Source:
+        here = {
+            "subset": ("hf",), "revision": ("hf",), "files": LISTS, "columns": ("csv",), "group": (*LISTS, "hf"),
+            "metadata": ("shards",),
+        }  # fmt: skip
+        for key, kinds in here.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                raise ValueError(f"{key}: belongs to {', '.join(kinds)}, this source is {self.kind}")
+        if self.kind == "hf" and self.split is None:
+            raise ValueError("split: name the split of the Hugging Face data set, for example test")
+        if self.kind == "hf" and not isinstance(self.path, str):
+            raise ValueError("path: one data set, not a list of them")
+        return self
+
+
+class Train(Section):
+    """Where a probe's training items stand: the task's source, but for these keys."""
+
+    path: str | list[str] | None = None
+    split: str | None = None
+    where: dict[str, str | list[str]] | None = None
+    every: Every | None = None
+    limit: Positive | None = None
+
+
+class Probe(Section):
+    """How features are probed. Defaults: k-NN of DINO (arXiv 2104.14294), 5-way episodes with 15 queries a class."""
+
+    k: Positive = 20
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    ways: Annotated[int, Field(ge=2)] = 5
+    queries: Positive = 15
+    episodes: Positive = 600
+
+
+class Bags(Section):
+    """Hard-bag retrieval (TrueMatch): R@1 inside small bags of look-alikes.
+
+    ``by``: a column whose equal values make items look alike, or ``neighbours``: those whose features of the evaluated
+    model are nearest, which is hardest for that model and does not compare between models.
+    """
+
+    by: str
+    sizes: list[Annotated[int, Field(ge=2)]] = Field(default_factory=lambda: [3, 5, 7], min_length=1)
 
 
 class Reference(Section):
@@ -64,21 +147,23 @@ class Reference(Section):
 
 
 class Task(Section):
-    """One zero-shot evaluation.
+    """One evaluation.
 
-    ``modalities`` are (what is looked at, what it is matched with): for classification the items and the prompts,
-    for retrieval the two sides (both directions are measured).
+    ``modalities`` are (what is looked at, what it is matched with): for classification and multilabel the items and
+    the prompts, for retrieval the two sides (both directions are measured), for compositional the two sides of a small
+    puzzle (which caption belongs to which picture); a probe uses the first alone.
     """
 
     name: str
     version: Positive = 1
-    kind: Literal["classification", "retrieval"]
+    kind: Literal["classification", "multilabel", "retrieval", "compositional", "probe"]
     description: str = ""
     source: Source
     modalities: tuple[str, str] = ("image", "text")
     label: str | None = Field(
         None,
-        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder",
+        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
+        "multilabel: a column of several labels, 'a+b' takes those of both",
     )
     classes: list[str] | dict[str, str | list[str]] | str | None = Field(
         None,
@@ -90,7 +175,14 @@ class Task(Section):
         "distinct",
         description="retrieval, equal captions: each owns its copy (as published protocols have it), or both are right",
     )
-    metrics: list[str] = Field(default_factory=list, description="default: all of the kind")
+    same: str | None = Field(
+        None,
+        description="retrieval: a column; items with equal values are right for each other (one object seen twice)",
+    )
+    bags: Bags | None = Field(None, description="retrieval: also R@1 inside bags of look-alikes")
+    train: Train | None = Field(None, description="probe: where its training items stand")
+    probe: Probe = Field(default_factory=Probe)
+    metrics: list[str] = Field(default_factory=list, description="default: those of the kind")
     max_skipped: Share = Field(0.1, description="refuse to give a number when more than this share could not be read")
     reference: list[Reference] = Field(default_factory=list)
     license: str = ""
@@ -105,34 +197,69 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Task:
-        known = CLASSIFICATION_METRICS if self.kind == "classification" else RETRIEVAL_METRICS
+        known = self.known()
         for m in self.metrics:
-            if m not in known and not (self.kind == "retrieval" and re.fullmatch(r"R@[1-9]\d*", m)):
+            if m not in known and not re.fullmatch(METRIC_PATTERNS.get(self.kind, r"(?!)"), m):
                 raise ValueError(f"metrics: a {self.kind} task has no metric {m!r}. {did_you_mean(m, known)}")
         if isinstance(self.templates, list):
             check_templates(self.templates)
-        if self.kind == "retrieval":
-            for key in ("label", "classes", "templates"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key}: a retrieval task has no {key}; kind: classification has")
-        elif self.templates is None and self.source.kind != "clip_benchmark":
+        if self.modalities[0] == self.modalities[1]:
+            raise ValueError(f"modalities: two different ones, got {list(self.modalities)}")
+        self._keys_of_the_kind()
+        return self
+
+    def _keys_of_the_kind(self) -> None:
+        """Raises ValueError for a key that the kind lacks, or needs."""
+        owners = {
+            "label": (*NAMED, "probe"), "classes": (*NAMED, "probe"), "templates": NAMED, "same": ("retrieval",),
+            "bags": ("retrieval",), "train": ("probe",),
+        }  # fmt: skip
+        for key, kinds in owners.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                raise ValueError(f"{key}: a {self.kind} task has no {key}; kind: {' or '.join(kinds)} has")
+        own = self.source.kind
+        says_itself = own in ("folder", "clip_benchmark", "kitti", "nuscenes")
+        if self.kind in NAMED and self.templates is None and own != "clip_benchmark":
             raise ValueError(
                 "templates: give the prompts, for example ['a photo of a {}.'], or ['{}'] for the bare name"
             )
-        elif self.label is None and self.source.kind not in ("folder", "clip_benchmark"):
-            raise ValueError(f"label: say where a {self.source.kind} row's class stands, for example label: json:class")
-        if self.modalities[0] == self.modalities[1]:
-            raise ValueError(f"modalities: two different ones, got {list(self.modalities)}")
-        return self
+        if self.label is None and self.kind in (*NAMED, "probe") and not says_itself:
+            raise ValueError(f"label: say where a {own} row's class stands, for example label: json:class")
+        if self.label is None and self.kind == "multilabel":
+            raise ValueError("label: name the column that lists an item's classes")
+        if self.kind == "probe" and self.train is None:
+            raise ValueError("train: say where the training items stand, for example train: {split: train}")
+        if self.same is not None and self.bags is not None and self.bags.by not in ("neighbours", self.same):
+            raise ValueError(f"bags.by: with same: {self.same} bags are made by that column or by neighbours")
+
+    def known(self) -> tuple[str, ...]:
+        """Metrics of the kind; those of a compositional task are called after what is to be chosen."""
+        if self.kind == "compositional":
+            return (f"{self.modalities[1]}_score", f"{self.modalities[0]}_score", "group_score")
+        return DEFAULT_METRICS[self.kind]
 
     def wanted(self) -> list[str]:
-        """The metrics asked for; default all."""
-        default = CLASSIFICATION_METRICS if self.kind == "classification" else RETRIEVAL_METRICS
-        return list(self.metrics or default)
+        """The metrics asked for; default: those of the kind."""
+        return list(self.metrics or self.known())
 
     def recall_ks(self) -> list[int]:
         """The k of every R@k asked for."""
-        return sorted({int(m[2:]) for m in self.wanted() if m.startswith("R@")})
+        return self.numbers(r"R@(\d+)")
+
+    def numbers(self, pattern: str) -> list[int]:
+        """The number in every wanted metric that ``pattern`` matches whole."""
+        found = (re.fullmatch(pattern, m) for m in self.wanted())
+        return sorted({int(m.group(1)) for m in found if m is not None})
+
+    def needed(self) -> list[str]:
+        """The modalities a model must have."""
+        return [self.modalities[0]] if self.kind == "probe" else list(self.modalities)
+
+    def training(self) -> Task:
+        """A probe's task with the source of its training items."""
+        assert self.train is not None, "Task._fits sees to it"
+        source = {**self.source.model_dump(), **self.train.model_dump(exclude_unset=True)}
+        return self.model_copy(update={"source": Source.model_validate(source)})
 
 
 def check_templates(templates: list[str]) -> None:

@@ -1,9 +1,10 @@
 """Where samples come from: one module a layout, each registered in :data:`sources`."""
 
-from data_tools.sources import files, hf, parquet, quickstart, tables
-from data_tools.sources.base import Dropped, Keys, Record, SourceConfig, SourceKind, sources
+from data_tools.sources import files, hf, joined, parquet, quickstart, tables
+from data_tools.sources.base import BadMedia, Dropped, Keys, Record, SourceConfig, SourceKind, sources
 
 __all__ = [
+    "BadMedia",
     "Dropped",
     "Keys",
     "Record",
@@ -11,6 +12,7 @@ __all__ = [
     "SourceKind",
     "files",
     "hf",
+    "joined",
     "parquet",
     "quickstart",
     "sources",

@@ -19,6 +19,7 @@ from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.registry import Registry
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+AUDIO_ENDINGS = ("flac", "wav", "ogg", "oga", "opus", "mp3", "aif", "aiff", "au", "caf")
 MAX_KEY = 80
 
 C = TypeVar("C", bound="SourceConfig")
@@ -38,7 +39,15 @@ class SourceConfig(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = Field(
         90, description="of JPEG and WebP, where a picture is written anew"
     )
-    verify: bool = Field(True, description="decode every picture once and drop those that are broken")
+    rate: Positive | None = Field(
+        None,
+        description="resample sounds to this many Hz, as mono FLAC where encode_audio does not say; default: as is",
+    )
+    seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="keep the first so many seconds of sounds")
+    encode_audio: Literal["keep", "flac", "wav", "ogg"] = Field(
+        "keep", description="write sounds in this format, as mono; keep: the original bytes"
+    )
+    verify: bool = Field(True, description="decode every picture and sound once and drop those that are broken")
     text: Literal["auto", "txt", "json"] = Field(
         "auto", description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields"
     )
@@ -59,7 +68,8 @@ class Record:
 
     Attributes:
         name: where it comes from, for keys and reports ("images/17.jpg", "row 12").
-        media: ending → the bytes, or the file that holds them. Pictures are checked and may be written anew.
+        media: "image", "audio" or an ending → the bytes, or the file that holds them. Pictures and sounds are checked
+            and may be written anew.
         captions: the texts, in order; empty for a sample without text.
         fields: anything else that goes into the .json member.
         members: ending → bytes that are packed as they are ("cls").
@@ -85,6 +95,14 @@ class Dropped:
     name: str
     reason: str
     detail: str = ""
+
+
+class BadMedia(Exception):
+    """A picture or sound cannot be packed: ``reason`` is counted, ``detail`` goes into the report."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A folder of pictures: texts beside them, or the folders' names as classes."""
+"""A folder of pictures or sounds: texts beside them, or the names of folders or files as classes and fields."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from data_tools.sources.base import (
+    AUDIO_ENDINGS,
     IMAGE_ENDINGS,
     Dropped,
     Record,
@@ -23,46 +24,68 @@ from data_tools.sources.base import (
     sources,
     template_fields,
 )
-from dualenc.errors import ConfigError, DataError
+from data_tools.sources.named import NamedFields
+from dualenc.errors import ConfigError, DataError, did_you_mean
+
+KINDS = dict.fromkeys(IMAGE_ENDINGS, "image") | dict.fromkeys(AUDIO_ENDINGS, "audio")
 
 
-class FolderConfig(SourceConfig):
-    """``path=FOLDER``: NAME.jpg with NAME.txt or NAME.json beside it, or CLASS/NAME.jpg."""
+class FolderConfig(SourceConfig, NamedFields):
+    """``path=FOLDER``: NAME.jpg or .wav with NAME.txt or .json beside it, CLASS/NAME.wav, or names with fields."""
 
     path: str = Field(description="the folder; folders below it are read too")
-    layout: Literal["auto", "sidecar", "classes"] = Field(
-        "auto", description="sidecar: texts beside the pictures; classes: the folder is the class; auto: what is there"
+    layout: Literal["auto", "sidecar", "classes", "names"] = Field(
+        "auto",
+        description="sidecar: texts beside the files; classes: the folder is the class; names: fields in the files' "
+        "names, as pattern says; auto: names where there is a pattern, else what is there",
     )
     captions: Literal["file", "lines"] = Field("file", description="a .txt is one caption, or one caption a line")
     caption: str = Field("captions", description="key of the text in a .json; caption and text are tried too")
-    template: str = Field("{class}", description="classes: the text of a picture, such as 'a photo of a {class}'")
+    template: str | list[str] = Field(
+        "{class}", description="classes and names: the text or texts, such as 'the sound of {class}'"
+    )
 
 
 def folder(cfg: FolderConfig) -> Iterator[Record | Dropped]:
-    """Records of the pictures below a folder, in order of their paths.
+    """Records of the pictures and sounds below a folder, in order of their paths.
 
     Raises:
-        DataError: no folder, or no picture in it.
+        DataError: no folder, or neither pictures nor sounds in it.
         ConfigError: texts and classes cannot be told apart.
     """
     root = need_folder(cfg.path, "folder.path")
-    pictures = sorted(p for p in root.rglob("*") if p.suffix[1:].lower() in IMAGE_ENDINGS and p.is_file())
-    if not pictures:
-        raise DataError(f"folder.path: {root} holds no pictures ({', '.join(IMAGE_ENDINGS)})")
-    layout = cfg.layout
+    files = sorted(p for p in root.rglob("*") if p.suffix[1:].lower() in KINDS and p.is_file())
+    if not files:
+        raise DataError(f"folder.path: {root} holds neither pictures nor sounds ({', '.join(KINDS)})")
+    layout = "names" if cfg.layout == "auto" and cfg.pattern is not None else cfg.layout
     if layout == "auto":
-        if any(_sidecar(p) for p in pictures):
+        if any(_sidecar(p) for p in files):
             layout = "sidecar"
-        elif all(p.parent != root for p in pictures):
+        elif all(p.parent != root for p in files):
             layout = "classes"
         else:
             raise ConfigError(
-                f"folder.layout: {root} has neither .txt or .json beside its pictures, nor a folder for each class"
+                f"folder.layout: {root} has neither .txt or .json beside its files, nor a folder for each class; "
+                "where the names say it, give pattern='{class}_{number}'"
             )
-    pictures = shuffled(pictures, cfg.shuffle_seed)
-    if layout == "classes":
-        return _classes(cfg, root, pictures)
-    return (_with_text(cfg, root, p) for p in pictures)
+    samples = shuffled(_together(files), cfg.shuffle_seed)
+    if layout == "sidecar":
+        made: Iterator[Record | Dropped | None] = (_with_text(cfg, root, files) for files in samples)
+    else:
+        made = _named(cfg, root, samples, layout)
+    return (r for r in made if r is not None)
+
+
+def _together(files: list[Path]) -> list[dict[str, Path]]:
+    """Kind → file of each sample: a picture and a sound of one name are one sample, two pictures are two."""
+    beside: dict[Path, list[Path]] = {}
+    for p in files:
+        beside.setdefault(p.with_suffix(""), []).append(p)
+    out: list[dict[str, Path]] = []
+    for same in beside.values():
+        kinds = {KINDS[p.suffix[1:].lower()]: p for p in same}
+        out += [kinds] if len(kinds) == len(same) else [{KINDS[p.suffix[1:].lower()]: p} for p in same]
+    return out
 
 
 def _sidecar(picture: Path) -> Path | None:
@@ -73,7 +96,8 @@ def _sidecar(picture: Path) -> Path | None:
     return None
 
 
-def _with_text(cfg: FolderConfig, root: Path, picture: Path) -> Record | Dropped:
+def _with_text(cfg: FolderConfig, root: Path, files: dict[str, Path]) -> Record | Dropped | None:
+    picture = next(iter(files.values()))
     name = picture.relative_to(root).as_posix()
     beside = _sidecar(picture)
     if beside is None:
@@ -100,23 +124,53 @@ def _with_text(cfg: FolderConfig, root: Path, picture: Path) -> Record | Dropped
         fields = {k: v for k, v in row.items() if k != key and jsonable(v)}
     if not captions:
         return Dropped(name, "empty caption", beside.name)
-    return Record(name, {"image": picture}, captions, fields, many=many)
+    fields = {**fields, **(cfg.fields_of(name) or {})}
+    if not cfg.wants(fields):
+        return None
+    return Record(name, dict(files), tuple(map(cfg.as_words, captions)), fields, many=many)
 
 
-def _classes(cfg: FolderConfig, root: Path, pictures: list[Path]) -> Iterator[Record | Dropped]:
-    names = template_fields(cfg.template, "folder.template")
-    if names != ["class"]:
-        raise ConfigError(f"folder.template: {cfg.template!r} must hold {{class}} once, and nothing else in braces")
-    classes = sorted({p.parent.relative_to(root).as_posix() for p in pictures})
-    number = {c: i for i, c in enumerate(classes)}
-    for p in pictures:
-        label = p.parent.relative_to(root).as_posix()
-        text = fill(cfg.template, {"class": label.replace("_", " ").replace("/", " ")})
-        yield Record(
-            p.relative_to(root).as_posix(), {"image": p}, (text,), members={"cls": str(number[label]).encode()}
-        )
+def _named(
+    cfg: FolderConfig, root: Path, samples: list[dict[str, Path]], layout: str
+) -> Iterator[Record | Dropped | None]:
+    """Texts made of the folder's name (class; its number goes into .cls) or of the fields in the file's name."""
+    if layout == "names" and cfg.pattern is None:
+        raise ConfigError("folder.layout: names needs a pattern, such as pattern='{digit}_{speaker}_{take}'")
+    known = [*cfg.name_fields("folder.pattern"), *(["class"] if layout == "classes" else [])]
+    templates = [cfg.template] if isinstance(cfg.template, str) else cfg.template
+    for template in templates:
+        used = template_fields(template, "folder.template")
+        for field in used:
+            if field not in known:
+                raise ConfigError(f"folder.template: there is no field {field!r}. {did_you_mean(field, known)}")
+        if not used:
+            raise ConfigError(f"folder.template: {template!r} must hold a field in braces, such as {{{known[0]}}}")
+    for setting, named in (("where", cfg.where), ("unless", cfg.unless), ("words", cfg.words)):
+        for field in named:
+            if field not in known:
+                raise ConfigError(f"folder.{setting}: there is no field {field!r}. {did_you_mean(field, known)}")
+    firsts = [next(iter(files.values())) for files in samples]
+    number = {c: i for i, c in enumerate(sorted({p.parent.relative_to(root).as_posix() for p in firsts}))}
+    for files, first in zip(samples, firsts, strict=True):
+        name, label = first.relative_to(root).as_posix(), first.parent.relative_to(root).as_posix()
+        fields: dict[str, Any] | None = cfg.fields_of(name)
+        if fields is None:
+            yield Dropped(name, "name does not fit", f"pattern {cfg.pattern!r}")
+            continue
+        members = {}
+        if layout == "classes":
+            fields = {"class": label.replace("_", " ").replace("/", " "), **fields}
+            members["cls"] = str(number[label]).encode()
+        if cfg.wants(fields):
+            texts = tuple(dict.fromkeys(fill(t, cfg.in_words(fields)) for t in templates))
+            kept = {k: v for k, v in fields.items() if k != "class"}
+            yield Record(name, dict(files), texts, kept, members, many=len(templates) > 1)
 
 
 sources.register("folder")(
-    SourceKind(FolderConfig, folder, "pictures with .txt or .json beside them, or a folder for each class")
+    SourceKind(
+        FolderConfig,
+        folder,
+        "pictures or sounds with .txt or .json beside them, a folder for each class, or fields in their names",
+    )
 )

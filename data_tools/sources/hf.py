@@ -22,7 +22,7 @@ class HfConfig(RowsConfig):
 
 
 def hf(cfg: HfConfig) -> Iterator[Record | Dropped]:
-    """Records of a data set. Pictures are taken undecoded, so that their bytes are kept.
+    """Records of a data set. Pictures and sounds are taken undecoded, so that their bytes are kept.
 
     Raises:
         DataError: the data set cannot be loaded.
@@ -48,8 +48,9 @@ def _records(datasets: Any, cfg: HfConfig, parts: dict[str, Any]) -> Iterator[Re
         # The split is a property of the part here, not a field of its rows.
         own = resolve(cfg.model_copy(update={"split": None, "split_field": None}), part.column_names, "hf")
         for name, feature in part.features.items():
-            if isinstance(feature, datasets.Image):
-                part = part.cast_column(name, datasets.Image(decode=False))
+            for kind in (datasets.Image, datasets.Audio):
+                if isinstance(feature, kind):
+                    part = part.cast_column(name, kind(decode=False))
         if cfg.shuffle_seed is not None:
             part = part.shuffle(seed=cfg.shuffle_seed)
         records = to_records(own, _rows(part, split or "row"), Path(cfg.path))

@@ -76,4 +76,4 @@ def _rows(pq: Any, files: list[Path], seed: int | None) -> Iterator[tuple[str, R
             yield f"{path.stem}-{g}-{i}", row
 
 
-sources.register("parquet")(SourceKind(ParquetConfig, parquet, "Parquet: pictures as bytes or as paths"))
+sources.register("parquet")(SourceKind(ParquetConfig, parquet, "Parquet: pictures and sounds as bytes or as paths"))

@@ -1,4 +1,4 @@
-"""JSON-lines and CSV files whose rows name a picture and its text."""
+"""JSON-lines and CSV files whose rows name a picture or sound and its text."""
 
 from __future__ import annotations
 
@@ -102,6 +102,8 @@ def csv_(cfg: CsvConfig) -> Iterator[Record | Dropped]:
 
 
 sources.register("jsonl")(
-    SourceKind(JsonlConfig, jsonl, "one JSON object a line: picture path, caption or list of captions")
+    SourceKind(JsonlConfig, jsonl, "one JSON object a line: picture or sound path, caption or list of captions")
 )
-sources.register("csv")(SourceKind(CsvConfig, csv_, "CSV or TSV: a column with picture paths, one with text"))
+sources.register("csv")(
+    SourceKind(CsvConfig, csv_, "CSV or TSV: a column with picture or sound paths, columns with text")
+)

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -184,8 +184,7 @@ def build_bundle(recipe: Recipe) -> Bundle:
             towers[m] = build_tower(
                 kind_of(m, part), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
             )
-    locked = [m for m, part in parts.items() if part.lock]
-    model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, locked)
+    model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts))
     return Bundle(recipe.name, model, inputs, parts, recipe.logit_scale, recipe.embed_dim)
 
 
@@ -253,14 +252,21 @@ def assemble(
             towers[m] = build_tower(
                 kind_of(m, part), part.encoder, inputs[m].describe(), embed_dim, f"{where}: {m}.encoder"
             )
-    model = DualEncoder(towers, pairs, scale, [m for m, p in parts.items() if p.lock])
+    model = DualEncoder(towers, pairs, scale, *locks(parts))
     if tensors is not None:
         load_exactly(model, tensors, where)
     model.eval()
     return Bundle(name, model, dict(inputs), dict(parts), scale, embed_dim)
 
 
-def part_of(kind: str, settings: Mapping[str, Any], encoder: Component, lock: bool = False) -> Modality:
+def locks(parts: Mapping[str, Modality]) -> tuple[list[str], list[str]]:
+    """Modalities whose tower is locked, and those of them whose head is trained all the same."""
+    return [m for m, p in parts.items() if p.lock], [m for m, p in parts.items() if p.lock == "trunk"]
+
+
+def part_of(
+    kind: str, settings: Mapping[str, Any], encoder: Component, lock: bool | Literal["trunk"] = False
+) -> Modality:
     """A resolved recipe part."""
     return Modality(kind=kind, input=dict(settings), encoder=encoder, lock=lock)
 

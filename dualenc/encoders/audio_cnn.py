@@ -74,15 +74,15 @@ class AudioCNN(Tower):
         self.component = Component(name="own/audio_cnn", **config.model_dump(mode="json"))
         self.embed_dim = embed_dim
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"wave": [n, T], "length": [n], …}`` → [n, D]."""
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"wave": [n, T], "length": [n], …}`` → [n, W]."""
         heard = self.front(x)
         y, mask = heard.values[:, None], heard.mask
         if self.channels_last:
             y = y.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             y, mask = stage(y, mask)
-        out: Tensor = self.head(self.drop(self.norm(self._pool(y, mask))))
+        out: Tensor = self.drop(self.norm(self._pool(y, mask)))
         return out
 
     def _pool(self, y: Tensor, mask: Tensor) -> Tensor:

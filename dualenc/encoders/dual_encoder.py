@@ -21,6 +21,7 @@ class DualEncoder(nn.Module):
         pairs: the pairs of modalities that are contrasted.
         scale: how the temperature starts, its bound, whether it is learned, and the bias.
         lock: modalities whose tower keeps its weights (LiT, Zhai et al. 2022): no gradient, always in eval mode.
+        heads: of these, the ones whose head is trained all the same.
 
     The temperature is kept as its logarithm, shape [1], fp32. The bound is applied here, in the forward: clamping the
     parameter after a step would act on a copy where an optimizer keeps masters of its own (DeepSpeed). Its gradient
@@ -33,6 +34,7 @@ class DualEncoder(nn.Module):
         pairs: Iterable[tuple[str, str]],
         scale: LogitScale,
         lock: Iterable[str] = (),
+        heads: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.towers = nn.ModuleDict(towers)
@@ -48,6 +50,8 @@ class DualEncoder(nn.Module):
         self.logit_bias = _Biases(bias)
         for m in self.locked:
             self.towers[m].requires_grad_(False).eval()
+        for m in heads:
+            self._tower(m).head.requires_grad_(True)
 
     @property
     def modalities(self) -> list[str]:
@@ -63,10 +67,19 @@ class DualEncoder(nn.Module):
         Returns:
             ``features``: modality → [n_m, D], L2-normalised, fp32. ``logit_scale``: pair → [1], the bounded factor of
             the cosines (not its logarithm). ``logit_bias``: pair → [1]; empty where the model has none.
+            ``frozen``: locked modality → [n_m, W], what its encoder itself says of the rows, before the head,
+            L2-normalised, fp32, without gradient; losses such as CWCL take their targets from it.
         """
-        features = {m: self.encode(m, x) for m, x in inputs.items()}
+        features, frozen = {}, {}
+        for m, x in inputs.items():
+            if m in self.locked:
+                y, own = self.towers[m](x, pooled=True)
+                features[m], frozen[m] = normalised(y), normalised(own.detach())
+            else:
+                features[m] = self.encode(m, x)
         return {
             "features": features,
+            "frozen": frozen,
             "logit_scale": self.logit_scale(*self.bounds),
             "logit_bias": self.logit_bias(),
         }
@@ -76,9 +89,12 @@ class DualEncoder(nn.Module):
 
         Under FSDP2 or ZeRO-3 call ``forward({modality: x})`` of the wrapped model instead.
         """
-        # Autocast may hand over bf16; the norm and all that follows are fp32.
-        out: Tensor = nn.functional.normalize(self.towers[modality](x).float(), dim=-1)
-        return out
+        return normalised(self.towers[modality](x))
+
+    def _tower(self, m: str) -> Tower:
+        tower = self.towers[m]
+        assert isinstance(tower, Tower)
+        return tower
 
     def train(self, mode: bool = True) -> DualEncoder:
         """As ``nn.Module.train``; locked towers stay in eval mode."""
@@ -89,15 +105,19 @@ class DualEncoder(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in every tower that is trained."""
-        for m, tower in self.towers.items():
+        for m in self.towers:
             if m not in self.locked:
-                assert isinstance(tower, Tower)
-                tower.set_grad_checkpointing(enable)
+                self._tower(m).set_grad_checkpointing(enable)
 
     def compile_towers(self) -> None:
         """torch.compile each tower in place; names in the state dict stay as they are."""
         for tower in self.towers.values():
             tower.compile()
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Rows of length 1 in fp32: autocast may hand over bf16, the norm and all that follows are fp32."""
+    return nn.functional.normalize(x.float(), dim=-1)
 
 
 class _StraightClamp(torch.autograd.Function):

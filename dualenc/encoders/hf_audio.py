@@ -238,16 +238,15 @@ class HFAudio(Tower):
         # Group norm runs over time, so padding would change the features: see _speech.
         self.apart = getattr(arch, "feat_extract_norm", "") == "group"
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"wave": [n, T], "length": int64 [n], …}`` → [n, D]."""
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"wave": [n, T], "length": int64 [n], …}`` → [n, W]."""
         pooled, states, mask = self._run(self.front(x))
         if pooled is None:
             assert states is not None
             assert mask is not None
             weights = mask.unsqueeze(-1).to(states.dtype)
             pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
-        out: Tensor = self.head(pooled)
-        return out
+        return pooled
 
     def _run(self, heard: Heard) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """One vector a clip, or frames and which of them are sound."""

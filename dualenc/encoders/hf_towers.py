@@ -110,16 +110,15 @@ class HFText(Tower):
         self.net, self.head, self.pooling = net, head, pooling
         self.eot_id, (self.pad_to, self.pad_id) = eot_id, pad
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, D]."""
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
         ids, mask = x["ids"], x["mask"]
         if self.pad_to:
             ids = nn.functional.pad(ids, (0, self.pad_to - ids.shape[1]), value=self.pad_id)
             out = self.net(input_ids=ids)
         else:
             out = self.net(input_ids=ids, attention_mask=mask.long())
-        y: Tensor = self.head(self._pool(out, ids, mask))
-        return y
+        return self._pool(out, ids, mask)
 
     def _pool(self, out: Any, ids: Tensor, mask: Tensor) -> Tensor:
         if self.pooling == "model":

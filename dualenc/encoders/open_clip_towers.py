@@ -101,12 +101,12 @@ class OpenClipText(Tower):
         self.net, self.head = net, head
         self.context_length, self.fixed, self.pad_id = context_length, fixed, pad_id
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"ids": int64 [n, L], …}`` → [n, D]."""
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"ids": int64 [n, L], …}`` → [n, W]."""
         ids = x["ids"]
         if self.fixed and ids.shape[1] < self.context_length:
             ids = nn.functional.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)
-        out: Tensor = self.head(self.net(ids))
+        out: Tensor = self.net(ids)
         return out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

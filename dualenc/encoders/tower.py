@@ -20,14 +20,22 @@ class Tower(nn.Module):
     Attributes:
         component: name and settings that build this architecture again, without weights and without any file.
         embed_dim: D of the features.
+        head: what turns the encoder's own embedding into features; ``lock: trunk`` trains it alone.
     """
 
     component: Component
     embed_dim: int
+    head: nn.Module
 
-    def forward(self, x: Any) -> Tensor:
-        """The collated rows of one modality → [n, D]."""
+    def pooled(self, x: Any) -> Tensor:
+        """The collated rows of one modality → [n, W]: what the encoder itself says of them, before the head."""
         raise NotImplementedError
+
+    def forward(self, x: Any, pooled: bool = False) -> Any:
+        """The collated rows of one modality → [n, D]; with ``pooled`` the pair ([n, D], [n, W])."""
+        y = self.pooled(x)
+        out: Tensor = self.head(y)
+        return (out, y) if pooled else out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward instead of keeping them; towers too small to gain leave it out."""
@@ -50,12 +58,12 @@ class ImageTower(Tower):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """uint8 [n, 3, S, S] → [n, D]."""
+    def pooled(self, x: Tensor) -> Tensor:
+        """uint8 [n, 3, S, S] → [n, W]."""
         y = (x.to(self.mean.dtype) / 255 - self.mean) / self.std
         if self.channels_last:
             y = y.contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.head(self.trunk(y))
+        out: Tensor = self.trunk(y)
         return out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -122,13 +122,13 @@ class TextTransformer(Tower):
         self.norm = nn.LayerNorm(config.width)
         self.head = build_head(config.head, config.width, embed_dim)
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, D]."""
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
         ids = x["ids"]
         y = self.drop(self.tokens(ids) + self.positions[: ids.shape[1]])
         y = self.transformer(y, causal=True)
         pooled = y[torch.arange(ids.shape[0], device=ids.device), end_of_text(ids, x["mask"], self.eot_id)]
-        out: Tensor = self.head(self.norm(pooled))
+        out: Tensor = self.norm(pooled)
         return out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

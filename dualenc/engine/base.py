@@ -16,7 +16,7 @@ from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 
 Outputs = Mapping[str, Mapping[str, Tensor]]
-"""What the model's forward returns: ``features``, ``logit_scale``, ``logit_bias``, each by name."""
+"""What the model's forward returns: ``features``, ``frozen``, ``logit_scale``, ``logit_bias``, each by name."""
 
 
 @dataclass(frozen=True, slots=True)

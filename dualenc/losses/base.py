@@ -32,7 +32,11 @@ class LossOutput:
 
 
 class Loss(Protocol):
-    """A contrastive loss between two sets of features: what ``losses.build_loss`` returns."""
+    """A contrastive loss between two sets of features: what ``losses.build_loss`` returns.
+
+    A loss with the attribute ``wants_frozen = True`` is also given ``frozen=(x, y)``: for each of ``a`` and ``b`` the
+    embeddings [B, W] that a locked tower's own encoder gave (L2-normalised fp32, no gradient), or None.
+    """
 
     def __call__(
         self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None

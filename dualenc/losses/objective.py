@@ -24,7 +24,7 @@ def objective(
 
     Args:
         outputs: what the model's forward returns: ``features`` {m: [n_m, D]}, ``logit_scale`` and ``logit_bias``
-            {pair: [1]}.
+            {pair: [1]}, and ``frozen`` {m: [n_m, W]} where towers are locked.
         batch: gives ``rows`` {m: [n_m]} (empty for a dummy row), ``ids`` [B], ``size`` B.
         pairs: (modality, modality).
 
@@ -35,12 +35,14 @@ def objective(
     features, scales, biases = outputs["features"], outputs["logit_scale"], outputs["logit_bias"]
     slots = {m: to_slots(x, batch.rows[m], batch.size) for m, x in features.items()}
     has = {m: mark(batch.rows[m], batch.size) for m in features}
+    frozen = {m: to_slots(x, batch.rows[m], batch.size) for m, x in outputs.get("frozen", {}).items()}
     value = zero_path(x for group in outputs.values() for x in group.values())
     metrics: dict[str, Tensor] = {}
     for a, b in pairs:
         key = pair_name((a, b))
         ids = torch.where(has[a] & has[b], batch.ids, ABSENT)
-        out = loss(slots[a], slots[b], ids, scales[key], biases.get(key))
+        extra = {"frozen": (frozen.get(a), frozen.get(b))} if getattr(loss, "wants_frozen", False) else {}
+        out = loss(slots[a], slots[b], ids, scales[key], biases.get(key), **extra)
         value = value + out.value / len(pairs)
         metrics[f"loss/{key}"] = out.value.detach()
         metrics |= {_metric_name(name, a, b): x for name, x in out.metrics.items()}

@@ -110,13 +110,15 @@ def join(
     encoded: Sequence[Mapping[str, Mapping[str, Tensor]]], chunks: Sequence[Batch], batch: Batch
 ) -> tuple[dict[str, dict[str, Tensor]], Batch]:
     """The chunks' outputs as leaves that collect gradients, and the batch whose rows are in their order."""
-    features, rows = {}, {}
+    features, frozen, rows = {}, {}, {}
     starts = [sum(c.size for c in chunks[:k]) for k in range(len(chunks))]
     for m in encoded[0]["features"]:
         parts = [e["features"][m][: len(c.rows[m])] for e, c in zip(encoded, chunks, strict=True)]
         features[m] = torch.cat(parts).detach().requires_grad_()
         rows[m] = torch.cat([c.rows[m] + start for c, start in zip(chunks, starts, strict=True)])
-    leaves = {"features": features}
+        if m in encoded[0].get("frozen", {}):  # targets of a loss are made of the whole batch, as its features are
+            frozen[m] = torch.cat([e["frozen"][m][: len(c.rows[m])] for e, c in zip(encoded, chunks, strict=True)])
+    leaves = {"features": features, "frozen": frozen}
     for group in ("logit_scale", "logit_bias"):
         leaves[group] = {k: x.detach().clone().requires_grad_() for k, x in encoded[0][group].items()}
     return leaves, Batch(batch.size, {}, rows, batch.ids, batch.keys, batch.step)

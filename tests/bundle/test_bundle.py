@@ -129,11 +129,13 @@ def test_a_bundle_of_a_bundle_is_the_same(saved: Path, tmp_path: Path) -> None:
     assert said[0] == said[1]
 
 
-def test_locks_and_bias_come_back(tmp_path: Path) -> None:
-    locked = {"input": {"size": 64}, "encoder": CONVNET, "lock": True}
+@pytest.mark.parametrize("lock", [True, "trunk"])
+def test_locks_and_bias_come_back(tmp_path: Path, lock: bool | str) -> None:
+    locked = {"input": {"size": 64}, "encoder": CONVNET, "lock": lock}
     bundle = build_bundle(recipe(image=locked, logit_scale={"init": 10.0, "bias": -10.0}))
     loaded = load_model(str(bundle.save(tmp_path)))
     assert loaded.model.locked == ("image",)
+    assert loaded.model.towers["image"].head.weight.requires_grad == (lock == "trunk")
     assert loaded.embedder().logit_bias("image-text") == -10.0
     assert loaded.embedder().logit_scale("image-text") == pytest.approx(10.0)
 

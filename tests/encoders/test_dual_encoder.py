@@ -73,6 +73,22 @@ def test_a_start_beyond_the_bound_is_taken_at_its_word() -> None:
     assert build(LogitScale(init=0.5))({})["logit_scale"]["image-text"].item() == pytest.approx(0.5, rel=1e-5)
 
 
+def test_a_locked_trunk_with_a_trained_head_gives_its_own_embedding() -> None:
+    model = build(lock=["text"], heads=["text"]).train()
+    out = model(inputs())
+    assert set(out["frozen"]) == {"text"}
+    assert not out["frozen"]["text"].requires_grad
+    torch.testing.assert_close(out["frozen"]["text"].norm(dim=1), torch.ones(4))
+    head = model.towers["text"].head.weight
+    projected = torch.nn.functional.normalize(out["features"]["text"], dim=1)
+    text = model.towers["text"]
+    torch.testing.assert_close(torch.nn.functional.normalize(text.pooled(inputs()["text"]) @ head.T, dim=1), projected)
+    out["features"]["text"].square().sum().backward()
+    assert [k for k, p in text.named_parameters() if p.grad is not None] == ["head.weight"]
+    assert "frozen" in build()(inputs())
+    assert build()(inputs())["frozen"] == {}
+
+
 def test_locked_towers_keep_still() -> None:
     model = build(lock=["image"]).train()
     assert not model.towers["image"].training
