@@ -90,7 +90,8 @@ def transported(prototypes: Tensor, queries: Tensor, epsilon: float = EPSILON) -
     """
     cost = torch.cdist(prototypes, queries).square()
     plan = sinkhorn(cost / cost.amax((-2, -1), keepdim=True).clamp_min(1e-12), epsilon)
-    return (plan / plan.sum(-1, keepdim=True)) @ queries
+    weights: Tensor = plan / plan.sum(-1, keepdim=True)
+    return weights @ queries
 
 
 def opta(prototypes: Tensor, queries: Tensor, shots: int, epsilon: float = EPSILON) -> Tensor:

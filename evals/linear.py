@@ -57,7 +57,7 @@ def _minimize(parameters: list[Tensor], closure: object) -> None:
         parameters, max_iter=MAX_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, history_size=10,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
-    solver.step(closure)  # type: ignore[arg-type]
+    solver.step(closure)  # type: ignore[arg-type, no-untyped-call]
 
 
 def ranks_under(weights: Tensor, x: Tensor, labels: Ints) -> tuple[Ints, Ints]:
