@@ -111,10 +111,12 @@ def train(
 def evaluate_with(tasks: list[Any]) -> Any:
     """The evaluation the loop calls: it knows tasks, the loop knows none."""
 
+    seen: dict[Any, Any] = {}  # a run evaluates the same files again and again
+
     def evaluate(embedder: Any, world: Any) -> dict[str, float]:
         from evals.harness import evaluate as run_tasks
 
-        results = run_tasks(embedder, tasks, world=world, progress=False, details=False)
+        results = run_tasks(embedder, tasks, world=world, progress=False, details=False, seen=seen)
         return {f"{name}/{k}": v for name, r in results["tasks"].items() for k, v in r["metrics"].items()}
 
     return evaluate
@@ -212,13 +214,24 @@ def eval_(
     out: Annotated[Path | None, typer.Option("--out", help="Where results.json goes.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="Keep features here: a second run finds them by content.")
+        Path | None,
+        typer.Option("--cache", help="Folder where features are kept. Default: $DUALENC_CACHE, else in ~/.cache."),
     ] = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Neither keep features nor look for kept ones."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after a kill: finished tasks are taken from --out as they are.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of bootstrap intervals and the examples shown.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Zero-shot evaluation of any model on any task."""
+    """Zero-shot evaluation of any model on any task.
+
+    Features are kept by content (weights, data, batch size) and found by the next run; --no-cache turns that off.
+    """
     from dualenc.bundle import load_model
     from dualenc.distributed.world import close_world, init_world
     from evals.harness import evaluate, print_table
@@ -234,10 +247,11 @@ def eval_(
             chosen,
             world=world,
             out=out,
-            cache_dir=cache,
+            cache_dir=None if no_cache else cache or feature_cache(),
             batch_size=batch_size,
             seed=seed,
             progress=world.rank == 0,
+            resume=resume,
         )
         if world.rank == 0:
             print_table(results)
@@ -245,6 +259,13 @@ def eval_(
                 Console().print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
+
+
+def feature_cache() -> Path:
+    """Where features are kept: $DUALENC_CACHE, else dualenc/ in the user's cache folder. Safe to delete at any time."""
+    root = os.environ.get("DUALENC_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(root) if root else base / "dualenc") / "features"
 
 
 @app.command()
@@ -288,20 +309,34 @@ def export_(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Default: RUN/report.html")] = None,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder; or several results.json (or folders that hold one) to compare."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Default: report.html in the run, else compare.html")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: curves, retrieval pictures, confusion, recipe, environment."""
+    """Write one self-contained HTML page: about a run (its curves too), or comparing several models.
+
+    dualenc report runs/NAME; dualenc report A.json B.json … --out page.html
+    """
+    from evals.compare import write_comparison
     from evals.report import write_report
 
-    if not run.is_dir():
-        raise ConfigError(f"There is no run folder {run}. {did_you_mean(run.name, _folders(run.parent))}")
-    Console().print(f"report: {write_report(run, out)}", highlight=False, soft_wrap=True)
+    for run in runs:
+        if not run.exists():
+            raise ConfigError(f"There is no {run}. {did_you_mean(run.name, _names(run.parent))}")
+    if len(runs) == 1 and runs[0].is_dir():
+        page = write_report(runs[0], out)
+    else:
+        page = write_comparison(runs, out or Path("compare.html"))
+    Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
-def _folders(parent: Path) -> list[str]:
-    return [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+def _names(parent: Path) -> list[str]:
+    return [p.name for p in parent.iterdir()] if parent.is_dir() else []
 
 
 # --- shards ------------------------------------------------------------------------------------------------------

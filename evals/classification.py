@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualenc.errors import ConfigError, did_you_mean
 from evals import metrics
-from evals.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity
+from evals.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from evals.features import Store, digest, digest_of
 from evals.metrics import Floats, Ints
 from evals.rows import Content, Row, Rows
@@ -166,7 +166,7 @@ def evaluate(task: Task, data: Labelled, store: Store, seed: int, details: bool)
     if confidence is not None:
         out["settings"] = {"logit_scale": scale}
     if details and store.ranks.is_main:
-        out["details"] = _details(task, data, x, weights, (ranks, predicted), seed)
+        out["details"] = _details(task, data, x, weights, (ranks, predicted), Shown(store.kinds), seed)
     return out
 
 
@@ -197,31 +197,35 @@ def _scored(
 
 
 def _details(
-    task: Task, data: Labelled, x: Tensor, weights: Tensor, scored: tuple[Ints, Ints], seed: int
+    task: Task, data: Labelled, x: Tensor, weights: Tensor, scored: tuple[Ints, Ints], shown: Shown, seed: int
 ) -> dict[str, Any]:
     ranks, predicted = scored
     names = data.titles
     classes = len(names)
-    shown = Shown()
     prompts = [Content(f"class:{c}", text=n) for c, n in enumerate(names)]
     chosen = drawn(len(data.items), QUERIES, seed, f"{task.name}/{task.modalities[0]}")
     right = [{int(c)} for c in data.labels]
-    rows = hits(shown, (data.items, x), (prompts, weights), right, ranks, chosen)
+    sides = ((data.items, x), (prompts, weights))
+    rows = hits(shown, *sides, right, ranks, chosen, task.modalities)
+    # The most confident mistakes: by how much the wrong class is above the right one.
+    margin = ((weights[torch.from_numpy(predicted)] - weights[torch.from_numpy(data.labels)]) * x).sum(1)
+    mistakes = worst(margin.numpy(), predicted != data.labels)
+    bad = hits(shown, *sides, right, ranks, mistakes, task.modalities)
     confusion = metrics.confusion_matrix(data.labels, predicted, classes)
     counts = confusion.sum(1)
     recall = [round(float(confusion[c, c] / n), 6) if n else None for c, n in enumerate(counts.tolist())]
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:10]
-    worst = [divmod(int(f), classes) for f in order if wrong.flat[int(f)] > 0]
+    pairs = [divmod(int(f), classes) for f in order if wrong.flat[int(f)] > 0]
     one_each = {int(c): i for i, c in reversed(list(enumerate(data.labels.tolist())))}
     some = [c for c in drawn(classes, PAIRS, seed, f"{task.name}/similarity") if c in one_each]
     return {
         "classes": names,
         "per_class": {"n": counts.tolist(), "recall": recall},
         "confusion": confusion.tolist() if classes <= MAX_CONFUSION else None,
-        "most_confused": [{"true": names[t], "predicted": names[p], "n": int(wrong[t, p])} for t, p in worst],
-        "examples": [{"query": task.modalities[0], "gallery": task.modalities[1], "rows": rows}],
-        "similarity": similarity(shown, (data.items, x), (prompts, weights), {one_each[c]: c for c in some}),
+        "most_confused": [{"true": names[t], "predicted": names[p], "n": int(wrong[t, p])} for t, p in pairs],
+        "examples": [{"query": task.modalities[0], "gallery": task.modalities[1], "rows": rows, "worst": bad}],
+        "similarity": similarity(shown, *sides, {one_each[c]: c for c in some}, task.modalities),
         "items": shown.items,
     }

@@ -3,9 +3,13 @@
 Results are a plain dictionary (and a JSON file) that says what was measured, on what, by which model and versions:
 
     {"model": what the model says of itself,
-     "tasks": {name: {version, kind, n, metrics, ci, chance, reference, data_digest, templates, skipped, notes,
-                      details}},
-     "environment": versions, seed, date}
+     "tasks": {name: {version, definition, kind, n, metrics, ci, chance, reference, data_digest, templates, skipped,
+                      notes, details}},
+     "environment": versions, seed, batch size,
+     "run": when, on how many ranks}
+
+All but ``run`` is a function of model, tasks, data and environment: byte for byte the same on 1 or 8 ranks, in one go
+or after a kill and ``resume``.
 
 Broken items are left out of the numbers, counted and named in ``skipped``; beyond the task's ``max_skipped`` no
 number is given. Shares are between 0 and 1. The same command gives the same numbers on any number of ranks.
@@ -25,7 +29,7 @@ from typing import Any
 from dualenc.data.modalities import DecodeError, ModalityInput, modalities
 from dualenc.errors import ConfigError, DataError
 from evals import classification, compositional, multilabel, probes, retrieval
-from evals.features import Embedder, Store
+from evals.features import Embedder, Seen, Store, digest_of
 from evals.ranks import ranks_of
 from evals.sources import Rows, read_rows
 from evals.table import print_table
@@ -54,23 +58,31 @@ def evaluate(
     progress: bool = True,
     seed: int = 0,
     details: bool = True,
+    resume: bool = False,
+    seen: Seen | None = None,
 ) -> dict[str, Any]:
     """Evaluate ``embedder`` on ``tasks``; every rank of ``world`` must call this.
 
     Args:
-        embedder: ``embed(modality, items, batch_size) → [n, D]`` and ``describe() → dict``.
+        embedder: any object with ``embed(modality, items, batch_size) → [n, D]`` and ``describe() → dict``, see
+            :class:`evals.features.Embedder`.
         world: the ranks that share the work; default: the process group if there is one.
         out: where rank 0 writes the results; written after each task, so a kill loses one task at most.
         cache_dir: features are kept here by content (model, data, batch size) and found by the next run.
         batch_size: items embedded at once.
         seed: of the bootstrap intervals and of the examples drawn.
         details: examples, confusion, similarity, for the report (rank 0's result has them).
+        resume: take the finished tasks from ``out`` as they are and go on with the next. Within a task, features that
+            ``cache_dir`` keeps are found whether or not ``resume`` is set.
+        seen: what was found in the data's files, kept by the caller from one evaluation to the next (training
+            evaluates the same files again and again, and they are then not read to be digested and checked).
 
     Returns:
         The results, the same on every rank but for ``details``.
 
     Raises:
-        ConfigError, DataError: a task, model and data that do not fit; the same on every rank.
+        ConfigError, DataError: a task, model and data that do not fit; ``out`` holds results of something else than
+            what is to be resumed. The same on every rank.
     """
     ranks = ranks_of(world)
     names = [t.name for t in tasks]
@@ -83,15 +95,67 @@ def evaluate(
         "model": json.loads(json.dumps(embedder.describe(), default=str)),
         "tasks": {},
         "environment": environment(seed, batch_size),
+        "run": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "ranks": ranks.size},
     }
+    done = ranks.share(lambda: finished(out, results, tasks) if resume else {})
+    bundle = getattr(embedder, "bundle", None)
+    kinds = {m: str(part.kind) for m, part in getattr(bundle, "parts", {}).items()}
     with Progress(progress and ranks.is_main) as bar:
-        store = Store(embedder, ranks, Checker(embedder), batch_size, cache_dir, bar.advance)
+        store = Store(
+            embedder, ranks, Checker(embedder), batch_size, cache_dir, bar.advance, kinds, {} if seen is None else seen
+        )
         for task in tasks:
             bar.begin(task.name)
-            results["tasks"][task.name] = run_task(task, store, seed, details)
+            kept = done.get(task.name)
+            results["tasks"][task.name] = run_task(task, store, seed, details) if kept is None else kept
             if out is not None and ranks.is_main:
                 write_json(Path(out), results)
     return results
+
+
+def finished(out: Path | None, now: dict[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
+    """The tasks that ``out`` holds already, by name.
+
+    Raises:
+        ConfigError: no ``out``; or it was written by another model, other versions or settings, or the task has
+            changed: going on would mix two evaluations in one file.
+        DataError: ``out`` is damaged.
+    """
+    if out is None:
+        raise ConfigError("resume: say which results to go on with (out, --out FILE.json)")
+    out = Path(out)
+    if not out.is_file():
+        return {}
+    try:
+        old = json.loads(out.read_text(encoding="utf-8"))
+        parts = {key: old[key] for key in ("model", "environment")}
+        done = dict(old["tasks"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"resume: {out} holds no results ({e!r}); remove it to start anew") from e
+    for key, saved in parts.items():
+        other = sorted(k for k in {*saved, *now[key]} if saved.get(k) != now[key].get(k))
+        if other:
+            raise ConfigError(
+                f"resume: {out} was written with {key}.{other[0]} = {saved.get(other[0])!r}, now it is "
+                f"{now[key].get(other[0])!r}; leave out --resume, or give another --out"
+            )
+    for task in tasks:
+        if task.name in done and done[task.name].get("definition") != definition(task):
+            raise ConfigError(f"resume: task {task.name} has changed since {out} was written; leave out --resume")
+    return done
+
+
+def definition(task: Task) -> str:
+    """Digest of all that a task says; of absolute paths only the last part, so that it is the same on every machine."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [plain(v) for v in x]
+        return Path(x).name if isinstance(x, str) and x.startswith("/") else x
+
+    return digest_of(plain(task.model_dump(mode="json")))
 
 
 def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, Any]:
@@ -116,6 +180,7 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
         )
     result: dict[str, Any] = {
         "version": task.version,
+        "definition": definition(task),
         "kind": task.kind,
         "description": task.description,
         "modalities": list(task.modalities),
@@ -175,7 +240,7 @@ class Checker:
 
 
 def environment(seed: int, batch_size: int) -> dict[str, Any]:
-    """What else a number depends on. World size is not in it: it changes nothing."""
+    """What else a number depends on. World size and date are not in it: they change nothing."""
     import dualenc
 
     versions = {"dualenc": getattr(dualenc, "__version__", "unknown")}
@@ -187,7 +252,6 @@ def environment(seed: int, batch_size: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "batch_size": batch_size,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,

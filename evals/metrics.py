@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from evals.tiles import count_below
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -110,7 +112,7 @@ def best_ranks(
         own = scores[owner, right]
         best = torch.full((stop - start,), -torch.inf).scatter_reduce_(0, owner, own, "amax")
         # "Not below" instead of "at least": a NaN score then stands before the right answer, never behind it.
-        ahead = (~(scores < best[:, None])).sum(1)
+        ahead = len(gallery) - count_below(scores, best)
         ahead -= torch.zeros_like(ahead).index_add_(0, owner, (~(own < best[owner])).long())
         out[start:stop] = (ahead + 1).numpy()
     return out

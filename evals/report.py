@@ -7,7 +7,6 @@ and writes a single HTML file that loads nothing from anywhere. What is missing 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dualenc.errors import DataError
+from evals.pages import confusion_view, environment, flat, read_json, write_page
 from evals.svg import Chart, Series, compact, legend, line_chart, smooth
-from evals.table import directions, is_geometry, is_share, label, number, short
+from evals.table import directions, is_share, label, short
 
-TEMPLATES = Path(__file__).parent / "templates"
 HEADLINES = ("R@1", "R@10", "top1", "mean_per_class_recall")
 PALETTE = 6
 
@@ -36,11 +34,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     run_dir = Path(run_dir)
     page = out or run_dir / "report.html"
     html = render(read_run(run_dir))
-    page.parent.mkdir(parents=True, exist_ok=True)
-    tmp = page.with_name(f"{page.name}.{os.getpid()}.tmp")
-    tmp.write_text(html, encoding="utf-8")
-    tmp.replace(page)
-    return page
+    return write_page(page, html)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -50,8 +44,8 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         "name": run_dir.resolve().name,
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         "metrics": _json_lines(run_dir / "metrics.jsonl"),
-        "results": _json(run_dir / "results.json"),
-        "environment": _json(run_dir / "environment.json"),
+        "results": read_json(run_dir / "results.json"),
+        "environment": read_json(run_dir / "environment.json"),
         "lost": [row for p in sorted(run_dir.glob("quarantine*.jsonl")) for row in _json_lines(p)],
     }
     if not (files["recipe"] or files["metrics"] or files["results"]):
@@ -64,15 +58,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 def render(run: Mapping[str, Any]) -> str:
     """The page as text."""
     tasks = run["results"].get("tasks", {})
-    env = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {"label": label, "compact": compact}
-    env.globals |= {"number": number, "short": short, "is_geometry": is_geometry, "picture": picture, "shown": shown}
+    env = environment()
     recipe = _recipe(run["recipe"])
     return env.get_template("report.html.j2").render(
         name=recipe.get("name") or run["name"],
@@ -92,18 +78,6 @@ def render(run: Mapping[str, Any]) -> str:
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        got = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} is damaged: {e}") from e
-    if not isinstance(got, dict):
-        raise DataError(f"{path} must hold an object with keys, it holds {type(got).__name__}")
-    return got
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -152,7 +126,7 @@ def facts(run: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[tuple[str, 
     world = run["environment"].get("world_size")
     if world:
         out.append(("rank" if world == 1 else "ranks", str(world)))
-    date = str(run["environment"].get("date") or run["results"].get("environment", {}).get("date") or "")
+    date = str(run["environment"].get("date") or run["results"].get("run", {}).get("date") or "")
     if date:
         out.append(("date", date[:10]))
     return out
@@ -287,19 +261,6 @@ def recall_chart(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"svg": Markup(line_chart(chart)), "legend": Markup(legend(named))}
 
 
-def confusion_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Rows as shares of the true class, so that rare classes are as visible as frequent ones."""
-    counts = details.get("confusion")
-    if not counts:
-        return None
-    rows = []
-    for t, row in enumerate(counts):
-        total = sum(row)
-        cells = [{"n": n, "v": n / total if total else 0.0, "right": t == p} for p, n in enumerate(row)]
-        rows.append({"name": details["classes"][t], "total": total, "cells": cells})
-    return {"rows": rows, "classes": details["classes"], "numbers": len(rows) <= 16}
-
-
 def heat_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
     """Similarities scaled to the page's colours; the range is written beside it."""
     heat = details.get("similarity")
@@ -324,27 +285,6 @@ def lost_samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts per source and the first few by name."""
     counts = Counter(str(r.get("source", "?")) for r in rows)
     return {"total": len(rows), "counts": dict(counts), "first": list(rows[:20])}
-
-
-def picture(item: Mapping[str, Any]) -> str:
-    """The item's thumbnail if it is one that lies in the file itself; the page loads nothing from outside."""
-    address = str(item.get("picture", ""))
-    return address if re.fullmatch(r"data:image/(webp|png|jpeg);base64,[A-Za-z0-9+/=]+", address) else ""
-
-
-def shown(item: Mapping[str, Any]) -> str:
-    """What an item without a picture is called."""
-    return str(item.get("text") or item.get("name") or "")
-
-
-def flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as dotted lines."""
-    if isinstance(values, dict):
-        return [line for k, v in values.items() for line in flat(v, f"{prefix}.{k}" if prefix else str(k))]
-    if isinstance(values, list) and any(isinstance(v, dict) for v in values):
-        return [line for i, v in enumerate(values) for line in flat(v, f"{prefix}.{i}")]
-    text = ", ".join(map(str, values)) if isinstance(values, list) else str(values)
-    return [(prefix, text or "–")]
 
 
 def highlight_yaml(text: str) -> Markup:

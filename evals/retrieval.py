@@ -16,7 +16,7 @@ from torch import Tensor
 
 from evals import metrics, ranking
 from evals.bags import bag_values, make_bags
-from evals.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity
+from evals.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from evals.features import Store, digest_of
 from evals.metrics import Floats, Ints, Positives
 from evals.rows import Content, Rows
@@ -121,7 +121,7 @@ def evaluate(task: Task, pairs: Pairs, store: Store, seed: int, details: bool) -
     out["metrics"] |= metrics.rounded(geometry)
     out["n"] = {first: len(pairs.a), second: len(pairs.b)} | out.get("n", {})
     if details and store.ranks.is_main:
-        out["details"] = _details(task, pairs, reverse, (x, y), (there, back), seed)
+        out["details"] = _details(task, pairs, reverse, (x, y), (there, back), Shown(store.kinds), seed)
     return out
 
 
@@ -201,10 +201,10 @@ def _details(
     reverse: list[list[int]],
     features: tuple[Tensor, Tensor],
     found: tuple[dict[str, Any], dict[str, Any]],
+    shown: Shown,
     seed: int,
 ) -> dict[str, Any]:
     first, second = task.modalities
-    shown = Shown()
     a, b = (pairs.a, features[0]), (pairs.b, features[1])
     examples, curves = [], []
     for queries, gallery, right, part, names in (
@@ -213,8 +213,10 @@ def _details(
     ):
         chosen = drawn(len(queries[0]), QUERIES, seed, f"{task.name}/{names[0]}")
         sets = [set(r) for r in right]
-        rows = hits(shown, queries, gallery, sets, part["ranks"], chosen)
-        examples.append({"query": names[0], "gallery": names[1], "rows": rows})
+        rows = hits(shown, queries, gallery, sets, part["ranks"], chosen, names)
+        far = worst(part["ranks"], part["ranks"] > 1)
+        bad = hits(shown, queries, gallery, sets, part["ranks"], far, names)
+        examples.append({"query": names[0], "gallery": names[1], "rows": rows, "worst": bad})
         ks = [k for k in CURVE if k <= len(gallery[0])]
         chance = metrics.chance_retrieval(part["positives"].counts, len(gallery[0]), ks)
         curves.append(
@@ -228,5 +230,5 @@ def _details(
     few = drawn(len(pairs.a), PAIRS, seed, f"{task.name}/similarity")
     # Two items with one merged caption would give two equal columns; the first of them stays.
     partner = {pairs.right[i][0]: i for i in reversed(few)}
-    alike = similarity(shown, a, b, {i: pairs.right[i][0] for i in sorted(partner.values())})
+    alike = similarity(shown, a, b, {i: pairs.right[i][0] for i in sorted(partner.values())}, (first, second))
     return {"examples": examples, "recall_curves": curves, "similarity": alike, "items": shown.items}

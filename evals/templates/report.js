@@ -40,3 +40,15 @@ for (const svg of document.querySelectorAll("svg.chart")) {
   });
   svg.addEventListener("pointerleave", () => { tip.hidden = true; svg.classList.remove("live"); });
 }
+
+// One recording at a time.
+for (const button of document.querySelectorAll(".play")) {
+  const audio = button.querySelector("audio");
+  button.addEventListener("click", () => {
+    const wasPlaying = !audio.paused;
+    for (const other of document.querySelectorAll(".play audio")) other.pause();
+    if (!wasPlaying) { audio.currentTime = 0; audio.play(); }
+  });
+  audio.addEventListener("play", () => button.classList.add("on"));
+  for (const end of ["pause", "ended"]) audio.addEventListener(end, () => button.classList.remove("on"));
+}

@@ -25,6 +25,9 @@ class ModalityInput(Protocol):
     The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
     ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
     One that can be mixed (``data.mix``) also has ``mix(a, b, rng)``: two decoded items → one that ``train`` takes.
+
+    A modality whose bytes are neither a picture, a sound nor text has a static method ``preview(raw) -> dict`` too, so
+    that a report can show its items (:mod:`dualenc.data.previews`).
     """
 
     Config: ClassVar[type[BaseModel]]
