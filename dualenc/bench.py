@@ -1,4 +1,4 @@
-"""Benchmarks that print the numbers claimed elsewhere: ``python -m dualenc.bench loss [N …]``."""
+"""Benchmarks that print the numbers claimed elsewhere: ``python -m dualenc.bench loss [N …]`` and ``ranks [N [D]]``."""
 
 from __future__ import annotations
 
@@ -55,14 +55,34 @@ def loss_table(sizes: tuple[int, ...]) -> None:
             print(f"{kind:>9} {size:>6}  {plain_s:8.2f} {tiled_s:8.2f}  {plain_mib:9.0f} {tiled_mib:9.0f}", flush=True)
 
 
+def ranks(size: int, dim: int) -> None:
+    """Exact ranks of ``size`` queries among as many candidates in one process: seconds and peak memory of it all."""
+    from evals.metrics import Positives, best_ranks
+
+    g = torch.Generator().manual_seed(0)
+    a = normalize(torch.randn(size, dim, generator=g), dim=1)
+    b = normalize(a + 2 / dim**0.5 * torch.randn(size, dim, generator=g), dim=1)
+    pairs = Positives([[i] for i in range(size)], size)
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = best_ranks(a, b, pairs)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    threads = torch.get_num_threads()
+    print(f"N = {size}, D = {dim}, {threads} thread(s): {wall:.1f} s, {cpu:.1f} CPU s, peak {peak:.0f} MiB", end="")
+    print(f", R@1 {float((found == 1).mean()):.4f}, mean rank {float(found.mean()):.2f}")
+
+
 def main(arguments: list[str]) -> None:
     """Run the benchmark that is named."""
     if arguments[:1] == ["loss"]:
         loss_table(tuple(int(n) for n in arguments[1:]) or SIZES)
     elif arguments[:1] == ["loss-cell"]:
         print(*loss_cell(arguments[1], int(arguments[2]), arguments[3]))
+    elif arguments[:1] == ["ranks"]:
+        numbers = [int(n) for n in arguments[1:]]
+        ranks(*(numbers + [100_000, 256][len(numbers) :]))
     else:
-        raise ConfigError("write: python -m dualenc.bench loss [N …]")
+        raise ConfigError("write: python -m dualenc.bench loss [N …], or python -m dualenc.bench ranks [N [D]]")
 
 
 if __name__ == "__main__":
