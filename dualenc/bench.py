@@ -1,8 +1,9 @@
 """Benchmarks that print the numbers claimed elsewhere.
 
     python -m dualenc.bench loss [N …] [--max-gib 12] [--runs 3] [--threads T]
+    python -m dualenc.bench ranks [--size 100000] [--dim 256]
 
-Time and peak memory of one forward and backward of each loss, plain and tiled, D = 512. Every run is a process of its
+``ranks``: exact retrieval ranks of as many queries as candidates. ``loss``: time and peak memory of one forward and backward of each loss, plain and tiled, D = 512. Every run is a process of its
 own (a peak cannot be taken back), plain and tiled take turns, and medians are shown; nan: left out for its memory.
 Linux only.
 """
@@ -95,6 +96,23 @@ def loss_table(sizes: list[int], max_gib: float, runs: int, threads: int) -> Non
         print(f"{kind:>9} slope of log memory over log N: {slopes}")
 
 
+def ranks(size: int, dim: int) -> None:
+    """Exact ranks of ``size`` queries among as many candidates in one process: seconds and peak memory of it all."""
+    from evals.metrics import Positives, best_ranks
+
+    g = torch.Generator().manual_seed(0)
+    a = normalize(torch.randn(size, dim, generator=g), dim=1)
+    b = normalize(a + 2 / dim**0.5 * torch.randn(size, dim, generator=g), dim=1)
+    pairs = Positives([[i] for i in range(size)], size)
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = best_ranks(a, b, pairs)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = _mib("/proc/self/status", "VmHWM")
+    threads = torch.get_num_threads()
+    print(f"N = {size}, D = {dim}, {threads} thread(s): {wall:.1f} s, {cpu:.1f} CPU s, peak {peak:.0f} MiB", end="")
+    print(f", R@1 {float((found == 1).mean()):.4f}, mean rank {float(found.mean()):.2f}")
+
+
 def main(arguments: list[str]) -> None:
     """Run the benchmark that is named."""
     parser = argparse.ArgumentParser(prog="python -m dualenc.bench")
@@ -111,9 +129,14 @@ def main(arguments: list[str]) -> None:
     cell.add_argument("size", type=int)
     cell.add_argument("impl", choices=["plain", "tiled"])
     cell.add_argument("threads", type=int)
+    exact = commands.add_parser("ranks", help="exact retrieval ranks: time, and peak memory of the process")
+    exact.add_argument("--size", type=int, default=100_000)
+    exact.add_argument("--dim", type=int, default=256)
     given = parser.parse_args(arguments)
     if given.command == "loss":
         loss_table(given.sizes, given.max_gib, given.runs, given.threads)
+    elif given.command == "ranks":
+        ranks(given.size, given.dim)
     else:
         torch.set_num_threads(given.threads)
         print(*loss_cell(given.kind, given.size, given.impl))

@@ -84,7 +84,7 @@ def overview(name: str, results: Sequence[Mapping[str, Any] | None], models: lis
             if not (is_share(metric) and short(metric).endswith(HEADLINES)):
                 continue
             values = [r["metrics"].get(metric) if r else None for r in results]
-            best = max((v for v in values if v is not None), default=None)
+            best = alone_at_top([v for v in values if v is not None], len(values))
             cells = []
             for m, r, v in zip(models, results, values, strict=True):
                 ci = r["ci"].get(metric) if r else None
@@ -95,7 +95,7 @@ def overview(name: str, results: Sequence[Mapping[str, Any] | None], models: lis
                         "share": v,
                         "ci": ci,
                         "interval": f"{100 * ci[0]:.1f}–{100 * ci[1]:.1f}" if ci else "",
-                        "best": v == best and len(values) > 1,
+                        "best": v == best,
                         "colour": m["colour"],
                         "name": m["name"],
                     }
@@ -113,6 +113,12 @@ def overview(name: str, results: Sequence[Mapping[str, Any] | None], models: lis
                 }
             )
     return rows
+
+
+def alone_at_top(known: Sequence[float], models: int, low: bool = False) -> float | None:
+    """The best value, where there is something to be better than and no other model has it too."""
+    best = (min if low else max)(known, default=None)
+    return best if models > 1 and list(known).count(best) == 1 else None  # type: ignore[arg-type]
 
 
 def task_view(name: str, results: Sequence[Mapping[str, Any] | None], models: list[dict[str, Any]]) -> dict[str, Any]:
@@ -160,8 +166,9 @@ def metric_rows(results: Sequence[Mapping[str, Any] | None]) -> list[dict[str, A
     for metric in dict.fromkeys(k for r in results if r for k in r["metrics"]):
         values = [r["metrics"].get(metric) if r else None for r in results]
         known = [v for v in values if v is not None]
-        low = metric.endswith(LOWER_IS_BETTER)
-        best = (min(known) if low else max(known)) if known and not is_geometry(metric) and len(values) > 1 else None
+        best = None
+        if not is_geometry(metric):
+            best = alone_at_top(known, len(values), metric.endswith(LOWER_IS_BETTER))
         chance = next((r["chance"][metric] for r in results if r and metric in r["chance"]), None)
         cells = [None if v is None else {"text": number(metric, v), "best": v == best} for v in values]
         rows.append(

@@ -157,7 +157,7 @@ class Store:
         files = self._files(modality, [digests[s:e] for s, e in spans])
         kept: list[Tensor | None] = [None] * len(spans)
         if any(files):  # read by rank 0 (the folder may be on its machine only) and given to all
-            kept = self.ranks.share(lambda: [f and _read_kept(f) for f in files])
+            kept = self.ranks.share(lambda: [None if f is None else _read_kept(f) for f in files])
         missing = [c for c, x in enumerate(kept) if x is None]
         done = n - sum(spans[c][1] - spans[c][0] for c in missing)
         # A chunk for each rank at a time: everyone has as many batches as one call of ``embed`` likes.

@@ -157,7 +157,9 @@ def _temperatures(bundle: Bundle, family: str) -> dict[str, Tensor]:
     if family == "clap":
         two = bundle.provenance.get("clap_logit_scales")
         kept = two if two and torch.tensor(two[0], dtype=torch.float32) == log else [log, log]
-        return {f"logit_scale_{side}": torch.as_tensor(v).float().reshape(()) for side, v in zip("at", kept, strict=True)}
+        return {
+            f"logit_scale_{side}": torch.as_tensor(v).float().reshape(()) for side, v in zip("at", kept, strict=True)
+        }
     bias = _bias(bundle)
     if family != "siglip":
         if bias is not None:

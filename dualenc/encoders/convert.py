@@ -469,7 +469,9 @@ def _timm_name(config: Mapping[str, Any]) -> str:
             return str(name)
         near = near or (name, facts["hidden_act"])
     if near is None:
-        raise NoSuchLayoutError("vision_config: timm, from which open_clip takes SigLIP's towers, has none of this shape")
+        raise NoSuchLayoutError(
+            "vision_config: timm, from which open_clip takes SigLIP's towers, has none of this shape"
+        )
     raise NoSuchLayoutError(
         f"vision_config.hidden_act: {config['hidden_act']!r} at {config['image_size']} px; open_clip builds this tower "
         f"as timm's {near[0]}, which has {near[1]!r} or another size"
