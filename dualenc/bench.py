@@ -3,9 +3,9 @@
     python -m dualenc.bench loss [N …] [--max-gib 12] [--runs 3] [--threads T]
     python -m dualenc.bench ranks [--size 100000] [--dim 256]
 
-``ranks``: exact retrieval ranks of as many queries as candidates. ``loss``: time and peak memory of one forward and backward of each loss, plain and tiled, D = 512. Every run is a process of its
-own (a peak cannot be taken back), plain and tiled take turns, and medians are shown; nan: left out for its memory.
-Linux only.
+``loss``: time and peak memory of one forward and backward of each loss, plain and tiled, D = 512. Every run is a
+process of its own (a peak cannot be taken back), plain and tiled take turns, and medians are shown; nan: left out for
+its memory. ``ranks``: exact retrieval ranks of as many queries as candidates. Linux only.
 """
 
 from __future__ import annotations

@@ -69,31 +69,29 @@ def cwcl(
     total = a.new_zeros(())
     metrics: dict[str, Tensor] = {}
     for rows, columns, f, name in ((a, gather(b), frozen[0], "ab"), (b, gather(a), frozen[1], "ba")):
-        parts = []
-        all_f = None if f is None else gather_frozen(f)
-        for strip in torch.split(torch.arange(len(rows), device=rows.device), rows_of(strip_mb, columns)):
-            if f is None or all_f is None:
-                given = (rows[strip], columns, ids[strip], all_ids, logit_scale, 0.0)
-                value, hits = checkpoint(info_nce_rows, *given, use_reentrant=False)
-                excess = None
-            else:
-                given = (rows[strip], columns, ids[strip], all_ids, logit_scale, f[strip], all_f, sharpen)
-                value, hits, excess = checkpoint(cwcl_rows, *given, use_reentrant=False)
-            parts.append((value, hits, excess))
+        strips = torch.split(torch.arange(len(rows), device=rows.device), rows_of(strip_mb, columns))
+        # Recomputed in the backward: a strip's logits and targets are never kept.
+        if f is None:
+            parts = [
+                checkpoint(info_nce_rows, rows[i], columns, ids[i], all_ids, logit_scale, 0.0, use_reentrant=False)
+                for i in strips
+            ]
+        else:
+            given = (columns, all_ids, logit_scale, gather_frozen(f), sharpen)
+            parts = [checkpoint(cwcl_rows, rows[i], ids[i], f[i], *given, use_reentrant=False) for i in strips]
+            metrics[f"excess_{name}"] = torch.stack([p[2] for p in parts]).sum() / share
         total = total + torch.stack([p[0] for p in parts]).sum() / (2 * share)
         metrics[f"top1_{name}"] = torch.stack([p[1] for p in parts]).sum() / share
-        if f is not None:
-            metrics[f"excess_{name}"] = torch.stack([p[2] for p in parts]).sum() / share
     return LossOutput(total, metrics)
 
 
 def cwcl_rows(
     rows: Tensor,
-    columns: Tensor,
     row_ids: Tensor,
+    row_frozen: Tensor,
+    columns: Tensor,
     column_ids: Tensor,
     logit_scale: Tensor,
-    row_frozen: Tensor,
     column_frozen: Tensor,
     sharpen: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -179,7 +179,7 @@ def test_counting_where_every_byte_is_full() -> None:
 @pytest.mark.slow
 def test_ranks_need_no_square_of_scores() -> None:
     """A process of its own, whose peak is its own: 30,000² scores would be 3.4 GiB (docs/evaluation.md has 100,000)."""
-    command = [sys.executable, "-m", "dualenc.bench", "ranks", "30000", "32"]
+    command = [sys.executable, "-m", "dualenc.bench", "ranks", "--size", "30000", "--dim", "32"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     text = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200).stdout
     assert int(re.findall(r"peak (\d+) MiB", text)[0]) < 1500, text

@@ -202,3 +202,21 @@ def test_a_folder_a_class_and_an_empty_one(tmp_path: Path) -> None:
 def test_expand() -> None:
     assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
     assert expand("{x,y}-{0..1}") == ["x-0", "x-1", "y-0", "y-1"]
+
+
+def test_a_row_without_a_label_belongs_to_no_class(tmp_path: Path) -> None:
+    """Where other labels are dropped; else it is an error, since a label is then missing by mistake."""
+    rows = [{"audio": "a.wav", "area": "vm"}, {"audio": "b.wav"}, {"audio": "c.wav", "area": "other"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = {
+        "kind": "classification",
+        "modalities": ["audio", "text"],
+        "source": {"kind": "jsonl", "path": "./rows.jsonl"},
+        "label": "area",
+        "classes": {"vm": "voicemail"},
+        "templates": ["{}"],
+    }
+    got = read_rows(task(tmp_path, **fields, other_labels="drop"))
+    assert [r.label for r in got.rows] == ["vm", None, "other"]
+    with pytest.raises(DataError, match="rows:2 has no 'area'"):
+        read_rows(task(tmp_path, **fields))
