@@ -128,6 +128,9 @@ def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
             f"{', '.join(FAMILIES.values())}"
         )
     tensors = {k if k.startswith((part, projection)) else part + k: v for k, v in _net(tower).state_dict().items()}
+    if family == "altclip":  # transformers 5 renames these when it reads; files keep the name they were released with
+        old, new = "text_model.roberta.encoder.layers.", "text_model.roberta.encoder.layer."
+        tensors = {k.replace(old, new): v for k, v in tensors.items()}
     if family == "clip" and settings.get("head") == "linear" and not settings["config"].get("dualenc_projection"):
         # Our head without bias is what CLIP calls its projection.
         tensors[f"{projection}.weight"] = tower.head.weight  # type: ignore[union-attr, assignment]
