@@ -46,6 +46,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = _Scales(start)
         bias = {n: nn.Parameter(torch.full((1,), scale.bias)) for n in names} if scale.bias is not None else {}
         self.logit_bias = _Biases(bias)
+        self.heads = nn.ModuleDict()
         for m in self.locked:
             self.towers[m].requires_grad_(False).eval()
 
@@ -62,14 +63,27 @@ class DualEncoder(nn.Module):
 
         Returns:
             ``features``: modality → [n_m, D], L2-normalised, fp32. ``logit_scale``: pair → [1], the bounded factor of
-            the cosines (not its logarithm). ``logit_bias``: pair → [1]; empty where the model has none.
+            the cosines (not its logarithm). ``logit_bias``: pair → [1]; empty where the model has none. And one group
+            for each of the heads: modality → [n_m, E].
         """
         features = {m: self.encode(m, x) for m, x in inputs.items()}
-        return {
+        out = {
             "features": features,
             "logit_scale": self.logit_scale(*self.bounds),
             "logit_bias": self.logit_bias(),
         }
+        for name, head in self.heads.items():
+            assert isinstance(head, nn.ModuleDict)
+            out[name] = {m: head[m](x).float() for m, x in features.items() if m in head}
+        return out
+
+    def add_head(self, name: str, head: Mapping[str, nn.Module]) -> None:
+        """Add modality → module on the features [n, D], whose outputs [n, E] become the group ``name`` of the outputs.
+
+        Heads serve losses only. They are parameters of this module, so that every engine and optimizer sees them, but
+        no part of the model that is saved for use: see :func:`without_heads`.
+        """
+        self.heads[name] = nn.ModuleDict(head)
 
     def encode(self, modality: str, x: Any) -> Tensor:
         """One modality's collated rows → [n, D], L2-normalised, fp32.
@@ -98,6 +112,19 @@ class DualEncoder(nn.Module):
         """torch.compile each tower in place; names in the state dict stay as they are."""
         for tower in self.towers.values():
             tower.compile()
+
+
+_HEADS = "heads."
+
+
+def without_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict that belong to the model itself: all but the heads that only a loss uses."""
+    return {k: v for k, v in state.items() if not k.startswith(_HEADS)}
+
+
+def heads_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The others: the heads' tensors."""
+    return {k: v for k, v in state.items() if k.startswith(_HEADS)}
 
 
 class _StraightClamp(torch.autograd.Function):

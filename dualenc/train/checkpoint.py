@@ -2,7 +2,9 @@
 
     RUN/checkpoints/step-0000000100/
         model/                   the bundle: what `dualenc eval` loads (the moving average, if the recipe keeps one)
-        weights.safetensors      the trained weights, only where model/ holds their moving average
+        weights.safetensors      the trained weights, only where model/ holds their moving average, or where a loss
+                                 has heads of its own, which are no part of the model
+        teachers.safetensors     when distilling: the state of teachers that follow the student
         optimizer.safetensors    optimizer state by parameter name, whatever engine wrote it
         state.json               step, samples_seen, lost-sample counts, small optimizer values
         manifest.json            size and sha256 of every file above, written last

@@ -25,12 +25,14 @@ from dualenc.config import Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
+from dualenc.distill import Distiller
 from dualenc.distributed.failure import naming_missing_ranks
 from dualenc.distributed.world import World, all_reduce_sum, barrier, close_world, init_world
+from dualenc.encoders.dual_encoder import heads_of
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA
 from dualenc.errors import CheckpointError, DivergenceError, Interrupted
-from dualenc.losses import build_loss
+from dualenc.losses import Loss, build_loss
 from dualenc.train import checkpoint as ckpt
 from dualenc.train.step import StepResult, train_step
 from dualenc.train.tracking import JsonlSink, Tracker, environment, git_hash, keep_rank_files_until
@@ -67,22 +69,29 @@ class Run:
         self.recipe, self.run_dir, self.world, self.evaluate = recipe, run_dir, world, evaluate
         self.stop = StopFlag()
         self.bundle: Bundle = build_bundle(recipe)
-        self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
         save = self._find_save()
+        if save is None and recipe.checkpoint.init_from:
+            init_weights(self.bundle, recipe.checkpoint.init_from)
+        self.distiller = Distiller(recipe, self.bundle, world.device) if recipe.distill is not None else None
+        self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
+        if self.distiller is not None:
+            self.state.fingerprint["teachers"] = self.distiller.describe()
         if save is not None:
             saved = ckpt.load_state(save)
             refuse_changes(saved.fingerprint, self.state.fingerprint, save)
             saved.fingerprint = self.state.fingerprint
             self.state = saved
             self.bundle.model.load_state_dict(ckpt.trained_weights(save))
-        elif recipe.checkpoint.init_from:
-            init_weights(self.bundle, recipe.checkpoint.init_from)
         self.parameter_count = sum(p.numel() for p in self.bundle.model.parameters())  # ZeRO 3 empties them
         self.engine: Engine = build_engine(recipe.engine, recipe.optim, self.bundle.model, world)
         self.ema = self._build_ema(save)
         if save is not None:
             self.engine.load_optimizer_state(ckpt.load_tensors(save, "optimizer.safetensors"), self.state.optimizer)
-        self.loss = build_loss(recipe.loss)
+        self.loss: Loss = build_loss(recipe.loss)
+        if self.distiller is not None:
+            self.loss = self.distiller.loss(self.loss)
+            if save is not None:
+                self.distiller.load_state_dict(ckpt.load_tensors(save, "teachers.safetensors"))
         self.loader = Loader(
             recipe.data,
             self.bundle.inputs,
@@ -93,7 +102,11 @@ class Run:
             world=world.world_size,
             start_step=self.state.step,
             pin_memory=self.engine.device.type == "cuda",
+            views=self.distiller.views if self.distiller else None,
+            redraw=self.distiller.redraw if self.distiller else None,
         )
+        if self.distiller is not None:
+            self.distiller.covers(self.loader.sets)
         check_data(self.state, self.loader.plan.digest(), save)
         self.total_steps = total_steps(recipe, self.loader.plan.samples_per_pass)
         self.loader.stop_step = self.total_steps
@@ -151,9 +164,10 @@ class Run:
         self.engine.set_lr_factor(
             lr_factor(self.state.samples_seen, self.total_steps * self.recipe.batch.size, self.recipe.schedule)
         )
-        result = train_step(
-            self.engine, batch.to(self.engine.device), self.recipe.pairs, self.loss, micro=self.recipe.batch.micro
-        )
+        batch = batch.to(self.engine.device)
+        if self.distiller is not None:
+            batch = self.distiller.prepare(batch, self.engine.module, self.loss)
+        result = train_step(self.engine, batch, self.recipe.pairs, self.loss, micro=self.recipe.batch.micro)
         self.state.step += 1
         self.state.samples_seen += self.recipe.batch.size
         if self.samples is not None:
@@ -224,7 +238,9 @@ class Run:
             return None
         ema = EMA(self.engine.module, self.recipe.optim.ema_samples)
         if save is not None and (save / "weights.safetensors").exists():
-            ema.load_state_dict(ckpt.load_tensors(save, "model/model.safetensors"))
+            # The average of a loss's heads is of no use and is not kept: they start again from the trained ones.
+            heads = heads_of(ckpt.trained_weights(save))
+            ema.load_state_dict({**ckpt.load_tensors(save, "model/model.safetensors"), **heads})
         return ema
 
     def _save_is_due(self) -> bool:
@@ -247,8 +263,10 @@ class Run:
                     state=weights if average is None else average,
                     provenance={"step": self.state.step, "samples_seen": self.state.samples_seen, "git": git_hash()},
                 )
-                if average is not None:
+                if average is not None or heads_of(weights):
                     saver.tensors("weights.safetensors", weights)
+                if self.distiller is not None:
+                    saver.tensors("teachers.safetensors", self.distiller.state_dict())
                 saver.tensors("optimizer.safetensors", optimizer)
                 saver.state(self.state)
                 (saver.folder / "recipe.yaml").write_text(dump_yaml(self.recipe), encoding="utf-8")
@@ -378,8 +396,13 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     data = {k: full["data"][k] for k in ("sampling", "lanes", "window")}
     sources = [{k: s[k] for k in ("name", "weight", "members")} for s in full["data"]["sources"]]
     keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
+    distill = full["distill"]
+    if distill is not None:  # where a teacher lies may change; what it is, is compared by its hash
+        where = ("model", "cache", "precision", "max_missing")
+        distill["teachers"] = [{k: v for k, v in t.items() if k not in where} for t in distill["teachers"]]
     return {k: full[k] for k in keys} | {
         "data": data | {"sources": sources},
+        "distill": distill,
         "batch.size": full["batch"]["size"],
         "optim.name": full["optim"]["name"],
     }

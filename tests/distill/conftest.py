@@ -1,0 +1,86 @@
+"""A teacher and a student on real photos: shards of Flickr8k, models small enough for a unit test; absent data skips."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from data_tools.build import build
+from dualenc.bundle import build_bundle
+from dualenc.config import Recipe
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "image_text" / "flickr8k"
+
+torch.set_num_threads(1)
+
+
+def modalities(size: int, tokenizer: str, width: int) -> dict[str, Any]:
+    return {
+        "image": {
+            "input": {"size": size, "augment": {"scale": [0.6, 1.0], "flip": True}},
+            "encoder": {"name": "own/convnet", "widths": [8, 16, width]},
+        },
+        "text": {
+            "input": {"tokenizer": tokenizer, "context_length": 24},
+            "encoder": {"name": "own/transformer", "width": width, "layers": 1, "heads": 2},
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """200 photos in two shards."""
+    captions = DATA / "captions.jsonl"
+    if not captions.is_file():
+        pytest.skip(f"needs the Flickr8k photos under {DATA}")
+    out = tmp_path_factory.mktemp("shards")
+    build("jsonl", out, {"path": str(captions), "split": "train", "limit": 200, "per_shard": 100})
+    return str(out / "*.tar")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with another picture size, tokenizer and dimension than the student's."""
+    raw = {
+        "name": "teacher",
+        "modalities": modalities(64, "clip-bpe:2048", 32),
+        "embed_dim": 24,
+        "logit_scale": {"init": 20.0},
+        "data": {"sources": [{"name": "x", "shards": "x.tar"}]},
+        "batch": {"size": 8},
+        "budget": {"steps": 1},
+        "seed": 5,
+    }
+    return build_bundle(Recipe.model_validate(raw)).save(tmp_path_factory.mktemp("teacher") / "bundle")
+
+
+def student_recipe(shards: str, out: Path, **changes: Any) -> Recipe:
+    raw: dict[str, Any] = {
+        "name": "student",
+        "out": str(out),
+        "modalities": modalities(32, "clip-bpe:1024", 16),
+        "embed_dim": 16,
+        "data": {
+            "sources": [{"name": "flickr8k", "shards": shards, "members": {"image": ["jpg"], "text": ["json:captions"]}}],
+            "workers": 0,
+        },
+        "batch": {"size": 20},
+        "budget": {"steps": 4},
+        "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0},
+        "schedule": {"name": "constant"},
+        "engine": {"threads": 1},
+        "tracking": {"log_every": 1},
+    }
+    return Recipe.model_validate({**raw, **changes})
+
+
+def loss_rows(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if "loss" in r]
