@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent))
 from _distill_naive import CASES, Sides, naive
 from _tiny import PAIRS, TinyDualEncoder, make_batch, share_of
 
@@ -39,9 +40,8 @@ class Student(TinyDualEncoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict(
-            {head_name(0, "teacher0"): nn.ModuleDict({m: nn.Linear(8, T_DIM) for m in self.towers})}
-        )
+        head = nn.ModuleDict({m: nn.Linear(8, T_DIM) for m in self.towers})
+        self.heads = nn.ModuleDict({head_name(0, "teacher0"): head})
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         out = super().forward(inputs)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _distill_runs import modalities
 
 from data_tools.build import build
 from dualenc.bundle import build_bundle
@@ -21,19 +23,6 @@ DATA = Path(__file__).parents[3] / "shared" / "data" / "image_text" / "flickr8k"
 torch.set_num_threads(1)
 
 
-def modalities(size: int, tokenizer: str, width: int) -> dict[str, Any]:
-    return {
-        "image": {
-            "input": {"size": size, "augment": {"scale": [0.6, 1.0], "flip": True}},
-            "encoder": {"name": "own/convnet", "widths": [8, 16, width]},
-        },
-        "text": {
-            "input": {"tokenizer": tokenizer, "context_length": 24},
-            "encoder": {"name": "own/transformer", "width": width, "layers": 1, "heads": 2},
-        },
-    }
-
-
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """200 photos in two shards."""
@@ -41,7 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not captions.is_file():
         pytest.skip(f"needs the Flickr8k photos under {DATA}")
     out = tmp_path_factory.mktemp("shards")
-    build("jsonl", out, {"path": str(captions), "split": "train", "limit": 200, "per_shard": 100})
+    build("jsonl", out, {"path": str(captions), "split": "train", "limit": 200, "shard_samples": 100})
     return str(out / "*.tar")
 
 
@@ -59,28 +48,3 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "seed": 5,
     }
     return build_bundle(Recipe.model_validate(raw)).save(tmp_path_factory.mktemp("teacher") / "bundle")
-
-
-def student_recipe(shards: str, out: Path, **changes: Any) -> Recipe:
-    raw: dict[str, Any] = {
-        "name": "student",
-        "out": str(out),
-        "modalities": modalities(32, "clip-bpe:1024", 16),
-        "embed_dim": 16,
-        "data": {
-            "sources": [{"name": "flickr8k", "shards": shards, "members": {"image": ["jpg"], "text": ["json:captions"]}}],
-            "workers": 0,
-        },
-        "batch": {"size": 20},
-        "budget": {"steps": 4},
-        "optim": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.0},
-        "schedule": {"name": "constant"},
-        "engine": {"threads": 1},
-        "tracking": {"log_every": 1},
-    }
-    return Recipe.model_validate({**raw, **changes})
-
-
-def loss_rows(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in rows if "loss" in r]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "distributed")]
+sys.path.insert(0, str(HERE.parent / "distributed"))
+sys.path.insert(0, str(HERE))
 import _distill_jobs as jobs
 from _distill_naive import CASES
 from _spawn import spawn
@@ -23,8 +24,8 @@ USES_HEADS = {"feature", "cosine", "interactive", "gradient"}
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Largest difference of any parameter, relative to that parameter's largest entry, or to 1e-2 of the largest of all:
-    a gradient that is nearly 0 by cancellation has no digits of its own."""
+    """Largest difference of any parameter, relative to that parameter's largest entry, or to 1e-2 of the largest of
+    all: a gradient that is nearly 0 by cancellation has no digits of its own."""
     top = max(float(g.abs().max()) for g in want.values())
     return max(float((got[n] - g).abs().max()) / max(float(g.abs().max()), 1e-2 * top) for n, g in want.items())
 
