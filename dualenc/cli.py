@@ -297,6 +297,24 @@ def words(text: str) -> list[str]:
 
 
 @app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="MODELs as in dualenc eval: the teacher, then students.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names or YAML files, comma between.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="The HTML page; a .json of that name beside it.")] = Path(
+        "compare.html"
+    ),
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the timed forwards.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
+    from evals.compression import compare as run
+    from evals.compression import markdown
+
+    print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
+    Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Option("--out", help="Default: RUN/report.html")] = None,

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "distributed"))
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent))
 import _distill_jobs as jobs
 from _distill_naive import CASES
 from _spawn import spawn
@@ -19,6 +18,7 @@ from _spawn import spawn
 from dualenc.distributed.world import World
 
 torch.set_num_threads(1)
+HERE = Path(__file__).parent
 LIMIT = 1e-5
 USES_HEADS = {"feature", "cosine", "interactive", "gradient"}
 
