@@ -176,6 +176,9 @@ class Teacher(Section):
         description="modalities of which it sees the item as in evaluation, not the student's draw",
     )
     logit_scale: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: the teacher's own")
+    fusion: Positive | None = Field(
+        default=None, description="a cross-encoder (vilt:FOLDER): score each row against so many others of the batch"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     max_missing: Share = Field(default=0.0, description="share of samples that may have no stored features")
 

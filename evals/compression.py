@@ -194,7 +194,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     for g in result["groups"]:
         cells = [mean_sd(g["metrics"][k]) if k in g["metrics"] else "–" for k in keys]
         lines.append(f"| {g['name']} | {len(g['models'])} | " + " | ".join(cells) + " |")
-    lines += ["", "| model | parameters | GFLOPs an item pair | ms, batch 1 | ms, batch 64 | pairs/s, batch 64 | × smaller "
+    lines += ["", "| model | parameters | GFLOPs a pair | ms, batch 1 | ms, batch 64 | pairs/s, batch 64 | × smaller "
               "| × fewer FLOPs | × faster, batch 1 | × faster, batch 64 |", "|---" * 10 + "|"]  # fmt: skip
     for g in result["groups"]:
         c, t = g["cost"]["all"], g["times"]

@@ -40,6 +40,7 @@ class Affinity:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.needs_features = config.within
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

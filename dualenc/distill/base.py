@@ -102,7 +102,7 @@ class Direction:
         rows: [n, D] student; columns: [C, D] student.
         row_ids: [n]; column_ids: [C]: equal ids are positives of each other.
         row_at: [n] local slots of the rows.
-        teacher_rows: [n, D_t], or the scores [n, C] of a fusion teacher; teacher_columns: [C, D_t], or None with scores.
+        teacher_rows: [n, D_t], or a fusion teacher's scores [n, C]; teacher_columns: [C, D_t], or None with scores.
         teacher_scale, teacher_bias: of its logits.
     """
 
@@ -256,8 +256,10 @@ def soft_label_sum(
     """Σ over local rows of KL(softmax(l^T / teacher_t) ‖ softmax(l / student_t)) over all columns."""
 
     def rows_sum(rows: Tensor, t_rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-        student = scale * (rows @ columns.T) / student_t
-        return kl_rows(student, d.teacher_logits(t_rows) / teacher_t).sum()
+        teacher = d.teacher_logits(t_rows)
+        # What a fusion teacher did not score is no column of the student's either.
+        student = (scale * (rows @ columns.T)).masked_fill(teacher.isneginf(), float("-inf"))
+        return kl_rows(student / student_t, teacher / teacher_t).sum()
 
     return strip_sum(rows_sum, (d.rows, d.teacher_rows), (d.columns, logit_scale), len(d.columns), strip_mb)
 

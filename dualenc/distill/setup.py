@@ -102,7 +102,13 @@ class Distiller:
         for k, (_, term) in enumerate(build_terms(self.config)):
             project = getattr(term.config, "project", None)
             for t in self.teachers:
-                if not getattr(term, "uses_heads", False):
+                heads = getattr(term, "uses_heads", False)
+                if t.info.fusion and (heads or getattr(term, "needs_features", False)):
+                    raise ConfigError(
+                        f"distill.terms.{k}: {self.config.terms[k].name} compares features, and {t.name} is a fusion "
+                        "teacher, which has only scores; write dcd or soft_labels"
+                    )
+                if not heads:
                     continue
                 if project is False and t.embed_dim != dim:
                     raise ConfigError(

@@ -32,6 +32,7 @@ class SoftSigmoid:
         )
 
     uses_heads = False
+    needs_features = True  # a fusion teacher scores a few of the pairs only
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -71,6 +71,10 @@ def build_teacher(
         DataError: for a cache that is missing, unfinished, of another teacher, or drawn in another way.
     """
     where = f"distill.teachers.{k}"
+    if config.fusion is not None:
+        from dualenc.distill.fusion import FusionTeacher
+
+        return FusionTeacher(k, config, recipe, student, device, where)
     if config.cache is not None:
         return CachedTeacher(k, config, recipe, student, where)
     return OnlineTeacher(k, config, recipe, student, device, where)

@@ -1,4 +1,4 @@
-"""A teacher and a student on real photos: shards of Flickr8k, models small enough for a unit test; absent data skips."""
+"""A teacher and a student on real photos of Flickr8k, small enough for a unit test; absent data skips."""
 
 from __future__ import annotations
 
