@@ -42,7 +42,8 @@ _TORCH = {"fp16": torch.float16, "int8": torch.int8, "fp32": torch.float32}
 
 def as_student_sees(teacher: ModalityInput, student: ModalityInput) -> ModalityInput:
     """The teacher's input with the student's augmentation: from one random state both draw the same view."""
-    mine, theirs = (getattr(x, "config", None) for x in (teacher, student))
+    mine: Any = getattr(teacher, "config", None)
+    theirs: Any = getattr(student, "config", None)
     fields = getattr(type(mine), "model_fields", {})
     if mine is None or "augment" not in fields or not hasattr(theirs, "augment"):
         return teacher
@@ -319,7 +320,7 @@ class Cache:
         found = self._ids[at] == ids if len(self._ids) else np.zeros(len(ids), bool)
         out = torch.zeros(len(keys), int(self.about["model"]["embed_dim"]))
         has = torch.zeros(len(keys), dtype=torch.bool)
-        for i in np.flatnonzero(found):
+        for i in np.flatnonzero(found).tolist():
             file, row = (int(v) for v in self._places[at[i]])
             tensors = self._open(file)
             if not tensors[f"{m}.has"][row]:

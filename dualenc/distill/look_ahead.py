@@ -153,4 +153,4 @@ def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat = torch.cat([t.flatten() for t in tensors])
     torch.distributed.all_reduce(flat)
     flat /= world_size()
-    return [x.view_as(t) for x, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [x.view_as(t) for x, t in zip(torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True)]

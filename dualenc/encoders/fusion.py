@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,14 @@ def load_scorer(spec: str) -> ViltScorer:
         raise ConfigError(f"{spec!r} is no cross-encoder that is known; write vilt:FOLDER_OR_REPO")
     from transformers import ViltForImageAndTextRetrieval
 
+    net: Any
+    info: Any
+    load: Any = ViltForImageAndTextRetrieval.from_pretrained
     try:
-        net, info = ViltForImageAndTextRetrieval.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        net, info = load(folder, use_safetensors=True, output_loading_info=True)
     except OSError as e:
         where = "" if Path(folder).is_dir() else "; there is no such folder"
         raise ConfigError(f"{spec} cannot be loaded ({str(e).splitlines()[0]}){where}") from e
-    missing: Mapping[str, Any] = info
-    if missing.get("missing_keys"):
-        raise CheckpointError(f"{spec}: tensor {sorted(missing['missing_keys'])[0]} is missing")
+    if info["missing_keys"]:
+        raise CheckpointError(f"{spec}: tensor {sorted(info['missing_keys'])[0]} is missing")
     return ViltScorer(net, folder)

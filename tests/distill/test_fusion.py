@@ -32,10 +32,10 @@ def vilt(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import BertTokenizerFast, ViltConfig, ViltForImageAndTextRetrieval
 
     out = tmp_path_factory.mktemp("vilt")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "in", "of", "dog", "man", "woman", "girl", "boy", "is", "on", "and", "with", "two", "white", "black"]
-    (out / "vocab.txt").write_text(
-        "\n".join([*words, *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")])
-    )
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a the in of dog man woman girl boy is on and with two white black"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    lines = [*words.split(" "), *letters, *(f"##{c}" for c in letters)]
+    (out / "vocab.txt").write_text("\n".join(lines), encoding="utf-8")
     BertTokenizerFast(str(out / "vocab.txt")).save_pretrained(str(out))
     torch.manual_seed(0)
     config = ViltConfig(

@@ -1,4 +1,4 @@
-"""The look-ahead teacher: the mean teacher at 0 steps, the present at rate 0, the same on two ranks and after a resume."""
+"""The look-ahead teacher: a mean teacher at 0 steps, the present at rate 0, one on two ranks and after a resume."""
 
 from __future__ import annotations
 
