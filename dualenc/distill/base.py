@@ -208,6 +208,11 @@ terms: Registry[type[Any]] = Registry("distillation term")
 # --- matrices a strip of rows at a time --------------------------------------------------------------------------
 
 
+def strip_size(columns: int, strip_mb: float | None) -> int:
+    """How many rows make a strip of at most ``strip_mb`` MiB of fp32 logits (at least 16, at most 1024)."""
+    return 1024 if strip_mb is None else int(min(max(strip_mb * 2**18 / max(columns, 1), 16), 1024))
+
+
 def strip_sum(
     fn: Callable[..., Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor], columns: int, strip_mb: float | None
 ) -> Tensor:
@@ -229,7 +234,7 @@ def strip_sum(
         return zero
     if strip_mb is None:
         return fn(*rows, *shared)
-    size = int(min(max(strip_mb * 2**20 / rows[0].element_size() / max(columns, 1), 16), 1024))
+    size = strip_size(columns, strip_mb)
     if size >= n:
         return fn(*rows, *shared)
     parts = [

@@ -1,7 +1,8 @@
 """Teacher features on disk, beside the data: written once, read at the cost of a look-up.
 
     OUT/NUMBER.safetensors    modality → [n, V, D] fp16 (or int8 and MODALITY.scale [n, V]), MODALITY.has bool [n]
-    OUT/NUMBER.json           keys in that order ("source/shard/key"), and key → reason of what has no features
+    OUT/NUMBER.json           keys in that order ("source/shard/key"); key → reason of what has no features at all, and
+                              modality → key → reason of what has some
     OUT/teacher.json          the teacher (hash of its weights, inputs), how views were drawn, the shards; written last
 
 V views of a sample are what the student sees in passes 0 … V − 1, by the very draw: augmentation is a function of
@@ -149,6 +150,7 @@ class _Writer:
 
         keys: list[str] = []
         lost: dict[str, str] = {}
+        self.partly: dict[str, dict[str, str]] = {}
         rows: dict[str, list[Tensor | None]] = {m: [] for m in self.inputs}
         for chunk in _chunks(samples, self.batch_size):
             good = []
@@ -158,7 +160,7 @@ class _Writer:
                     lost[key] = str(found)
                 else:
                     good.append((key, found))
-            made = {m: self._embed(m, good, lost) for m in self.inputs}
+            made = {m: self._embed(m, good) for m in self.inputs}
             for i, (key, _) in enumerate(good):
                 if all(x[i] is None for x in made.values()):
                     lost.setdefault(key, "it has none of the modalities")
@@ -172,7 +174,10 @@ class _Writer:
         hidden = out.with_name(f".{out.name}.tmp")
         save_file(tensors, str(hidden))
         os.replace(hidden, out.with_suffix(".safetensors"))
-        _write_text(out.with_suffix(".json"), json.dumps({"keys": keys, "lost": lost}, ensure_ascii=False))
+        _write_text(
+            out.with_suffix(".json"),
+            json.dumps({"keys": keys, "lost": lost, "partly": self.partly}, ensure_ascii=False),
+        )
         return len(keys), len(lost)
 
     def _stored(self, m: str, rows: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -186,7 +191,7 @@ class _Writer:
             out[m] = x.to(_TORCH[self.about["dtype"]])
         return out
 
-    def _embed(self, m: str, samples: Sequence[tuple[str, Found]], lost: dict[str, str]) -> list[Tensor | None]:
+    def _embed(self, m: str, samples: Sequence[tuple[str, Found]]) -> list[Tensor | None]:
         """[V, D] of each sample, or None."""
         source, views = self.inputs[m], int(self.about["views"][m])
 
@@ -215,7 +220,7 @@ class _Writer:
         out: list[Tensor | None] = []
         for (key, _), r in zip(samples, read_ones, strict=True):
             if isinstance(r, str) and r:
-                lost[f"{key}:{m}"] = r
+                self.partly.setdefault(m, {})[key] = r
             out.append(next(done) if isinstance(r, list) else None)
         return out
 
@@ -264,6 +269,7 @@ class Cache:
         ids: list[int] = []
         files: list[np.ndarray[Any, Any]] = []
         self.lost: set[str] = set()
+        lost_in: list[int] = []
         self._tensors: list[dict[str, Tensor]] = []
         for k, shard in enumerate(self.about["shards"]):
             said = _json(self.folder / f"{k:06d}.json")
@@ -274,11 +280,13 @@ class Cache:
                 )
             ids += [stable_id(key) for key in said["keys"]]
             files.append(np.stack([np.full(len(said["keys"]), k), np.arange(len(said["keys"]))], 1))
-            self.lost |= {key for key in said["lost"] if ":" not in key.rpartition("/")[2]}
+            self.lost |= set(said["lost"])
+            lost_in.append(len(said["lost"]))
             self._tensors.append({})
-        self._order = np.argsort(np.array(ids, np.int64), kind="stable")
-        self._ids = np.array(ids, np.int64)[self._order]
-        self._places = np.concatenate(files)[self._order] if files else np.zeros((0, 2), np.int64)
+        self._lost_in = lost_in
+        order = np.argsort(np.array(ids, np.int64), kind="stable")
+        self._ids = np.array(ids, np.int64)[order]
+        self._places = np.concatenate(files)[order] if files else np.zeros((0, 2), np.int64)
 
     def covers(self, sets: Sequence[ShardSet], allowed: float) -> None:
         """Refuse a cache that was made of other data, or lacks more than ``allowed`` (a share) of it.
@@ -286,12 +294,12 @@ class Cache:
         Raises:
             DataError: naming the shard, and how much is missing.
         """
-        known = {(s["source"], s["name"]): s for s in self.about["shards"]}
+        known = {(s["source"], s["name"]): (s, n) for s, n in zip(self.about["shards"], self._lost_in, strict=True)}
         missing, total, first = 0, 0, ""
         for opened in sets:
             for name, info in zip(opened.names, opened.infos, strict=True):
                 total += info.samples
-                shard = known.get((opened.source, name))
+                shard, lost = known.get((opened.source, name), (None, 0))
                 if shard is None:
                     missing, first = missing + info.samples, first or f"{opened.source}/{name}"
                     continue
@@ -301,11 +309,7 @@ class Cache:
                         f"{shard['bytes']} bytes when its features were written, now {info.samples} in {info.bytes}; "
                         "write the cache anew"
                     )
-                gone = (
-                    info.samples
-                    - shard["rows"]
-                    - len([k for k in self.lost if k.startswith(f"{opened.source}/{name}/")])
-                )
+                gone = info.samples - shard["rows"] - lost
                 missing, first = missing + gone, first or (f"{opened.source}/{name}" if gone else "")
         if missing > allowed * total:
             raise DataError(

@@ -46,6 +46,7 @@ from dualenc.distill.base import (
     kl_rows,
     metrics_of,
     nce_rows,
+    strip_size,
     strip_sum,
     terms,
 )
@@ -99,7 +100,7 @@ class DCD:
             student, teacher, positive = on_candidates(d, rows, t_rows, at, inside, ids, columns, scale)
             return torch.stack(
                 [
-                    (k * distance_rows(student, teacher, inside, self.config)).sum(),
+                    (k * distance_rows(student, teacher, self.config)).sum(),
                     (o * nce_rows(student, positive)).sum(),
                 ]
             )
@@ -147,14 +148,18 @@ class DCD:
 def choose(d: Direction, candidates: int | str, strip_mb: float | None) -> tuple[Tensor, Tensor]:
     """Columns of each row's C_i: their positions [n, K], and which of the K are in it, bool [n, K].
 
-    K = H + the most positives that any local row has. Positives come first, then the teacher's ranking.
+    K = H + the most positives that any local row has. Positives come first, then the teacher's ranking. With ``all`` K
+    is 0: nothing is chosen, and no [n, N] table of positions is made (see :func:`on_candidates`).
     """
+    if candidates == "all":
+        nothing = torch.zeros(len(d.rows), 0, dtype=torch.long, device=d.rows.device)
+        return nothing, nothing.bool()
     count = torch.zeros(len(d.rows), dtype=torch.long, device=d.rows.device)
-    size = 1024 if strip_mb is None else int(min(max(strip_mb * 2**18 / max(len(d.columns), 1), 16), 1024))
+    size = strip_size(len(d.columns), strip_mb)
     strips = [slice(k, k + size) for k in range(0, len(d.rows), size)]
     for s in strips:
         count[s] = (d.row_ids[s, None] == d.column_ids[None]).sum(1)
-    hard = len(d.columns) if candidates == "all" else int(candidates)
+    hard = int(candidates)
     width = min(hard + (int(count.max()) if len(count) else 0), len(d.columns))
     where = torch.zeros(len(d.rows), width, dtype=torch.long, device=d.rows.device)
     scored = torch.zeros(len(d.rows), width, dtype=torch.bool, device=d.rows.device)
@@ -170,18 +175,27 @@ def choose(d: Direction, candidates: int | str, strip_mb: float | None) -> tuple
 def on_candidates(
     d: Direction, rows: Tensor, t_rows: Tensor, at: Tensor, inside: Tensor, ids: Tensor, columns: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Student's and teacher's logits on C_i, [k, K] each (−inf outside), and which are positives, bool [k, K]."""
-    outside = ~inside
-    student = (scale * (rows @ columns.T)).gather(1, at).masked_fill(outside, float("-inf"))
-    teacher = d.teacher_logits(t_rows).gather(1, at).masked_fill(outside, float("-inf"))
-    return student, teacher, (ids[:, None] == d.column_ids[at]) & inside
+    """Student's and teacher's logits on C_i, [k, K] each (−inf outside), and which are positives, bool [k, K].
+
+    With no choice made (``at`` is [k, 0]) C_i is every column that the teacher scored.
+    """
+    student, teacher = scale * (rows @ columns.T), d.teacher_logits(t_rows)
+    positive = ids[:, None] == d.column_ids[None]
+    if at.shape[1]:
+        student, teacher, positive = (x.gather(1, at) for x in (student, teacher, positive))
+        outside = ~inside
+    else:
+        outside = teacher.isneginf()
+    never = float("-inf")
+    return student.masked_fill(outside, never), teacher.masked_fill(outside, never), positive & ~outside
 
 
-def distance_rows(student: Tensor, teacher: Tensor, inside: Tensor, config: DCD.Config) -> Tensor:
+def distance_rows(student: Tensor, teacher: Tensor, config: DCD.Config) -> Tensor:
     """KD_i of each row, [k]."""
     if config.kd == "kl":
         t = config.temperature
         return t * t * kl_rows(student / t, teacher / t)
+    inside = ~teacher.isneginf()
     difference = torch.where(inside, student, 0.0) - torch.where(inside, teacher, 0.0)
     return difference.square().sum(1) / inside.sum(1)
 
@@ -192,8 +206,9 @@ def row_state(d: Direction, where: Tensor, member: Tensor, scale: Tensor, config
     if config.dynamic == "none":
         return {"entropy": d.rows.new_ones(len(d.rows))}
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for k in range(0, len(d.rows), 1024):
-        s = slice(k, k + 1024)
+    size = strip_size(len(d.columns), config.strip_mb)
+    for k in range(0, len(d.rows), size):
+        s = slice(k, k + size)
         student, teacher, positive = on_candidates(
             d, d.rows[s], d.teacher_rows[s], where[s], member[s], d.row_ids[s], d.columns, scale
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dualenc.distill.base import PairInputs, TermConfig, features_of, strip_sum, terms
+from dualenc.distill.base import PairInputs, TermConfig, features_of, strip_size, strip_sum, terms
 from dualenc.distributed.gather import gather, gather_ids
 from dualenc.losses import LossOutput
 
@@ -55,7 +55,8 @@ class Gradient:
             teacher = (ta, tb, t.all_a, t.all_b, *_normalisers(ta, tb, t.all_a, t.all_b, x, scale_t, strip))
         keep, present = x.ids >= 0, x.all_ids >= 0
         ids, all_ids = x.ids[keep], x.all_ids[present]
-        counts = (all_ids[:, None] == all_ids[None]).sum(1).to(a.dtype) if len(all_ids) else all_ids.to(a.dtype)
+        _, group, size = torch.unique(all_ids, return_inverse=True, return_counts=True)
+        counts = size[group].to(a.dtype)
         total = x.logit_scale.new_zeros(())
         for rows, columns, own, other in ((0, 3, 4, 7), (1, 2, 5, 6)):
 
@@ -117,7 +118,7 @@ def _lse(rows: Tensor, columns: Tensor, scale: Tensor, strip_mb: float | None) -
     def fn(r: Tensor, c: Tensor, s: Tensor) -> Tensor:
         return torch.logsumexp(s * (r @ c.T), 1)
 
-    size = len(rows) if strip_mb is None else int(min(max(strip_mb * 2**20 / 4 / max(len(columns), 1), 16), 1024))
+    size = len(rows) if strip_mb is None else strip_size(len(columns), strip_mb)
     if size >= len(rows):
         return fn(rows, columns, scale)
     parts = [
