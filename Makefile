@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test test-fast test-quiet check format gradcheck bench clean
+.PHONY: help setup quickstart test test-fast test-quiet check format gradcheck bench distill clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,10 @@ gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, micro-bat
 
 bench: $(STAMP) ## time and memory of the losses, plain and tiled, up to N = 32k
 	$(PY) -m dualenc.bench loss
+
+distill: $(STAMP) ## teacher, then scratch/feature/affinity/KD/DCD students, 3 seeds, on DUALENC_DATA's flickr8k and fashion: tables
+	PYTHON=$(PY) recipes/distill/series.sh flickr8k
+	PYTHON=$(PY) recipes/distill/series.sh fashion
 
 clean: ## remove runs and caches, not the environment
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -271,8 +271,17 @@ def feature_cache() -> Path:
 @app.command()
 def embed(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
-    shards: Annotated[str, typer.Argument(help="Shards: path, brace pattern or URL.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for one safetensors file a shard.")],
+    shards: Annotated[str, typer.Argument(help="Shards: path, brace pattern or URL; none with --recipe.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="Folder for the features.")] = Path("features"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Write teacher features of this recipe's data, as its student draws it."),
+    ] = None,
+    views: Annotated[int, typer.Option("--views", min=1, help="With --recipe: augmented views of a sample.")] = 1,
+    plain: Annotated[
+        str, typer.Option("--plain", help="With --recipe: modalities without augmentation, comma between.")
+    ] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="With --recipe: fp16, int8 or fp32.")] = "fp16",
     modalities: Annotated[
         str, typer.Option("--modalities", help="Which to embed, comma between; default: all the model has.")
     ] = "",
@@ -280,13 +289,51 @@ def embed(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Write the features of every sample of some shards: OUT/SHARD.safetensors with keys beside them."""
+    """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data."""
     from dualenc.bundle import load_model
-    from dualenc.bundle.embed_shards import embed_shards
 
-    chosen = [m.strip() for m in modalities.split(",") if m.strip()]
-    report = embed_shards(load_model(model, device=device), shards, out, chosen, batch_size)
-    print(json.dumps(report, indent=1))
+    if (recipe is None) == (not shards):
+        raise ConfigError("dualenc embed: name shards, or --recipe RECIPE for a teacher's cache, not both")
+    if recipe is None:
+        from dualenc.bundle.embed_shards import embed_shards
+
+        done = embed_shards(load_model(model, device=device), shards, out, words(modalities), batch_size)
+    else:
+        from dualenc.distill.cache import write_cache
+
+        done = write_cache(
+            load_model(model, device=device),
+            load_recipe(recipe),
+            out,
+            views,
+            words(plain),
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+    print(json.dumps(done, indent=1))
+
+
+def words(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [w.strip() for w in text.split(",") if w.strip()]
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="MODELs as in dualenc eval: the teacher, then students.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names or YAML files, comma between.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="The HTML page; a .json of that name beside it.")] = Path(
+        "compare.html"
+    ),
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the timed forwards.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
+    from evals.compression import compare as run
+    from evals.compression import markdown
+
+    print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
+    Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
 
 
 @app.command("export")
@@ -419,10 +466,10 @@ def shards_view(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, encoders, losses or tasks")], debug: Debug = False
+    what: Annotated[str, typer.Argument(help="recipes, encoders, losses, terms or tasks")], debug: Debug = False
 ) -> None:
     """List what can be named in a recipe or on the command line."""
-    listings = {"recipes": _recipes, "encoders": _encoders, "losses": _losses, "tasks": _tasks}
+    listings = {"recipes": _recipes, "encoders": _encoders, "losses": _losses, "terms": _terms, "tasks": _tasks}
     if what not in listings:
         raise ConfigError(f"dualenc list: cannot list {what!r}. {did_you_mean(what, listings)}")
     listings[what]()
@@ -452,9 +499,19 @@ def _encoders() -> None:
 def _losses() -> None:
     from dualenc.losses import losses
 
-    table = Table("loss", "what it is")
-    for name in losses:
-        table.add_row(name, (losses[name].__doc__ or "").strip().split("\n")[0])
+    _classes("loss", losses)
+
+
+def _terms() -> None:
+    from dualenc.distill import terms
+
+    _classes("distillation term", terms)
+
+
+def _classes(what: str, known: Any) -> None:
+    table = Table(what, "what it is")
+    for name in known:
+        table.add_row(name, (known[name].__doc__ or "").strip().split("\n")[0])
     Console().print(table)
 
 

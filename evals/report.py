@@ -23,6 +23,8 @@ from evals.table import directions, is_share, label, short
 
 HEADLINES = ("R@1", "R@10", "top1", "mean_per_class_recall")
 PALETTE = 6
+DISTILL = ("kd_weight", "own_weight", "kd_part", "own_part", "distill_")
+"""Beginnings of the metrics that distillation writes."""
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -207,7 +209,7 @@ def small_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Learning rate, temperature, gradient norm, speed: what to look at when a run goes wrong."""
     names = {"lr": "Learning rate", "grad_norm": "Gradient norm", "samples_per_s": "Samples / s"}
     names |= {"data_wait_share": "Waiting for data"}
-    keys = [k for r in rows for k in r if k.startswith(("logit_scale/", "logit_bias/", "acc/"))]
+    keys = [k for r in rows for k in r if k.startswith(("logit_scale/", "logit_bias/", "acc/", *DISTILL))]
     for k in dict.fromkeys(keys):
         what, _, pair = k.partition("/")
         names[k] = f"{what.replace('_', ' ').capitalize()} {pair.replace('-', ' – ')}"

@@ -23,6 +23,7 @@ from dualenc.bundle.record import record
 from dualenc.config import Component, LogitScale, Modality, Recipe, settings_as
 from dualenc.data.modalities import ModalityInput, modalities
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
+from dualenc.encoders.dual_encoder import without_heads
 from dualenc.encoders.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
 
@@ -119,7 +120,8 @@ class Bundle:
 
         Args:
             state: the weights, by the names of ``model.state_dict()``; default: the model's own. A run whose engine
-                holds the weights in pieces, or that keeps a moving average, passes them here.
+                holds the weights in pieces, or that keeps a moving average, passes them here. Heads that only a loss
+                uses are left out.
             provenance: added to the bundle's own.
             pieces: file → sha256 of weights that the ranks of a run have written into ``folder``, see
                 :mod:`dualenc.distributed.pieces`; no weights are written then.
@@ -153,8 +155,9 @@ class Bundle:
     def _save_weights(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
         from safetensors.torch import save_file
 
-        tensors = dict(state) if state is not None else self.model.state_dict()
-        wrong = set(tensors) ^ set(self.model.state_dict())
+        own = self.model.state_dict()
+        tensors = without_heads(state if state is not None else own)
+        wrong = set(tensors) ^ set(without_heads(own))
         if wrong:
             raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
         # clone: safetensors refuses tensors that share memory, such as views into a flat buffer

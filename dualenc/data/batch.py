@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,11 @@ class Batch:
         bad: samples lost while this batch was made.
         step: the global step this batch belongs to.
         load_s: seconds the worker spent on it.
+        passes: LongTensor [B]: which pass over its source each slot's sample was drawn in; augmentation follows it.
+        views: name → collated rows of one modality as another model takes them (a teacher's picture size or tokenizer):
+            as many rows, in the same slots, as ``inputs`` of that modality.
+        extras: name → modality (or pair) → [B, …] by slot, without gradient: what else a loss is given, such as a
+            teacher's features. Not made by the loader.
     """
 
     size: int
@@ -49,25 +54,27 @@ class Batch:
     step: int = 0
     bad: list[BadSample] = field(default_factory=list)
     load_s: float = 0.0
+    passes: Tensor | None = None
+    views: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to ``device`` (non-blocking where the memory is pinned)."""
-        return Batch(
-            self.size,
-            {m: map_tensors(x, lambda t: t.to(device, non_blocking=True)) for m, x in self.inputs.items()},
-            {m: r.to(device, non_blocking=True) for m, r in self.rows.items()},
-            self.ids.to(device, non_blocking=True),
-            self.keys,
-            self.step,
-            self.bad,
-            self.load_s,
-        )
+        return self._moved(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when ``pin_memory`` is on."""
-        inputs = {m: map_tensors(x, lambda t: t.pin_memory()) for m, x in self.inputs.items()}
-        rows = {m: r.pin_memory() for m, r in self.rows.items()}
-        return Batch(self.size, inputs, rows, self.ids.pin_memory(), self.keys, self.step, self.bad, self.load_s)
+        return self._moved(lambda t: t.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            inputs=map_tensors(self.inputs, move),
+            rows=map_tensors(self.rows, move),
+            ids=move(self.ids),
+            views=map_tensors(self.views, move),
+            extras=map_tensors(self.extras, move),
+        )
 
     def chunks(self, size: int) -> list[Batch]:
         """Split into micro-batches of ``size`` slots; a chunk that lacks a modality borrows row 0 as its dummy."""

@@ -44,6 +44,22 @@ class Failure:
     error: DualencError
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """A modality's item once more, as another model takes it: a teacher's picture size or tokenizer.
+
+    Attributes:
+        modality: whose raw value is used; a view has a row wherever that modality has one.
+        input: how it becomes a row. Drawn from the same random state as the student's row, an equal augmentation gives
+            the same crop, caption, …
+        plain: the item as in evaluation instead.
+    """
+
+    modality: str
+    input: ModalityInput
+    plain: bool = False
+
+
 class Loader:
     """An iterable over steps; yields this rank's :class:`Batch` of every step from ``start_step`` on.
 
@@ -57,6 +73,9 @@ class Loader:
         start_step: the first step; resuming is setting it.
         pin_memory: copy batches into pinned memory (for a GPU).
         start_method: how workers start; default: fork where there is fork.
+        views: name → what else to make of a modality's items.
+        redraw: modality → (seed, passes): its augmentation is drawn as in run ``seed``, and pass p as pass
+            p % ``passes``, so that views that were stored before come again.
 
     Attributes:
         plan: the order.
@@ -80,6 +99,8 @@ class Loader:
         start_step: int = 0,
         pin_memory: bool = False,
         start_method: str | None = None,
+        views: Mapping[str, View] | None = None,
+        redraw: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         if batch_size % world:
             raise ConfigError(f"batch.size ({batch_size}) must be a multiple of the {world} ranks.")
@@ -97,7 +118,7 @@ class Loader:
         if self._cache is not None and data.cache_dir is None:
             self._finalizer = weakref.finalize(self, self._cache.remove)
         self._steps = StepDataset(
-            self.plan, self.sets, inputs, pairs, wanted, seed, batch_size, rank, world, self._cache, data
+            self.plan, self.sets, inputs, pairs, wanted, seed, batch_size, rank, world, self._cache, data, views, redraw
         )
         self._iterator: Any = None
         self._lost_worker = False
@@ -212,7 +233,10 @@ class StepDataset(Dataset[Any]):
         world: int,
         cache: ShardCache | None,
         data: Data,
+        views: Mapping[str, View] | None = None,
+        redraw: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
+        self.views, self.redraw = dict(views or {}), dict(redraw or {})
         self.plan, self.sets, self.inputs, self.pairs, self.wanted = plan, sets, inputs, list(pairs), wanted
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         self.cache, self.data = cache, data
@@ -240,7 +264,7 @@ class StepDataset(Dataset[Any]):
     def make(self, refs: Refs, step: int) -> Batch:
         """Read, decode and collate the samples of ``refs``."""
         reader = self._open()
-        rows: dict[str, list[Any]] = {m: [] for m in self.modalities}
+        rows: dict[str, list[Any]] = {m: [] for m in (*self.modalities, *self.views)}
         slots: dict[str, list[int]] = {m: [] for m in self.modalities}
         ids, keys, bad = [ABSENT] * len(refs), [], []
         at = zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), refs.passes.tolist(), strict=True)
@@ -262,7 +286,8 @@ class StepDataset(Dataset[Any]):
                 ids[slot] = stable_id(full)
             for m, row in made.items():
                 rows[m].append(row)
-                slots[m].append(slot)
+                if m in slots:
+                    slots[m].append(slot)
         self._refuse_hopeless(bad)
         return Batch(
             size=len(refs),
@@ -272,10 +297,12 @@ class StepDataset(Dataset[Any]):
             keys=keys,
             step=step,
             bad=bad,
+            passes=torch.from_numpy(refs.passes.astype(np.int64)),
+            views={n: v.input.collate(rows[n] or [v.input.dummy()]) for n, v in self.views.items()},
         )
 
     def _rows(self, reader: Reader, source: int, shard: int, sample: Sample, one: int) -> dict[str, Any]:
-        """The rows of one sample, by modality."""
+        """The rows of one sample, by modality and by view."""
         wanted = self.wanted[source]
         found = reader.find(source, shard, sample, wanted)
         if not any(a in found.values and b in found.values for a, b in self.pairs):
@@ -286,12 +313,17 @@ class StepDataset(Dataset[Any]):
         out: dict[str, Any] = {}
         for m, raw in found.values.items():
             part: Any = self.inputs[m]
-            rng = sample_rng(self.seed, full, one, m)
+            seed, passes = self.redraw.get(m, (self.seed, one + 1))
             try:
-                item = part.decode(raw)
+                item, rng = part.decode(raw), sample_rng(seed, full, one % passes, m)
                 if partner.keys() >= found.values.keys():
                     item = part.mix(item, partner[m], rng)
                 out[m] = part.train(item, rng)
+                for name, view in self.views.items():
+                    if view.modality == m:
+                        item = view.input.decode(raw)
+                        draw = sample_rng(seed, full, one % passes, m)
+                        out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:
                 raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
         return out

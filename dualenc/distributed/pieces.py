@@ -118,6 +118,18 @@ class InMemory:
         return self._tensors[name].flatten()[start:end]
 
 
+class Joined:
+    """The tensors of ``first``, and those of ``second`` that it has not, as a :class:`Stored`."""
+
+    def __init__(self, first: Stored, second: Stored) -> None:
+        self._first, self._second = first, second
+        self.shapes = {**second.shapes, **first.shapes}
+
+    def read(self, name: str, start: int, end: int) -> Tensor:
+        """See :class:`Stored`."""
+        return (self._first if name in self._first.shapes else self._second).read(name, start, end)
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class _Run:
     start: int

@@ -48,6 +48,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = _Scales(start)
         bias = {n: nn.Parameter(torch.full((1,), scale.bias)) for n in names} if scale.bias is not None else {}
         self.logit_bias = _Biases(bias)
+        self.heads = nn.ModuleDict()
         for m in self.locked:
             self.towers[m].requires_grad_(False).eval()
         for m in heads:
@@ -68,7 +69,8 @@ class DualEncoder(nn.Module):
             ``features``: modality → [n_m, D], L2-normalised, fp32. ``logit_scale``: pair → [1], the bounded factor of
             the cosines (not its logarithm). ``logit_bias``: pair → [1]; empty where the model has none.
             ``frozen``: locked modality → [n_m, W], what its encoder itself says of the rows, before the head,
-            L2-normalised, fp32, without gradient; losses such as CWCL take their targets from it.
+            L2-normalised, fp32, without gradient; losses such as CWCL take their targets from it. And one group for
+            each of the heads: modality → [n_m, E].
         """
         features, frozen = {}, {}
         for m, x in inputs.items():
@@ -77,12 +79,24 @@ class DualEncoder(nn.Module):
                 features[m], frozen[m] = normalised(y), normalised(own.detach())
             else:
                 features[m] = self.encode(m, x)
-        return {
+        out = {
             "features": features,
             "frozen": frozen,
             "logit_scale": self.logit_scale(*self.bounds),
             "logit_bias": self.logit_bias(),
         }
+        for name, head in self.heads.items():
+            assert isinstance(head, nn.ModuleDict)
+            out[name] = {m: head[m](x).float() for m, x in features.items() if m in head}
+        return out
+
+    def add_head(self, name: str, head: Mapping[str, nn.Module]) -> None:
+        """Add modality → module on the features [n, D], whose outputs [n, E] become the group ``name`` of the outputs.
+
+        Heads serve losses only. They are parameters of this module, so that every engine and optimizer sees them, but
+        no part of the model that is saved for use: see :func:`without_heads`.
+        """
+        self.heads[name] = nn.ModuleDict(head)
 
     def encode(self, modality: str, x: Any) -> Tensor:
         """One modality's collated rows → [n, D], L2-normalised, fp32.
@@ -118,6 +132,24 @@ class DualEncoder(nn.Module):
 def normalised(x: Tensor) -> Tensor:
     """Rows of length 1 in fp32: autocast may hand over bf16, the norm and all that follows are fp32."""
     return nn.functional.normalize(x.float(), dim=-1)
+
+
+_HEADS = "heads."
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor of the state dict belongs to a head that only a loss uses."""
+    return name.startswith(_HEADS)
+
+
+def without_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict that belong to the model itself: all but the heads that only a loss uses."""
+    return {k: v for k, v in state.items() if not is_head(k)}
+
+
+def heads_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The others: the heads' tensors."""
+    return {k: v for k, v in state.items() if is_head(k)}
 
 
 class _StraightClamp(torch.autograd.Function):

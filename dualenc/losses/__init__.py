@@ -14,10 +14,10 @@ from torch import nn
 
 from dualenc.config import Component, settings_as
 from dualenc.losses import cwcl, info_nce, sigmoid  # noqa: F401  (they register themselves)
-from dualenc.losses.base import Loss, LossOutput, losses
+from dualenc.losses.base import Extras, Loss, LossOutput, losses
 from dualenc.losses.objective import objective
 
-__all__ = ["Loss", "LossOutput", "build_loss", "losses", "objective"]
+__all__ = ["Extras", "Loss", "LossOutput", "build_loss", "losses", "objective"]
 
 
 def build_loss(component: Component) -> Loss:

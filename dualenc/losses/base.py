@@ -31,11 +31,27 @@ class LossOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Extras:
+    """What stands beside the features of a pair, by slot like them: [B, …], zero where a slot has none.
+
+    Attributes:
+        pair: the two modalities.
+        a, b: name → rows of either side: the batch's ``extras`` (a teacher's features, without gradient) and the
+            model's further outputs (projections of the features, with gradient).
+        both: name → rows of the pair as a whole (a fusion teacher's scores).
+    """
+
+    pair: tuple[str, str]
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    both: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Loss(Protocol):
     """A contrastive loss between two sets of features: what ``losses.build_loss`` returns.
 
-    A loss with the attribute ``wants_frozen = True`` is also given ``frozen=(x, y)``: for each of ``a`` and ``b`` the
-    embeddings [B, W] that a locked tower's own encoder gave (L2-normalised fp32, no gradient), or None.
+    A loss with a true attribute ``takes_extras`` is also given ``extras``, an :class:`Extras`.
     """
 
     def __call__(

@@ -27,7 +27,7 @@ from dualenc.config import Section
 from dualenc.distributed.gather import gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
-from dualenc.losses.base import LossOutput, losses
+from dualenc.losses.base import Extras, LossOutput, losses
 from dualenc.losses.info_nce import info_nce_rows
 
 
@@ -133,7 +133,7 @@ class CWCL(nn.Module):
     It has no parameters. Strips are recomputed in the backward, so nothing of size B·N is kept.
     """
 
-    wants_frozen = True
+    takes_extras = True
 
     class Config(Section):
         """Settings."""
@@ -152,7 +152,8 @@ class CWCL(nn.Module):
         ids: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor | None = None,
-        frozen: tuple[Tensor | None, Tensor | None] = (None, None),
+        extras: Extras | None = None,
     ) -> LossOutput:
         """See :func:`cwcl`; ``logit_bias`` adds the same to all logits of a row and is ignored."""
+        frozen = (extras.a.get("frozen"), extras.b.get("frozen")) if extras is not None else (None, None)
         return cwcl(a, b, ids, logit_scale, frozen, self.config.sharpen, self.config.strip_mb)

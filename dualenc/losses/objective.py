@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dualenc.config import pair_name
 from dualenc.data.batch import ABSENT, Batch
-from dualenc.losses.base import Loss, LossOutput
+from dualenc.losses.base import Extras, Loss, LossOutput
 
 
 def objective(
@@ -24,8 +24,9 @@ def objective(
 
     Args:
         outputs: what the model's forward returns: ``features`` {m: [n_m, D]}, ``logit_scale`` and ``logit_bias``
-            {pair: [1]}, and ``frozen`` {m: [n_m, W]} where towers are locked.
-        batch: gives ``rows`` {m: [n_m]} (empty for a dummy row), ``ids`` [B], ``size`` B.
+            {pair: [1]}. Every other group is rows by modality like ``features``, for losses that take extras.
+        batch: gives ``rows`` {m: [n_m]} (empty for a dummy row), ``ids`` [B], ``size`` B, and ``extras`` for
+            losses that take them.
         pairs: (modality, modality).
 
     Returns:
@@ -35,14 +36,13 @@ def objective(
     features, scales, biases = outputs["features"], outputs["logit_scale"], outputs["logit_bias"]
     slots = {m: to_slots(x, batch.rows[m], batch.size) for m, x in features.items()}
     has = {m: mark(batch.rows[m], batch.size) for m in features}
-    frozen = {m: to_slots(x, batch.rows[m], batch.size) for m, x in outputs.get("frozen", {}).items()}
     value = zero_path(x for group in outputs.values() for x in group.values())
     metrics: dict[str, Tensor] = {}
     for a, b in pairs:
         key = pair_name((a, b))
         ids = torch.where(has[a] & has[b], batch.ids, ABSENT)
-        extra = {"frozen": (frozen.get(a), frozen.get(b))} if getattr(loss, "wants_frozen", False) else {}
-        out = loss(slots[a], slots[b], ids, scales[key], biases.get(key), **extra)
+        more = {"extras": extras_of(outputs, batch, (a, b))} if getattr(loss, "takes_extras", False) else {}
+        out = loss(slots[a], slots[b], ids, scales[key], biases.get(key), **more)
         value = value + out.value / len(pairs)
         metrics[f"loss/{key}"] = out.value.detach()
         metrics |= {_metric_name(name, a, b): x for name, x in out.metrics.items()}
@@ -50,6 +50,24 @@ def objective(
         if key in biases:
             metrics[f"logit_bias/{key}"] = biases[key].detach().squeeze()
     return LossOutput(value, metrics)
+
+
+SHARED = ("features", "logit_scale", "logit_bias")
+"""Groups of a model's outputs that every loss is given; the others are extras."""
+
+
+def extras_of(outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pair: tuple[str, str]) -> Extras:
+    """What the batch and the model's further outputs say of a pair."""
+    out = Extras(pair, {}, {})
+    for group, rows in outputs.items():
+        for side, m in zip((out.a, out.b), pair, strict=True):
+            if group not in SHARED and m in rows:
+                side[group] = to_slots(rows[m], batch.rows[m], batch.size)
+    for name, values in batch.extras.items():
+        for side, key in ((out.a, pair[0]), (out.b, pair[1]), (out.both, pair_name(pair))):
+            if key in values:
+                side[name] = values[key]
+    return out
 
 
 def to_slots(x: Tensor, rows: Tensor, size: int) -> Tensor:

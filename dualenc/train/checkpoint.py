@@ -2,7 +2,9 @@
 
     RUN/checkpoints/step-0000000100/
         model/                   the bundle: what `dualenc eval` loads (the moving average, if the recipe keeps one)
-        weights.safetensors      the trained weights, only where model/ holds their moving average
+        weights.safetensors      the trained weights, only where model/ holds their moving average, or where a loss
+                                 has heads of its own, which are no part of the model
+        teachers.safetensors     when distilling: the state of teachers that follow the student
         optimizer.safetensors    optimizer state by parameter name, whatever engine wrote it
         state.json               step, samples_seen, lost-sample counts, small optimizer values
         manifest.json            size and sha256 of every file above, written last
@@ -30,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dualenc.config import Recipe
-from dualenc.distributed.pieces import Files, Piece, file_name, find, stored, write
+from dualenc.distributed.pieces import Files, Joined, Piece, file_name, find, stored, write
 from dualenc.distributed.world import World, all_gather_object, broadcast_object
 from dualenc.errors import CheckpointError, DualencError
 
@@ -279,13 +281,14 @@ def trained_weights(save: Path) -> Files:
     return stored(save, "weights") if has_average(save) else stored(save / "model", "model")
 
 
-def average_weights(save: Path) -> Files:
-    """The moving average of the weights; only where :func:`has_average`."""
-    return stored(save / "model", "model")
+def average_weights(save: Path) -> Joined:
+    """The moving average of the weights; only where :func:`has_average`. Heads that only a loss uses are not part of
+    the bundle: their average starts again from the trained ones."""
+    return Joined(stored(save / "model", "model"), trained_weights(save))
 
 
 def has_average(save: Path) -> bool:
-    """Whether the bundle holds a moving average, and the trained weights stand beside it."""
+    """Whether the trained weights stand beside the bundle: it holds their moving average, or lacks a loss's heads."""
     return bool(find(save, "weights"))
 
 

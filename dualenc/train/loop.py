@@ -19,18 +19,21 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from dualenc.bundle import Bundle, Embedder, build_bundle, load_model
 from dualenc.config import Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
+from dualenc.distill import Distiller
 from dualenc.distributed.failure import naming_missing_ranks
 from dualenc.distributed.world import World, all_reduce_sum, barrier, close_world, init_world
+from dualenc.encoders.dual_encoder import heads_of, is_head
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA
 from dualenc.errors import CheckpointError, DivergenceError, Interrupted
-from dualenc.losses import build_loss
+from dualenc.losses import Loss, build_loss
 from dualenc.train import checkpoint as ckpt
 from dualenc.train.step import StepResult, train_step
 from dualenc.train.tracking import JsonlSink, Tracker, environment, git_hash, keep_rank_files_until
@@ -67,15 +70,18 @@ class Run:
         self.recipe, self.run_dir, self.world, self.evaluate = recipe, run_dir, world, evaluate
         self.stop = StopFlag()
         self.bundle: Bundle = build_bundle(recipe)
-        self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
         save = self._find_save()
+        if save is None and recipe.checkpoint.init_from:
+            init_weights(self.bundle, recipe.checkpoint.init_from)
+        self.distiller = Distiller(recipe, self.bundle, world.device) if recipe.distill is not None else None
+        self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
+        if self.distiller is not None:
+            self.state.fingerprint["teachers"] = self.distiller.describe()
         if save is not None:
             saved = ckpt.load_state(save)
             refuse_changes(saved.fingerprint, self.state.fingerprint, save)
             saved.fingerprint = self.state.fingerprint
             self.state = saved
-        elif recipe.checkpoint.init_from:
-            init_weights(self.bundle, recipe.checkpoint.init_from)
         parameters = list(self.bundle.model.parameters())
         self.parameter_count = sum(p.numel() for p in parameters)  # ZeRO 3 empties them
         trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -85,7 +91,11 @@ class Run:
             self.engine.load_model_state(ckpt.trained_weights(save))
             self.engine.load_optimizer_state(ckpt.optimizer_state(save), self.state.optimizer)
         self.ema = self._build_ema(save)
-        self.loss = build_loss(recipe.loss)
+        self.loss: Loss = build_loss(recipe.loss)
+        if self.distiller is not None:
+            self.loss = self.distiller.loss(self.loss)
+            if save is not None:
+                self.distiller.load_state_dict(load_file(str(save / "teachers.safetensors")))
         self.loader = Loader(
             recipe.data,
             self.bundle.inputs,
@@ -96,7 +106,11 @@ class Run:
             world=world.world_size,
             start_step=self.state.step,
             pin_memory=self.engine.device.type == "cuda",
+            views=self.distiller.views if self.distiller else None,
+            redraw=self.distiller.redraw if self.distiller else None,
         )
+        if self.distiller is not None:
+            self.distiller.covers(self.loader.sets)
         check_data(self.state, self.loader.plan.digest(), save)
         self.total_steps = total_steps(recipe, self.loader.plan.samples_per_pass)
         self.loader.stop_step = self.total_steps
@@ -157,9 +171,10 @@ class Run:
         self.engine.set_lr_factor(
             lr_factor(self.state.samples_seen, self.total_steps * self.recipe.batch.size, self.recipe.schedule)
         )
-        result = train_step(
-            self.engine, batch.to(self.engine.device), self.recipe.pairs, self.loss, micro=self.recipe.batch.micro
-        )
+        batch = batch.to(self.engine.device)
+        if self.distiller is not None:
+            batch = self.distiller.prepare(batch, self.engine.module, self.loss)
+        result = train_step(self.engine, batch, self.recipe.pairs, self.loss, micro=self.recipe.batch.micro)
         self.state.step += 1
         self.state.samples_seen += self.recipe.batch.size
         if self.samples is not None:
@@ -257,7 +272,7 @@ class Run:
         average = self.ema.state_dict() if self.ema else None
         with ckpt.Saver(self.run_dir, self.state.step, self.world) as saver:
             if self.world.rank == 0:
-                if average is not None:
+                if average is not None or heads_of(weights):
                     saver.tensors("weights.safetensors", weights)
                 saver.tensors("optimizer.safetensors", optimizer)
                 self._save_rest(saver, state=weights if average is None else average)
@@ -266,9 +281,11 @@ class Run:
         rank, world_size = self.world.rank, self.world.world_size
         optimizer, self.state.optimizer = self.engine.optimizer_pieces()
         with ckpt.Saver(self.run_dir, self.state.step, self.world) as saver:
-            if self.ema is not None:
-                saver.pieces("weights", self.engine.model_pieces())
-            saver.pieces("model/model", self.ema.pieces(rank, world_size) if self.ema else self.engine.model_pieces())
+            weights = self.engine.model_pieces()
+            average = weights if self.ema is None else self.ema.pieces(rank, world_size)
+            if self.ema is not None or len(self.bundle.model.heads):
+                saver.pieces("weights", weights)
+            saver.pieces("model/model", [p for p in average if not is_head(p.name)])
             saver.pieces("optimizer", optimizer)
             files = {Path(name).name: digest for name, (_, digest) in saver.written().items() if "/" in name}
             if rank == 0:
@@ -278,6 +295,8 @@ class Run:
         """What rank 0 writes besides the optimizer's tensors; ``weights``: as ``Bundle.save`` takes them."""
         provenance = {"step": self.state.step, "samples_seen": self.state.samples_seen, "git": git_hash()}
         self.bundle.save(saver.folder / "model", provenance=provenance, **weights)
+        if self.distiller is not None:
+            saver.tensors("teachers.safetensors", self.distiller.state_dict())
         saver.state(self.state)
         (saver.folder / "recipe.yaml").write_text(dump_yaml(self.recipe), encoding="utf-8")
 
@@ -409,8 +428,13 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     data = {k: full["data"][k] for k in ("sampling", "lanes", "window")}
     sources = [{k: s[k] for k in ("name", "weight", "members")} for s in full["data"]["sources"]]
     keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
+    distill = full["distill"]
+    if distill is not None:  # where a teacher lies may change; what it is, is compared by its hash
+        where = ("model", "cache", "precision", "max_missing")
+        distill["teachers"] = [{k: v for k, v in t.items() if k not in where} for t in distill["teachers"]]
     return {k: full[k] for k in keys} | {
         "data": data | {"sources": sources},
+        "distill": distill,
         "batch.size": full["batch"]["size"],
         "optim.name": full["optim"]["name"],
     }

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,15 @@ def cached_backward(engine: Engine, chunks: list[Batch], batch: Batch, pairs: Pa
             outputs = engine.forward(chunk.inputs)
             # Every output stays in every chunk's graph; scales and biases get their gradient once.
             surrogate = zero_path(x for group in outputs.values() for x in group.values())
-            for m, leaf in leaves["features"].items():
+            for m in done:
                 n = len(chunk.rows[m])
-                surrogate = surrogate + (outputs["features"][m][:n] * _grad(leaf)[done[m] : done[m] + n]).sum()
+                for group in row_groups(leaves):
+                    if m in leaves[group]:
+                        grad = _grad(leaves[group][m])[done[m] : done[m] + n]
+                        surrogate = surrogate + (outputs[group][m][:n] * grad).sum()
                 done[m] += n
             if last:
-                for group in ("logit_scale", "logit_bias"):
+                for group in PER_PAIR:
                     for key, leaf in leaves[group].items():
                         surrogate = surrogate + (outputs[group][key] * _grad(leaf)).sum()
             engine.backward(surrogate)
@@ -110,18 +114,29 @@ def join(
     encoded: Sequence[Mapping[str, Mapping[str, Tensor]]], chunks: Sequence[Batch], batch: Batch
 ) -> tuple[dict[str, dict[str, Tensor]], Batch]:
     """The chunks' outputs as leaves that collect gradients, and the batch whose rows are in their order."""
-    features, frozen, rows = {}, {}, {}
     starts = [sum(c.size for c in chunks[:k]) for k in range(len(chunks))]
-    for m in encoded[0]["features"]:
-        parts = [e["features"][m][: len(c.rows[m])] for e, c in zip(encoded, chunks, strict=True)]
-        features[m] = torch.cat(parts).detach().requires_grad_()
-        rows[m] = torch.cat([c.rows[m] + start for c, start in zip(chunks, starts, strict=True)])
-        if m in encoded[0].get("frozen", {}):  # targets of a loss are made of the whole batch, as its features are
-            frozen[m] = torch.cat([e["frozen"][m][: len(c.rows[m])] for e, c in zip(encoded, chunks, strict=True)])
-    leaves = {"features": features, "frozen": frozen}
-    for group in ("logit_scale", "logit_bias"):
+    leaves: dict[str, dict[str, Tensor]] = {}
+    for group in row_groups(encoded[0]):
+        leaves[group] = {}
+        for m in encoded[0][group]:
+            parts = [e[group][m][: len(c.rows[m])] for e, c in zip(encoded, chunks, strict=True)]
+            leaves[group][m] = torch.cat(parts).detach().requires_grad_()
+    rows = {
+        m: torch.cat([c.rows[m] + start for c, start in zip(chunks, starts, strict=True)])
+        for m in encoded[0]["features"]
+    }
+    for group in PER_PAIR:
         leaves[group] = {k: x.detach().clone().requires_grad_() for k, x in encoded[0][group].items()}
-    return leaves, Batch(batch.size, {}, rows, batch.ids, batch.keys, batch.step)
+    return leaves, replace(batch, inputs={}, rows=rows)
+
+
+PER_PAIR = ("logit_scale", "logit_bias")
+"""Groups of the outputs that are one number a pair; all others are rows by modality, in the order of the inputs."""
+
+
+def row_groups(outputs: Mapping[str, Any]) -> list[str]:
+    """``features`` and whatever else the model gives for each row."""
+    return [group for group in outputs if group not in PER_PAIR]
 
 
 def _grad(leaf: Tensor) -> Tensor:

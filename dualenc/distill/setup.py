@@ -1,0 +1,125 @@
+"""A run's distillation, put together from the recipe: teachers, heads, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dualenc.bundle import Bundle
+from dualenc.bundle.bundle import seeded
+from dualenc.config import Recipe, pair_name
+from dualenc.data.batch import Batch
+from dualenc.data.loader import View
+from dualenc.data.shards import ShardSet
+from dualenc.distill.look_ahead import LookAheadTeacher
+from dualenc.distill.objective import Distillation, build_terms, head_name
+from dualenc.distill.teachers import TeacherSource, build_teacher, with_extras
+from dualenc.errors import ConfigError
+from dualenc.losses import Loss
+
+
+class Distiller:
+    """What a run asks of distillation.
+
+    Attributes:
+        teachers: in the recipe's order.
+        views: what the loader brings for online teachers.
+        redraw: modality → (seed, passes) for cached ones.
+    """
+
+    def __init__(self, recipe: Recipe, bundle: Bundle, device: torch.device) -> None:
+        assert recipe.distill is not None
+        self.config, self.recipe = recipe.distill, recipe
+        self.teachers: list[TeacherSource] = [
+            build_teacher(k, t, recipe, bundle.inputs, device) for k, t in enumerate(self.config.teachers)
+        ]
+        self.follower: LookAheadTeacher | None = None
+        if self.config.look_ahead is not None:
+            self.follower = LookAheadTeacher(self.config.look_ahead, recipe, bundle, device)
+            self.teachers.append(self.follower)
+        self.views: dict[str, View] = {name: v for t in self.teachers for name, v in t.views.items()}
+        self.redraw = self._redraw()
+        self._check_pairs()
+        self._add_heads(bundle)
+        if self.follower is not None:
+            self.follower.attach(bundle.model)
+
+    def loss(self, hard: Loss) -> Distillation:
+        """The student's loss, around the recipe's own."""
+        return Distillation(self.config, hard, [t.info for t in self.teachers])
+
+    def covers(self, sets: Sequence[ShardSet]) -> None:
+        """Refuse data that a cached teacher has nothing of."""
+        for t in self.teachers:
+            t.covers(sets)
+
+    def prepare(self, batch: Batch, module: nn.Module, loss: Loss) -> Batch:
+        """The batch with every teacher's features. A teacher that follows the student looks at ``module`` first."""
+        batch = with_extras(batch, [t for t in self.teachers if t is not self.follower])
+        if self.follower is not None:
+            self.follower.follow(module, batch, loss)
+            batch = with_extras(batch, [self.follower])
+        return batch
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Of every teacher, what must stay the same when the run is resumed."""
+        return [t.describe() for t in self.teachers]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors of a teacher that changes during the run; empty where all are frozen."""
+        return self.follower.state_dict() if self.follower is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Set what :meth:`state_dict` gave."""
+        if self.follower is not None:
+            self.follower.load_state_dict(state)
+
+    def _redraw(self) -> dict[str, tuple[int, int]]:
+        out: dict[str, tuple[int, int]] = {}
+        for k, t in enumerate(self.teachers):
+            for m, how in t.redraw.items():
+                if out.setdefault(m, how) != how:
+                    raise ConfigError(
+                        f"distill.teachers.{k}.cache: its views of {m} were drawn with (seed, views) {how}, another "
+                        f"teacher's with {out[m]}: the student can follow one of them only; write one anew"
+                    )
+        return out
+
+    def _check_pairs(self) -> None:
+        for pair in self.recipe.pairs:
+            if not self.config.hard and not any(tuple(pair) in t.info.scale for t in self.teachers):
+                raise ConfigError(
+                    f"distill.hard is 0 and no teacher has both sides of {pair_name(pair)}: nothing would train this "
+                    "pair; raise distill.hard or name a teacher of it"
+                )
+
+    def _add_heads(self, bundle: Bundle) -> None:
+        """A linear map to each teacher's space for every term that compares there."""
+        dim = bundle.embed_dim
+        for k, (_, term) in enumerate(build_terms(self.config)):
+            project = getattr(term.config, "project", None)
+            for t in self.teachers:
+                heads = getattr(term, "uses_heads", False)
+                if t.info.fusion and (heads or getattr(term, "needs_features", False)):
+                    raise ConfigError(
+                        f"distill.terms.{k}: {self.config.terms[k].name} compares features, and {t.name} is a fusion "
+                        "teacher, which has only scores; write dcd or soft_labels"
+                    )
+                if not heads:
+                    continue
+                if project is False and t.embed_dim != dim:
+                    raise ConfigError(
+                        f"distill.terms.{k}.project: false needs equal dimensions, the student has {dim}, {t.name} "
+                        f"{t.embed_dim}; leave it out"
+                    )
+                if project is False or (project is None and t.embed_dim == dim):
+                    continue
+                name = head_name(k, t.name)
+                head = {}
+                for m in t.modalities:
+                    with seeded(self.recipe.seed, name, m):
+                        head[m] = nn.Linear(dim, t.embed_dim, bias=False)
+                bundle.model.add_head(name, head)
