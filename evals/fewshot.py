@@ -76,10 +76,14 @@ def sinkhorn(cost: Tensor, epsilon: float, iterations: int = ITERATIONS) -> Tens
     n, m = cost.shape[-2:]
     kernel = -cost / epsilon
     v = torch.zeros_like(cost[..., :1, :])
+    u = -np.log(n) - (kernel + v).logsumexp(-1, keepdim=True)
     for _ in range(iterations):
-        u = -np.log(n) - (kernel + v).logsumexp(-1, keepdim=True)
         v = -np.log(m) - (kernel + u).logsumexp(-2, keepdim=True)
-    return (kernel + u + v).exp()
+        before, u = u, -np.log(n) - (kernel + v).logsumexp(-1, keepdim=True)
+        if float((u - before).abs().max()) < 1e-7:
+            break
+    plan: Tensor = (kernel + u + v).exp()
+    return plan
 
 
 def transported(prototypes: Tensor, queries: Tensor, epsilon: float = EPSILON) -> Tensor:

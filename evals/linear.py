@@ -14,7 +14,7 @@ from evals.metrics import Ints, block_starts, class_ranks
 
 GRID = (1e-2, 1.0, 1e2, 1e4, 1e6)
 """Strengths tried first, then one ten times smaller and one ten times larger than the best. Features have norm 1."""
-MAX_ITERATIONS = 500
+MAX_ITERATIONS = 300
 
 
 def fit(x: Tensor, labels: Ints, classes: int, strength: float, start: Tensor | None = None) -> Tensor:

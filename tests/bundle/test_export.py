@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_bundle import recipe
-from test_released_models import SIGLIP_LIKE, SMALL, TEXT, VISION, compare, pil, randomise, write_hf, write_open_clip
+from test_released_models import SMALL, TEXT, VISION, compare, pil, randomise, write_hf, write_open_clip
 from torch.nn.functional import normalize
 
 from dualenc.bundle import Bundle, build_bundle, load_model
