@@ -75,9 +75,8 @@ def _what(bundle: Bundle) -> str:
     table = "| modality | tower | parameters | in training |\n|---|---|---|---|\n" + "\n".join(rows)
     log = {p: float(v.detach().exp()) for p, v in bundle.model.logit_scale.items()}
     scale = ", ".join(f"{p}: {v:.4g}" for p, v in log.items())
-    return (
-        f"A dual encoder with {bundle.embed_dim} features, compared by their cosine.\n\n{table}\n\nLogit scale: {scale}."
-    )
+    head = f"A dual encoder with {bundle.embed_dim} features, compared by their cosine."
+    return f"{head}\n\n{table}\n\nLogit scale: {scale}."
 
 
 def _inputs(bundle: Bundle) -> str:
@@ -94,7 +93,9 @@ def _training(bundle: Bundle, recipe: Path | None) -> str:
     known = {k: v for k, v in bundle.provenance.items() if k not in ("clap_logit_scales",)}
     lines = [f"- {k}: {v}" for k, v in known.items() if k != "source"] or ["- its origin is not recorded"]
     if recipe is None:
-        return "\n".join([*lines, "", "No recipe lies beside the model: it was not trained here, or its folder was moved."])
+        return "\n".join(
+            [*lines, "", "No recipe lies beside the model: it was not trained here, or its folder was moved."]
+        )
     import yaml
 
     text = recipe.read_text(encoding="utf-8")

@@ -157,7 +157,9 @@ def _temperatures(bundle: Bundle, family: str) -> dict[str, Tensor]:
     if family == "clap":
         two = bundle.provenance.get("clap_logit_scales")
         kept = two if two and torch.tensor(two[0], dtype=torch.float32) == log else [log, log]
-        return {f"logit_scale_{side}": torch.as_tensor(v).float().reshape(()) for side, v in zip("at", kept, strict=True)}
+        return {
+            f"logit_scale_{side}": torch.as_tensor(v).float().reshape(()) for side, v in zip("at", kept, strict=True)
+        }
     bias = _bias(bundle)
     if family != "siglip":
         if bias is not None:
@@ -235,7 +237,7 @@ def _is_clips(source: TextInput) -> bool:
 
 
 def _is_custom(words: Mapping[str, Any]) -> bool:
-    """open_clip's plain CLIP takes a causal text tower that pools its last token; anything else is its CustomTextCLIP."""
+    """open_clip's plain CLIP takes a causal text tower that pools its last token; others are its CustomTextCLIP."""
     plain = words.get("pool_type", "argmax") == "argmax" and not words.get("proj_bias") and not words.get("embed_cls")
     return not plain or bool(words.get("no_causal_mask")) or bool(words.get("hf_model_name"))
 

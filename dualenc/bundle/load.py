@@ -132,7 +132,14 @@ def load_bundle(folder: Path) -> Bundle:
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
     try:
         bundle = assemble(
-            said["name"], parts, inputs, pairs, scale, int(said["embed_dim"]), read_weights(weights, renamed=False), str(folder)
+            said["name"],
+            parts,
+            inputs,
+            pairs,
+            scale,
+            int(said["embed_dim"]),
+            read_weights(weights, renamed=False),
+            str(folder),
         )
     except ConfigError as e:
         raise CheckpointError(f"{folder}: its architecture cannot be built: {e}") from e

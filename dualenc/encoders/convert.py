@@ -431,7 +431,8 @@ def _timm_config(tower: Tower) -> dict[str, Any]:
     }
 
 
-_ACTS = {"GELU(approximate='none')": "gelu", "GELUTanh()": "gelu_pytorch_tanh", "GELU(approximate='tanh')": "gelu_pytorch_tanh"}  # fmt: skip
+_TANH = "gelu_pytorch_tanh"
+_ACTS = {"GELU(approximate='none')": "gelu", "GELUTanh()": _TANH, "GELU(approximate='tanh')": _TANH}
 
 
 def _facts(trunk: Any) -> dict[str, Any] | None:
@@ -472,7 +473,9 @@ def _timm_name(config: Mapping[str, Any]) -> str:
             return str(name)
         near = near or (name, facts["hidden_act"])
     if near is None:
-        raise NoSuchLayoutError("vision_config: timm, from which open_clip takes SigLIP's towers, has none of this shape")
+        raise NoSuchLayoutError(
+            "vision_config: timm, from which open_clip takes SigLIP's towers, has none of this shape"
+        )
     raise NoSuchLayoutError(
         f"vision_config.hidden_act: {config['hidden_act']!r} at {config['image_size']} px; open_clip builds this tower "
         f"as timm's {near[0]}, which has {near[1]!r} or another size"
