@@ -237,7 +237,7 @@ def _is_clips(source: TextInput) -> bool:
 
 
 def _is_custom(words: Mapping[str, Any]) -> bool:
-    """open_clip's plain CLIP takes a causal text tower that pools its last token; anything else is its CustomTextCLIP."""
+    """open_clip's plain CLIP takes a causal text tower that pools its last token; others are its CustomTextCLIP."""
     plain = words.get("pool_type", "argmax") == "argmax" and not words.get("proj_bias") and not words.get("embed_cls")
     return not plain or bool(words.get("no_causal_mask")) or bool(words.get("hf_model_name"))
 

@@ -431,7 +431,8 @@ def _timm_config(tower: Tower) -> dict[str, Any]:
     }
 
 
-_ACTS = {"GELU(approximate='none')": "gelu", "GELUTanh()": "gelu_pytorch_tanh", "GELU(approximate='tanh')": "gelu_pytorch_tanh"}  # fmt: skip
+_TANH = "gelu_pytorch_tanh"
+_ACTS = {"GELU(approximate='none')": "gelu", "GELUTanh()": _TANH, "GELU(approximate='tanh')": _TANH}
 
 
 def _facts(trunk: Any) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ class OpenClip:
         if not config.pretrained:
             return {}
         defaults = self.input_defaults(kind, name, config)
-        keys = ("size", "mean", "std") if kind == "image" else ("tokenizer", "context_length")
+        keys: tuple[str, ...] = ("size", "mean", "std") if kind == "image" else ("tokenizer", "context_length")
         if config.resize_positions:
             keys = tuple(k for k in keys if k not in ("size", "context_length"))
         return {k: defaults[k] for k in keys if k in defaults}

@@ -169,8 +169,8 @@ def from_hf(where: str) -> Released:
         seconds, samples = inputs["audio"]["max_s"], pre.get("nb_max_samples")
         if samples is not None and round(seconds * inputs["audio"]["rate"]) != int(samples):
             raise CheckpointError(
-                f"hf:{where}: preprocessor_config.json: sampling_rate: {seconds:g} s at {inputs['audio']['rate']} Hz are "
-                f"not nb_max_samples ({samples}); one of them was changed."
+                f"hf:{where}: preprocessor_config.json: sampling_rate: {seconds:g} s at {inputs['audio']['rate']} Hz "
+                f"are not nb_max_samples ({samples}); one of them was changed."
             )
     else:
         inputs["image"] = hf.image_defaults(hf.preprocessor(where), where)

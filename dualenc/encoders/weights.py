@@ -72,8 +72,8 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
     except RuntimeError as e:
         if "TorchScript" in str(e):
             raise CheckpointError(
-                f"{path}: refused, it is a TorchScript program, not a file of weights. OpenAI's models are also there as "
-                "plain weights: write open_clip:NAME/openai, or convert it to safetensors."
+                f"{path}: refused, it is a TorchScript program, not a file of weights. OpenAI's models are also there "
+                "as plain weights: write open_clip:NAME/openai, or convert it to safetensors."
             ) from e
         raise CheckpointError(f"{path}: these weights cannot be read ({str(e).splitlines()[0]})") from e
     except (SafetensorError, OSError, EOFError, ValueError) as e:

@@ -1,9 +1,10 @@
-"""Exports: written by us, read by the other library, the same tensors and the same features on real photos and texts."""
+"""Exports: written by us, read by the other library: the same tensors, the same features on real photos and texts."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,9 @@ def test_a_trained_clip_with_heads_of_ours(tmp_path: Path, coco: Photos) -> None
 def test_own_towers_go_to_onnx_and_safetensors_only(tmp_path: Path, coco: Photos) -> None:
     built = build_bundle(recipe())
     for layout, name in (("hf", "transformers"), ("open_clip", "open_clip")):
-        with pytest.raises(ConfigError, match=rf"tiny cannot be written for {name}: .*own/convnet.*onnx or safetensors"):
+        with pytest.raises(
+            ConfigError, match=rf"tiny cannot be written for {name}: .*own/convnet.*onnx or safetensors"
+        ):
             export(built, layout, tmp_path / layout)
         assert not (tmp_path / layout).exists()
     out = export(built, "safetensors", tmp_path / "st")
@@ -264,6 +267,17 @@ def test_own_towers_go_to_onnx_and_safetensors_only(tmp_path: Path, coco: Photos
 
 
 # --- what was edited is refused ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model in three layouts, each of which loads as it is."""
+    tmp_path = tmp_path_factory.mktemp("exported")
+    write_open_clip(tmp_path / "m", SMALL, {})
+    model = load_model(str(tmp_path / "m"))
+    for layout in ("hf", "open_clip", "safetensors"):
+        load_model(str(export(model, layout, tmp_path / layout)))
+    return tmp_path
 
 
 def change(path: Path, keys: tuple[str, ...], value: Any) -> None:
@@ -292,19 +306,16 @@ def change(path: Path, keys: tuple[str, ...], value: Any) -> None:
     ],
 )
 def test_an_edited_export_is_refused(
-    tmp_path: Path, layout: str, file: str, keys: tuple[str, ...], value: Any, field: str
+    exported: Path, tmp_path: Path, layout: str, file: str, keys: tuple[str, ...], value: Any, field: str
 ) -> None:
-    write_open_clip(tmp_path / "m", SMALL, {})
-    out = export(load_model(str(tmp_path / "m")), layout, tmp_path / "out")
-    load_model(str(out))
+    out = shutil.copytree(exported / layout, tmp_path / layout)
     change(out / file, keys, value)
     with pytest.raises(CheckpointError, match=field):
         load_model(str(out))
 
 
-def test_another_tokenizer_in_an_export_is_refused(tmp_path: Path) -> None:
-    write_open_clip(tmp_path / "m", SMALL, {})
-    out = export(load_model(str(tmp_path / "m")), "hf", tmp_path / "out")
+def test_another_tokenizer_in_an_export_is_refused(exported: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(exported / "hf", tmp_path / "out")
     said = json.loads((out / "tokenizer.json").read_text())
     vocab = said["model"]["vocab"]
     vocab["photo</w>"], vocab["cat</w>"] = vocab["cat</w>"], vocab["photo</w>"]
@@ -319,9 +330,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("layout", ["open_clip", "hf"])
-def test_a_pickle_with_a_payload_is_not_executed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
-) -> None:
+def test_a_pickle_with_a_payload_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "executed"))
     if layout == "hf":
         write_hf(tmp_path / "m", "clip")
@@ -341,8 +350,51 @@ def test_a_pickle_with_a_payload_is_not_executed(
 
 def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-B-32.pt")
-    with pytest.raises(CheckpointError, match="TorchScript.*open_clip:NAME/openai"):
+    with pytest.raises(CheckpointError, match=r"TorchScript.*open_clip:NAME/openai"):
         load_model(f"open_clip:ViT-B-32/{tmp_path / 'ViT-B-32.pt'}")
+
+
+# --- ONNX --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("towers", ["own", "open_clip"])
+def test_onnx_gives_our_features(tmp_path: Path, coco: Photos, towers: str) -> None:
+    """The graphs by onnxruntime, fed as preprocess.json says, on batches of other sizes than they were written with."""
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from transformers import AutoTokenizer
+
+    if towers == "own":
+        built = build_bundle(recipe())
+    else:
+        write_open_clip(tmp_path / "m", {**SMALL, "quick_gelu": True}, {})
+        built = load_model(str(tmp_path / "m"))
+    randomise(built.model)
+    out = export(built, "onnx", tmp_path / "onnx")
+    sheet = json.loads((out / "preprocess.json").read_text())
+    wanted = built.embedder()
+    assert sheet["logit_scale"]["image-text"] == pytest.approx(wanted.logit_scale("image-text"))
+
+    source: Any = built.inputs["image"]
+    size = sheet["modalities"]["image"]["inputs"]["pixels"]["shape"][-1]
+    assert size == sheet["modalities"]["image"]["preprocessing"]["size"] == source.config.size
+    pixels = torch.stack([source.eval(source.decode(x)) for x, _ in coco]).float() / 255
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    words = sheet["modalities"]["text"]
+    length, pad = words["inputs"]["ids"]["shape"][1], words["preprocessing"]["pad_id"]
+    rows = [tokenizer(t, truncation=True, max_length=length)["input_ids"] for t in texts_of(coco)]
+    ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows])
+    mask = torch.tensor([[i < len(r) for i in range(length)] for r in rows])
+    feed = {"ids": ids.numpy(), "mask": mask.numpy()}
+    feed = {k: v for k, v in feed.items() if k in words["inputs"]}
+    for n in (len(coco), 1):
+        image = ort.InferenceSession(out / "image.onnx").run(None, {"pixels": pixels[:n].numpy()})[0]
+        text = ort.InferenceSession(out / "text.onnx").run(None, {k: v[:n] for k, v in feed.items()})[0]
+        off = abs(torch.tensor(image) - wanted.embed("image", [x for x, _ in coco[:n]])).max()
+        off_text = abs(torch.tensor(text) - wanted.embed("text", texts_of(coco)[:n])).max()
+        print(towers, n, float(off), float(off_text))
+        assert max(off, off_text) <= 1e-4
 
 
 # --- the model card ----------------------------------------------------------------------------------------------
@@ -362,7 +414,13 @@ def test_the_card_has_recipe_counts_and_numbers(tmp_path: Path) -> None:
     results = {"tasks": {"flowers": {"metrics": {"top1": 0.4321}}}}
     (run / "results.json").write_text(json.dumps(results))
     card = (export(load_model(str(run)), "safetensors", tmp_path / "out", run) / "README.md").read_text()
-    for part in ("| pairs | 1,234 |", "samples_seen: 56", "| flowers | top1 | 0.4321 |", "own/convnet", "embed_dim: 16"):
+    for part in (
+        "| pairs | 1,234 |",
+        "samples_seen: 56",
+        "| flowers | top1 | 0.4321 |",
+        "own/convnet",
+        "embed_dim: 16",
+    ):
         assert part in card, part
     results["tasks"]["flowers"]["metrics"]["top1"] = 0.5
     (tmp_path / "other.json").write_text(json.dumps(results))

@@ -113,3 +113,56 @@ def test_a_clap_folder_gives_transformers_features(
     assert audio.std(0).mean() > 1e-2  # the clips are told apart at all
     assert embedder.logit_scale("audio-text") == pytest.approx(model.logit_scale_a.exp().item(), rel=1e-6)
     assert bundle.inputs["audio"].config.long == ("fusion" if fused else "crop")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_a_clap_folder_to_ours_and_back(tmp_path: Path, clips: Clips, fused: bool) -> None:
+    """transformers → ours → transformers: every tensor bit for bit, both temperatures too, the same features."""
+    from safetensors.torch import load_file
+    from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
+
+    from dualenc.bundle.export import export
+
+    model, _, _ = write_clap(tmp_path / "m", fused)
+    model.logit_scale_t.data.add_(0.25)
+    model.save_pretrained(tmp_path / "m")
+    ours = load_model(str(tmp_path / "m"))
+    out = export(ours, "hf", tmp_path / "hf")
+    one, two = load_file(tmp_path / "m" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(v, two[k]) and v.shape == two[k].shape for k, v in one.items())
+
+    theirs = ClapModel.from_pretrained(out).eval()
+    heard = AutoFeatureExtractor.from_pretrained(out)(
+        [wave_of(x, 48_000) for x, _ in clips], sampling_rate=48_000, return_tensors="pt"
+    )
+    if fused:  # none is longer than ten seconds; the extractor then throws dice for one to be called so
+        heard["is_longer"] = torch.zeros_like(torch.as_tensor(heard["is_longer"]))
+    words = AutoTokenizer.from_pretrained(out)(
+        [t for _, t in clips], padding=True, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        sounds = theirs.get_audio_features(**heard).pooler_output
+        texts = theirs.get_text_features(**words).pooler_output
+    again = load_model(str(out))
+    for bundle in (ours, again):
+        embedder = bundle.embedder()
+        assert (embedder.embed("audio", [x for x, _ in clips], 4) - sounds).abs().max() <= 1e-5
+        assert (embedder.embed("text", [t for _, t in clips]) - texts).abs().max() <= 1e-5
+    state = ours.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"), [("sampling_rate", 44_100, "sampling_rate"), ("hop_length", 441, "features")]
+)
+def test_an_edited_sample_rate_or_hop_is_refused(tmp_path: Path, key: str, value: int, field: str) -> None:
+    from dualenc.bundle.export import export
+    from dualenc.errors import CheckpointError
+
+    write_clap(tmp_path / "m", False)
+    out = export(load_model(str(tmp_path / "m")), "hf", tmp_path / "hf")
+    path = out / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=field):
+        load_model(str(out))

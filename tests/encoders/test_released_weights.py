@@ -74,6 +74,32 @@ def _shift(bn: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @needs_lite0
+def test_lite0_gives_timm_s_features_by_timm_s_own_transform(coco: Photos) -> None:
+    """No ImageNet photos are at hand for a top-1; so the whole way from bytes to features, against timm's."""
+    import io
+
+    import timm
+    from PIL import Image
+    from timm.data import create_transform
+
+    part = Component.model_validate({"name": "timm/efficientnet_lite0", "pretrained": LITE0})
+    source = modalities["image"](modalities["image"].Config(**input_defaults("image", part)))
+    tower: Any = build_tower("image", part, source.describe(), 16).eval()
+    theirs = timm.create_model("efficientnet_lite0", pretrained=False, bn_eps=1e-3, pad_type="same").eval()
+    load_by_order(theirs, read_weights(weight_file(LITE0, "x")), "x")
+    config = timm.data.resolve_data_config({"crop_pct": 1.0}, model=theirs)
+    config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as its package says
+    transform = create_transform(**config)
+    x = source.collate([source.eval(source.decode(raw)) for raw, _ in coco])
+    y = torch.stack([transform(Image.open(io.BytesIO(raw)).convert("RGB")) for raw, _ in coco])
+    with torch.no_grad():
+        ours = tower.trunk((x / 255 - tower.mean) / tower.std)
+        want = theirs.forward_head(theirs.forward_features(y), pre_logits=True)
+    print("largest difference", float((ours - want).abs().max()), "of", float(want.abs().max()))
+    assert (ours - want).abs().max() <= 1e-4
+
+
+@needs_lite0
 def test_lite0_knows_dogs() -> None:
     """Photos whose every caption speaks of a dog against photos where none does: the mass on ImageNet's dog breeds."""
     if not FLICKR.is_dir():

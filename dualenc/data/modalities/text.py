@@ -193,8 +193,8 @@ class TextInput:
         written = HFTokenizer(str(folder), self.context_length, None)
         if padding_is_seen and written.pad_id != self.pad_id:
             raise ConfigError(
-                f"tokenizer: {self.config.tokenizer} cannot be written for transformers: this tower sees its padding, id "
-                f"{self.pad_id}, which is a word there; transformers would pad with {written.pad_id}."
+                f"tokenizer: {self.config.tokenizer} cannot be written for transformers: this tower sees its padding, "
+                f"id {self.pad_id}, which is a word there; transformers would pad with {written.pad_id}."
             )
         for text in PROBES:
             ours, theirs = self.tokenizer.encode(text), written.encode(text)
