@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dualenc.bundle import Bundle, load_model
 from dualenc.data.batch import map_tensors
 from dualenc.errors import ConfigError
+from evals import pages
 from evals.harness import environment, evaluate
-from evals.report import TEMPLATES, _column, _json_lines
+from evals.report import json_lines
 from evals.svg import Chart, Series, compact, legend, line_chart
 from evals.tasks import Task
 
@@ -87,7 +87,7 @@ def group_name(spec: str) -> str:
 
 def scores(spec: str, tasks: Sequence[Task], batch_size: int) -> tuple[dict[str, float], Bundle | None]:
     """task/metric → value; and the model, if it had to be loaded for it."""
-    rows = _json_lines(Path(spec) / "metrics.jsonl")
+    rows = json_lines(Path(spec) / "metrics.jsonl")
     last = max((r["step"] for r in rows if "loss" in r), default=None)
     own = {k.removeprefix("eval/"): float(v) for r in rows if r["step"] == last for k, v in r.items() if "eval/" in k}
     if tasks and all(any(k.startswith(f"{t.name}/") for k in own) for t in tasks):
@@ -210,12 +210,12 @@ def weight_charts(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How DCD's weights move, of the first run of every group that has any."""
     out = []
     for g in groups:
-        rows = _json_lines(Path(g["models"][0]) / "metrics.jsonl")
+        rows = json_lines(Path(g["models"][0]) / "metrics.jsonl")
         for title, wanted in (("Weights by sample", WEIGHTS), ("Parts of the loss", PARTS)):
             series = []
             for n, (key, label) in enumerate(wanted.items(), 1):
-                column = next((k for r in rows for k in r if k.split("/")[0] == key), None)
-                x, y = _column(rows, column) if column else ([], [])
+                name = next((k for r in rows for k in r if k.split("/")[0] == key), None)
+                x, y = column(rows, name) if name else ([], [])
                 if x:
                     series.append(Series(label, x, y, n))
             if series:
@@ -226,20 +226,17 @@ def weight_charts(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def render(result: Mapping[str, Any]) -> str:
     """The page as text; it loads nothing from anywhere."""
-    env = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     tables = []
     for block in markdown(result).split("\n\n"):
         lines = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines()]
         tables.append({"head": lines[0], "rows": lines[2:]})
-    return env.get_template("distilled.html.j2").render(
-        teacher=result["teacher"],
-        tables=tables,
-        charts=weight_charts(result["groups"]),
-        environment=result["environment"],
+    return (
+        pages.environment()
+        .get_template("distilled.html.j2")
+        .render(
+            teacher=result["teacher"],
+            tables=tables,
+            charts=weight_charts(result["groups"]),
+            environment=result["environment"],
+        )
     )

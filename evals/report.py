@@ -45,10 +45,10 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     files = {
         "name": run_dir.resolve().name,
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        "metrics": _json_lines(run_dir / "metrics.jsonl"),
+        "metrics": json_lines(run_dir / "metrics.jsonl"),
         "results": read_json(run_dir / "results.json"),
         "environment": read_json(run_dir / "environment.json"),
-        "lost": [row for p in sorted(run_dir.glob("quarantine*.jsonl")) for row in _json_lines(p)],
+        "lost": [row for p in sorted(run_dir.glob("quarantine*.jsonl")) for row in json_lines(p)],
     }
     if not (files["recipe"] or files["metrics"] or files["results"]):
         raise DataError(
@@ -82,7 +82,7 @@ def render(run: Mapping[str, Any]) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
@@ -170,7 +170,7 @@ def _times(value: float, chance: float | None) -> str:
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The loss: raw and smoothed."""
-    x, y = _column(rows, "loss")
+    x, y = column(rows, "loss")
     if not x:
         return []
     series = [Series("loss", x, y, 1, "faint"), Series("loss, smoothed", x, smooth(y), 1)]
@@ -193,7 +193,7 @@ def zero_shot_curves(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any]
         series, levels = [], []
         for n, key in enumerate(keys[:PALETTE], 1):
             task, _, metric = key.removeprefix("eval/").rpartition("/")
-            x, y = _column(rows, key)
+            x, y = column(rows, key)
             direction = label(metric[: -len(short(metric)) - 1]) if "_to_" in metric else ""
             series.append(Series(f"{task} {direction}".strip(), x, y, n))
             chance = tasks.get(task, {}).get("chance", {}).get(metric)
@@ -215,7 +215,7 @@ def small_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         names[k] = f"{what.replace('_', ' ').capitalize()} {pair.replace('-', ' – ')}"
     out = []
     for key, title in names.items():
-        x, y = _column(rows, key)
+        x, y = column(rows, key)
         if x:
             percent = key == "data_wait_share" or key.startswith("acc/")
             show = (lambda v: f"{100 * v:.3g} %") if percent else compact
@@ -228,7 +228,7 @@ def _clock(rows: Sequence[Mapping[str, Any]]) -> str:
     return "samples seen" if any("samples_seen" in r for r in rows) else "steps"
 
 
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def column(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     clock = "samples_seen" if _clock(rows) == "samples seen" else "step"
     points = [(r[clock], r[key]) for r in rows if isinstance(r.get(key), int | float) and clock in r]
     return [float(x) for x, _ in points], [float(y) for _, y in points]

@@ -43,8 +43,8 @@ ONLY_IN = {
     "open_clip": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
     "timm": ("dualenc/encoders",),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py", "dualenc/bench_audio.py"),
-    "typer": ("dualenc/cli.py",),
-    "argparse": ("dualenc/cli.py", "dualenc/bench.py"),
+    "typer": ("dualenc/cli",),
+    "argparse": ("dualenc/cli", "dualenc/bench.py"),
     "pickle": (),
 }
 

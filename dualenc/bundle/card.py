@@ -75,12 +75,8 @@ def _what(bundle: Bundle) -> str:
     table = "| modality | tower | parameters | in training |\n|---|---|---|---|\n" + "\n".join(rows)
     log = {p: float(v.detach().exp()) for p, v in bundle.model.logit_scale.items()}
     scale = ", ".join(f"{p}: {v:.4g}" for p, v in log.items())
-<<<<<<< HEAD
-    return f"A dual encoder with {bundle.embed_dim} features, compared by their cosine.\n\n{table}\n\nLogit scale: {scale}."
-=======
     head = f"A dual encoder with {bundle.embed_dim} features, compared by their cosine."
     return f"{head}\n\n{table}\n\nLogit scale: {scale}."
->>>>>>> w8
 
 
 def _inputs(bundle: Bundle) -> str:

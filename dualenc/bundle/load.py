@@ -125,20 +125,7 @@ def load_bundle(folder: Path) -> Bundle:
     scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
     try:
-<<<<<<< HEAD
         bundle = assemble(said["name"], parts, inputs, pairs, scale, int(said["embed_dim"]), tensors, str(folder))
-=======
-        bundle = assemble(
-            said["name"],
-            parts,
-            inputs,
-            pairs,
-            scale,
-            int(said["embed_dim"]),
-            read_weights(weights, renamed=False),
-            str(folder),
-        )
->>>>>>> w8
     except ConfigError as e:
         raise CheckpointError(f"{folder}: its architecture cannot be built: {e}") from e
     for m, d in said["modalities"].items():

@@ -30,8 +30,8 @@ from dualenc.bundle import Bundle
 from dualenc.bundle.bundle import resolve_input
 from dualenc.config import Recipe
 from dualenc.data.batch import map_tensors
-from dualenc.data.loader import members_of, sample_rng, stable_id
 from dualenc.data.modalities import DecodeError, ModalityInput
+from dualenc.data.samples import members_of, sample_rng, stable_id
 from dualenc.data.shards import ShardSet, open_source
 from dualenc.data.stream import Found, SampleError, iter_samples
 from dualenc.errors import ConfigError, DataError, did_you_mean

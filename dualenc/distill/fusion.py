@@ -16,8 +16,8 @@ from torch import Tensor
 from dualenc.bundle.bundle import build_input, state_digest
 from dualenc.config import Recipe, Teacher, pair_name
 from dualenc.data.batch import ABSENT, Batch, map_tensors
-from dualenc.data.loader import View
 from dualenc.data.modalities import ModalityInput
+from dualenc.data.samples import View
 from dualenc.data.shards import ShardSet
 from dualenc.distill.cache import as_student_sees
 from dualenc.distill.objective import HAS, SCORES, TeacherInfo

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dualenc.bundle import Bundle
 from dualenc.config import LookAhead, Recipe
 from dualenc.data.batch import Batch, map_tensors
-from dualenc.data.loader import View
+from dualenc.data.samples import View
 from dualenc.data.shards import ShardSet
 from dualenc.distill.objective import HAS, TeacherInfo
 from dualenc.distributed.world import world_size

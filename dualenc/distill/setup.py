@@ -12,7 +12,7 @@ from dualenc.bundle import Bundle
 from dualenc.bundle.bundle import seeded
 from dualenc.config import Recipe, pair_name
 from dualenc.data.batch import Batch
-from dualenc.data.loader import View
+from dualenc.data.samples import View
 from dualenc.data.shards import ShardSet
 from dualenc.distill.look_ahead import LookAheadTeacher
 from dualenc.distill.objective import Distillation, build_terms, head_name

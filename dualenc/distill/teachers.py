@@ -17,8 +17,8 @@ from torch import Tensor
 from dualenc.bundle import Bundle, load_model
 from dualenc.config import Recipe, Teacher, pair_name
 from dualenc.data.batch import Batch, map_tensors
-from dualenc.data.loader import View
 from dualenc.data.modalities import ModalityInput
+from dualenc.data.samples import View
 from dualenc.data.shards import ShardSet
 from dualenc.distill.cache import Cache, as_student_sees, augmentation
 from dualenc.distill.objective import HAS, TeacherInfo

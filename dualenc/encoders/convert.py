@@ -219,7 +219,7 @@ def _apply(rules: Sequence[_Rule], tensors: Mapping[str, Tensor], to_hf: bool, n
             whole = whole[0] if to_hf else whole[None]
         shares = rule.shares or (1,) * len(target)
         unit = len(whole) // sum(shares)
-        pieces = whole.split([unit * s for s in shares]) if len(target) > 1 else (whole,)
+        pieces = torch.split(whole, [unit * s for s in shares]) if len(target) > 1 else (whole,)
         out |= dict(zip(target, pieces, strict=True))
     left = sorted(set(tensors) - used)
     if left:
@@ -464,7 +464,7 @@ def _timm_name(config: Mapping[str, Any]) -> str:
         if "_gap_" in name:
             continue
         with torch.device("meta"):
-            trunk = timm.create_model(name, pretrained=False, num_classes=0)
+            trunk: Any = timm.create_model(name, pretrained=False, num_classes=0)
         facts = _facts(trunk)
         if facts is None or any(config[k] != v for k, v in facts.items() if k not in ("hidden_act", "layer_norm_eps")):
             continue

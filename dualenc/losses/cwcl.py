@@ -71,6 +71,7 @@ def cwcl(
     for rows, columns, f, name in ((a, gather(b), frozen[0], "ab"), (b, gather(a), frozen[1], "ba")):
         strips = torch.split(torch.arange(len(rows), device=rows.device), rows_of(strip_mb, columns))
         # Recomputed in the backward: a strip's logits and targets are never kept.
+        parts: list[tuple[Tensor, ...]]
         if f is None:
             parts = [
                 checkpoint(info_nce_rows, rows[i], columns, ids[i], all_ids, logit_scale, 0.0, use_reentrant=False)

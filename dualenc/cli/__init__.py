@@ -1,0 +1,71 @@
+"""The ``dualenc`` command: the one place that joins training, evaluation and data tools.
+
+Exit codes: 0 done; 1 other errors; 2 recipe or command line; 3 data; 4 checkpoint; 5 diverged; 130 stopped and saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from dualenc import __version__
+from dualenc.cli import evaluate, listing, shards, train  # noqa: F401  (their commands register themselves)
+from dualenc.cli.app import app
+from dualenc.errors import DualencError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Entry point. Errors meant for a person are one line on stderr; ``--debug`` shows the traceback."""
+    sys.argv[1:] = take_launcher_arguments(sys.argv[1:])
+    debug = "--debug" in sys.argv
+    if not debug:  # torch's C++ warnings come once per rank, before torch is loaded is the only time to say so
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.basicConfig(
+        level=logging.INFO if debug else logging.WARNING,
+        format="%(name)s: %(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    try:
+        app(standalone_mode=True)
+    except DualencError as e:
+        if debug:
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(e))}", highlight=False, soft_wrap=True)
+        raise SystemExit(e.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def take_launcher_arguments(argv: list[str]) -> list[str]:
+    """The deepspeed launcher puts ``--local_rank=N`` before the script's own arguments: it goes to LOCAL_RANK."""
+    kept = []
+    for arg in argv:
+        if arg.startswith(("--local_rank=", "--local-rank=")):
+            os.environ.setdefault("LOCAL_RANK", arg.split("=", 1)[1])
+        else:
+            kept.append(arg)
+    return kept
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(f"dualenc {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(2)

@@ -1,0 +1,201 @@
+"""Commands that use a model: eval, embed, compare, export, report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dualenc.cli.app import Debug, app
+from dualenc.cli.train import resolve_tasks
+from dualenc.config import load_recipe
+from dualenc.errors import ConfigError, did_you_mean
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Run folder, checkpoint folder, open_clip:NAME[/TAG], hf:REPO, or a local folder of either."
+        ),
+    ],
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names, comma between.")] = "",
+    task: Annotated[list[Path] | None, typer.Option("--task", help="A task's YAML file; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where results.json goes.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Folder where features are kept. Default: $DUALENC_CACHE, else in ~/.cache."),
+    ] = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Neither keep features nor look for kept ones."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after a kill: finished tasks are taken from --out as they are.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Of bootstrap intervals and the examples shown.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Zero-shot evaluation of any model on any task.
+
+    Features are kept by content (weights, data, batch size) and found by the next run; --no-cache turns that off.
+    """
+    from dualenc.bundle import load_model
+    from dualenc.distributed.world import close_world, init_world
+    from evals.harness import evaluate, print_table
+
+    chosen = resolve_tasks([*(n.strip() for n in tasks.split(",")), *map(str, task or [])])
+    if not chosen:
+        raise ConfigError("dualenc eval: name tasks, --tasks A,B or --task FILE.yaml; dualenc list tasks shows them")
+    world = init_world(device, 600, None)
+    try:
+        embedder = load_model(model, device=str(world.device)).embedder()
+        results = evaluate(
+            embedder,
+            chosen,
+            world=world,
+            out=out,
+            cache_dir=None if no_cache else cache or feature_cache(),
+            batch_size=batch_size,
+            seed=seed,
+            progress=world.rank == 0,
+            resume=resume,
+        )
+        if world.rank == 0:
+            print_table(results)
+            if out is not None:
+                Console().print(f"written: {out}", highlight=False, soft_wrap=True)
+    finally:
+        close_world(world)
+
+
+def feature_cache() -> Path:
+    """Where features are kept: $DUALENC_CACHE, else dualenc/ in the user's cache folder. Safe to delete at any time."""
+    root = os.environ.get("DUALENC_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(root) if root else base / "dualenc") / "features"
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
+    shards: Annotated[str, typer.Argument(help="Shards: path, brace pattern or URL; none with --recipe.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="Folder for the features.")] = Path("features"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Write teacher features of this recipe's data, as its student draws it."),
+    ] = None,
+    views: Annotated[int, typer.Option("--views", min=1, help="With --recipe: augmented views of a sample.")] = 1,
+    plain: Annotated[
+        str, typer.Option("--plain", help="With --recipe: modalities without augmentation, comma between.")
+    ] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="With --recipe: fp16, int8 or fp32.")] = "fp16",
+    modalities: Annotated[
+        str, typer.Option("--modalities", help="Which to embed, comma between; default: all the model has.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 64,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data."""
+    from dualenc.bundle import load_model
+
+    if (recipe is None) == (not shards):
+        raise ConfigError("dualenc embed: name shards, or --recipe RECIPE for a teacher's cache, not both")
+    if recipe is None:
+        from dualenc.bundle.embed_shards import embed_shards
+
+        done = embed_shards(load_model(model, device=device), shards, out, words(modalities), batch_size)
+    else:
+        from dualenc.distill.cache import write_cache
+
+        done = write_cache(
+            load_model(model, device=device),
+            load_recipe(recipe),
+            out,
+            views,
+            words(plain),
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+    print(json.dumps(done, indent=1))
+
+
+def words(text: str) -> list[str]:
+    """A comma-separated list."""
+    return [w.strip() for w in text.split(",") if w.strip()]
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="MODELs as in dualenc eval: the teacher, then students.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names or YAML files, comma between.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="The HTML page; a .json of that name beside it.")] = Path(
+        "compare.html"
+    ),
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the timed forwards.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
+    from evals.compression import compare as run
+    from evals.compression import markdown
+
+    print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
+    Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command("export")
+def export_(
+    model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
+    layout: Annotated[str, typer.Option("--format", help="hf, open_clip, onnx or safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not hold anything yet.")],
+    results: Annotated[
+        Path | None, typer.Option("--results", help="results.json for the model card; default: the run's own.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model for other libraries, with a model card beside it."""
+    from dualenc.bundle import load_model
+    from dualenc.bundle.export import export
+
+    folder = export(load_model(model), layout, out, model, results)
+    Console().print(f"written: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder; or several results.json (or folders that hold one) to compare."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Default: report.html in the run, else compare.html")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page: about a run (its curves too), or comparing several models.
+
+    dualenc report runs/NAME; dualenc report A.json B.json … --out page.html
+    """
+    from evals.compare import write_comparison
+    from evals.report import write_report
+
+    for run in runs:
+        if not run.exists():
+            raise ConfigError(f"There is no {run}. {did_you_mean(run.name, _names(run.parent))}")
+    if len(runs) == 1 and runs[0].is_dir():
+        page = write_report(runs[0], out)
+    else:
+        page = write_comparison(runs, out or Path("compare.html"))
+    Console().print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+def _names(parent: Path) -> list[str]:
+    return [p.name for p in parent.iterdir()] if parent.is_dir() else []

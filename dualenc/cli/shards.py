@@ -1,0 +1,86 @@
+"""dualenc shards build, index, check, view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dualenc.cli.app import Debug, app
+
+shards_app = typer.Typer(help="Build, index, check and look at webdataset shards.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+
+
+@shards_app.command("build", context_settings={"ignore_unknown_options": True})
+def shards_build(
+    source: Annotated[str, typer.Argument(help="Layout of the source: folder, jsonl, csv, parquet, hf, quickstart.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the shards and their index.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(help="Settings of that layout, key=value: path=captions.jsonl split=train")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Pack a data set into webdataset shards with an index."""
+    from data_tools.build import build, print_report
+
+    print_report(build(source, out, key_values(options or [])))
+
+
+def key_values(items: list[str]) -> dict[str, Any]:
+    """``a.b=3`` items as a nested mapping, values read as YAML."""
+    from dualenc.config import apply_override
+
+    raw: dict[str, Any] = {}
+    for item in items:
+        apply_override(raw, item, {})
+    return raw
+
+
+@shards_app.command("index")
+def shards_index(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Default: index.json beside local shards.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Count the samples of every shard and write the index that training reads."""
+    from rich.progress import Progress
+
+    from dualenc.data.shards import build_index, expand, load_index
+
+    urls = expand(shards)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("indexing", total=len(urls))
+        path = build_index(urls, out, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    index = load_index(str(path))
+    Console().print(f"{index.total:,} samples in {len(index.shards)} shards: {path}", highlight=False, soft_wrap=True)
+
+
+@shards_app.command("check")
+def shards_check(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    debug: Debug = False,
+) -> None:
+    """Read and decode every sample once; exit code 3 if something is broken."""
+    from data_tools.check import check, print_check
+
+    result = check(shards)
+    print_check(result)
+    if not result.ok:
+        raise typer.Exit(3)
+
+
+@shards_app.command("view")
+def shards_view(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML page to write.")] = Path("shards.html"),
+    n: Annotated[int, typer.Option("--n", help="How many samples to show.")] = 48,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write a page that shows samples as pictures with their captions."""
+    from data_tools.view import view
+
+    Console().print(f"page: {view(shards, out, n=n, seed=seed)}", highlight=False, soft_wrap=True)

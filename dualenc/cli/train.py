@@ -1,0 +1,124 @@
+"""Commands that train: train, launch, engine-json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dualenc.cli.app import Debug, Overrides, app
+from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
+from dualenc.errors import ConfigError, DualencError
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML file.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; read no samples.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe; started again, it goes on from its newest save."""
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        print_plan(loaded)
+        return
+    from dualenc.train.loop import train as run
+
+    tasks = resolve_tasks(loaded.eval.tasks)
+    run(loaded, evaluate_with(tasks) if tasks else None)
+
+
+def evaluate_with(tasks: list[Any]) -> Any:
+    """The evaluation the loop calls: it knows tasks, the loop knows none."""
+
+    seen: dict[Any, Any] = {}  # a run evaluates the same files again and again
+
+    def evaluate(embedder: Any, world: Any) -> dict[str, float]:
+        from evals.harness import evaluate as run_tasks
+
+        results = run_tasks(embedder, tasks, world=world, progress=False, details=False, seen=seen)
+        return {f"{name}/{k}": v for name, r in results["tasks"].items() for k, v in r["metrics"].items()}
+
+    return evaluate
+
+
+def resolve_tasks(names: list[str]) -> list[Any]:
+    """Task names or YAML files → tasks; a wrong name is an error before the first step, not after the last."""
+    from evals.tasks import load_task
+
+    return [load_task(n) for n in names if n]
+
+
+def print_plan(recipe: Recipe) -> None:
+    """--dry-run: the resolved recipe, parameter counts, samples and steps."""
+    from dualenc.bundle import build_bundle
+    from dualenc.data.shards import samples_per_pass
+    from dualenc.train.loop import run_folder, total_steps
+
+    resolve_tasks(recipe.eval.tasks)
+    console = Console()
+    console.print(dump_yaml(recipe), highlight=False, markup=False)
+    bundle = build_bundle(recipe)
+    table = Table("part", "parameters", "trained", title=f"{recipe.name}: model", title_justify="left")
+    rows = [*bundle.model.towers.items(), ("whole model", bundle.model)]
+    for name, module in rows:
+        count = sum(p.numel() for p in module.parameters())
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        table.add_row(name, f"{count:,}", f"{trained:,}")
+    console.print(table)
+    needs_index = recipe.budget.passes is not None
+    try:
+        per_pass = samples_per_pass(recipe.data)
+    except DualencError as e:
+        console.print(f"samples a pass: not known ({e})", highlight=False, markup=False)
+        per_pass = 0
+    if per_pass:
+        console.print(f"samples a pass: {per_pass:,}", highlight=False)
+    if per_pass or not needs_index:
+        steps = total_steps(recipe, per_pass)
+        seen = steps * recipe.batch.size
+        passes = f" ({seen / per_pass:.2f} passes)" if per_pass else ""
+        console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
+    console.print(
+        f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    ctx: typer.Context,
+    nproc: Annotated[
+        int, typer.Option("--nproc", min=1, help="Processes on this machine (one a GPU, or several on a CPU).")
+    ] = 1,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="Start again this often after a crash, from the last save.")
+    ] = 0,
+) -> None:
+    """Start a command on several ranks: dualenc launch --nproc 2 train RECIPE [key=value …]."""
+    if not ctx.args:
+        raise ConfigError("dualenc launch: say what to start, for example: dualenc launch --nproc 2 train RECIPE")
+    from dualenc.distributed.launch import launch as start
+
+    raise typer.Exit(start([sys.executable, "-m", "dualenc", *ctx.args], nproc, max_restarts))
+
+
+@app.command("engine-json")
+def engine_json(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML file.")],
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option("--ranks", help="Number of ranks over all machines.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
+    from dualenc.engine.deepspeed import deepspeed_json
+
+    loaded = load_recipe(recipe, overrides or [])
+    if loaded.engine.kind != "deepspeed":
+        raise ConfigError(f"engine.kind is {loaded.engine.kind}, which has no such file; add engine.kind=deepspeed")
+    print(json.dumps(deepspeed_json(loaded.engine, loaded.optim, ranks), indent=2))
