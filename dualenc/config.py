@@ -79,6 +79,10 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3
+    mix: Share = Field(
+        default=0.0,
+        description="share of samples that another of their shard is mixed into: sounds added, captions joined",
+    )
     max_bad_share: Share = Field(default=0.02, description="stop when a source lost more than this share")
     cache_dir: str | None = Field(
         default=None, description="where remote shards are kept while they are read; default: a temporary folder"

@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "dualenc.json"
-_VERSIONS = ("torch", "numpy", "pillow", "safetensors", "open_clip_torch", "timm", "transformers", "tokenizers")
+_VERSIONS = (
+    *("torch", "numpy", "pillow", "soundfile", "soxr", "safetensors"),
+    *("open_clip_torch", "timm", "transformers", "tokenizers"),
+)
 
 
 @dataclass

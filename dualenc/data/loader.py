@@ -84,6 +84,7 @@ class Loader:
         if batch_size % world:
             raise ConfigError(f"batch.size ({batch_size}) must be a multiple of the {world} ranks.")
         wanted = [members_of(data, i, inputs, pairs) for i in range(len(data.sources))]
+        check_mix(data, inputs, pairs)
         self.sets = [open_source(s, data.retries) for s in data.sources]
         self.plan: Plan = build_plan(data, self.sets, seed)
         self.rank, self.world, self.batch_size = rank, world, batch_size
@@ -271,14 +272,35 @@ class StepDataset(Dataset[Any]):
             m, looked = next((m, e) for m, e in wanted.items() if m not in found.values)
             raise SampleError("", f"no member for {m} (looked for {', '.join(looked)})")
         full = f"{self.sets[source].source}/{self.sets[source].names[shard]}/{sample.key}"
+        partner = self._partner(reader, source, shard, full, one)
         out: dict[str, Any] = {}
         for m, raw in found.values.items():
-            part = self.inputs[m]
+            part: Any = self.inputs[m]
+            rng = sample_rng(self.seed, full, one, m)
             try:
-                out[m] = part.train(part.decode(raw), sample_rng(self.seed, full, one, m))
+                item = part.decode(raw)
+                if partner.keys() >= found.values.keys():
+                    item = part.mix(item, partner[m], rng)
+                out[m] = part.train(item, rng)
             except DecodeError as e:
                 raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
         return out
+
+    def _partner(self, reader: Reader, source: int, shard: int, full: str, one: int) -> dict[str, Any]:
+        """Decoded items of the sample that is mixed into this one: any of its shard, which is open already; empty
+        where none is. One that cannot be used is left out here: it is counted when its own turn comes."""
+        if not self.data.mix:
+            return {}
+        rng = sample_rng(self.seed, full, one, "mix")
+        if rng.random() >= self.data.mix:
+            return {}
+        try:
+            other = reader.locate(source, shard, int(rng.integers(self.sets[source].infos[shard].samples)))
+            found = reader.find(source, shard, other, self.wanted[source])
+            return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
+        except (SampleError, DecodeError) as e:
+            logger.debug("nothing is mixed into %s: %s", full, e)
+            return {}
 
     def _refuse_hopeless(self, bad: list[BadSample]) -> None:
         """A source of which nothing was usable so far has a wrong key or ending: say so now, not after a pass."""
@@ -375,6 +397,19 @@ def members_of(
         raise ConfigError(f"{where}: {sorted(out)} make none of the pairs {[list(p) for p in pairs]}.")
     check_members(out, where)
     return out
+
+
+def check_mix(data: Data, inputs: Mapping[str, ModalityInput], pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuse ``data.mix`` where a modality cannot be mixed.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    rigid = sorted({m for pair in pairs for m in pair if not hasattr(inputs[m], "mix")})
+    if data.mix and rigid:
+        raise ConfigError(
+            f"data.mix: {data.mix:g} needs modalities that can be mixed; {rigid[0]!r} cannot: leave it out."
+        )
 
 
 def stable_id(key: str) -> int:

@@ -87,7 +87,7 @@ class AudioCNN(Tower):
 
     def _pool(self, y: Tensor, mask: Tensor) -> Tensor:
         """[n, C, F, M] → mean and maximum over time of the means of each group of bands, [n, 2 · C · bands]."""
-        grouped = y.unflatten(3, (self.bands, -1)).mean(-1)
+        grouped = y.reshape(*y.shape[:3], self.bands, -1).mean(-1)
         real = mask[:, None, :, None]
         mean = (grouped * real).sum(2) / real.sum(2)
         top = grouped.masked_fill(~real, -torch.inf).amax(2)

@@ -169,7 +169,8 @@ def settled(arch: Any, describe: Mapping[str, Any]) -> Any:
 
 def whisper_places(arch: Any, config: Mapping[str, Any]) -> int:
     """Places after the second convolution, which halves the frames."""
-    return -(-round(config["max_s"] * config["rate"]) // int(config["features"]["hop"]) // 2)
+    frames: int = round(config["max_s"] * config["rate"]) // int(config["features"]["hop"])
+    return -(-frames // 2)
 
 
 def random_audio(arch: Any) -> nn.Module:
@@ -184,23 +185,31 @@ def random_audio(arch: Any) -> nn.Module:
         net: nn.Module = transformers.ClapAudioModel(arch)
         settle_batch_norm(net)
         return net
-    built: nn.Module = transformers.AutoModel.from_config(arch)
+    build: Any = transformers.AutoModel.from_config
+    built: nn.Module = build(arch)
     return built
 
 
 def settle_batch_norm(net: nn.Module) -> None:
     """HTSAT has no other normalisation of its input: start from statistics that log-mels have."""
-    encoder: Any = net.audio_model.audio_encoder if hasattr(net, "audio_model") else net.audio_encoder
+    encoder = htsat(net)
     encoder.batch_norm.running_mean.fill_(_DB_MEAN)
     encoder.batch_norm.running_var.fill_(_DB_STD**2)
+
+
+def htsat(net: Any) -> Any:
+    """The encoder inside a CLAP audio model, with or without its projection."""
+    return (net.audio_model if hasattr(net, "audio_model") else net).audio_encoder
 
 
 def cut_places(net: nn.Module, arch: Any, config: Mapping[str, Any]) -> None:
     """Keep of Whisper's sinusoidal positions those that ``max_s`` needs; in place."""
     places = whisper_places(arch, config)
     if places < arch.max_source_positions:
-        kept = net.embed_positions.weight[:places].detach().clone()  # type: ignore[union-attr, index]
-        net.embed_positions = nn.Embedding.from_pretrained(kept, freeze=True)
+        kept: Tensor = net.embed_positions.weight[:places].detach()  # type: ignore[union-attr, index, assignment]
+        shorter = nn.Embedding(places, kept.shape[1]).requires_grad_(False)
+        shorter.weight.copy_(kept)
+        net.embed_positions = shorter
         net.max_source_positions = arch.max_source_positions = places  # type: ignore[assignment]
 
 
@@ -271,7 +280,7 @@ class HFAudio(Tower):
             states: Tensor = out.last_hidden_state
             return states, torch.arange(states.shape[1], device=wave.device) < count[:, None]
         frames = wave.new_zeros(len(wave), int(count.max()), net.config.conv_dim[-1])
-        for n in length.unique().tolist():
+        for n in sorted(set(length.tolist())):
             rows = (length == n).nonzero().flatten()
             found = net.feature_extractor(wave[rows, :n]).transpose(1, 2)
             padded = nn.functional.pad(found, (0, 0, 0, frames.shape[1] - found.shape[1]))
@@ -303,7 +312,7 @@ def fuse_without_branch(net: nn.Module) -> None:
     transformers runs it on the longer ones only: a batch without any would leave parameters without a gradient on one
     rank. The numbers are the same.
     """
-    encoder: Any = net.audio_model.audio_encoder if hasattr(net, "audio_model") else net.audio_encoder
+    encoder = htsat(net)
     encoder.patch_embed.forward = types.MethodType(_fused_patches, encoder.patch_embed)
     encoder.enable_fusion = False  # the encoder itself would make indices of ``is_longer``; the mask comes below
     encoder.register_forward_pre_hook(_hand_down, with_kwargs=True)

@@ -90,7 +90,9 @@ class HF:
             arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
             projected = config.projection
             net = released_model(folder, arch, where, projected) if config.pretrained else random_model(arch, projected)
-        pooling = config.pooling or (default_pooling(name, arch, kind) if config.config is None else "model")
+        pooling = config.pooling or (
+            default_pooling(name, arch, kind) if config.config is None or kind == "audio" else "model"
+        )
         return wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
 
 

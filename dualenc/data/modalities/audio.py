@@ -65,9 +65,11 @@ class SpecAugment(Section):
 
 
 class Augment(Section):
-    """In training only. ``gain_db``: the range of a random change of loudness."""
+    """In training only. ``gain_db``: the range of a random change of loudness; ``mix_db``: how much louder than the
+    second the first of two mixed clips is (``data.mix`` says how many are mixed)."""
 
     gain_db: tuple[float, float] | None = None
+    mix_db: tuple[float, float] = (-5.0, 5.0)
     spec: SpecAugment | None = None
 
 
@@ -146,10 +148,16 @@ class AudioInput:
             )
         return sound
 
-    def train(self, x: Sound, rng: np.random.Generator) -> dict[str, Tensor]:
+    def mix(self, a: Sound, b: Sound, rng: np.random.Generator) -> tuple[Sound, Sound]:
+        """Two sounds that ``train`` adds up, each cropped on its own."""
+        return a, b
+
+    def train(self, x: Sound | tuple[Sound, Sound], rng: np.random.Generator) -> dict[str, Tensor]:
         """A random crop with random gain, and the masks of SpecAugment."""
-        wave = self._stretch(x, lambda room: int(rng.integers(0, room + 1)))
         augment = self.config.augment
+        sounds = x if isinstance(x, tuple) else (x,)
+        waves = [self._stretch(s, lambda room: int(rng.integers(0, room + 1))) for s in sounds]
+        wave = waves[0] if len(waves) == 1 else mixed(waves[0], waves[1], rng.uniform(*augment.mix_db))
         if augment.gain_db is not None:
             wave = wave * np.float32(10 ** (rng.uniform(*augment.gain_db) / 20))
         row = {"wave": self._shipped(wave)}
@@ -210,6 +218,20 @@ class AudioInput:
         if self.config.ship == "int16":
             wave = np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)  # type: ignore[assignment]
         return torch.from_numpy(np.ascontiguousarray(wave))
+
+
+def mixed(a: NDArray[np.float32], b: NDArray[np.float32], db: float) -> NDArray[np.float32]:
+    """Add two clips, the first ``db`` louder in the mean; as loud as the first was, and as long as the longer."""
+    rms_a, rms_b = (float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) for x in (a, b))
+    out = np.zeros(max(len(a), len(b)), np.float32)
+    out[: len(a)] += a
+    if rms_a > 0 and rms_b > 0:
+        share = rms_a / rms_b * 10 ** (-db / 20)
+        out[: len(b)] += np.float32(share) * b
+        out /= np.float32(math.sqrt(1 + 10 ** (-db / 10)))
+    else:  # one of them is silence: nothing to weigh
+        out[: len(b)] += b
+    return out
 
 
 def _masks(spec: SpecAugment, rng: np.random.Generator) -> Tensor:

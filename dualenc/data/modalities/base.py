@@ -24,6 +24,7 @@ class ModalityInput(Protocol):
 
     The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
     ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
+    One that can be mixed (``data.mix``) also has ``mix(a, b, rng)``: two decoded items → one that ``train`` takes.
     """
 
     Config: ClassVar[type[BaseModel]]

@@ -111,6 +111,11 @@ class TextInput:
         """Ids of one caption, drawn by ``rng`` where there are several."""
         return self._row(x[int(rng.integers(len(x)))] if len(x) > 1 else x[0])
 
+    def mix(self, a: list[str], b: list[str], rng: np.random.Generator) -> list[str]:
+        """One caption of each, joined by "and"; the second without a capital, as it goes on a sentence."""
+        first, second = (x[int(rng.integers(len(x)))] for x in (a, b))
+        return [f"{first.rstrip('.')} and {second[:1].lower()}{second[1:]}"]
+
     def eval(self, x: list[str]) -> Tensor:
         """Ids of the first caption."""
         return self._row(x[0])
