@@ -40,7 +40,7 @@ def bag_values(x: Tensor, y: Tensor, bags: Ints, elements: int = BLOCK_ELEMENTS)
         others = scores.masked_fill(eye, -torch.inf)
         there[start:stop] = (others < own[:, :, None]).logical_or(eye).all(2).numpy()
         back[start:stop] = (others < own[:, None, :]).logical_or(eye).all(1).numpy()
-    return there, back, (there * back).all(1).astype(np.float64)
+    return there, back, np.asarray((there * back).all(1), dtype=np.float64)
 
 
 def make_bags(

@@ -15,27 +15,30 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dualenc.data.crops import crop, size_of
+from dualenc.data.crops import crop, open_picture
+from dualenc.data.modalities.image import Picture
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from evals.files import open_binary, read_text
 from evals.rows import Content, Row, Rows, kept, label, label_spec, needed
 from evals.tasks import Task, paths_of
 
 MIN_POINTS, MIN_PX, MIN_INSIDE = 10, 24, 0.7
+MARGIN = 1.05
+"""Labels are tight: a box takes in the points of one this much larger."""
 MIN_DEPTH = 0.5
 """Metres in front of the camera below which a point is not seen."""
 
 F64 = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Box:
     """A labelled object: its class, which object it is, its centre [3], axes [3, 3] and half sizes [3] (camera)."""
 
@@ -51,11 +54,11 @@ class Box:
         return np.asarray(self.center + (signs * self.half) @ self.axes.T)
 
     def inside(self, points: F64) -> npt.NDArray[np.bool_]:
-        """[n]: which of ``points [n, 3]`` are in the box."""
-        return np.asarray((np.abs((points - self.center) @ self.axes) <= self.half).all(1))
+        """[n]: which of ``points [n, 3]`` are in the box, or just around it."""
+        return np.asarray((np.abs((points - self.center) @ self.axes) <= MARGIN * self.half).all(1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One picture with the sweep around it.
 
@@ -99,12 +102,14 @@ class Frame:
     def visible(self, box: Box, points: F64) -> tuple[float, float, float, float] | None:
         """(left, top, right, bottom) of the box in the picture; None when too little of it is seen."""
         corners = box.corners()
-        if (corners[:, 2] <= MIN_DEPTH).any() or int(box.inside(points[:, :3]).sum()) < MIN_POINTS:
+        if (corners[:, 2] <= 0).any():
             return None
         uv = self.pixels(corners)
         low, high = uv.min(0), uv.max(0)
         a, b = np.clip(low, 0, self.size), np.clip(high, 0, self.size)
         if (b - a < MIN_PX).any() or np.prod(b - a) < MIN_INSIDE * np.prod(high - low):
+            return None
+        if int(box.inside(points[:, :3]).sum()) < MIN_POINTS:
             return None
         return float(a[0]), float(a[1]), float(b[0]), float(b[1])
 
@@ -158,7 +163,7 @@ def _frame_rows(task: Task, frame: Frame) -> list[Row]:
 
 def _object_rows(task: Task, frame: Frame) -> list[Row]:
     rows: list[Row] = []
-    points = frame.points()
+    points = _points(frame)
     for n, box in enumerate(frame.boxes):
         seen = frame.visible(box, points)
         if seen is None:
@@ -171,19 +176,31 @@ def _object_rows(task: Task, frame: Frame) -> list[Row]:
     return rows
 
 
-def _frame_points(frame: Frame) -> bytes:
+# The objects of a frame follow each other: without these its sweep and picture would be read again for each.
+@lru_cache(maxsize=2)
+def _points(frame: Frame) -> F64:
+    """[n, 4]: the points inside the picture."""
     points = frame.points()
-    return as_npy(points[frame.seen(points)])
+    return points[frame.seen(points)]
+
+
+@lru_cache(maxsize=2)
+def _picture(path: str) -> Picture:
+    with open_binary(path) as f:
+        return open_picture(f.read())
+
+
+def _frame_points(frame: Frame) -> bytes:
+    return as_npy(_points(frame))
 
 
 def _box_points(frame: Frame, box: Box) -> bytes:
-    points = frame.points()
+    points = _points(frame)
     return as_npy(points[box.inside(points[:, :3])])
 
 
 def _crop(path: str, box: tuple[float, float, float, float]) -> bytes:
-    with open_binary(path) as f:
-        return crop(f.read(), box)
+    return crop(_picture(path), box)
 
 
 def as_npy(points: F64) -> bytes:
@@ -210,7 +227,7 @@ def _kitti(root: str, task: Task) -> Iterator[Frame]:
         labels = str(folder / "label_2" / f"{path.stem}.txt")
         boxes = tuple(_kitti_boxes(labels, path.stem)) if task.source.unit == "objects" else ()
         sweep = str(folder / "velodyne" / f"{path.stem}.bin")
-        size = size_of(path.read_bytes())
+        size = open_picture(path.read_bytes()).size
         P = calibration["P2"].reshape(3, 4)
         yield Frame(path.stem, "image_2", str(path), sweep, size, rect @ velo, P, boxes, 4, 1.0)
 
@@ -306,7 +323,7 @@ def _nuscenes_frames(
                 continue
             camera = calibrated[row["calibrated_sensor_token"]]
             # The car moves between the sweep and the picture: each has its own pose in the world.
-            from_world = np.linalg.inv(_pose(poses[row["ego_pose_token"]]) @ _pose(camera))
+            from_world: F64 = np.linalg.inv(_pose(poses[row["ego_pose_token"]]) @ _pose(camera)).astype(np.float64)
             P = np.concatenate([np.array(camera["camera_intrinsic"], dtype=np.float64), np.zeros((3, 1))], axis=1)
             boxes = tuple(_nuscenes_box(m, names[m["instance_token"]], from_world) for m in marks.get(token, []))
             yield Frame(

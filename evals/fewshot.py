@@ -76,10 +76,14 @@ def sinkhorn(cost: Tensor, epsilon: float, iterations: int = ITERATIONS) -> Tens
     n, m = cost.shape[-2:]
     kernel = -cost / epsilon
     v = torch.zeros_like(cost[..., :1, :])
+    u = -np.log(n) - (kernel + v).logsumexp(-1, keepdim=True)
     for _ in range(iterations):
-        u = -np.log(n) - (kernel + v).logsumexp(-1, keepdim=True)
         v = -np.log(m) - (kernel + u).logsumexp(-2, keepdim=True)
-    return (kernel + u + v).exp()
+        before, u = u, -np.log(n) - (kernel + v).logsumexp(-1, keepdim=True)
+        if float((u - before).abs().max()) < 1e-7:
+            break
+    plan: Tensor = (kernel + u + v).exp()
+    return plan
 
 
 def transported(prototypes: Tensor, queries: Tensor, epsilon: float = EPSILON) -> Tensor:
@@ -90,7 +94,8 @@ def transported(prototypes: Tensor, queries: Tensor, epsilon: float = EPSILON) -
     """
     cost = torch.cdist(prototypes, queries).square()
     plan = sinkhorn(cost / cost.amax((-2, -1), keepdim=True).clamp_min(1e-12), epsilon)
-    return (plan / plan.sum(-1, keepdim=True)) @ queries
+    weights: Tensor = plan / plan.sum(-1, keepdim=True)
+    return weights @ queries
 
 
 def opta(prototypes: Tensor, queries: Tensor, shots: int, epsilon: float = EPSILON) -> Tensor:

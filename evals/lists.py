@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _rows_of_lists(task: Task, read: Callable[[str], Objects]) -> Rows:
         columns = list(dict.fromkeys(k for row in objects for k in row))
         check_columns(task, columns, objects[0] if objects else {})
         for n, values in enumerate(objects, 1):
-            value: Callable[[str], Any] = lambda column, values=values: value_of(values, column)
+            value = partial(value_of, values)
             if not kept(task, value):
                 continue
             name = f"{Path(path).stem}:{n}"

@@ -371,7 +371,7 @@ def uniformity(x: Tensor, t: float = 2.0, elements: int = BLOCK_ELEMENTS) -> flo
     return math.log((total - n) / (n * (n - 1)))
 
 
-UNIFORMITY_ROWS = 4096
+UNIFORMITY_ROWS = 2048
 """Uniformity looks at all pairs of rows; of larger sets, at those of this many rows, evenly spaced."""
 
 

@@ -59,7 +59,7 @@ def collect(task: Task, rows: Rows, store: Store) -> Pairs:
     skipped += [{"id": b_all[i].id, "reason": f"{second}: {why}"} for i, why in b_seen.bad.items()]
     pairs = Pairs([], [], [], [], [], skipped, len(a_all) + len(b_all), "")
     place: dict[str, int] = {}
-    provenance = []
+    provenance: list[Any] = []
     i = j = 0
     for row in rows.rows:
         na, nb = len(row.contents[first][:1]), len(row.contents[second])

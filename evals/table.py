@@ -61,6 +61,7 @@ def short(metric: str) -> str:
 def head(metric: str) -> str:
     """A column's head: shares say that they are percents, so the cells need not."""
     name = {"mean_per_class_recall": "per class", "median_rank": "median"}.get(short(metric), short(metric))
+    name = name.replace("_", " ")
     return f"{name} %" if is_share(metric) else f"{name} rank"
 
 

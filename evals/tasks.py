@@ -201,6 +201,9 @@ class Task(Section):
         for m in self.metrics:
             if m not in known and not re.fullmatch(METRIC_PATTERNS.get(self.kind, r"(?!)"), m):
                 raise ValueError(f"metrics: a {self.kind} task has no metric {m!r}. {did_you_mean(m, known)}")
+        for r in self.reference:
+            if self.kind != "retrieval" and r.metric not in self.wanted():
+                raise ValueError(f"reference: {r.model}'s {r.metric!r} is no metric of this task ({self.wanted()})")
         if isinstance(self.templates, list):
             check_templates(self.templates)
         if self.modalities[0] == self.modalities[1]:

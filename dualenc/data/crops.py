@@ -9,21 +9,20 @@ from dualenc.data.modalities.image import Picture
 WHITE = (255, 255, 255)
 
 
-def size_of(raw: bytes) -> tuple[int, int]:
-    """(width, height) in pixels. Raises DecodeError: not a picture."""
-    return Picture(raw, WHITE).size
+def open_picture(raw: bytes) -> Picture:
+    """The picture with its ``size``; pixels are decoded once, when first cut. Raises DecodeError: not a picture."""
+    return Picture(raw, WHITE)
 
 
-def crop(raw: bytes, box: tuple[float, float, float, float]) -> bytes:
+def crop(picture: Picture, box: tuple[float, float, float, float]) -> bytes:
     """The part inside ``box`` (left, top, right, bottom in pixels, whole pixels around it) as PNG.
 
     Raises:
-        DecodeError: not a picture, or damaged.
+        DecodeError: damaged pixels.
     """
-    picture = Picture(raw, WHITE)
     width, height = picture.size
     left, top = max(0, int(box[0])), max(0, int(box[1]))
     right, bottom = min(width, max(left + 1, round(box[2]))), min(height, max(top + 1, round(box[3])))
     out = io.BytesIO()
-    picture.rgb().crop((left, top, right, bottom)).save(out, "PNG")
+    picture.rgb().crop((left, top, right, bottom)).save(out, "PNG", compress_level=1)
     return out.getvalue()

@@ -225,7 +225,10 @@ def test_one_and_two_ranks_give_the_same_file(tmp_path: Path) -> None:
     spawn = from_path("_spawn", ROOT / "tests" / "distributed" / "_spawn.py").spawn
     members = pairs(33)
     members[6] = ("003.png", members[6][1][:45])
+    (tmp_path / "more").mkdir()
+    more = {"metrics": ["R@1", "mAP@10", "nDCG@5"], "bags": {"by": "neighbours", "sizes": [3]}, "name": "more"}
     tasks = ["quickstart_val_clipart", "quickstart_groups", small(tmp_path, members)]
+    tasks.append(small(tmp_path / "more", pairs(33), **more))
     alone = json.loads(run(None, tasks))
     for size in (2, 3):
         out = tmp_path / f"{size}.json"
