@@ -96,7 +96,7 @@ def cwcl_rows(
     column_frozen: Tensor,
     sharpen: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ ℓ_i over valid rows, the number of rows whose best column is a positive, and Σ (ℓ_i − entropy of w̄_i).
+    """Σ ℓ_i over valid rows, the number of rows with a positive above every negative, and Σ (ℓ_i − entropy of w̄_i).
 
     Args:
         rows: [B, D]; columns: [N, D]; row_ids: [B]; column_ids: [N]; logit_scale: [1].
@@ -111,8 +111,8 @@ def cwcl_rows(
     weight = weight if sharpen == 1 else weight**sharpen
     target = weight / weight.sum(1, keepdim=True)
     per_row = torch.logsumexp(logits, dim=1) - (target * logits).sum(1)
-    best = logits.detach().argmax(1, keepdim=True)
-    hits = (row_ids[valid, None] == column_ids[None, present]).gather(1, best).sum().to(logits.dtype)
+    positive, seen = row_ids[valid, None] == column_ids[None, present], logits.detach()
+    hits = (seen.amax(1) > seen.masked_fill(positive, -float("inf")).amax(1)).sum().to(logits.dtype)
     return per_row.sum(), hits, (per_row.detach() + torch.xlogy(target, target).sum(1)).sum()
 
 
