@@ -14,7 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _distill_runs import loss_rows, student_recipe
+from _distill_runs import loss_rows, shards_fixture, student_recipe  # noqa: F401
 
 from dualenc.bundle import build_bundle
 from dualenc.config import Teacher

@@ -13,7 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent))
-from _distill_runs import student_recipe
+from _distill_runs import shards_fixture, student_recipe  # noqa: F401
 from _spawn import spawn
 
 from dualenc.bundle import build_bundle

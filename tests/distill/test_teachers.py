@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from _distill_runs import loss_rows, modalities, student_recipe
+from _distill_runs import loss_rows, modalities, shards_fixture, student_recipe, teacher_fixture  # noqa: F401
 from safetensors.torch import load_file, save_file
 
 from dualenc.bundle import build_bundle, load_model
