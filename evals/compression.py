@@ -21,7 +21,7 @@ from dualenc.data.batch import map_tensors
 from dualenc.errors import ConfigError
 from evals import pages
 from evals.harness import environment, evaluate
-from evals.report import json_lines
+from evals.report import column, json_lines
 from evals.svg import Chart, Series, compact, legend, line_chart
 from evals.tasks import Task
 

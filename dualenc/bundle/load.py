@@ -157,8 +157,7 @@ def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
     paths = [folder / name for name in sorted(files)]
     if "files" not in said:
         return read_weights(paths[0], renamed=False), str(said["sha256"]), read_record(paths[0])
-    saved = Files(paths)
-    return {name: saved.whole(name) for name in saved.shapes}, pieces_digest(files), {}
+    return Files(paths).all(), pieces_digest(files), {}
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

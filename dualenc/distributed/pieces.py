@@ -185,6 +185,10 @@ class Files:
         shape = self.shapes[name]
         return self.read(name, 0, math.prod(shape)).view(shape)
 
+    def all(self) -> dict[str, Tensor]:
+        """Every tensor in its shape."""
+        return {name: self.whole(name) for name in self.shapes}
+
     def _file(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
