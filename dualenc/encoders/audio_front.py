@@ -43,6 +43,8 @@ class FrontEnd(nn.Module):
 
     window: Tensor
     filters: Tensor
+    one_by_one = True
+    """On the CPU. Elsewhere, and where this is False, a batch is one call: the same numbers but for rounding."""
 
     def __init__(self, describe: Mapping[str, Any]) -> None:
         super().__init__()
@@ -122,7 +124,7 @@ class FrontEnd(nn.Module):
 
     def _log_mel(self, wave: Tensor, length: Tensor, fill: bool = True) -> tuple[Tensor, Tensor]:
         """[n, T] → log-mel [n, F, M] and the number of frames of each clip; ``fill``: up to ``max_s`` first."""
-        if wave.device.type == "cpu":
+        if wave.device.type == "cpu" and self.one_by_one:
             # One by one: each at its own length, and buffers small enough to be used again.
             rows = [self._mels(wave[i : i + 1, :n], length[i : i + 1], fill)[0] for i, n in enumerate(length.tolist())]
             mel = nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -71,6 +71,21 @@ def far(ours: Tensor, theirs: Any) -> float:
     return out
 
 
+@pytest.mark.parametrize("arch", [UNFUSED, FUSED, WHISPER, AST, W2V_BERT], ids=lambda a: a.model_type)
+def test_a_batch_in_one_call_is_its_clips_one_by_one(files: list[bytes], arch: Any) -> None:
+    """What a GPU computes, here on the CPU: clips of several lengths, alone and padded to the longest."""
+    source = AudioInput(AudioConfig(**audio_defaults(arch, {})))
+    x = source.collate([source.eval(source.decode(raw)) for raw in files])
+    front = FrontEnd(source.describe()).eval()
+    one_by_one = front(x)
+    front.one_by_one = False
+    at_once = front(x)
+    assert torch.equal(one_by_one.mask, at_once.mask)
+    assert torch.equal(one_by_one.longer, at_once.longer)
+    assert one_by_one.values.abs().max() > 0.1
+    assert far(at_once.values, one_by_one.values) <= CLOSE
+
+
 @pytest.mark.parametrize("padding", ["repeatpad", "repeat", "pad"])
 def test_clap(files: list[bytes], padding: str) -> None:
     from transformers import ClapFeatureExtractor
