@@ -16,7 +16,7 @@ from torch import Tensor
 from dualenc.bundle.bundle import Bundle
 from dualenc.bundle.record import record
 from dualenc.config import pair_name
-from dualenc.data.modalities.text import TextInput
+from dualenc.data.modalities.text import TextConfig, TextInput
 from dualenc.encoders import Tower
 from dualenc.encoders.convert import FAMILIES, Half, NoSuchLayoutError, to_open_clip, to_transformers
 from dualenc.encoders.hf_audio import audio_defaults
@@ -129,7 +129,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
     from safetensors.torch import save_file
 
     flat = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(flat, str(path), metadata=dict(metadata))
+    save_file(flat, str(path), metadata={"format": "pt", **metadata})  # transformers asks for the format
 
 
 def _json(path: Path, content: Any) -> None:
@@ -141,12 +141,12 @@ def _json(path: Path, content: Any) -> None:
 
 def _whole_config(family: str, halves: Mapping[str, Half], other: str, text: TextInput) -> dict[str, Any]:
     words = dict(halves["text"].config)
-    ids = {"eos_token_id": text.eot_id, "pad_token_id": text.pad_id}
+    ids: dict[str, Any] = {"eos_token_id": text.eot_id, "pad_token_id": text.pad_id}
     words = {**ids, **words}
     if family == "clip" and "bos_token_id" not in words:
         words["bos_token_id"] = text.eot_id - 1
     sections = {("vision" if other == "image" else "audio") + "_config": halves[other].config, "text_config": words}
-    config = {"architectures": [FAMILIES[family]], "model_type": family, "dtype": "float32", **sections}
+    config: dict[str, Any] = {"architectures": [FAMILIES[family]], "model_type": family, "dtype": "float32", **sections}
     if family != "siglip":
         config["projection_dim"] = halves["text"].embed_dim
     return config
@@ -233,7 +233,7 @@ def _of_timm(vision: Mapping[str, Any]) -> bool:
 
 def _is_clips(source: TextInput) -> bool:
     """An open_clip model's name whose tokenizer is CLIP's own."""
-    return source.config.lower is None and source.tokenizer.digest() == TextInput(source.Config()).tokenizer.digest()
+    return source.config.lower is None and source.tokenizer.digest() == TextInput(TextConfig()).tokenizer.digest()
 
 
 def _is_custom(words: Mapping[str, Any]) -> bool:
