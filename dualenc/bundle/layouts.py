@@ -129,7 +129,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
     from safetensors.torch import save_file
 
     flat = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(flat, str(path), metadata=dict(metadata))
+    save_file(flat, str(path), metadata={"format": "pt", **metadata})  # transformers asks for the format
 
 
 def _json(path: Path, content: Any) -> None:
@@ -141,7 +141,7 @@ def _json(path: Path, content: Any) -> None:
 
 def _whole_config(family: str, halves: Mapping[str, Half], other: str, text: TextInput) -> dict[str, Any]:
     words = dict(halves["text"].config)
-    ids = {"eos_token_id": text.eot_id, "pad_token_id": text.pad_id}
+    ids: dict[str, Any] = {"eos_token_id": text.eot_id, "pad_token_id": text.pad_id}
     words = {**ids, **words}
     if family == "clip" and "bos_token_id" not in words:
         words["bos_token_id"] = text.eot_id - 1

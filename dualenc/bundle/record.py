@@ -28,9 +28,12 @@ _FREE = ("tokenizer", "lower", "pad", "bucket", "augment", "max_pixels", "backgr
 
 
 def record(bundle: Bundle) -> dict[str, str]:
-    """The metadata of a weights file: how each modality's input is made, and the towers' activations."""
+    """The metadata of a weights file: how each modality's input is made, and the towers' activations.
+
+    One key: safetensors writes several in any order, and equal models would be files with other hashes.
+    """
     made = {m: {**input_facts(x), "activation": tower_facts(bundle, m)} for m, x in bundle.inputs.items()}
-    return {"format": "pt", KEY: json.dumps({"format": 1, "modalities": made}, ensure_ascii=False)}
+    return {KEY: json.dumps({"format": 1, "modalities": made}, ensure_ascii=False)}
 
 
 def read_record(weights: Path) -> dict[str, Any]:

@@ -425,7 +425,7 @@ def _timm_config(tower: Tower) -> dict[str, Any]:
     return {
         "model_type": "siglip_vision_model",
         **facts,
-        "image_size": int(trunk.patch_embed.img_size[0]),
+        "image_size": _side(trunk),
         "num_channels": 3,
         "attention_dropout": 0.0,
     }
@@ -455,6 +455,10 @@ def _facts(trunk: Any) -> dict[str, Any] | None:
     }
 
 
+def _side(trunk: Any) -> int:
+    return int(trunk.patch_embed.img_size[0])
+
+
 def _timm_name(config: Mapping[str, Any]) -> str:
     """timm's name of a SigLIP image tower: open_clip can build it by name only."""
     import timm
@@ -469,7 +473,7 @@ def _timm_name(config: Mapping[str, Any]) -> str:
         if facts is None or any(config[k] != v for k, v in facts.items() if k not in ("hidden_act", "layer_norm_eps")):
             continue
         same = config["hidden_act"] == facts["hidden_act"] and config["layer_norm_eps"] == facts["layer_norm_eps"]
-        if same and trunk.patch_embed.img_size[0] == int(config["image_size"]):
+        if same and _side(trunk) == int(config["image_size"]):
             return str(name)
         near = near or (name, facts["hidden_act"])
     if near is None:

@@ -429,3 +429,27 @@ def test_the_card_has_recipe_counts_and_numbers(tmp_path: Path) -> None:
     save_file({}, tmp_path / "no.json")
     with pytest.raises(ConfigError, match="--results"):
         export(load_model(str(run)), "safetensors", tmp_path / "out3", run, tmp_path / "no.json")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """``dualenc export``: a folder that loads; what a layout cannot express is one sentence and exit code 2."""
+    import subprocess
+    import sys
+
+    build_bundle(recipe()).save(tmp_path / "m")
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "300"}
+
+    def run(layout: str) -> Any:
+        cmd = [sys.executable, "-m", "dualenc", "export", "m", "--format", layout, "--out", layout]
+        return subprocess.run(cmd, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    good = run("safetensors")
+    assert good.returncode == 0, good.stderr
+    assert (tmp_path / "safetensors" / "README.md").is_file()
+    load_model(str(tmp_path / "safetensors"))
+    bad = run("hf")
+    assert bad.returncode == 2
+    assert "cannot be written for transformers" in bad.stderr
+    assert "--format onnx or safetensors" in bad.stderr
+    assert "Traceback" not in bad.stderr
