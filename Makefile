@@ -2,10 +2,12 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Two tests at a time: those of several processes wait more than they compute.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test test-fast test-quiet check format gradcheck bench distill clean
+.PHONY: help setup quickstart test test-all test-fast check format gradcheck bench distill clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,19 +26,19 @@ quickstart: $(STAMP) ## train on real pairs, evaluate on held-out ones, write ru
 	$(PY) -m dualenc report runs/quickstart
 
 test: check ## everything: check, then all tests, the multi-process ones too
-	$(PY) -m pytest tests -m "dist or slow" --ignore tests/train/test_launch.py --ignore tests/train/test_elastic.py
+	$(PYTEST) -m "(dist or slow) and not extra"
 
-test-quiet: $(STAMP) ## launchers and killed ranks: long, with time-outs, for a machine that does nothing else
-	$(PY) -m pytest tests/train/test_launch.py tests/train/test_elastic.py -m "dist or slow"
+test-all: check ## test, and the variants it leaves out (every launcher with every engine, every way to lose a rank)
+	$(PYTEST) -m "dist or slow"
 
 test-fast: $(STAMP) ## unit tests only (one process, no slow ones)
-	$(PY) -m pytest tests -m "not dist and not slow"
+	$(PYTEST) -m "not dist and not slow"
 
 check: $(STAMP) ## format, lint, types, layering, unit tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest tests -m "not dist and not slow"
+	$(PYTEST) -m "not dist and not slow"
 
 format: $(STAMP) ## rewrite the code in the project's format
 	$(VENV)/bin/ruff format .

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent / "train"))
 from _runs import RECIPE, ROOT, environment
 from _runs import SMALL as TINY
 
+from dualenc.cli import main
+
 SMALL = [*TINY, "batch.size=16", "data.workers=0", "budget.steps=2", "out=run"]
 
 
@@ -25,6 +27,16 @@ def dualenc(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = environment(COLUMNS="200")
     cmd = [sys.executable, "-m", "dualenc", *args]
     return subprocess.run(cmd, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def in_process(pytest_env: tuple[pytest.MonkeyPatch, pytest.CaptureFixture[str]], *args: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command's own entry point, without a new interpreter for each."""
+    patch, captured = pytest_env
+    patch.setattr(sys, "argv", ["dualenc", *args])
+    patch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), *captured.readouterr()
 
 
 def shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -65,7 +77,6 @@ def source(path: Path) -> str:
     return f"data.sources=[{{name: mine, shards: '{path}'}}]"
 
 
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("extra", "code", "words"),
     [
@@ -81,11 +92,19 @@ def source(path: Path) -> str:
     ],
     ids=lambda x: str(x)[:40] if isinstance(x, list) else None,
 )
-def test_mistakes(tmp_path: Path, extra: list[str], code: int, words: list[str]) -> None:
-    result = dualenc("train", str(RECIPE), *SMALL, *extra, cwd=tmp_path)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    text = " ".join(result.stderr.split())
+def test_mistakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    code: int,
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended, _, err = in_process((monkeypatch, capsys), "train", str(RECIPE), *SMALL, *extra)
+    assert ended == code, err
+    assert "Traceback" not in err
+    text = " ".join(err.split())
     assert all(w in text for w in words), text
     assert len(text) < 600
 
@@ -145,13 +164,19 @@ def test_dry_run_prints_the_plan_and_leaves_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("what", ["recipes", "encoders", "losses", "tasks"])
-def test_lists(what: str) -> None:
-    result = dualenc("list", what, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    expected = {"recipes": "quickstart", "encoders": "own/", "losses": "info_nce", "tasks": "quickstart_val_style"}
-    assert expected[what] in result.stdout
+@pytest.mark.parametrize("what", ["recipes", "encoders", "losses", "terms", "tasks"])
+def test_lists(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    ended, out, err = in_process((monkeypatch, capsys), "list", what)
+    assert ended == 0, err
+    expected = {
+        "recipes": "quickstart",
+        "encoders": "own/",
+        "losses": "info_nce",
+        "terms": "dcd",
+        "tasks": "quickstart_val_style",
+    }
+    assert expected[what] in out
 
 
 def test_importing_dualenc_is_light() -> None:

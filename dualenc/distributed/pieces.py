@@ -129,6 +129,10 @@ class Joined:
         """See :class:`Stored`."""
         return (self._first if name in self._first.shapes else self._second).read(name, start, end)
 
+    def whole(self, name: str) -> Tensor:
+        """A tensor in its shape."""
+        return self.read(name, 0, math.prod(self.shapes[name])).view(self.shapes[name])
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Run:

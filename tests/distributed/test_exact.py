@@ -44,7 +44,9 @@ def test_ddp_and_fsdp2(ranks: int) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.extra), 2, pytest.param(4, marks=pytest.mark.extra)]
+)
 def test_zero_0_to_3(ranks: int) -> None:
     engines = [f"ZeRO {z}" for z in range(4)]
     check(spawn(HERE / "gradcheck.py", "sweep", ranks, {"engines": engines}, timeout_s=280)[0], 32)

@@ -69,6 +69,7 @@ def test_two_ranks_to_one_process(halves: dict[str, Path], unbroken: dict[str, A
         assert got == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.extra
 def test_one_process_to_two_ranks_and_from_engine_to_engine(
     halves: dict[str, Path], unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_nan_on_one_rank_is_one_decision_of_all() -> None:
                 close(out["tensors"], want["tensors"], atol=1e-7)
 
 
+@pytest.mark.extra
 def test_bf16_keeps_the_temperature_within_its_bound() -> None:
     """50 steps at a high rate; the scale starts at 7.39 and its bound is 8."""
     engines = [e | {"precision": "bf16"} for e in SHARED.values()]

@@ -17,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from _runs import ENGINES, RECIPE, SMALL, environment, few_samples, losses, order
 
+EXTRA = pytest.mark.extra
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
@@ -84,7 +85,10 @@ def test_sixty_steps_killed_five_times_on_two_one_two_ranks(tmp_path: Path) -> N
     assert [len(set(p)) for p in passes] == [480] * 4
 
 
-@pytest.mark.parametrize(("engine", "rank"), [("DDP", 1), ("DDP", 0), ("FSDP2", 1), ("ZeRO 2", 0), ("ZeRO 3", 1)])
+@pytest.mark.parametrize(
+    ("engine", "rank"),
+    [("ZeRO 2", 0), *(pytest.param(*x, marks=EXTRA) for x in (("DDP", 1), ("DDP", 0), ("FSDP2", 1), ("ZeRO 3", 1)))],
+)
 def test_a_killed_rank_ends_the_job_in_bounded_time(tmp_path: Path, engine: str, rank: int) -> None:
     args = ["budget.steps=5000", "engine.timeout_s=20", *ENGINES[engine], "out=run"]
     process = start(args, tmp_path, ranks=2)
@@ -101,6 +105,7 @@ def test_a_killed_rank_ends_the_job_in_bounded_time(tmp_path: Path, engine: str,
     assert "Traceback" not in text, text[-3000:]
 
 
+@EXTRA
 def test_a_rank_that_hangs_ends_the_job_after_the_timeout(tmp_path: Path) -> None:
     args = ["budget.steps=5000", "engine.timeout_s=5", "out=run"]
     process = start(args, tmp_path, ranks=2)
@@ -116,7 +121,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout(tmp_path: Path) -> Non
     assert "Traceback" not in said(tmp_path)
 
 
-@pytest.mark.parametrize("engine", ["DDP", "ZeRO 2"])
+@pytest.mark.parametrize("engine", [pytest.param("DDP", marks=EXTRA), "ZeRO 2"])
 def test_max_restarts_goes_on_from_the_newest_save(tmp_path: Path, engine: str) -> None:
     args = [*ENGINES[engine], "budget.steps=24", "checkpoint.every_steps=4"]
     assert start([*args, "out=whole"], tmp_path, ranks=2).wait(200) == 0, said(tmp_path)
@@ -140,6 +145,7 @@ def test_sigterm_to_the_launcher_saves_and_is_not_restarted(tmp_path: Path) -> N
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
+@EXTRA
 def test_a_run_that_diverges_ends_with_5_and_is_not_restarted(tmp_path: Path) -> None:
     args = ["optim.lr=1e38", "optim.clip_grad_norm=null", "engine.max_nonfinite=3", "budget.steps=50", "out=run"]
     process = start([*args, "schedule.warmup_samples=0"], tmp_path, ranks=2, restarts=3)

@@ -44,12 +44,12 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     ("launcher", "engine"),
     [
         ("dualenc", "FSDP2"),
-        ("dualenc", "ZeRO 1"),
+        pytest.param("dualenc", "ZeRO 1", marks=pytest.mark.extra),
         ("torchrun", "DDP"),
-        ("torchrun", "ZeRO 3"),
-        ("accelerate", "DDP"),
+        pytest.param("torchrun", "ZeRO 3", marks=pytest.mark.extra),
+        pytest.param("accelerate", "DDP", marks=pytest.mark.extra),
         ("accelerate", "ZeRO 2"),
-        ("deepspeed", "DDP"),
+        pytest.param("deepspeed", "DDP", marks=pytest.mark.extra),
         ("deepspeed", "ZeRO 2"),
     ],
 )
