@@ -147,7 +147,7 @@ def test_sigterm_to_the_launcher_saves_and_is_not_restarted(tmp_path: Path) -> N
 
 @EXTRA
 def test_a_run_that_diverges_ends_with_5_and_is_not_restarted(tmp_path: Path) -> None:
-    args = ["optim.lr=1e38", "optim.clip_grad_norm=null", "engine.max_nonfinite=3", "budget.steps=50", "out=run"]
+    args = ["optim.lr=1e30", "optim.clip_grad_norm=null", "engine.max_nonfinite=3", "budget.steps=50", "out=run"]
     process = start([*args, "schedule.warmup_samples=0"], tmp_path, ranks=2, restarts=3)
     assert process.wait(200) == 5, said(tmp_path)
     assert "3 non-finite steps in a row" in said(tmp_path)

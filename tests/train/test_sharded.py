@@ -159,7 +159,7 @@ def test_eval_reads_the_shards_and_export_writes_one_file(chain: dict[str, Any],
     state = loaded.model.state_dict()
     assert state.keys() == average.shapes.keys()
     assert all(torch.equal(x, average.whole(k)) for k, x in state.items())
-    result = CliRunner().invoke(app, ["export", str(save), "--out", str(tmp_path / "one")])
+    result = CliRunner().invoke(app, ["export", str(save), "--format", "safetensors", "--out", str(tmp_path / "one")])
     assert result.exit_code == 0, result.output
     exported = load_file(tmp_path / "one" / "model.safetensors")
     assert all(torch.equal(x, exported[k]) for k, x in state.items())
