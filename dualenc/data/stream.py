@@ -107,7 +107,7 @@ class Reader:
         """Read, for each modality, the first of its endings that the sample has.
 
         Endings joined by ``+`` are read together, as a dictionary ending → value; one with ``*`` stands for every
-        member it fits, be it none; the others must all be there. So ``json:cameras+cam_*`` is a calibration and the
+        member it fits, be it none; the others must all be there. So ``json:cameras+cam*`` is a calibration and the
         pictures it is of.
 
         Raises:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dualenc.config import Positive, Section
 from dualenc.data.geometry import F64, checked_intrinsics, checked_pose, cut_and_resized, mirrored
 from dualenc.data.modalities.base import DecodeError, modalities
-from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, _colour, _to_tensor
+from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, coloured, to_tensor
 from dualenc.data.modalities.lidar import Motion
 from dualenc.errors import DataError
 
@@ -76,7 +76,7 @@ class CameraInput:
     """
 
     Config: ClassVar[type[BaseModel]] = CameraConfig
-    default_members: ClassVar[list[str]] = [f"{JSON}+cam_*", "jpg", "jpeg", "png", "webp"]
+    default_members: ClassVar[list[str]] = [f"{JSON}+cam*", "jpg", "jpeg", "png", "webp"]
 
     def __init__(self, config: CameraConfig, base_dir: str | Path | None = None) -> None:
         from PIL import Image
@@ -99,7 +99,10 @@ class CameraInput:
             return [Shot(self._opened(raw, "the picture"), np.eye(3), np.eye(4), False)]
         views = views_of(raw)
         wanted = self.config.cameras or list(views)
-        return [self._shot(name, views.get(name), raw) for name in wanted]
+        shots = [self._shot(name, views.get(name), raw) for name in wanted]
+        if all(s.picture is None for s in shots):
+            raise DecodeError(f"none of the cameras {', '.join(wanted)} is there")
+        return shots
 
     def train(self, x: list[Shot], rng: np.random.Generator) -> dict[str, Tensor]:
         """Each picture cut, mirrored and coloured on its own, the scene moved as one."""
@@ -195,8 +198,8 @@ class CameraInput:
         if flip:
             image, K = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mirrored(K, width)
         if rng is not None and self.config.augment.colour is not None:
-            image = _colour(image, self.config.augment.colour, rng)
-        return _to_tensor(image), K
+            image = coloured(image, self.config.augment.colour, rng)
+        return to_tensor(image), K
 
     def _row(self, x: list[Shot], made: list[tuple[Tensor, F64]], motion: F64) -> dict[str, Tensor]:
         def numbers(value: Any) -> Tensor:
