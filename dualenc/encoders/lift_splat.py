@@ -30,25 +30,28 @@ class _Splat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weights: Tensor, cells: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(features, weights, cells)
-        # The last row takes what falls outside.
-        out = features.new_zeros(size + 1, features.shape[1])
+        out = features.new_zeros(size, features.shape[1])
         for d in range(weights.shape[1]):
-            index = torch.where(cells[:, d] < 0, size, cells[:, d])
-            out.scatter_add_(0, index[:, None].expand_as(features), features * weights[:, d, None])
-        return out[:size]
+            index, weight = _at(weights, cells, d)
+            out.scatter_add_(0, index.expand_as(features), features * weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         features, weights, cells = ctx.saved_tensors
-        grad = torch.cat([grads[0], grads[0].new_zeros(1, grads[0].shape[1])])
-        size = len(grad) - 1
         to_features, to_weights = torch.zeros_like(features), torch.zeros_like(weights)
         for d in range(weights.shape[1]):
-            index = torch.where(cells[:, d] < 0, size, cells[:, d])
-            back = grad[index]
-            to_features.addcmul_(back, weights[:, d, None])
-            to_weights[:, d] = (back * features).sum(1)
+            index, weight = _at(weights, cells, d)
+            back = grads[0][index[:, 0]]
+            to_features.addcmul_(back, weight)
+            to_weights[:, d] = (back * features).sum(1) * (cells[:, d] >= 0)
         return to_features, to_weights, None, None
+
+
+def _at(weights: Tensor, cells: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """Depth d's cells [P, 1] and weights [P, 1]; what falls outside goes to the first cell with weight zero."""
+    cell = cells[:, d, None]
+    return cell.clamp(min=0), torch.where(cell < 0, 0.0, weights[:, d, None])
 
 
 def splat(features: Tensor, weights: Tensor, cells: Tensor, size: int) -> Tensor:
