@@ -60,7 +60,7 @@ def _camera(shot: Shot, points: F64, boxes: list[Box]) -> tuple[Image.Image, int
 
     assert shot.picture is not None
     image = shot.picture.rgb()
-    to_camera = np.linalg.inv(shot.to_ego)
+    to_camera: F64 = np.linalg.inv(shot.to_ego).astype(np.float64)
     uv, depth = project(points, to_camera, shot.intrinsics)
     ok = seen(uv, depth, image.size)
     scale = PICTURE_PX / image.width

@@ -208,7 +208,13 @@ def _card(card: Shown) -> str:
     if len(card.captions) > 1:
         text = "<ol>" + "".join(f"<li>{html.escape(c)}</li>" for c in card.captions) + "</ol>"
     else:
-        text = f"<p>{html.escape(card.captions[0])}</p>" if card.captions else "" if card.wide else "<p class='none'>no text</p>"
+        text = (
+            f"<p>{html.escape(card.captions[0])}</p>"
+            if card.captions
+            else ""
+            if card.wide
+            else "<p class='none'>no text</p>"
+        )
     if card.sound:
         text = f"<audio controls preload='none' src='{card.sound}'></audio>{text}"
     if card.picture and card.problem:
@@ -219,6 +225,4 @@ def _card(card: Shown) -> str:
     details = f"{html.escape(card.key)}<br>{sizes}"
     text += f"<dl>{fields}</dl>" if fields else ""
     wide = " class='wide'" if card.wide else ""
-    return (
-        f"<article{wide}><div class='pic'>{picture}</div><div class='text'>{text}</div><footer>{details}</footer></article>"
-    )
+    return f"<article{wide}><div class='pic'>{picture}</div><div class='text'>{text}</div><footer>{details}</footer></article>"

@@ -37,7 +37,7 @@ def naive_splat(features: Tensor, weights: Tensor, cells: Tensor, size: int) -> 
 
 def naive_pillars(features: Tensor, pillar: Tensor, size: int) -> Tensor:
     """The largest of each pillar's features by a table [pillars, fullest, C]."""
-    used, inverse, counts = pillar.unique(return_inverse=True, return_counts=True)
+    used, inverse, counts = torch.unique(pillar, return_inverse=True, return_counts=True)
     order = inverse.argsort(stable=True)
     starts = counts.cumsum(0) - counts
     place = torch.arange(len(order), device=order.device) - starts[inverse[order]]
@@ -48,7 +48,7 @@ def naive_pillars(features: Tensor, pillar: Tensor, size: int) -> Tensor:
 
 def our_pillars(features: Tensor, pillar: Tensor, size: int) -> Tensor:
     """As own/pillars does it."""
-    used, inverse = pillar.unique(return_inverse=True)
+    used, inverse = torch.unique(pillar, return_inverse=True)
     top = scatter_max(features, inverse, len(used))
     return features.new_zeros(size, features.shape[1]).index_copy(0, used, top)
 
@@ -79,7 +79,7 @@ def compare(shard: str, device: str) -> None:
     many = f"{rig['image'].shape[1]} pictures of {height}×{width}, {len(cells):,} places × {BINS} depths × {CHANNELS}"
     _report(f"lift-splat: {many}", naive_splat, splat, [features, weights], [cells], grid.cells, to)
     pillars = pillar[pillar >= 0]
-    many = f"{len(values):,} points × {CHANNELS} in {len(pillars.unique()):,} pillars"
+    many = f"{len(values):,} points × {CHANNELS} in {len(torch.unique(pillars)):,} pillars"
     _report(f"pillars: {many}", naive_pillars, our_pillars, [values], [pillars], grid.cells, to)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from dualenc.data.crops import crop, open_picture
 from dualenc.data.driving import Box, Keyframe, View, kitti_object, nuscenes
-from dualenc.data.geometry import F64, Bools, moved, project, seen
+from dualenc.data.geometry import F64, Bools, checked_intrinsics, moved, project, seen
 from dualenc.data.modalities.image import Picture
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from evals.files import open_binary
@@ -178,6 +178,7 @@ def _frames(root: str, task: Task) -> Iterator[Frame]:
     try:
         for key in keys:
             for view in key.views:
+                checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
                 size = view.size or open_picture(view.path.read_bytes()).size
                 boxes = tuple(b.moved(np.linalg.inv(view.to_ego)) for b in key.boxes)
                 yield Frame(view.path.stem, view, key, size, boxes)

@@ -4,7 +4,7 @@ A sample of ``unit=keyframes``::
 
     KEY.lidar.npy        float32 [n, C], as measured (the sensor's frame), intensity in 0 … 1
     KEY.cam_front.jpg …  the pictures, untouched: their calibration is of these pixels
-    KEY.json             {"captions": [], "drive", "frame",
+    KEY.json             {"drive", "frame",
                           "lidar":   {"drive", "columns": ["x", "y", "z", "intensity", …], "to_ego": [4, 4]},
                           "cameras": {"drive", "views": [{"name", "member", "size": [width, height],
                                       "intrinsics": [3, 3], "to_ego": [4, 4], "drive"}, …]},
@@ -70,7 +70,7 @@ class KittiConfig(DrivingConfig):
 
 
 class KittiRawConfig(DrivingConfig):
-    """``path=2011_09_26/2011_09_26_drive_0001_sync``: a synced drive; its day's calibration lies in the folder above."""
+    """``path=2011_09_26/2011_09_26_drive_0001_sync``: a synced drive; its day's calibration lies above."""
 
     path: str = Field(description="the drive's folder, or its day's: all drives in it")
 

@@ -151,9 +151,7 @@ def kitti_raw(folder: str | Path, cameras: tuple[str, ...] = ("02", "03")) -> It
             path = folder / f"image_{c}" / "data" / f"{sweep.stem}.png"
             # A day's drives share a calibration; the drive's name begins with its day.
             drive = folder.name if folder.name.startswith(date) else date
-            views.append(
-                View(f"image_{c}", path, (width, height), K, np.linalg.inv(shift @ rectified), drive)
-            )
+            views.append(View(f"image_{c}", path, (width, height), K, np.linalg.inv(shift @ rectified), drive))
         name = f"{folder.name}_{sweep.stem}"
         yield Keyframe(name, folder.name, sweep, _KITTI_COLUMNS, 1.0, np.eye(4), tuple(views))
 
@@ -323,4 +321,3 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"There is no file {path}: there is no folder {path.parent}."
     return f"There is no file {path}. {did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}"
-

@@ -51,13 +51,11 @@ def split_projection(projection: F64) -> tuple[F64, F64]:
     """``P [3, 4]`` = K [I | t] as the intrinsics K [3, 3] and the pose [4, 4] that carries the shift t.
 
     KITTI's P2 is relative to another camera than the one it projects into; with the shift in the pose, a camera is
-    its K alone.
-
-    Raises:
-        DataError: K cannot be inverted.
+    its K alone. A singular K comes back as it is, without a shift: :func:`checked_intrinsics` refuses it by name.
     """
-    K = checked_intrinsics(projection[:, :3], "P")
-    return K, pose(np.eye(3), np.linalg.solve(K, projection[:, 3]))
+    K = projection[:, :3]
+    regular = abs(np.linalg.det(K)) > _SINGULAR
+    return K, pose(np.eye(3), np.linalg.solve(K, projection[:, 3]) if regular else np.zeros(3))
 
 
 def project(points: F64, to_camera: F64, intrinsics: F64) -> tuple[F64, F64]:

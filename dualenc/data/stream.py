@@ -144,7 +144,9 @@ class Reader:
                     return None
                 out[part] = value
             elif "*" in part:
-                fitting = [m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED]
+                fitting = [
+                    m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED
+                ]
                 out |= {name: self.read(source, shard, sample, name) for name in fitting}
             elif part.lower() in sample.members:
                 out[part] = self.read(source, shard, sample, part.lower())

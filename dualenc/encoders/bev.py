@@ -72,7 +72,7 @@ def scatter_max(values: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 class BEVBackbone(nn.Module):
-    """Maps [n, C, X, Y] → [n, widths[-1], X', Y']: a stage halves the map (the first does not) and has ``depth`` blocks."""
+    """Maps [n, C, X, Y] → [n, widths[-1], X', Y']: each stage but the first halves the map."""
 
     def __init__(self, channels: int, widths: list[int], depth: int) -> None:
         super().__init__()

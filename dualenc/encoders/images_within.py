@@ -33,7 +33,7 @@ def image_tower(component: Component, describe: Mapping[str, Any], where: str) -
                 f"input.{key}: the weights of {component.name} were made with {[round(v, 6) for v in need]}, "
                 f"got {list(describe['config'][key])}. Write those."
             )
-    # Its own projection, to one number, is built and dropped: head: none would want to be told the width asked for here.
+    # Its own projection, to one number, is dropped: head: none would want to be told the width asked for here.
     tower = family.build("image", name, settings, given, 1, where)
     if not isinstance(tower, ImageTower):
         raise ConfigError(f"{where}.name: {component.name} does not take pictures as uint8 [n, 3, H, W].")
@@ -67,7 +67,9 @@ class MapTrunk(nn.Module):
             out = self(torch.zeros(1, 3, height, width, dtype=torch.uint8))
             self.tower.train()
         if out.ndim != 4:
-            raise ConfigError(f"{where}.name: {component.name} has no feature map; take own/convnet or a timm conv net.")
+            raise ConfigError(
+                f"{where}.name: {component.name} has no feature map; take own/convnet or a timm conv net."
+            )
         self.width = int(out.shape[1])
         # What comes after the map has no use here, and weights without a gradient would stop DDP.
         trunk: Any = self.tower.trunk
@@ -88,4 +90,3 @@ class MapTrunk(nn.Module):
         features: Any = getattr(t.trunk, "forward_features", t.trunk)
         out = features(y)
         return out
-

@@ -30,8 +30,8 @@ class PillarScatter(nn.Module):
         self.linear, self.norm = nn.Linear(columns + 6, width), nn.LayerNorm(width)
 
     def decorated(self, points: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, M, C], [n] → features [m, C + 6] and pillar (row · cells + cell) [m] of the points that are in the grid."""
-        n, most, _ = points.shape
+        """[n, M, C], [n] → features [m, C + 6] and pillar (row · cells + cell) [m] of the points in the grid."""
+        most = points.shape[1]
         cell = self.grid.index(points[..., :2])
         there = torch.arange(most, device=points.device)[None] < count[:, None]
         inside = there & (cell >= 0) & (points[..., 2] >= self.low_z) & (points[..., 2] < self.high_z)
@@ -39,7 +39,7 @@ class PillarScatter(nn.Module):
         kept, cell = points[row, place], cell[row, place]
         pillar = row * self.grid.cells + cell
         # Only the pillars that have points take memory and time here.
-        used, inverse = pillar.unique(return_inverse=True)
+        used, inverse = torch.unique(pillar, return_inverse=True)
         ones = kept.new_ones(len(kept), 1)
         sums = scatter_sum(torch.cat([kept[:, :3], ones], 1), inverse, len(used))
         mean = (sums[:, :3] / sums[:, 3:])[inverse]
@@ -57,7 +57,7 @@ class PillarScatter(nn.Module):
         with torch.autocast(points.device.type, enabled=False):
             features, pillar = self.decorated(points.float(), count)
         y = torch.relu(self.norm(self.linear(features)))
-        used, inverse = pillar.unique(return_inverse=True)
+        used, inverse = torch.unique(pillar, return_inverse=True)
         top = scatter_max(y, inverse, len(used))
         flat = y.new_zeros(len(points) * self.grid.cells, self.width)
         flat = flat.index_copy(0, used, top)
@@ -89,7 +89,9 @@ class BEVSettings(Section):
     """What BEV towers share."""
 
     cell: Annotated[float, Field(gt=0)] = Field(0.5, description="metres of a side of a cell")
-    widths: list[Positive] = Field([64, 128, 256], min_length=1, description="channels of each stage; each halves the map")
+    widths: list[Positive] = Field(
+        [64, 128, 256], min_length=1, description="channels of each stage; each halves the map"
+    )
     depth: Positive = 1
     heads: Positive = 4
     head: HeadKind = "linear"

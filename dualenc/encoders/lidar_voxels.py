@@ -42,7 +42,7 @@ def voxel_means(points: Tensor, count: Tensor, low: Tensor, size: Tensor, shape:
     x, y, z = place[row, at].unbind(1)
     nx, ny, nz = shape
     voxel = ((row * nz + z) * ny + y) * nx + x
-    used, inverse = voxel.unique(return_inverse=True)
+    used, inverse = torch.unique(voxel, return_inverse=True)
     kept = points[row, at]
     sums = scatter_sum(torch.cat([kept, kept.new_ones(len(kept), 1)], 1), inverse, len(used))
     where = torch.stack([used // (nx * ny * nz), used // (nx * ny) % nz, used // nx % ny, used % nx], 1)

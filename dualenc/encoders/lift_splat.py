@@ -75,7 +75,9 @@ def depth_bins(low: float, high: float, count: int, device: torch.device | None 
     return low + step * (torch.arange(count, device=device) + 0.5)
 
 
-def frustum(shape: tuple[int, int], picture: tuple[int, int], intrinsics: Tensor, extrinsics: Tensor, depths: Tensor) -> Tensor:
+def frustum(
+    shape: tuple[int, int], picture: tuple[int, int], intrinsics: Tensor, extrinsics: Tensor, depths: Tensor
+) -> Tensor:
     """Places [..., h, w, D, 3] in the model frame of every depth of every place of a feature map.
 
     Args:
@@ -90,7 +92,8 @@ def frustum(shape: tuple[int, int], picture: tuple[int, int], intrinsics: Tensor
     rays = pixels @ torch.linalg.inv(intrinsics)[..., None, :, :].transpose(-1, -2)
     at = rays[..., None, :] * depths[:, None]
     R, t = extrinsics[..., None, None, :3, :3], extrinsics[..., None, None, None, :3, 3]
-    return at @ R.transpose(-1, -2) + t
+    out: Tensor = at @ R.transpose(-1, -2) + t
+    return out
 
 
 @own_towers.register("lift_splat")
@@ -103,7 +106,8 @@ class LiftSplat(BEVTower):
         """Settings of own/lift_splat."""
 
         image: Component = Field(
-            Component(name="own/convnet", widths=[32, 64, 128]), description="an image tower with a map: own/convnet, timm/…"
+            Component.model_validate({"name": "own/convnet", "widths": [32, 64, 128]}),
+            description="an image tower with a map: own/convnet, timm/…",
         )
         range: tuple[float, float, float, float, float, float] = Field(
             (-50.0, -50.0, -5.0, 50.0, 50.0, 3.0), description="x, y, z from, x, y, z to (m); that of the LiDAR's input"
@@ -137,7 +141,7 @@ class LiftSplat(BEVTower):
 
     def splatted(self, x: Mapping[str, Tensor]) -> Tensor:
         """Collated rigs → [n, channels, nx, ny], before the backbone."""
-        n, cameras, _, height, width = x["image"].shape
+        n, _, _, height, width = x["image"].shape
         y = self.lift(self.trunk(x["image"].flatten(0, 1)))
         h, w = y.shape[2:]
         weights, features = y[:, : self.bins].softmax(1), y[:, self.bins :]

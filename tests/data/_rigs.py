@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dualenc.data.driving import Keyframe, kitti_object, nuscenes
 
@@ -34,3 +35,23 @@ def npy(points: Any) -> bytes:
     out = io.BytesIO()
     np.save(out, np.asarray(points, np.float32))
     return out.getvalue()
+
+
+def rig_of(key: Keyframe, pictures: dict[str, bytes] | None = None) -> dict[str, Any]:
+    """A camera item: real calibration, real pictures unless others are given."""
+    views, members = [], {}
+    for v in key.views:
+        raw = (pictures or {}).get(v.name) or v.path.read_bytes()
+        member = f"cam_{v.name.lower()}{v.path.suffix}"
+        members[member] = raw
+        with Image.open(io.BytesIO(raw)) as image:
+            views.append(
+                {"name": v.name, "member": member, "size": list(image.size), "drive": v.drive,
+                 "intrinsics": v.intrinsics.tolist(), "to_ego": v.to_ego.tolist()}
+            )  # fmt: skip
+    return {"json:cameras": {"drive": key.drive, "views": views}, **members}
+
+
+def sweep_of(key: Keyframe) -> dict[str, Any]:
+    about = {"drive": key.drive, "columns": list(key.columns), "to_ego": key.lidar_to_ego.tolist()}
+    return {"json:lidar": about, "lidar.npy": npy(key.points())}

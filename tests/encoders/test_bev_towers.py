@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from _rigs import KITTI, NUSCENES, here, npy
-from test_camera_lidar import rig_of, sweep_of
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from _rigs import KITTI, NUSCENES, here, npy, rig_of, sweep_of
 
 from dualenc.bench_bev import naive_splat
 from dualenc.config import Component
@@ -39,17 +38,12 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pillars": ("lidar", {"name": "own/pillars", "cell": 2.0, "pillar_width": 16, "widths": [16, 32]}),
     "range": ("lidar", {"name": "own/range_vit", "width": 32, "layers": 2, "heads": 2, "width_px": 128}),
     "cameras": ("camera", {"name": "own/cameras", "image": {"name": "own/convnet", "widths": [8, 16]}, "width": 32}),
-    "cameras-vit": (
-        "camera",
-        {"name": "own/cameras", "width": 32, "image": {"name": "timm/efficientnet_lite0", "freeze_bn": True}},
-    ),
     "lift_splat": (
         "camera",
         {"name": "own/lift_splat", "image": {"name": "own/convnet", "widths": [8, 16]}, "cell": 2.0, "channels": 16,
          "widths": [16, 32], "depth_bins": 20, "range": list(BOX)},
     ),
 }  # fmt: skip
-del TOWERS["cameras-vit"]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +114,7 @@ def test_pillars_against_point_by_point(rows: dict[str, list[dict[str, Tensor]]]
         got.append((out, *torch.autograd.grad((out * weight).sum(), list(scatter.parameters()))))
     assert (got[0][0] != 0).any()
     for a, b in zip(*got, strict=True):
-        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
+        assert float((a - b).detach().abs().max()) <= 1e-5 * max(1.0, float(b.detach().abs().max()))
 
 
 def test_splat_against_loops() -> None:
@@ -141,7 +135,7 @@ def test_splat_against_loops() -> None:
         got = run(x, w, cells, 6)
         gx, gw = torch.autograd.grad((got * grad).sum(), [x, w])
         for a, b in ((got, out), (gx, to_features), (gw, to_weights)):
-            assert float((a - b).abs().max()) < 1e-5
+            assert float((a - b).detach().abs().max()) < 1e-5
     assert splat(features, weights, torch.full_like(cells, -1), 6).abs().max() == 0
 
 
@@ -171,9 +165,9 @@ def test_range_image_against_point_by_point(rows: dict[str, list[dict[str, Tenso
 
 @pytest.mark.parametrize("which", [0, 2], ids=["nuscenes", "kitti"])
 def test_a_point_at_one_depth_lands_in_its_own_cell(which: int, keys: list[Keyframe]) -> None:
-    """Real points, snapped to the nearest pixel and depth bin: all of a place's weight on that bin fills the point's own
-    cell; the point itself is there or next door."""
-    key, tower = keys[which], tower_of("lift_splat")
+    """Real points, snapped to the nearest pixel and depth bin: all of a place's weight on that bin fills the point's
+    own cell; the point itself is there or next door."""
+    key = keys[which]
     camera = CameraInput(CameraConfig(size=(64, 192)))
     row = camera.eval(camera.decode(rig_of(key)))
     cloud = LIDAR.decode(sweep_of(key))
@@ -185,10 +179,12 @@ def test_a_point_at_one_depth_lands_in_its_own_cell(which: int, keys: list[Keyfr
         uv, depth = project(points, np.linalg.inv(pose), K)
         ok = seen(uv + 0.5, depth, (192, 64)) & (depth > 2) & (depth < 42)
         ok &= ((points >= BOX[:3]) & (points < BOX[3:])).all(1)
-        at = np.flatnonzero(ok)[::7]
+        at = np.flatnonzero(ok)[:: 100 if which else 60]
         pixel, bin_ = np.rint(uv[at]).astype(int), ((depth[at] - 2) / 0.25).astype(int)
         # By hand, in fp64: back along the pixel's ray to the middle of the bin.
-        snapped = np.concatenate([pixel, np.ones((len(at), 1))], 1) @ np.linalg.inv(K).T * (2 + 0.25 * (bin_ + 0.5))[:, None]
+        snapped = (
+            np.concatenate([pixel, np.ones((len(at), 1))], 1) @ np.linalg.inv(K).T * (2 + 0.25 * (bin_ + 0.5))[:, None]
+        )
         snapped = snapped @ pose[:3, :3].T + pose[:3, 3]
         places = frustum((64, 192), (64, 192), row["intrinsics"][n : n + 1], row["extrinsics"][n : n + 1], depths)
         cells = grid.index(places[0, ..., :2]).view(-1, 160)
@@ -203,9 +199,10 @@ def test_a_point_at_one_depth_lands_in_its_own_cell(which: int, keys: list[Keyfr
             expected = int(grid.index(torch.from_numpy(snapped[i, :2])))
             assert borders or (hit == expected if expected >= 0 else float(out.sum()) == 0)
             mine = int(grid.index(torch.from_numpy(points[at[i], :2])))
-            apart = max(abs(hit // grid.shape[1] - mine // grid.shape[1]), abs(hit % grid.shape[1] - mine % grid.shape[1]))
+            apart = max(
+                abs(hit // grid.shape[1] - mine // grid.shape[1]), abs(hit % grid.shape[1] - mine % grid.shape[1])
+            )
             own, near, total = own + (apart == 0), near + (apart <= 1), total + 1
-    assert tower.grid.cells > 0
     assert total > 100
     assert near == total
     assert own > 0.6 * total
@@ -220,9 +217,10 @@ def test_moving_the_scene_moves_the_map(rows: dict[str, list[dict[str, Tensor]]]
         before = tower.splatted(batch)  # type: ignore[operator]
         after = tower.splatted({**batch, "extrinsics": quarter @ batch["extrinsics"]})  # type: ignore[operator]
     moved = torch.rot90(before, 1, (2, 3))
+    # A place on a cell's border may fall to either side.
     off = ((after - moved).abs().amax(1) > 1e-4).float().mean()
     assert float(before.abs().amax(1).gt(0).float().mean()) > 0.05
-    assert min(float(off), float(((after - torch.rot90(before, -1, (2, 3))).abs().amax(1) > 1e-4).float().mean())) < 0.01
+    assert float(off) < 0.01
 
 
 # --- towers ------------------------------------------------------------------------------------------------------
@@ -235,7 +233,9 @@ def test_a_row_alone_is_the_row_in_a_batch(name: str, rows: dict[str, list[dict[
         whole = tower(collate(name, mine))
         for i in range(len(mine)):
             assert torch.allclose(tower(collate(name, mine[i : i + 1]))[0], whole[i], atol=2e-5)
-        again = build_tower(TOWERS[name][0], tower.component, (LIDAR if TOWERS[name][0] == "lidar" else CAMERA).describe(), 24)
+        again = build_tower(
+            TOWERS[name][0], tower.component, (LIDAR if TOWERS[name][0] == "lidar" else CAMERA).describe(), 24
+        )
         again.load_state_dict(tower.state_dict())
         assert torch.equal(again.eval()(collate(name, mine)), whole)
     assert whole.shape == (3, 24)

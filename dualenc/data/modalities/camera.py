@@ -44,12 +44,12 @@ class CameraConfig(Section):
     mean: Triple = (0.48145466, 0.4578275, 0.40821073)
     std: Triple = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bilinear"
-    cameras: list[str] | None = Field(None, description="names, in this order; default: all that a sample has")
-    missing: Literal["refuse", "mask"] = Field("refuse", description="a sample that lacks one of the cameras")
+    cameras: list[str] | None = Field(default=None, description="names, in this order; default: all that a sample has")
+    missing: Literal["refuse", "mask"] = Field(default="refuse", description="a sample that lacks one of the cameras")
     calibration: Literal["needed", "optional"] = Field(
-        "needed", description="optional: bare pictures are taken, as one camera of which nothing is known"
+        default="needed", description="optional: bare pictures are taken, as one camera of which nothing is known"
     )
-    cut: Literal["top", "middle"] = Field("top", description="where a picture that is too high loses rows")
+    cut: Literal["top", "middle"] = Field(default="top", description="where a picture that is too high loses rows")
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     max_pixels: Positive = 25_000_000
     augment: Augment = Augment()

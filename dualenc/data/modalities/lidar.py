@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from dualenc.config import Positive, Section, Share
+from dualenc.config import Positive, Section
 from dualenc.data.geometry import F64, checked_pose, ground_motion, moved
 from dualenc.data.modalities.base import DecodeError, modalities
 from dualenc.errors import DataError
@@ -34,7 +34,7 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 class Motion(Section):
-    """Turn about z (up to ± degrees), scale and mirror the scene; flip_x mirrors front and back, flip_y left and right."""
+    """Turn about z (up to ± degrees), scale, mirror the scene: flip_x front and back, flip_y left and right."""
 
     rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
     scale: tuple[_Positive, _Positive] = (1.0, 1.0)
@@ -55,17 +55,20 @@ class Augment(Motion):
 class LidarConfig(Section):
     """How a sweep becomes a row."""
 
-    features: list[Extra] = Field(["intensity"], description="columns after x, y, z; a sweep without one is refused")
+    features: list[Extra] = Field(
+        default=["intensity"], description="columns after x, y, z; a sweep without one is refused"
+    )
     frame: Literal["ego", "sensor"] = "ego"
     range: tuple[float, float, float, float, float, float] = Field(
-        (-50.0, -50.0, -5.0, 50.0, 50.0, 3.0), description="points outside are left out: x, y, z from, x, y, z to (m)"
+        default=(-50.0, -50.0, -5.0, 50.0, 50.0, 3.0),
+        description="points outside are left out: x, y, z from, x, y, z to (m)",
     )
     min_distance: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="metres from the sensor below which points are left out: returns off the car itself"
+        default=0.0, description="metres from the sensor below which points are left out: returns off the car itself"
     )
-    max_points: Positive = Field(60_000, description="more are thinned out: at random in training, else evenly")
+    max_points: Positive = Field(default=60_000, description="more are thinned out: at random in training, else evenly")
     not_finite: Literal["refuse", "drop"] = Field(
-        "refuse", description="a sweep with NaN or infinite points is refused, or loses them"
+        default="refuse", description="a sweep with NaN or infinite points is refused, or loses them"
     )
     augment: Augment = Augment()
 
