@@ -225,4 +225,7 @@ def _card(card: Shown) -> str:
     details = f"{html.escape(card.key)}<br>{sizes}"
     text += f"<dl>{fields}</dl>" if fields else ""
     wide = " class='wide'" if card.wide else ""
-    return f"<article{wide}><div class='pic'>{picture}</div><div class='text'>{text}</div><footer>{details}</footer></article>"
+    return (
+        f"<article{wide}><div class='pic'>{picture}</div><div class='text'>{text}</div>"
+        f"<footer>{details}</footer></article>"
+    )

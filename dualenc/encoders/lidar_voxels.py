@@ -1,7 +1,8 @@
 """Sparse voxels through spconv, where it is installed: a 3D convolutional net that only computes where points are.
 
 The layout is SECOND's (Yan et al. 2018): submanifold convolutions, strided sparse ones, then the height folded into the
-channels of a bird's-eye-view map. Layer norm instead of batch norm, as everywhere here.
+channels of a bird's-eye-view map. Layer norm instead of batch norm, as everywhere here. On a CPU spconv 2.3.8 computes
+the forward only: train this on CUDA.
 """
 
 from __future__ import annotations
