@@ -227,7 +227,8 @@ def text_members(record: Record, cfg: SourceConfig) -> dict[str, bytes] | Droppe
                 record.name, "several captions", f"text=txt has room for one caption, not {len(record.captions)}"
             )
         return {"txt": record.captions[0].encode()}
-    doc = {"captions": list(record.captions), **{k: v for k, v in record.fields.items() if k != "captions"}}
+    doc: dict[str, Any] = {"captions": list(record.captions)} if record.captions or record.many else {}
+    doc |= {k: v for k, v in record.fields.items() if k != "captions"}
     return {"json": json.dumps(doc, ensure_ascii=False).encode()}
 
 

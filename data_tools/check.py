@@ -16,7 +16,10 @@ from typing import Any
 from data_tools import sounds
 from data_tools.images import MAX_PIXELS, decode, open_picture
 from data_tools.sources.base import BadMedia
+from dualenc.data.modalities import DecodeError
 from dualenc.data.modalities.audio import AudioInput
+from dualenc.data.modalities.camera import CameraConfig, CameraInput
+from dualenc.data.modalities.lidar import LidarConfig, LidarInput
 from dualenc.data.remote import ReadFailed, ShardCache, is_local, local_path
 from dualenc.data.shards import expand, short_names
 from dualenc.data.stream import REFUSED
@@ -26,6 +29,7 @@ from dualenc.errors import DataError
 IMAGE = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 AUDIO = tuple(AudioInput.default_members)
 CAPTIONS = ("captions", "caption", "text")
+_CAMERAS, _LIDAR = CameraInput(CameraConfig()), LidarInput(LidarConfig(features=[]))
 SHOWN = 8
 _WORTH_A_PROCESS = 64_000_000
 """Bytes of shards: a new process needs seconds before it reads its first."""
@@ -39,6 +43,8 @@ PROBLEMS = (
     "missing member",
     "broken image",
     "broken sound",
+    "broken camera",
+    "broken lidar",
     "too large",
     "broken text",
     "empty caption",
@@ -247,6 +253,7 @@ def _check_sample(fd: int, sample: Sample, shard: str, max_pixels: int, stats: S
         except BadMedia as e:
             stats.problem(e.reason, f"{where}.{picture}: {e.detail}")
     _check_sound(sample, read, where, stats)
+    _check_sensors(sample, read, where, stats)
     texts = _texts(sample, read, where, stats)
     if texts is None:
         stats.lacking.setdefault("text", []).append(where)
@@ -277,6 +284,28 @@ def _check_sound(sample: Sample, read: Any, where: str, stats: ShardStats) -> No
     stats.rates[sound.rate] += 1
     if sound.frames is not None:
         stats.tenths[round(10 * sound.seconds)] += 1
+
+
+def _check_sensors(sample: Sample, read: Any, where: str, stats: ShardStats) -> None:
+    """Calibrated cameras and sweeps, as training would read them."""
+    if "lidar.npy" not in sample.members or "json" not in sample.members:
+        return
+    try:
+        doc = json.loads(read("json"))
+        sweep = {"json:lidar": doc.get("lidar"), "lidar.npy": read("lidar.npy")}
+        rig = {"json:cameras": doc.get("cameras"), **{e: read(e) for e in sample.members if e.startswith("cam")}}
+    except (ValueError, AttributeError):
+        return  # the text's check says so
+    try:
+        _LIDAR.decode(sweep)
+    except DecodeError as e:
+        stats.problem("broken lidar", f"{where}: {e}")
+    try:
+        for shot in _CAMERAS.decode(rig):
+            if shot.picture is not None:
+                shot.picture.rgb()
+    except DecodeError as e:
+        stats.problem("broken camera", f"{where}: {e}")
 
 
 def _texts(sample: Sample, read: Any, where: str, stats: ShardStats) -> list[str] | None:

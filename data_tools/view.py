@@ -1,4 +1,5 @@
-"""One HTML page that shows samples as pictures and sounds with their captions; it needs no other file."""
+"""One HTML page that shows samples as pictures, sounds and calibrated sensors with their captions; it needs no other
+file."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.check import AUDIO, CAPTIONS, IMAGE
+from data_tools.overlay import overlay_uri
 from dualenc.config import Source
-from dualenc.data.modalities import DecodeError
+from dualenc.data.modalities import DecodeError, modalities
 from dualenc.data.remote import ShardCache, is_local
 from dualenc.data.shards import ShardSet, expand, open_source
 from dualenc.data.stream import Reader, SampleError
@@ -23,6 +25,7 @@ from dualenc.errors import DataError
 THUMBNAIL_PX = 256
 MAX_SOUND = 2_000_000
 """Bytes of a sound that is put into the page."""
+_SENSORS = {m: modalities[m].default_members[:1] for m in ("lidar", "camera")} | {"boxes": ["json:boxes"]}
 _MIME = {"flac": "audio/flac", "wav": "audio/wav", "ogg": "audio/ogg", "opus": "audio/ogg", "mp3": "audio/mpeg"}
 
 _STYLE = """
@@ -43,6 +46,8 @@ article { background:var(--card); border:1px solid var(--line); border-radius:12
   border-bottom:1px solid var(--line) }
 .pic img { position:absolute; inset:10px; width:calc(100% - 20px); height:calc(100% - 20px); object-fit:contain }
 .pic img.small { image-rendering:pixelated }
+.wide { grid-column:1/-1 } .wide .pic { aspect-ratio:auto; display:block; background:#121212 }
+.wide .pic img { position:static; width:100%; height:auto; display:block }
 .none { color:#98a2b3 }
 audio { width:100%; height:32px; margin-bottom:8px }
 .bad { color:var(--bad); padding:0 8px; text-align:center; overflow-wrap:anywhere }
@@ -71,6 +76,7 @@ class Shown:
     members: list[str]
     problem: str = ""
     sound: str = ""
+    wide: bool = False
 
 
 def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: int = 0) -> Path:
@@ -119,7 +125,7 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
         sample = reader.locate(0, shard, place)
         card.key = f"{name.removesuffix('.tar')}/{sample.key}"
         card.members = [f".{e} {_bytes(size)}" for e, (_, size) in sample.members.items()]
-        wanted = {"image": IMAGE, "audio": AUDIO, "txt": ["txt"], "json": ["json"]}
+        wanted = {"image": IMAGE, "audio": AUDIO, "txt": ["txt"], "json": ["json"], **_SENSORS}
         found = reader.find(0, shard, sample, wanted)
     except SampleError as e:
         card.problem = str(e)
@@ -132,6 +138,8 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
             card.size, card.small = f"{width}×{height}", max(width, height) <= 128
         except DecodeError as e:
             card.problem = str(e)
+    if isinstance(found.values.get("lidar"), dict) and isinstance(found.values.get("camera"), dict):
+        _overlay(card, found.values)
     sound = found.values.get("audio")
     if sound is not None and len(sound) <= MAX_SOUND:
         mime = _MIME[found.members["audio"]]
@@ -147,8 +155,24 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
         key = next((k for k in CAPTIONS if k in doc), None)
         if key is not None and not card.captions:
             card.captions = [str(v) for v in doc[key]] if isinstance(doc[key], list) else [str(doc[key])]
-        card.fields = {k: v for k, v in doc.items() if k != key}
+        card.fields = {k: _short(v) for k, v in doc.items() if k != key}
     return card
+
+
+def _overlay(card: Shown, values: dict[str, Any]) -> None:
+    """The calibrated pictures with the points over them."""
+    try:
+        card.picture, card.size = overlay_uri(values["lidar"], values["camera"], values.get("boxes"))
+        card.wide = True
+    except DataError as e:
+        card.problem = str(e)
+
+
+def _short(value: Any) -> Any:
+    """Calibrations and boxes are drawn: of those only the number is told."""
+    if isinstance(value, dict | list) and len(json.dumps(value)) > 80:
+        return f"{len(value)} {'keys' if isinstance(value, dict) else 'items'}"
+    return value
 
 
 def _size(raw: bytes) -> tuple[int, int]:
@@ -184,7 +208,13 @@ def _card(card: Shown) -> str:
     if len(card.captions) > 1:
         text = "<ol>" + "".join(f"<li>{html.escape(c)}</li>" for c in card.captions) + "</ol>"
     else:
-        text = f"<p>{html.escape(card.captions[0])}</p>" if card.captions else "<p class='none'>no text</p>"
+        text = (
+            f"<p>{html.escape(card.captions[0])}</p>"
+            if card.captions
+            else ""
+            if card.wide
+            else "<p class='none'>no text</p>"
+        )
     if card.sound:
         text = f"<audio controls preload='none' src='{card.sound}'></audio>{text}"
     if card.picture and card.problem:
@@ -194,6 +224,8 @@ def _card(card: Shown) -> str:
     sizes = " · ".join(f"<span>{html.escape(x)}</span>" for x in (card.size, *card.members) if x)
     details = f"{html.escape(card.key)}<br>{sizes}"
     text += f"<dl>{fields}</dl>" if fields else ""
+    wide = " class='wide'" if card.wide else ""
     return (
-        f"<article><div class='pic'>{picture}</div><div class='text'>{text}</div><footer>{details}</footer></article>"
+        f"<article{wide}><div class='pic'>{picture}</div><div class='text'>{text}</div>"
+        f"<footer>{details}</footer></article>"
     )

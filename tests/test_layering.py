@@ -28,6 +28,7 @@ LAYERS = {
     "dualenc.cli": 7,
     "dualenc.bench": 7,
     "dualenc.bench_audio": 7,
+    "dualenc.bench_bev": 7,
     "dualenc.__main__": 8,
 }
 BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.config", "dualenc"}

@@ -1,6 +1,6 @@
 """Where samples come from: one module a layout, each registered in :data:`sources`."""
 
-from data_tools.sources import files, hf, joined, parquet, quickstart, tables
+from data_tools.sources import driving, files, hf, joined, parquet, quickstart, tables
 from data_tools.sources.base import BadMedia, Dropped, Keys, Record, SourceConfig, SourceKind, sources
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Record",
     "SourceConfig",
     "SourceKind",
+    "driving",
     "files",
     "hf",
     "joined",

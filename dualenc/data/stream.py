@@ -6,6 +6,7 @@ never becomes a path.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ _OPEN_FILES = 64
 _FAILED_S = 60.0
 _JSON = "json"
 _JSON_KEY = "json:"
+_JOIN = "+"
 REFUSED = ("pkl", "pickle", "pyd", "pth", "pt")
 """Endings whose usual decoders run code: never read."""
 
@@ -57,7 +59,7 @@ def check_members(members: Mapping[str, Sequence[str]], where: str) -> None:
     for modality, endings in members.items():
         if not endings:
             raise ConfigError(f"{where}.{modality}: name at least one ending, such as [jpg, png].")
-        for ending in endings:
+        for ending in [part for e in endings for part in e.split(_JOIN)]:
             if ending.lower().rsplit(".", 1)[-1] in REFUSED:
                 raise ConfigError(
                     f"{where}.{modality}: {ending!r} members hold pickled objects, which can run code when read; "
@@ -104,6 +106,10 @@ class Reader:
     def find(self, source: int, shard: int, sample: Sample, wanted: Mapping[str, Sequence[str]]) -> Found:
         """Read, for each modality, the first of its endings that the sample has.
 
+        Endings joined by ``+`` are read together, as a dictionary ending → value; one with ``*`` stands for every
+        member it fits, be it none; the others must all be there. So ``json:cameras+cam*`` is a calibration and the
+        pictures it is of.
+
         Raises:
             SampleError: if the key is unsafe, bytes cannot be had, or a json member is none.
             DataError: if the index is stale.
@@ -112,23 +118,41 @@ class Reader:
             raise SampleError("", f"the member name {sample.key!r} leaves the shard's folder; such samples are refused")
         values: dict[str, Any] = {}
         members: dict[str, str] = {}
-        doc: Any = None
+        docs: list[dict[str, Any]] = []
         for modality, endings in wanted.items():
             for ending in endings:
-                name = _JSON if ending.startswith(_JSON_KEY) else ending.lower()
-                if name not in sample.members:
-                    continue
-                if name is not ending and ending.startswith(_JSON_KEY):
-                    doc = doc if doc is not None else self._json(source, shard, sample)
-                    key = ending[len(_JSON_KEY) :]
-                    if key not in doc or doc[key] is None:
-                        continue
-                    values[modality] = doc[key]
-                else:
-                    values[modality] = self.read(source, shard, sample, name)
-                members[modality] = ending
-                break
+                got = self._parts(source, shard, sample, ending.split(_JOIN), docs)
+                if got is not None:
+                    values[modality] = got if _JOIN in ending or "*" in ending else got[ending]
+                    members[modality] = ending
+                    break
         return Found(values, members)
+
+    def _parts(
+        self, source: int, shard: int, sample: Sample, parts: Sequence[str], docs: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Part → value; None if one is not there. ``docs`` keeps the sample's json member once it was read."""
+        out: dict[str, Any] = {}
+        for part in parts:
+            if part.startswith(_JSON_KEY):
+                if _JSON not in sample.members:
+                    return None
+                if not docs:
+                    docs.append(self._json(source, shard, sample))
+                value = docs[0].get(part[len(_JSON_KEY) :])
+                if value is None:
+                    return None
+                out[part] = value
+            elif "*" in part:
+                fitting = [
+                    m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED
+                ]
+                out |= {name: self.read(source, shard, sample, name) for name in fitting}
+            elif part.lower() in sample.members:
+                out[part] = self.read(source, shard, sample, part.lower())
+            else:
+                return None
+        return out
 
     def read(self, source: int, shard: int, sample: Sample, ending: str) -> bytes:
         """Bytes of one member.

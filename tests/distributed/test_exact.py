@@ -36,7 +36,7 @@ def test_one_process() -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.extra)])
 def test_ddp_and_fsdp2(ranks: int) -> None:
     """With 4 ranks three of them have no audio at all."""
     check(spawn(HERE / "gradcheck.py", "sweep", ranks, {"engines": ["DDP", "FSDP2"]})[0], 16)

@@ -29,7 +29,7 @@ def dualenc(*args: str, cwd: Path) -> str:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["flickr8k", "flickr8k_released"])
+@pytest.mark.parametrize("recipe", [pytest.param("flickr8k", marks=pytest.mark.extra), "flickr8k_released"])
 def test_folder_to_shards_to_training_to_retrieval(tmp_path: Path, recipe: str) -> None:
     build = ["shards", "build", "jsonl", f"path={FLICKR}", "split=train", "limit=40", "--out", "data/flickr8k"]
     assert "40 samples, 200 captions" in dualenc(*build, cwd=tmp_path)

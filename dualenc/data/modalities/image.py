@@ -113,14 +113,14 @@ class ImageInput:
         if augment.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if augment.colour is not None:
-            image = _colour(image, augment.colour, rng)
-        return _to_tensor(image)
+            image = coloured(image, augment.colour, rng)
+        return to_tensor(image)
 
     def eval(self, x: Picture) -> Tensor:
         """The picture at evaluation → uint8 [3, S, S]."""
         size, image = self.config.size, x.rgb()
         if self.config.resize == "squash":
-            return _to_tensor(image.resize((size, size), self._filter))
+            return to_tensor(image.resize((size, size), self._filter))
         w, h = image.size
         if self.config.resize == "shortest":
             wh = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
@@ -129,7 +129,7 @@ class ImageInput:
             wh = (max(round(w / ratio), 1), max(round(h / ratio), 1))
         if wh != image.size:
             image = image.resize(wh, self._filter)
-        return _to_tensor(_centre(image, size, self.config.pad))
+        return to_tensor(_centre(image, size, self.config.pad))
 
     def collate(self, rows: list[Tensor]) -> Tensor:
         """→ uint8 [B, 3, S, S]."""
@@ -229,7 +229,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     # A view: stacking makes it contiguous.
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -265,7 +265,7 @@ def _random_crop(w: int, h: int, augment: Augment, rng: np.random.Generator) -> 
     return (left, top, left + max(cw, 1), top + max(ch, 1))
 
 
-def _colour(image: Image.Image, colour: Colour, rng: np.random.Generator) -> Image.Image:
+def coloured(image: Image.Image, colour: Colour, rng: np.random.Generator) -> Image.Image:
     from PIL import Image, ImageEnhance
 
     if rng.random() < colour.p:

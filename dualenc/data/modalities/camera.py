@@ -1,0 +1,261 @@
+"""One to many calibrated pictures of a moment → uint8 pictures with the intrinsics and extrinsics they have now.
+
+Whatever is done to a picture is done to its intrinsics; what is done to the scene (turned, scaled, mirrored) to the
+extrinsics. ``to_ego`` leads from the frame the extrinsics are in back to ego: see :mod:`dualenc.data.modalities.lidar`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from dualenc.config import Positive, Section
+from dualenc.data.geometry import F64, checked_intrinsics, checked_pose, cut_and_resized, mirrored
+from dualenc.data.modalities.base import DecodeError, modalities
+from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, coloured, to_tensor
+from dualenc.data.modalities.lidar import Motion
+from dualenc.errors import DataError
+
+JSON = "json:cameras"
+Edges = tuple[float, float, float, float]
+
+
+class Augment(Section):
+    """In training only. ``zoom``: how much further each picture is enlarged before it is cut, anywhere; ``scene``: a
+    motion of the whole scene, which changes extrinsics alone."""
+
+    zoom: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 1.0)
+    flip: bool = False
+    colour: Colour | None = None
+    scene: Motion = Motion()
+
+
+class CameraConfig(Section):
+    """How pictures become a row: enlarged or made smaller to cover ``size`` (height, width), then cut."""
+
+    size: tuple[Positive, Positive] = (128, 352)
+    mean: Triple = (0.48145466, 0.4578275, 0.40821073)
+    std: Triple = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bilinear"
+    cameras: list[str] | None = Field(default=None, description="names, in this order; default: all that a sample has")
+    missing: Literal["refuse", "mask"] = Field(default="refuse", description="a sample that lacks one of the cameras")
+    calibration: Literal["needed", "optional"] = Field(
+        default="needed", description="optional: bare pictures are taken, as one camera of which nothing is known"
+    )
+    cut: Literal["top", "middle"] = Field(default="top", description="where a picture that is too high loses rows")
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    max_pixels: Positive = 25_000_000
+    augment: Augment = Augment()
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One camera's decoded picture: None where it is masked; ``known``: its geometry is."""
+
+    picture: Picture | None
+    intrinsics: F64
+    to_ego: F64
+    known: bool
+
+
+@modalities.register("camera")
+class CameraInput:
+    """Rigs as rows; ``collate`` → ``{"image": uint8 [B, N, 3, H, W], "intrinsics": float32 [B, N, 3, 3], "extrinsics":
+    float32 [B, N, 4, 4] (camera → model frame), "to_ego": float32 [B, 4, 4] (model frame → ego), "present", "known":
+    bool [B, N]}``: N is the most cameras of a row of the batch; ``present`` says which are there.
+
+    An item is ``json:cameras`` = ``{"drive": name, "views": [{"name", "member", "size": [width, height], "intrinsics":
+    [3, 3], "to_ego": [4, 4], "drive"}]}`` with the members it names, or the bytes of one picture.
+    """
+
+    Config: ClassVar[type[BaseModel]] = CameraConfig
+    default_members: ClassVar[list[str]] = [f"{JSON}+cam*", "jpg", "jpeg", "png", "webp"]
+
+    def __init__(self, config: CameraConfig, base_dir: str | Path | None = None) -> None:
+        from PIL import Image
+
+        self.config = config
+        self._filter = getattr(Image.Resampling, config.interpolation.upper())
+
+    # --- the protocol -----------------------------------------------------------------------------------------
+
+    def decode(self, raw: Any) -> list[Shot]:
+        """Read the pictures' headers and check the calibration against them.
+
+        Raises:
+            DecodeError: a picture that is missing, broken or of another size than its calibration; intrinsics that are
+                singular; a pose that is none; a calibration of another drive.
+        """
+        if not isinstance(raw, Mapping):
+            if self.config.calibration == "needed":
+                raise DecodeError("a bare picture has no calibration (input.calibration: optional takes it)")
+            return [Shot(self._opened(raw, "the picture"), np.eye(3), np.eye(4), False)]
+        views = views_of(raw)
+        wanted = self.config.cameras or list(views)
+        shots = [self._shot(name, views.get(name), raw) for name in wanted]
+        if all(s.picture is None for s in shots):
+            raise DecodeError(f"none of the cameras {', '.join(wanted)} is there")
+        return shots
+
+    def train(self, x: list[Shot], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Each picture cut, mirrored and coloured on its own, the scene moved as one."""
+        augment = self.config.augment
+        motion = augment.scene.draw(rng)
+        made = []
+        for shot in x:
+            zoom, across, down = rng.uniform(*augment.zoom), rng.random(), rng.random()
+            flip = augment.flip and rng.random() < 0.5
+            roomy = augment.zoom[1] > 1
+            made.append(self._view(shot, zoom, across if roomy else 0.5, down if roomy else None, flip, rng))
+        return self._row(x, made, motion)
+
+    def eval(self, x: list[Shot]) -> dict[str, Tensor]:
+        """The pictures, always cut alike."""
+        return self._row(x, [self._view(shot, 1.0, 0.5, None, False, None) for shot in x], np.eye(4))
+
+    def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Rows with fewer cameras are filled up with black ones that are not present."""
+        n = max(len(r["image"]) for r in rows)
+        out = {k: torch.stack([_filled(r[k], n, k) for r in rows]) for k in rows[0] if k != "to_ego"}
+        return {**out, "to_ego": torch.stack([r["to_ego"] for r in rows])}
+
+    def dummy(self) -> dict[str, Tensor]:
+        """One black picture looking ahead, with a right angle across."""
+        height, width = self.config.size
+        K = np.array([[width / 2, 0, width / 2], [0, width / 2, height / 2], [0, 0, 1.0]])
+        ahead = np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+        shot = Shot(None, K, ahead, True)
+        row = self._row([shot], [(torch.zeros(3, height, width, dtype=torch.uint8), K)], np.eye(4))
+        return {**row, "present": torch.ones(1, dtype=torch.bool)}
+
+    def describe(self) -> dict[str, Any]:
+        """The settings; there is nothing else."""
+        return {"kind": "camera", "config": self.config.model_dump(mode="json")}
+
+    @staticmethod
+    def preview(raw: Any) -> dict[str, str]:
+        """The first camera's picture."""
+        from dualenc.data.thumbnails import thumbnail_uri
+
+        if isinstance(raw, Mapping):
+            raw = next((raw[v["member"]] for v in views_of(raw).values() if v["member"] in raw), b"")
+        return {"picture": thumbnail_uri(raw)}
+
+    # --- parts ------------------------------------------------------------------------------------------------
+
+    def _shot(self, name: str, view: Mapping[str, Any] | None, raw: Mapping[str, Any]) -> Shot:
+        if view is None or view["member"] not in raw:
+            if self.config.missing == "mask":
+                return Shot(None, np.eye(3), np.eye(4), False)
+            why = "no calibration" if view is None else f"no picture {view['member']}"
+            raise DecodeError(f"camera {name} has {why} (input.missing: mask goes without)")
+        picture = self._opened(raw[view["member"]], f"camera {name}")
+        K, to_ego = calibration_of(view, raw[JSON])
+        size = view.get("size")
+        if size is not None and tuple(size) != picture.size:
+            raise DecodeError(
+                f"camera {name}: the picture has {picture.size[0]}×{picture.size[1]} pixels, its calibration is of "
+                f"{size[0]}×{size[1]}"
+            )
+        return Shot(picture, K, to_ego, True)
+
+    def _opened(self, raw: Any, what: str) -> Picture:
+        if not isinstance(raw, bytes | bytearray | memoryview):
+            raise DecodeError(f"{what} must be bytes, got {type(raw).__name__}")
+        picture = Picture(bytes(raw), self.config.background)
+        width, height = picture.size
+        if width * height > self.config.max_pixels:
+            raise DecodeError(f"{what}: {width}×{height} pixels are more than max_pixels ({self.config.max_pixels:,})")
+        return picture
+
+    def _view(
+        self, shot: Shot, zoom: float, across: float, down: float | None, flip: bool, rng: np.random.Generator | None
+    ) -> tuple[Tensor, F64]:
+        """The picture uint8 [3, H, W] and its intrinsics."""
+        from PIL import Image
+
+        height, width = self.config.size
+        if shot.picture is None:
+            return torch.zeros(3, height, width, dtype=torch.uint8), shot.intrinsics
+        w, h = shot.picture.size
+        scale = zoom * max(width / w, height / h)
+        spare = 1.0 if self.config.cut == "top" else 0.5
+        box = _placed((w, h), (width / scale, height / scale), across, spare if down is None else down)
+        image = shot.picture.rgb(at_least=int(np.ceil(1.5 * scale * min(w, h))) if scale < 1 else None)
+        # A JPEG may come at a half, quarter or eighth of its size, rounded up: exact by the factor, not by the sides.
+        factor = 2 ** round(np.log2(max(w, h) / max(image.size)))
+        edges = (box[0] / factor, box[1] / factor, box[2] / factor, box[3] / factor)
+        inside = (*edges[:2], min(edges[2], image.width), min(edges[3], image.height))
+        image = image.resize((width, height), self._filter, box=inside)
+        K = cut_and_resized(shot.intrinsics, box, (width, height))
+        if flip:
+            image, K = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mirrored(K, width)
+        if rng is not None and self.config.augment.colour is not None:
+            image = coloured(image, self.config.augment.colour, rng)
+        return to_tensor(image), K
+
+    def _row(self, x: list[Shot], made: list[tuple[Tensor, F64]], motion: F64) -> dict[str, Tensor]:
+        def numbers(value: Any) -> Tensor:
+            return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+        return {
+            "image": torch.stack([image for image, _ in made]),
+            "intrinsics": numbers([K for _, K in made]),
+            "extrinsics": numbers([motion @ s.to_ego for s in x]),
+            "to_ego": numbers(np.linalg.inv(motion)),
+            "present": torch.tensor([s.picture is not None for s in x]),
+            "known": torch.tensor([s.known for s in x]),
+        }
+
+
+def views_of(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Name → what ``json:cameras`` says of a camera.
+
+    Raises:
+        DecodeError: it does not have the form that :class:`CameraInput` describes.
+    """
+    doc = raw.get(JSON)
+    views = doc.get("views") if isinstance(doc, Mapping) else None
+    if not isinstance(views, list) or not views:
+        raise DecodeError(f"{JSON} must be {{drive, views: [{{name, member, intrinsics, to_ego}}, …]}}")
+    for view in views:
+        if not isinstance(view, Mapping) or not {"name", "member", "intrinsics", "to_ego"} <= view.keys():
+            raise DecodeError(f"{JSON}: a view needs name, member, intrinsics and to_ego")
+    return {str(v["name"]): v for v in views}
+
+
+def calibration_of(view: Mapping[str, Any], doc: Mapping[str, Any]) -> tuple[F64, F64]:
+    """(intrinsics [3, 3], camera → ego [4, 4]) of a view.
+
+    Raises:
+        DecodeError: singular intrinsics, a pose that is none, a calibration of another drive.
+    """
+    name = f"camera {view['name']}"
+    mine, theirs = doc.get("drive"), view.get("drive")
+    if mine and theirs and mine != theirs:
+        raise DecodeError(f"{name}: its calibration is of drive {theirs!r}, the sample of {mine!r}")
+    try:
+        return checked_intrinsics(view["intrinsics"], name), checked_pose(view["to_ego"], name)
+    except DataError as e:
+        raise DecodeError(str(e)) from e
+
+
+def _placed(whole: tuple[int, int], part: tuple[float, float], across: float, down: float) -> Edges:
+    """The box of ``part`` (width, height) inside ``whole``; ``across`` and ``down`` share out what is left over."""
+    left, top = across * max(whole[0] - part[0], 0.0), down * max(whole[1] - part[1], 0.0)
+    return left, top, min(left + part[0], float(whole[0])), min(top + part[1], float(whole[1]))
+
+
+def _filled(x: Tensor, n: int, key: str) -> Tensor:
+    if len(x) == n:
+        return x
+    # Matrices of cameras that are not there must still have an inverse.
+    more = torch.eye(x.shape[-1]) if key in ("intrinsics", "extrinsics") else torch.zeros((), dtype=x.dtype)
+    return torch.cat([x, more.to(x.dtype).expand(n - len(x), *x.shape[1:])])

@@ -1,0 +1,255 @@
+"""LiDAR sweeps → points in a frame with x forward, ragged, with what is needed to find them in the world again.
+
+A row's points stand in a *model frame*: ego (or the sensor's own), turned, scaled and mirrored in training. ``to_ego``
+takes them back. A camera's row has the like, so geometry between the two holds whatever was done to either, and
+neither knows the other: a point p of the LiDAR row is at inv(extrinsics) · inv(camera.to_ego) · lidar.to_ego · p.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
+
+from dualenc.config import Positive, Section
+from dualenc.data.geometry import F64, checked_pose, ground_motion, moved
+from dualenc.data.modalities.base import DecodeError, modalities
+from dualenc.errors import DataError
+
+F32 = npt.NDArray[np.float32]
+Extra = Literal["intensity", "ring", "time"]
+_XYZ = ("x", "y", "z")
+_BARE = ("x", "y", "z", "intensity", "ring")
+_MAX_POINTS = 5_000_000
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class Motion(Section):
+    """Turn about z (up to ± degrees), scale, mirror the scene: flip_x front and back, flip_y left and right."""
+
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: tuple[_Positive, _Positive] = (1.0, 1.0)
+    flip_x: bool = False
+    flip_y: bool = False
+
+    def draw(self, rng: np.random.Generator) -> F64:
+        """[4, 4]."""
+        return ground_motion(rng, self.rotate_deg, self.scale, self.flip_x, self.flip_y)
+
+
+class Augment(Motion):
+    """In training only: the motion, then up to ``drop`` of the points left out."""
+
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class LidarConfig(Section):
+    """How a sweep becomes a row."""
+
+    features: list[Extra] = Field(
+        default=["intensity"], description="columns after x, y, z; a sweep without one is refused"
+    )
+    frame: Literal["ego", "sensor"] = "ego"
+    range: tuple[float, float, float, float, float, float] = Field(
+        default=(-50.0, -50.0, -5.0, 50.0, 50.0, 3.0),
+        description="points outside are left out: x, y, z from, x, y, z to (m)",
+    )
+    min_distance: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="metres from the sensor below which points are left out: returns off the car itself"
+    )
+    max_points: Positive = Field(default=60_000, description="more are thinned out: at random in training, else evenly")
+    not_finite: Literal["refuse", "drop"] = Field(
+        default="refuse", description="a sweep with NaN or infinite points is refused, or loses them"
+    )
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LidarConfig:
+        if any(a >= b for a, b in zip(self.range[:3], self.range[3:], strict=True)):
+            raise ValueError(f"range: {list(self.range)} must give the lower x, y, z before the upper")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError(f"features: {self.features} names one twice")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """A decoded sweep: points float32 [n, 3 + features] in the model frame, its sensor's place in it [3], and the
+    pose [4, 4] model frame → ego."""
+
+    points: F32
+    origin: F64
+    to_ego: F64
+
+
+@modalities.register("lidar")
+class LidarInput:
+    """Sweeps as rows; ``collate`` → ``{"points": float32 [B, M, C], "count": int64 [B], "to_ego": float32 [B, 4, 4],
+    "origin": float32 [B, 3]}``: C is x, y, z and ``features``, rows are zero beyond ``count``, ``origin`` is where the
+    sensor stands.
+
+    An item is the bytes of a ``.npy`` float32 [n, ≥ 3] (x, y, z, intensity, ring; x forward), or those with
+    ``json:lidar`` = ``{"columns": [names], "to_ego": [4, 4], "drive": name}``.
+    """
+
+    Config: ClassVar[type[BaseModel]] = LidarConfig
+    default_members: ClassVar[list[str]] = ["json:lidar+lidar.npy", "lidar.npy", "npy"]
+
+    def __init__(self, config: LidarConfig, base_dir: str | Path | None = None) -> None:
+        self.config = config
+
+    # --- the protocol -----------------------------------------------------------------------------------------
+
+    def decode(self, raw: Any) -> Cloud:
+        """Read and check the points, and put them into the frame the config names.
+
+        Raises:
+            DecodeError: no float array, no points, points that are not finite, a column or pose that is missing.
+        """
+        points, columns, to_ego = read_cloud(raw)
+        for name in self.config.features:
+            if name not in columns:
+                raise DecodeError(f"the sweep has no column {name!r}, only {', '.join(columns)}")
+        points = points[:, [columns.index(c) for c in (*_XYZ, *self.config.features)]]
+        finite = np.isfinite(points).all(1)
+        if not finite.all():
+            lost = len(points) - int(finite.sum())
+            if self.config.not_finite == "refuse":
+                raise DecodeError(
+                    f"{lost:,} of {len(points):,} points are not finite (input.not_finite: drop leaves them out)"
+                )
+            points = points[finite]
+        far = (np.square(points[:, :3], dtype=np.float64)).sum(1) >= self.config.min_distance**2
+        points = points[far]
+        if not len(points):
+            raise DecodeError("the cloud is empty")
+        if self.config.frame == "sensor":
+            return Cloud(points, np.zeros(3), to_ego)
+        points = points.copy()
+        points[:, :3] = moved(points[:, :3].astype(np.float64), to_ego)
+        return Cloud(points, to_ego[:3, 3], np.eye(4))
+
+    def train(self, x: Cloud, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The scene moved and thinned as ``augment`` says; ``to_ego`` undoes the motion."""
+        augment = self.config.augment
+        x = transformed(x, augment.draw(rng))
+        keep = self._inside(x.points)
+        most = min(len(keep), self.config.max_points)
+        if augment.drop:
+            most = min(most, max(1, round(len(keep) * (1 - rng.uniform(0, augment.drop)))))
+        if most < len(keep):
+            keep = np.sort(rng.choice(keep, most, replace=False))
+        return _row(x, keep)
+
+    def eval(self, x: Cloud) -> dict[str, Tensor]:
+        """The points in range, evenly thinned where there are too many."""
+        keep = self._inside(x.points)
+        if len(keep) > self.config.max_points:
+            keep = keep[np.linspace(0, len(keep) - 1, self.config.max_points).round().astype(np.int64)]
+        return _row(x, keep)
+
+    def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Pad to the longest row of the batch."""
+        count = torch.tensor([len(r["points"]) for r in rows])
+        points = torch.zeros(len(rows), int(count.max()), rows[0]["points"].shape[1])
+        for i, row in enumerate(rows):
+            points[i, : len(row["points"])] = row["points"]
+        more = {k: torch.stack([r[k] for r in rows]) for k in ("to_ego", "origin")}
+        return {"points": points, "count": count, **more}
+
+    def dummy(self) -> dict[str, Tensor]:
+        """One point in the middle of the range."""
+        low, high = np.array(self.config.range[:3]), np.array(self.config.range[3:])
+        points = np.zeros((1, 3 + len(self.config.features)), np.float32)
+        points[0, :3] = (low + high) / 2
+        return _row(Cloud(points, np.zeros(3), np.eye(4)), np.zeros(1, np.int64))
+
+    def describe(self) -> dict[str, Any]:
+        """The settings; there is nothing else."""
+        return {"kind": "lidar", "config": self.config.model_dump(mode="json")}
+
+    @staticmethod
+    def preview(raw: Any) -> dict[str, str]:
+        """The sweep from above, forward up, brighter where more points are."""
+        from PIL import Image
+
+        points, _, to_ego = read_cloud(raw)
+        xy = moved(points[np.isfinite(points).all(1), :3].astype(np.float64), to_ego)[:, :2]
+        reach = max(float(np.quantile(np.abs(xy), 0.98)) if len(xy) else 1.0, 1.0)
+        counts, *_ = np.histogram2d(-xy[:, 0], -xy[:, 1], bins=192, range=[[-reach, reach], [-reach, reach]])
+        grey = (255 * np.minimum(1, np.log1p(counts) / np.log(9))).astype(np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(grey).save(out, "PNG")
+        return {"picture": "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")}
+
+    # --- parts ------------------------------------------------------------------------------------------------
+
+    def _inside(self, points: F32) -> npt.NDArray[np.int64]:
+        low, high = (np.array(v, np.float32) for v in (self.config.range[:3], self.config.range[3:]))
+        keep = np.flatnonzero(((points[:, :3] >= low) & (points[:, :3] < high)).all(1))
+        if not len(keep):
+            raise DecodeError(f"none of {len(points):,} points is within input.range {list(self.config.range)}")
+        return keep
+
+
+def transformed(x: Cloud, by: F64) -> Cloud:
+    """The cloud after the linear map ``by [4, 4]``; its ``to_ego`` leads back to where the points were."""
+    points = x.points.copy()
+    points[:, :3] = moved(points[:, :3].astype(np.float64), by)
+    return Cloud(points, moved(x.origin[None], by)[0], x.to_ego @ np.linalg.inv(by))
+
+
+def _row(x: Cloud, keep: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    return {
+        "points": torch.from_numpy(x.points[keep]),
+        "to_ego": torch.from_numpy(x.to_ego.astype(np.float32)),
+        "origin": torch.from_numpy(x.origin.astype(np.float32)),
+    }
+
+
+def read_cloud(raw: Any) -> tuple[F32, list[str], F64]:
+    """Points float32 [n, C], their columns' names, and the pose sensor → ego (identity where nothing is said).
+
+    Raises:
+        DecodeError: see :meth:`LidarInput.decode`.
+    """
+    about: Any = {}
+    if isinstance(raw, Mapping):
+        about = raw.get("json:lidar") or {}
+        raw = next((v for k, v in raw.items() if not k.startswith("json:")), b"")
+    points = _npy(raw)
+    columns = about.get("columns") if isinstance(about, Mapping) else None
+    columns = list(_BARE[: points.shape[1]]) if columns is None else [str(c) for c in columns]
+    if len(columns) != points.shape[1] or tuple(columns[:3]) != _XYZ:
+        raise DecodeError(f"a point has {points.shape[1]} numbers, but the columns are {', '.join(columns)}")
+    try:
+        to_ego = checked_pose(about["to_ego"], "the LiDAR") if "to_ego" in about else np.eye(4)
+    except DataError as e:
+        raise DecodeError(str(e)) from e
+    return points, columns, to_ego
+
+
+def _npy(raw: Any) -> F32:
+    if not isinstance(raw, bytes | bytearray | memoryview):
+        raise DecodeError(f"a sweep must be the bytes of a .npy, got {type(raw).__name__}")
+    try:
+        out = np.load(io.BytesIO(raw), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise DecodeError(f"no .npy array ({' '.join(str(e).split())[:120]})") from e
+    if not isinstance(out, np.ndarray) or out.ndim != 2 or out.shape[1] < 3 or out.dtype.kind != "f":
+        got = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise DecodeError(f"a sweep must be floating-point [n, ≥ 3], got {got}")
+    if len(out) == 0:
+        raise DecodeError("the cloud is empty")
+    if len(out) > _MAX_POINTS:
+        raise DecodeError(f"{len(out):,} points are more than {_MAX_POINTS:,}")
+    return out.astype(np.float32)
