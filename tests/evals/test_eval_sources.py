@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dualenc.data.geometry import MIN_DEPTH
 from dualenc.errors import ConfigError, DataError
 from evals import driving
 from evals.harness import evaluate
@@ -272,19 +273,19 @@ def test_calibration_and_objects_equal_the_golden_pairs(
     lines = [json.loads(x) for x in (SHARED / "camera_lidar/golden_pairs.jsonl").read_text().splitlines()]
     golden = {Path(g["image"]).stem: g for g in lines if g["source"] == source}
     task = shipped(name, SHARED, monkeypatch)
-    read = driving._kitti if task.source.kind == "kitti" else driving._nuscenes
-    frames = list(read(paths_of(task)[0], task))
+    frames = list(driving._frames(paths_of(task)[0], task))
     assert {f.id for f in frames} == set(golden)
     assert sum(len(g["crops"]) for g in golden.values()) == objects
     # Every third of the large set: each frame's sweep is read and projected.
     for frame in frames if len(frames) < 20 else frames[::3]:
         want = golden[frame.id]
-        assert np.allclose(frame.to_camera, want["lidar_to_cam"], atol=1e-5)
-        assert np.allclose(frame.projection, want["P"], atol=1e-3)
+        to_picture = frame.view.intrinsics @ (np.linalg.inv(frame.view.to_ego) @ frame.key.lidar_to_ego)[:3]
+        assert np.allclose(to_picture, np.array(want["P"])[:, :4] @ np.array(want["lidar_to_cam"]), atol=1e-2)
         points = frame.points()
         seen = points[frame.seen(points)]
         assert (len(points), len(seen)) == (want["n_points"], want["n_in_image"])
-        assert seen[:, 2].mean() == pytest.approx(want["mean_depth_in_image"], abs=1e-3)
+        # KITTI's P2 moves the camera by a few millimetres; that is part of our camera's pose, not of theirs.
+        assert seen[:, 2].mean() == pytest.approx(want["mean_depth_in_image"], abs=1e-2)
         found = [(b, frame.visible(b, seen)) for b in frame.boxes]
         got = sorted((b.cls, [round(v, 1) for v in box], int(b.inside(seen[:, :3]).sum())) for b, box in found if box)
         assert got == sorted((c["cls"], c["box2d"], c["n_points"]) for c in want["crops"])
@@ -297,7 +298,7 @@ def test_what_a_driving_item_is(monkeypatch: pytest.MonkeyPatch) -> None:
     points = np.load(io.BytesIO(rows[0].contents["lidar"][0].read()), allow_pickle=False)  # type: ignore[arg-type]
     assert points.dtype == np.float32
     assert points.shape == (20285, 4)
-    assert points[:, 0].min() > driving.MIN_DEPTH  # forward first
+    assert points[:, 0].min() > MIN_DEPTH  # forward first
     assert 0 <= points[:, 3].min() <= points[:, 3].max() <= 1
     row = next(r for r in read_rows(shipped("kitti_lidar_classes", SHARED, monkeypatch)).rows if r.label == "Car")
     car = np.load(io.BytesIO(row.contents["lidar"][0].read()), allow_pickle=False)  # type: ignore[arg-type]
