@@ -21,7 +21,7 @@ import numpy as np
 
 from dualenc.data.crops import crop, open_picture
 from dualenc.data.driving import Box, Keyframe, View, kitti_object, nuscenes
-from dualenc.data.geometry import F64, Bools, checked_intrinsics, moved, project, seen
+from dualenc.data.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
 from dualenc.data.modalities.image import Picture
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from evals.files import open_binary
@@ -44,7 +44,7 @@ class Frame:
     def points(self) -> F64:
         """[n, 4]: the whole sweep in the camera's frame, and intensity in 0 … 1. Raises DataError for a broken file."""
         got = self.key.points()
-        to_camera = np.linalg.inv(self.view.to_ego) @ self.key.lidar_to_ego
+        to_camera = inverse(self.view.to_ego) @ self.key.lidar_to_ego
         return np.concatenate([moved(got[:, :3], to_camera), got[:, 3:4]], axis=1)
 
     def pixels(self, points: F64) -> F64:
@@ -180,7 +180,7 @@ def _frames(root: str, task: Task) -> Iterator[Frame]:
             for view in key.views:
                 checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
                 size = view.size or open_picture(view.path.read_bytes()).size
-                boxes = tuple(b.moved(np.linalg.inv(view.to_ego)) for b in key.boxes)
+                boxes = tuple(b.moved(inverse(view.to_ego)) for b in key.boxes)
                 yield Frame(view.path.stem, view, key, size, boxes)
     except DataError as e:
         raise DataError(f"task {task.name}: {e}") from e

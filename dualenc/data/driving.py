@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dualenc.data.geometry import F64, Bools, pose, rotation_of, split_projection
+from dualenc.data.geometry import F64, Bools, inverse, pose, rotation_of, split_projection
 from dualenc.errors import DataError, did_you_mean
 
 MARGIN = 1.05
@@ -122,8 +122,8 @@ def kitti_object(folder: str | Path, boxes: bool = True) -> Iterator[Keyframe]:
         rectified = _rows(given["R0_rect"], 3, 3) @ _rows(given["Tr_velo_to_cam"], 3, 4)
         K, shift = split_projection(given["P2"].reshape(3, 4))
         labels = folder / "label_2" / f"{path.stem}.txt"
-        found = _kitti_boxes(labels, path.stem, np.linalg.inv(rectified)) if boxes and labels.is_file() else []
-        view = View("image_2", path, None, K, np.linalg.inv(shift @ rectified), "")
+        found = _kitti_boxes(labels, path.stem, inverse(rectified)) if boxes and labels.is_file() else []
+        view = View("image_2", path, None, K, inverse(shift @ rectified), "")
         sweep = folder / "velodyne" / f"{path.stem}.bin"
         yield Keyframe(path.stem, "", sweep, _KITTI_COLUMNS, 1.0, np.eye(4), (view,), boxes=tuple(found))
 
@@ -151,7 +151,7 @@ def kitti_raw(folder: str | Path, cameras: tuple[str, ...] = ("02", "03")) -> It
             path = folder / f"image_{c}" / "data" / f"{sweep.stem}.png"
             # A day's drives share a calibration; the drive's name begins with its day.
             drive = folder.name if folder.name.startswith(date) else date
-            views.append(View(f"image_{c}", path, (width, height), K, np.linalg.inv(shift @ rectified), drive))
+            views.append(View(f"image_{c}", path, (width, height), K, inverse(shift @ rectified), drive))
         name = f"{folder.name}_{sweep.stem}"
         yield Keyframe(name, folder.name, sweep, _KITTI_COLUMNS, 1.0, np.eye(4), tuple(views))
 
@@ -266,7 +266,7 @@ def _nuscenes(root: Path, tables: _Tables, with_boxes: bool) -> Iterator[Keyfram
             continue
         lidar = channels["LIDAR_TOP"]
         ego = _nuscenes_pose(poses[lidar["ego_pose_token"]])
-        from_world: F64 = np.linalg.inv(ego).astype(np.float64)
+        from_world = inverse(ego)
         views = []
         for channel, row in sorted(channels.items()):
             if channel.startswith("CAM_"):
