@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dualenc.data.driving import Box
-from dualenc.data.geometry import F64, moved, project, seen
+from dualenc.data.geometry import F64, inverse, moved, project, seen
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot, views_of
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
 from dualenc.errors import DataError
@@ -60,7 +60,7 @@ def _camera(shot: Shot, points: F64, boxes: list[Box]) -> tuple[Image.Image, int
 
     assert shot.picture is not None
     image = shot.picture.rgb()
-    to_camera: F64 = np.linalg.inv(shot.to_ego).astype(np.float64)
+    to_camera = inverse(shot.to_ego)
     uv, depth = project(points, to_camera, shot.intrinsics)
     ok = seen(uv, depth, image.size)
     scale = PICTURE_PX / image.width
