@@ -47,11 +47,6 @@ def pose(rotation: Any, translation: Any) -> F64:
     return out
 
 
-def inverse(of: F64) -> F64:
-    """The map back, [4, 4]."""
-    return np.linalg.inv(of).astype(np.float64)
-
-
 def moved(points: F64, by: F64) -> F64:
     """``points [n, 3]`` taken by the pose ``by [4, 4]``."""
     return np.asarray(points @ by[:3, :3].T + by[:3, 3])
