@@ -76,17 +76,17 @@ class Voxels(BEVTower):
         size = torch.tensor([config.cell / fold] * 2 + [(given["range"][5] - given["range"][2]) / nz])
         self.register_buffer("size", size, persistent=False)
         self.register_buffer("low", torch.tensor(given["range"][:3], dtype=torch.float32), persistent=False)
-        # Its other algorithms ask for a CUDA stream even where the tensors are on the CPU.
+        # Its other algorithms ask for a CUDA stream even where the tensors are on the CPU, and there a bias is refused.
         algo = None if torch.cuda.is_available() else spconv.ConvAlgo.Native
         stages: list[nn.Module] = []
         before = 3 + len(given["features"])
         for i, channels in enumerate(config.sparse_widths):
             conv = (
-                spconv.SubMConv3d(before, channels, 3, indice_key=f"s{i}", algo=algo)
+                spconv.SubMConv3d(before, channels, 3, indice_key=f"s{i}", algo=algo, bias=False)
                 if i == 0
-                else spconv.SparseConv3d(before, channels, 2, stride=2, algo=algo)
+                else spconv.SparseConv3d(before, channels, 2, stride=2, algo=algo, bias=False)
             )
-            more = spconv.SubMConv3d(channels, channels, 3, indice_key=f"s{i}", algo=algo)
+            more = spconv.SubMConv3d(channels, channels, 3, indice_key=f"s{i}", algo=algo, bias=False)
             stages += [conv, nn.LayerNorm(channels), nn.ReLU(), more, nn.LayerNorm(channels), nn.ReLU()]
             before = channels
         self.sparse = spconv.SparseSequential(*stages)

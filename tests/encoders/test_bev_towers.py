@@ -189,10 +189,11 @@ def test_a_point_at_one_depth_lands_in_its_own_cell(which: int, keys: list[Keyfr
         places = frustum((64, 192), (64, 192), row["intrinsics"][n : n + 1], row["extrinsics"][n : n + 1], depths)
         cells = grid.index(places[0, ..., :2]).view(-1, 160)
         chosen = torch.from_numpy(pixel[:, 1] * 192 + pixel[:, 0])
-        for i in range(len(at)):
-            weights = torch.zeros(1, 160)
-            weights[0, bin_[i]] = 1
-            out = splat(torch.ones(1, 1), weights, cells[chosen[i]][None], grid.cells)[:, 0]
+        weights = torch.zeros(len(at), 160)
+        weights[torch.arange(len(at)), torch.from_numpy(bin_)] = 1
+        # Every point has a channel of its own, so one splat shows where each of them went.
+        maps = splat(torch.eye(len(at)), weights, cells[chosen], grid.cells).T
+        for i, out in enumerate(maps):
             hit = int(out.argmax())
             assert float(out.sum()) == float(out[hit])
             borders = np.abs((snapped[i, :2] - grid.low) / grid.cell % 1 - 0.5).max() > 0.499
