@@ -44,7 +44,8 @@ def joined(cfg: JoinedConfig) -> Iterator[Record | Dropped]:
         value = record.captions[0] if cfg.caption == cfg.by else record.fields.get(cfg.by)
         key = cfg.keys.get(str(value))
         if key is not None:
-            yield replace(record, media={"image": pictures[key], **record.media})
+            fields = {**record.fields, cfg.by: value}  # also where it is the caption: tasks tell classes apart by it
+            yield replace(record, media={"image": pictures[key], **record.media}, fields=fields)
 
 
 def borrowed(shards: str | list[str], keys: set[str]) -> dict[str, bytes]:

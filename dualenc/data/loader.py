@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -98,7 +99,8 @@ class Loader:
         """Batches from ``start_step`` to ``stop_step``; a new iteration starts there again."""
         self.close()
         stop = _NO_END if self.stop_step is None else self.stop_step
-        iterator = self._iterator = iter(self._torch_loader(self.start_step, stop))
+        with _sigterm_blocked():  # before torch starts threads in a worker, which would take the signal
+            iterator = self._iterator = iter(self._torch_loader(self.start_step, stop))
         watchdog = self._watchdog = Watchdog(self._data.stall_s, self._awaited)
         try:
             for step in range(self.start_step, stop):
@@ -242,12 +244,12 @@ def _quiet_worker(worker: int) -> None:
     """One thread each, as workers are many and share the cores with training; signals are the main process's affair.
 
     Ctrl-C and a scheduler's SIGTERM reach every process of a job. Workers must outlive them, or the run could not
-    finish its step and save; only a SIGTERM sent by the main process itself ends a worker.
+    finish its step and save; only a SIGTERM sent by the main process itself ends a worker. It is blocked since the
+    worker began (see :func:`_sigterm_blocked`).
     """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey_parent, args=(os.getppid(),), name="dualenc-signals", daemon=True).start()
     _report_while_alive(os.getppid())
 
@@ -264,6 +266,19 @@ def _report_while_alive(parent: int) -> None:
             report(kind, error, trace)
 
     sys.excepthook = hook
+
+
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Processes and threads that start inside have SIGTERM blocked, each of their own threads too."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _obey_parent(parent: int) -> None:

@@ -193,11 +193,12 @@ def test_a_picture_and_a_sound_of_one_name_are_one_sample(tmp_path: Path) -> Non
     assert page.count("<audio controls") == 2
 
 
-def test_sounds_with_the_picture_of_their_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize("caption", [{"template": "{label}"}, {"caption": "label"}])
+def test_sounds_with_the_picture_of_their_class(tmp_path: Path, caption: dict[str, str]) -> None:
     rows = [r for r in rows_of("esc10_folds123") if r["label"] in ("dog bark", "rooster")]
     options: dict[str, Any] = {
         "path": str(DATA / "esc10_folds123" / "captions.jsonl"),
-        "template": "{label}",
+        **caption,
         "pictures": str(SHIPPED / "val-style-000000.tar"),
         "keys": {"dog bark": "fluent3d_1f415", "rooster": "fluent3d_1f413"},
         "verify": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -89,14 +90,22 @@ def test_ten_steps_equal_five_then_kill_then_five_bit_for_bit(tmp_path: Path) ->
 @pytest.mark.dist
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     cmd = [sys.executable, "-m", "dualenc", "train", str(RECIPE), *SMALL, "budget.steps=5000", "out=run"]
-    process = subprocess.Popen(cmd, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        cmd,
+        cwd=tmp_path,
+        env=environment(OMP_NUM_THREADS="2"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     log = tmp_path / "run" / "metrics.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    # As a scheduler does it: to every process of the job, the data workers too.
+    os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Stopped by SIGTERM and saved at step" in " ".join(err.split())
