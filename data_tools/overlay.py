@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from dualenc.data.drawn import colours, points_over, uri
 from dualenc.data.driving import Box
 from dualenc.data.geometry import F64, inverse, moved, project, seen
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot, views_of
@@ -21,13 +19,8 @@ if TYPE_CHECKING:
 
 PICTURE_PX = 640
 COLUMNS = 3
-SHOWN = 5000
-"""Points drawn over a picture, about."""
-FAR = 60.0
-"""Metres at which the colours end."""
 REACH = 50.0
 _EDGES = [(a, b) for a in range(8) for b in range(a) if bin(a ^ b).count("1") == 1]
-_STOPS = np.array([[255, 70, 40], [255, 200, 40], [80, 220, 100], [60, 170, 255], [90, 70, 220]], float)
 
 
 def overlay_uri(lidar: Any, cameras: Mapping[str, Any], boxes: Any = None) -> tuple[str, str]:
@@ -52,11 +45,11 @@ def overlay_uri(lidar: Any, cameras: Mapping[str, Any], boxes: Any = None) -> tu
     above = _from_above(points, shots, solid, max(pictures.height, PICTURE_PX))
     names = list(views_of(cameras))
     about = f"{len(points):,} points; inside: " + ", ".join(f"{n} {c:,}" for n, c in zip(names, counts, strict=True))
-    return _uri(_pasted([[pictures, above]])), about
+    return uri(_pasted([[pictures, above]])), about
 
 
 def _camera(shot: Shot, points: F64, boxes: list[Box]) -> tuple[Image.Image, int]:
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
     assert shot.picture is not None
     image = shot.picture.rgb()
@@ -64,17 +57,13 @@ def _camera(shot: Shot, points: F64, boxes: list[Box]) -> tuple[Image.Image, int
     uv, depth = project(points, to_camera, shot.intrinsics)
     ok = seen(uv, depth, image.size)
     scale = PICTURE_PX / image.width
-    image = image.resize((PICTURE_PX, round(image.height * scale)), Image.Resampling.BILINEAR)
+    image = points_over(image, uv[ok], depth[ok], PICTURE_PX)
     draw = ImageDraw.Draw(image)
     for box in boxes:
         corners, far = project(box.corners(), to_camera, shot.intrinsics)
         if (far > 0.5).all():
             for a, b in _EDGES:
                 draw.line([*(corners[a] * scale), *(corners[b] * scale)], fill=(255, 255, 255), width=1)
-    # Near points are drawn last, over far ones; of a dense sweep a part, so that the picture is still seen.
-    order = np.argsort(-depth[ok])[:: 1 + int(ok.sum()) // SHOWN]
-    for (u, v), colour in zip((uv[ok] * scale)[order], _colours(depth[ok])[order], strict=True):
-        draw.rectangle([u - 0.6, v - 0.6, u + 0.6, v + 0.6], fill=tuple(colour))
     return image, int(ok.sum())
 
 
@@ -87,7 +76,7 @@ def _from_above(points: F64, shots: list[Shot], boxes: list[Box], px: int) -> Im
     pixels = np.full((px, px, 3), 18, np.uint8)
     near = np.abs(points[:, :2]).max(1) < REACH
     cells = at(points[near, :2]).astype(int).clip(0, px - 1)
-    pixels[cells[:, 1], cells[:, 0]] = _colours(np.linalg.norm(points[near, :2], axis=1))
+    pixels[cells[:, 1], cells[:, 0]] = colours(np.linalg.norm(points[near, :2], axis=1))
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
     for shot in shots:
@@ -100,11 +89,6 @@ def _from_above(points: F64, shots: list[Shot], boxes: list[Box], px: int) -> Im
         for a, b in _EDGES:
             draw.line([tuple(corners[a]), tuple(corners[b])], fill=(230, 230, 230), width=1)
     return image
-
-
-def _colours(metres: F64) -> npt.NDArray[np.uint8]:
-    place = np.clip(metres / FAR, 0, 1) * (len(_STOPS) - 1)
-    return np.stack([np.interp(place, range(len(_STOPS)), _STOPS[:, c]) for c in range(3)], 1).astype(np.uint8)
 
 
 def _box(doc: Any) -> Box:
@@ -129,9 +113,3 @@ def _pasted(rows: list[list[Image.Image]]) -> Image.Image:
             left += tile.width
         top += max(t.height for t in row)
     return out
-
-
-def _uri(image: Image.Image) -> str:
-    out = io.BytesIO()
-    image.save(out, "WEBP", quality=85, method=2)
-    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -199,8 +199,9 @@ def grids(have: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], most: int
             text = "" if media(answer) else shown(answer)
             rows.append({"query": q, "item": things.get(q, {}), "answer_text": text, "sides": contest})
         if rows:
-            by_text = not media(rows[0]["item"])
-            out.append({"query": example["query"], "gallery": example["gallery"], "rows": rows, "by_text": by_text})
+            first = rows[0]["sides"][0]
+            of_media = any(media(first["things"].get(h["item"], {})) for h in first["row"]["hits"])
+            out.append({"query": example["query"], "gallery": example["gallery"], "rows": rows, "of_media": of_media})
     return out
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dualenc.data.crops import crop, open_picture
+from dualenc.data.drawn import points_over, uri
 from dualenc.data.driving import Box, Keyframe, View, kitti_object, nuscenes
 from dualenc.data.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
 from dualenc.data.modalities.image import Picture
@@ -29,6 +30,7 @@ from evals.rows import Content, Row, Rows, kept, label, label_spec, needed
 from evals.tasks import Task, paths_of
 
 MIN_POINTS, MIN_PX, MIN_INSIDE = 10, 24, 0.7
+DRAWN_PX = 480
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ def _row(task: Task, name: str, values: dict[str, str], make: dict[str, Content]
 def _frame_rows(task: Task, frame: Frame) -> list[Row]:
     values = {"frame": frame.id, "camera": frame.view.name}
     picture = Content(f"{frame.id}/camera", path=str(frame.view.path))
-    cloud = Content(f"{frame.id}/lidar", load=partial(_frame_points, frame))
+    cloud = Content(f"{frame.id}/lidar", load=partial(_frame_points, frame), shown=partial(_frame_drawn, frame))
     return _row(task, frame.id, values, {"camera": picture, "lidar": cloud})
 
 
@@ -126,7 +128,9 @@ def _object_rows(task: Task, frame: Frame) -> list[Row]:
         name = f"{frame.id}/{n}"
         values = {"frame": frame.id, "camera": frame.view.name, "class": box.cls, "instance": box.instance}
         picture = Content(f"{name}/camera", load=partial(_crop, str(frame.view.path), box2d))
-        cloud = Content(f"{name}/lidar", load=partial(_box_points, frame, box))
+        cloud = Content(
+            f"{name}/lidar", load=partial(_box_points, frame, box), shown=partial(_box_drawn, frame, box, box2d)
+        )
         rows += _row(task, name, values, {"camera": picture, "lidar": cloud})
     return rows
 
@@ -156,6 +160,22 @@ def _box_points(frame: Frame, box: Box) -> bytes:
 
 def _crop(path: str, box: tuple[float, float, float, float]) -> bytes:
     return crop(_picture(path), box)
+
+
+def _frame_drawn(frame: Frame) -> dict[str, str]:
+    points = _points(frame)
+    image = points_over(_picture(str(frame.view.path)).rgb(), frame.pixels(points[:, :3]), points[:, 2], DRAWN_PX)
+    return {"picture": uri(image)}
+
+
+def _box_drawn(frame: Frame, box: Box, edges: tuple[float, float, float, float]) -> dict[str, str]:
+    points = _points(frame)[:, :3]
+    points = points[box.inside(points)]
+    depth = points[:, 2] - points[:, 2].min()
+    image = open_picture(_crop(str(frame.view.path), edges)).rgb()
+    # What is near within the box is red: at its distance from the car all of it would have one colour.
+    at = frame.pixels(points) - np.array(edges[:2])
+    return {"picture": uri(points_over(image, at, depth, DRAWN_PX // 2, far=max(float(depth.max()), 1.0), dot=1.5))}
 
 
 def as_npy(points: F64) -> bytes:

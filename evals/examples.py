@@ -29,6 +29,8 @@ PAIRS = 24
 def show(content: Content, modality: str = "") -> dict[str, str]:
     """A content as a page can show it: a picture, a sound, a text, or only its name."""
     try:
+        if content.shown is not None:
+            return {"name": content.id, **content.shown()}
         raw = content.read()
     except DataError as e:
         return {"name": content.id, "error": str(e)}

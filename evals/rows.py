@@ -22,6 +22,7 @@ class Content:
     Attributes:
         id: what reports call it; never a path on this machine.
         load: makes the bytes where they are no part of a file (a data set's table, a crop).
+        shown: how a page shows it, where the source knows better than the bytes (as ``dualenc.data.previews`` says).
     """
 
     id: str
@@ -31,6 +32,7 @@ class Content:
     size: int = -1
     error: str = ""
     load: Callable[[], bytes] | None = None
+    shown: Callable[[], dict[str, str]] | None = None
 
     def read(self) -> bytes | str:
         """The string, or the bytes. Raises DataError when they cannot be read."""

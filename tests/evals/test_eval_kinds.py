@@ -17,6 +17,7 @@ import yaml
 from dualenc.bundle import build_bundle
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError, DataError
+from evals.compare import write_comparison
 from evals.harness import evaluate, print_table
 from evals.report import write_report
 from evals.tasks import load_task
@@ -46,6 +47,27 @@ def random_model() -> Any:
             "image": {"input": {"size": 32}, "encoder": encoder},
             "text": {"input": {"tokenizer": "clip-bpe:1024", "context_length": 16}, "encoder": text},
         },
+        "embed_dim": 16,
+        "data": {"sources": [{"name": "x", "shards": "x.tar"}]},
+        "batch": {"size": 8},
+        "budget": {"steps": 1},
+    }
+    return build_bundle(Recipe.model_validate(recipe)).embedder()
+
+
+@pytest.fixture(scope="module")
+def driving_model() -> Any:
+    """Towers of ours for pictures, points and text, with random weights: what a camera/LiDAR recipe would build."""
+    lidar = {"name": "own/pillars", "cell": 4.0, "pillar_width": 8, "widths": [8, 16]}
+    text = {"name": "own/transformer", "width": 32, "layers": 1, "heads": 2}
+    recipe = {
+        "name": "driving",
+        "modalities": {
+            "camera": {"kind": "image", "input": {"size": 32}, "encoder": {"name": "own/convnet", "widths": [8, 16]}},
+            "lidar": {"input": {"range": [0, -40, -4, 80, 40, 8]}, "encoder": lidar},
+            "text": {"input": {"tokenizer": "clip-bpe:1024", "context_length": 16}, "encoder": text},
+        },
+        "pairs": [["camera", "lidar"], ["lidar", "text"], ["camera", "text"]],
         "embed_dim": 16,
         "data": {"sources": [{"name": "x", "shards": "x.tar"}]},
         "batch": {"size": 8},
@@ -170,6 +192,31 @@ def test_driving_tasks_run(name: str, n: dict[str, int]) -> None:
     got = go(name, Sensors())
     assert got["n"] == n
     assert got["skipped"]["count"] == 0
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kitti_frames", "kitti_objects", "kitti_lidar_classes", "kitti_camera_classes"])
+def test_driving_tasks_run_on_towers_of_ours(name: str, driving_model: Any, tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    results = evaluate(driving_model, [load_task(name)], progress=False, out=out)
+    got = results["tasks"][name]
+    assert got["skipped"]["count"] == 0
+    assert np.isfinite(list(got["metrics"].values())).all()
+    main = "camera_to_lidar_R@1" if "classes" not in name else "top1"
+    assert 0 < got["chance"][main] < 0.5
+    page = write_comparison([out], tmp_path / "page.html").read_text()
+    if "lidar" in load_task(name).modalities:  # points are drawn over what the camera saw
+        drawn = [i for k, i in got["details"]["items"].items() if k.endswith("/lidar")]
+        assert any(i["picture"] in page for i in drawn)
+
+
+@needs_shared
+@pytest.mark.slow
+def test_points_of_objects_are_probed_with_towers_of_ours(driving_model: Any) -> None:
+    got = go("scene0523_probe", driving_model, limit=160, details=False)
+    assert {"lidar", "camera"} >= {k.split("_")[0] for k in got["chance"]} - {"knn", "linear", "prototype1", "opta1"}
+    assert np.isfinite(list(got["metrics"].values())).all()
 
 
 @needs_shared
