@@ -52,6 +52,12 @@ class Modality(Section):
     lock: bool | Literal["trunk"] = Field(
         default=False, description="keep the tower's weights as they are (LiT); trunk: all but its projection"
     )
+    shares: str | None = Field(
+        default=None, description="another modality whose tower encodes this one too; leave out encoder then"
+    )
+    init_from: str | None = Field(
+        default=None, description="start from this tower of a trained MODEL; MODEL#NAME: from its modality NAME"
+    )
 
 
 class Source(Section):
@@ -280,11 +286,13 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_pair(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and not raw.get("pairs") and isinstance(raw.get("modalities"), dict):
-            names = list(raw["modalities"])
-            if len(names) == 2:
-                return {**raw, "pairs": [names]}
+    def _defaults(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("modalities"), dict):
+            return raw
+        raw = {**raw, "modalities": {m: _with_shared(raw["modalities"], m) for m in raw["modalities"]}}
+        names = list(raw["modalities"])
+        if not raw.get("pairs") and len(names) == 2:
+            return {**raw, "pairs": [names]}
         return raw
 
     @model_validator(mode="after")
@@ -303,6 +311,27 @@ class Recipe(Section):
         if len(set(sources)) != len(sources):
             raise ValueError(f"data.sources: names must differ, got {sources}")
         return self
+
+
+def _with_shared(parts: Mapping[str, Any], name: str) -> Any:
+    """The part of a recipe's ``modalities``; what ``shares`` a tower has that one's encoder, kind and lock."""
+    part = parts[name]
+    shares = part.get("shares") if isinstance(part, dict) else None
+    if shares is None:
+        return part
+    other = parts.get(shares)
+    if not isinstance(other, dict) or shares == name or other.get("shares") is not None:
+        owners = [m for m, p in parts.items() if m != name and isinstance(p, dict) and p.get("shares") is None]
+        raise ValueError(
+            f"modalities.{name}.shares: {shares!r} has no tower of its own. {did_you_mean(shares, owners)}"
+        )
+    taken = {k: other[k] for k in ("encoder", "lock", "init_from") if k in other} | {
+        "kind": other.get("kind") or shares
+    }
+    for key, value in part.items():
+        if key in ("encoder", "lock", "init_from") and value != taken.get(key, value):
+            raise ValueError(f"modalities.{name}.{key}: it shares the tower of {shares!r}; leave {key} out")
+    return {**part, **taken, "shares": shares}
 
 
 def pair_name(pair: tuple[str, str]) -> str:

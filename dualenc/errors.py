@@ -28,6 +28,10 @@ class DataError(DualencError):
     exit_code = 3
 
 
+class DecodeError(DataError):
+    """These bytes cannot be used; the message is the reason. In training the sample is counted and named."""
+
+
 class CheckpointError(DualencError):
     """A checkpoint is missing, damaged, or does not fit what is to be built from it."""
 

@@ -134,7 +134,7 @@ def _cost_of(bundle: Bundle, m: str, repeats: int) -> dict[str, Any]:
 
         ms[b] = median_ms(run, repeats)
     return {
-        "parameters": sum(p.numel() for p in bundle.model.towers[m].parameters()),
+        "parameters": sum(p.numel() for p in bundle.model.tower(m).parameters()),
         "flops": int(counter.get_total_flops()),
         "ms": ms,
         "per_s": {b: 1000 * b / ms[b] for b in BATCHES},

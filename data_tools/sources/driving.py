@@ -3,6 +3,7 @@
 A sample of ``unit=keyframes``::
 
     KEY.lidar.npy        float32 [n, C], as measured (the sensor's frame), intensity in 0 … 1
+    KEY.regions.npy      float32 [m, 4], with regions=true: places x, y, z in ego, and the region each is in (−2: none)
     KEY.cam_front.jpg …  the pictures, untouched: their calibration is of these pixels
     KEY.json             {"drive", "frame",
                           "lidar":   {"drive", "columns": ["x", "y", "z", "intensity", …], "to_ego": [4, 4]},
@@ -35,6 +36,8 @@ from dualenc.data.geometry import F64, moved, project, seen
 from dualenc.data.modalities import DecodeError
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.places import MEMBER
+from dualenc.data.regions import region_places
 from dualenc.errors import ConfigError, DataError
 
 MAX_BASELINE = 10.0
@@ -60,6 +63,7 @@ class DrivingConfig(SourceConfig):
     )
     cameras: list[str] | None = Field(None, description="only these; a keyframe that lacks one is dropped")
     boxes: bool = Field(True, description="labelled boxes go into the .json member")
+    regions: bool = Field(False, description="object-like regions of the sweep, found without labels, as a member")
     min_points: int = Field(1, ge=1, description="unit=cameras: pictures with fewer points inside are dropped")
 
 
@@ -105,6 +109,8 @@ def nuscenes_records(cfg: NuScenesConfig) -> Iterator[Record | Dropped]:
 
 def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record | Dropped]:
     """Every keyframe, or every picture of it, as a record; what training would refuse as a Dropped."""
+    if cfg.regions and cfg.unit != "keyframes":
+        raise ConfigError("regions: only keyframes have a whole sweep; leave out unit, or regions")
     if cfg.size is not None or cfg.encode != "keep":
         raise ConfigError("size, encode: pictures of driving data are kept as they are: their calibration is of them")
     sizes: dict[tuple[float, ...], tuple[int, int]] = {}
@@ -150,7 +156,10 @@ def _keyframe(
             {"class": b.cls, "instance": b.instance, "center": b.center.tolist(), "axes": b.axes.tolist(),
              "half": b.half.tolist()} for b in key.boxes
         ]  # fmt: skip
-    return _checked(Record(key.id, dict(media), fields=fields, members={"lidar.npy": as_npy(points)}), cfg.verify)
+    members = {"lidar.npy": as_npy(points)}
+    if cfg.regions:
+        members[MEMBER] = as_npy(region_places(moved(points[:, :3], key.lidar_to_ego)))
+    return _checked(Record(key.id, dict(media), fields=fields, members=members), cfg.verify)
 
 
 def _picture(

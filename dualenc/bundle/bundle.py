@@ -97,7 +97,7 @@ class Bundle:
         }
 
     def _describe_part(self, m: str, described: Mapping[str, Any]) -> dict[str, Any]:
-        tower, part = self.model.towers[m], self.parts[m]
+        tower, part = self.model.tower(m), self.parts[m]
         assert isinstance(tower, Tower)
         return {
             "kind": part.kind,
@@ -105,6 +105,7 @@ class Bundle:
             "encoder": tower.component.model_dump(mode="json"),
             "activation": activations(tower),
             "lock": part.lock,
+            "shares": part.shares,
         }
 
     def save(
@@ -183,11 +184,13 @@ def build_bundle(recipe: Recipe) -> Bundle:
     for m, part in recipe.modalities.items():
         where = f"modalities.{m}"
         parts[m], inputs[m] = resolve_input(m, part)
+        if part.shares is not None:
+            continue
         with seeded(recipe.seed, m):
             towers[m] = build_tower(
                 kind_of(m, part), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
             )
-    model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts))
+    model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
     return Bundle(recipe.name, model, inputs, parts, recipe.logit_scale, recipe.embed_dim)
 
 
@@ -251,11 +254,13 @@ def assemble(
     """Build the architectures of ``parts`` and load ``tensors`` into them (None: random, from seed 0)."""
     towers = {}
     for m, part in parts.items():
+        if part.shares is not None:
+            continue
         with seeded(0, m):
             towers[m] = build_tower(
                 kind_of(m, part), part.encoder, inputs[m].describe(), embed_dim, f"{where}: {m}.encoder"
             )
-    model = DualEncoder(towers, pairs, scale, *locks(parts))
+    model = DualEncoder(towers, pairs, scale, *locks(parts), shared_of(parts))
     if tensors is not None:
         load_exactly(model, tensors, where)
     model.eval()
@@ -267,11 +272,20 @@ def locks(parts: Mapping[str, Modality]) -> tuple[list[str], list[str]]:
     return [m for m, p in parts.items() if p.lock], [m for m, p in parts.items() if p.lock == "trunk"]
 
 
+def shared_of(parts: Mapping[str, Modality]) -> dict[str, str]:
+    """Modality → the one whose tower it shares."""
+    return {m: p.shares for m, p in parts.items() if p.shares is not None}
+
+
 def part_of(
-    kind: str, settings: Mapping[str, Any], encoder: Component, lock: bool | Literal["trunk"] = False
+    kind: str,
+    settings: Mapping[str, Any],
+    encoder: Component,
+    lock: bool | Literal["trunk"] = False,
+    shares: str | None = None,
 ) -> Modality:
     """A resolved recipe part."""
-    return Modality(kind=kind, input=dict(settings), encoder=encoder, lock=lock)
+    return Modality(kind=kind, input=dict(settings), encoder=encoder, lock=lock, shares=shares)
 
 
 # --- small things ------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def _front(bundle: Bundle, layout: str) -> str:
 def _what(bundle: Bundle) -> str:
     rows = []
     for m, part in bundle.parts.items():
-        count = sum(p.numel() for p in bundle.model.towers[m].parameters())
+        count = sum(p.numel() for p in bundle.model.tower(m).parameters())
         rows.append(f"| {m} | `{part.encoder.name}` | {count:,} |{' locked |' if part.lock else ' trained |'}")
     table = "| modality | tower | parameters | in training |\n|---|---|---|---|\n" + "\n".join(rows)
     log = {p: float(v.detach().exp()) for p, v in bundle.model.logit_scale.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from dualenc.bundle.bundle import Bundle, state_digest
 from dualenc.data.batch import map_tensors
 from dualenc.data.modalities import DecodeError
-from dualenc.encoders import Tower, activations
+from dualenc.encoders import activations
 from dualenc.errors import ConfigError, DataError, did_you_mean
 
 Forward = Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Tensor]]]
@@ -84,6 +84,46 @@ class Embedder:
                 out.append(self._forward({modality: moved})["features"][modality].float().cpu())
         return torch.cat(out) if out else torch.zeros(0, self.embed_dim)
 
+    def at(
+        self, modality: str, items: Sequence[Any], places: Sequence[Any], projected: bool = False, batch_size: int = 8
+    ) -> list[Tensor]:
+        """What a bird's-eye-view tower's map says at places of the world.
+
+        Args:
+            items: raw items, as in :meth:`embed`.
+            places: for each item, x, y (and more, which is not looked at) in the ego frame, in metres: [k, ≥ 2].
+            projected: through the tower's projector (``local_dim``), L2-normalised; else the map itself.
+
+        Returns:
+            For each item [k, W], fp32, on the CPU; zero outside the map.
+
+        Raises:
+            ConfigError: a modality without such a tower or projector; in a training run.
+            DataError: an item that cannot be used.
+        """
+        tower: Any = self.bundle.model.tower(modality) if modality in self.modalities else None
+        if not hasattr(tower, "bev") or self.training_run:
+            raise ConfigError(
+                f"{modality!r} has no bird's-eye-view map to look into (own/pillars, own/lift_splat have)"
+            )
+        if projected and tower.local is None:
+            raise ConfigError(f"modalities.{modality}.encoder.local_dim: the tower was trained without a projector")
+        if len(places) != len(items):
+            raise ConfigError(f"places: there are {len(places)} for {len(items)} items")
+        out: list[Tensor] = []
+        with torch.no_grad():
+            for x in self._batches(modality, items, batch_size, None):
+                moved = map_tensors(x, lambda t: t.to(self.device))
+                maps = tower.bev(moved)
+                for row, to_ego in enumerate(moved["to_ego"]):
+                    given = torch.as_tensor(places[len(out)], dtype=torch.float32, device=self.device)
+                    xyz = torch.nn.functional.pad(given[:, :3], (0, 3 - min(given.shape[1], 3)))
+                    back = torch.linalg.inv(to_ego)
+                    xy = (xyz @ back[:3, :3].T + back[:3, 3])[None, :, :2]
+                    values = tower.grid.sample(maps[row : row + 1], xy)
+                    out.append((tower.projected(values) if projected else values)[0].float().cpu())
+        return out
+
     def _batches(
         self, modality: str, items: Sequence[Any], batch_size: int, bad: dict[int, str] | None
     ) -> Iterator[Any]:
@@ -139,8 +179,8 @@ class Embedder:
         if not self.training_run and self.bundle.weights_hash is None:
             self.bundle.weights_hash = state_digest(self.bundle.model.state_dict())
         modalities = {}
-        for m, tower in self.bundle.model.towers.items():
-            assert isinstance(tower, Tower)
+        for m in self.bundle.modalities:
+            tower = self.bundle.model.tower(m)
             modalities[m] = {
                 "kind": full["modalities"][m]["kind"],
                 "input": full["modalities"][m]["input"],

@@ -106,7 +106,7 @@ def _halves(bundle: Bundle, convert: Any) -> tuple[dict[str, str], dict[str, Hal
     kinds: dict[str, str] = {}
     halves: dict[str, Half] = {}
     for m, part in bundle.parts.items():
-        kind, tower = part.kind or m, bundle.model.towers[m]
+        kind, tower = part.kind or m, bundle.model.tower(m)
         assert isinstance(tower, Tower)
         if kind not in ("image", "text", "audio"):
             raise NoSuchLayoutError(f"that layout has no {kind}")

@@ -120,7 +120,7 @@ def load_bundle(folder: Path) -> Bundle:
             raise CheckpointError(f"{where}.input cannot be built: {e}") from e
         _same(d["input"], inputs[m].describe(), f"{where}.input", skip=("name",))
         encoder = Component.model_validate(d["encoder"])
-        parts[m] = part_of(d["kind"], d["input"]["config"], encoder, d["lock"])
+        parts[m] = part_of(d["kind"], d["input"]["config"], encoder, d["lock"], d.get("shares"))
     check_inputs(made, inputs, str(folder))
     scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
@@ -129,7 +129,7 @@ def load_bundle(folder: Path) -> Bundle:
     except ConfigError as e:
         raise CheckpointError(f"{folder}: its architecture cannot be built: {e}") from e
     for m, d in said["modalities"].items():
-        tower = bundle.model.towers[m]
+        tower = bundle.model.tower(m)
         assert isinstance(tower, Tower)
         _same(d["activation"], activations(tower), f"{folder}: modalities.{m}.activation")
     check_activations(made, bundle, str(folder))

@@ -84,7 +84,7 @@ def write_onnx(bundle: Bundle, folder: Path) -> None:
 
 
 def _write_tower(bundle: Bundle, m: str, folder: Path) -> dict[str, Any]:
-    tower, source = bundle.model.towers[m], bundle.inputs[m]
+    tower, source = bundle.model.tower(m), bundle.inputs[m]
     assert isinstance(tower, Tower)
     batch = torch.export.Dim("batch", min=1)
     # Two rows, as a batch of one would be taken for a constant.

@@ -85,7 +85,7 @@ def input_facts(source: ModalityInput) -> dict[str, Any]:
 
 def tower_facts(bundle: Bundle, m: str) -> list[str]:
     """The activations of a tower under one name each, whichever library's class computes them."""
-    tower = bundle.model.towers[m]
+    tower = bundle.model.tower(m)
     assert isinstance(tower, Tower)
     return sorted({_plain(a) for a in activations(tower)})
 

@@ -43,7 +43,7 @@ class Batch:
         views: name → collated rows of one modality as another model takes them (a teacher's picture size or tokenizer):
             as many rows, in the same slots, as ``inputs`` of that modality.
         extras: name → modality (or pair) → [B, …] by slot, without gradient: what else a loss is given, such as a
-            teacher's features. Not made by the loader.
+            teacher's features. The loader makes it of the ``labels`` that a modality's rows have.
     """
 
     size: int

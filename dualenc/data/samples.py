@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, BadSample, Batch
 from dualenc.data.modalities.base import DecodeError, ModalityInput
+from dualenc.data.places import by_slot
 from dualenc.data.plan import Plan, Refs
 from dualenc.data.remote import ShardCache
 from dualenc.data.shards import ShardSet
@@ -127,16 +128,24 @@ class StepDataset(Dataset[Any]):
                 if m in slots:
                     slots[m].append(slot)
         self._refuse_hopeless(bad)
+        inputs = {m: self.inputs[m].collate(rows[m] or [self.inputs[m].dummy()]) for m in self.modalities}
+        places = {m: torch.tensor(slots[m], dtype=torch.long) for m in self.modalities}
+        extras: dict[str, dict[str, torch.Tensor]] = {}
+        for m, x in inputs.items():
+            labels = x.pop("labels", {}) if isinstance(x, dict) else {}
+            for name, values in by_slot(labels, places[m], len(refs)).items():
+                extras.setdefault(name, {})[m] = values
         return Batch(
             size=len(refs),
-            inputs={m: self.inputs[m].collate(rows[m] or [self.inputs[m].dummy()]) for m in self.modalities},
-            rows={m: torch.tensor(slots[m], dtype=torch.long) for m in self.modalities},
+            inputs=inputs,
+            rows=places,
             ids=torch.tensor(ids, dtype=torch.long),
             keys=keys,
             step=step,
             bad=bad,
             passes=torch.from_numpy(refs.passes.astype(np.int64)),
             views={n: v.input.collate(rows[n] or [v.input.dummy()]) for n, v in self.views.items()},
+            extras=extras,
         )
 
     def _rows(self, reader: Reader, source: int, shard: int, sample: Sample, one: int) -> dict[str, Any]:
@@ -153,7 +162,10 @@ class StepDataset(Dataset[Any]):
             part: Any = self.inputs[m]
             seed, passes = self.redraw.get(m, (self.seed, one + 1))
             try:
-                item, rng = part.decode(raw), sample_rng(seed, full, one % passes, m)
+                item = part.decode(raw)
+                if getattr(part, "placed", None) is not None:
+                    item = part.placed(item, sample_rng(self.seed, full, one, "places"))
+                rng = sample_rng(seed, full, one % passes, m)
                 if partner.keys() >= found.values.keys():
                     item = part.mix(item, partner[m], rng)
                 out[m] = part.train(item, rng)

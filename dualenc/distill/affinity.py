@@ -12,9 +12,10 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from dualenc.distill.base import PairInputs, TermConfig, features_of, kl_rows, soft_label_sum, strip_sum, terms
+from dualenc.distill.base import PairInputs, TermConfig, features_of, kl_rows, soft_label_sum, terms
 from dualenc.distributed.world import world_size
 from dualenc.losses import LossOutput
+from dualenc.losses.strips import strip_sum
 
 
 @terms.register("affinity")

@@ -38,20 +38,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dualenc.config import Positive, Share
-from dualenc.distill.base import (
-    Direction,
-    PairInputs,
-    TermConfig,
-    entropy_rows,
-    kl_rows,
-    metrics_of,
-    nce_rows,
-    strip_size,
-    strip_sum,
-    terms,
-)
+from dualenc.distill.base import Direction, PairInputs, TermConfig, entropy_rows, kl_rows, metrics_of, terms
 from dualenc.distributed.gather import gather_ids
 from dualenc.losses import LossOutput
+from dualenc.losses.strips import nce_rows, strip_size, strip_sum
 
 
 @terms.register("dcd")

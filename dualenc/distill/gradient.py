@@ -17,9 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dualenc.distill.base import PairInputs, TermConfig, features_of, strip_size, strip_sum, terms
+from dualenc.distill.base import PairInputs, TermConfig, features_of, terms
 from dualenc.distributed.gather import gather, gather_ids
 from dualenc.losses import LossOutput
+from dualenc.losses.strips import strip_size, strip_sum
 
 
 @terms.register("gradient")

@@ -3,8 +3,7 @@
     ℓ_i = ½ ( NCE(α P_a a_i · t^b_j) + NCE(α P_b b_i · t^a_j) )
 
 over all valid columns j; positives are equal pair ids. The keys carry no gradient, so no feature has to be gathered
-with one. Region features of two sensors with region ids (CALICO's RAD) are such rows too: a is the student's sensor,
-t^b the teacher's, see :func:`contrast_sum`.
+with one. It is the contrast of CALICO's regions (:mod:`dualenc.losses.regions`), a region being a pair id.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dualenc.distill.base import PairInputs, TermConfig, features_of, nce_rows, strip_sum, terms
+from dualenc.distill.base import PairInputs, TermConfig, features_of, terms
 from dualenc.losses import LossOutput
+from dualenc.losses.regions import Part, contrast_sum
 
 
-def contrast_sum(
+def query_sum(
     queries: Tensor, keys: Tensor, ids: Tensor, key_ids: Tensor, logit_scale: Tensor, strip_mb: float | None = None
 ) -> Tensor:
     """Σ over valid rows of −mean_{positives j} log softmax_j(scale · q_i·k_j).
@@ -27,13 +27,8 @@ def contrast_sum(
     """
     keep = (ids >= 0) & torch.isin(ids, key_ids)
     present = key_ids >= 0
-
-    def rows_sum(q: Tensor, i: Tensor, k: Tensor, j: Tensor, scale: Tensor) -> Tensor:
-        return nce_rows(scale * (q @ k.T), i[:, None] == j[None]).sum()
-
-    return strip_sum(
-        rows_sum, (queries[keep], ids[keep]), (keys[present], key_ids[present], logit_scale), len(keys), strip_mb
-    )
+    names = (ids[keep], key_ids[present])
+    return contrast_sum(queries[keep], keys[present], [Part(1.0, "region")], logit_scale, names, strip_mb=strip_mb)
 
 
 @terms.register("interactive")
@@ -59,6 +54,6 @@ class Interactive:
         t, strip = x.teacher, self.config.strip_mb
         features_of(t.a)
         keys_b, keys_a = t.all_b, t.all_a
-        total = contrast_sum(a, keys_b, x.ids, x.all_ids, x.logit_scale, strip)
-        total = total + contrast_sum(b, keys_a, x.ids, x.all_ids, x.logit_scale, strip)
+        total = query_sum(a, keys_b, x.ids, x.all_ids, x.logit_scale, strip)
+        total = total + query_sum(b, keys_a, x.ids, x.all_ids, x.logit_scale, strip)
         return LossOutput(total / (2 * x.share))

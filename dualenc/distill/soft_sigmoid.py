@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dualenc.distill.base import PairInputs, TermConfig, strip_sum, terms
+from dualenc.distill.base import PairInputs, TermConfig, terms
 from dualenc.losses import LossOutput
+from dualenc.losses.strips import strip_sum
 
 
 @terms.register("soft_sigmoid")

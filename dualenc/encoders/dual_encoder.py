@@ -22,6 +22,7 @@ class DualEncoder(nn.Module):
         scale: how the temperature starts, its bound, whether it is learned, and the bias.
         lock: modalities whose tower keeps its weights (LiT, Zhai et al. 2022): no gradient, always in eval mode.
         heads: of these, the ones whose head is trained all the same.
+        shared: modality → the one whose tower encodes it too (two views of one thing).
 
     The temperature is kept as its logarithm, shape [1], fp32. The bound is applied here, in the forward: clamping the
     parameter after a step would act on a copy where an optimizer keeps masters of its own (DeepSpeed). Its gradient
@@ -35,9 +36,11 @@ class DualEncoder(nn.Module):
         scale: LogitScale,
         lock: Iterable[str] = (),
         heads: Iterable[str] = (),
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.towers = nn.ModuleDict(towers)
+        self.shared = dict(shared or {})
+        self.towers = nn.ModuleDict({m: tower for m, tower in towers.items() if m not in self.shared})
         self.pairs = [(a, b) for a, b in pairs]
         self.locked = tuple(lock)
         names = [pair_name(p) for p in self.pairs]
@@ -50,14 +53,14 @@ class DualEncoder(nn.Module):
         self.logit_bias = _Biases(bias)
         self.heads = nn.ModuleDict()
         for m in self.locked:
-            self.towers[m].requires_grad_(False).eval()
+            self.tower(m).requires_grad_(False).eval()
         for m in heads:
-            self._tower(m).head.requires_grad_(True)
+            self.tower(m).head.requires_grad_(True)
 
     @property
     def modalities(self) -> list[str]:
-        """Names of the towers."""
-        return list(self.towers)
+        """What it encodes."""
+        return [*self.towers, *self.shared]
 
     def forward(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         """Encode whatever modalities ``inputs`` holds.
@@ -69,17 +72,21 @@ class DualEncoder(nn.Module):
             ``features``: modality → [n_m, D], L2-normalised, fp32. ``logit_scale``: pair → [1], the bounded factor of
             the cosines (not its logarithm). ``logit_bias``: pair → [1]; empty where the model has none.
             ``frozen``: locked modality → [n_m, W], what its encoder itself says of the rows, before the head,
-            L2-normalised, fp32, without gradient; losses such as CWCL take their targets from it. And one group for
-            each of the heads: modality → [n_m, E].
+            L2-normalised, fp32, without gradient; losses such as CWCL take their targets from it. Then one group for
+            each of the heads: modality → [n_m, E]; and what towers say of their rows besides, such as ``local`` →
+            [n_m, K, D'].
         """
         features, frozen = {}, {}
+        more: dict[str, dict[str, Tensor]] = {}
         for m, x in inputs.items():
+            said = self.tower(m)(x, whole=True)
+            features[m], own = normalised(said.pop("features")), said.pop("pooled")
             if m in self.locked:
-                y, own = self.towers[m](x, pooled=True)
-                features[m], frozen[m] = normalised(y), normalised(own.detach())
-            else:
-                features[m] = self.encode(m, x)
+                frozen[m] = normalised(own.detach())
+            for name, value in said.items():
+                more.setdefault(name, {})[m] = value
         out = {
+            **more,
             "features": features,
             "frozen": frozen,
             "logit_scale": self.logit_scale(*self.bounds),
@@ -103,10 +110,11 @@ class DualEncoder(nn.Module):
 
         Under FSDP2 or ZeRO-3 call ``forward({modality: x})`` of the wrapped model instead.
         """
-        return normalised(self.towers[modality](x))
+        return normalised(self.tower(modality)(x))
 
-    def _tower(self, m: str) -> Tower:
-        tower = self.towers[m]
+    def tower(self, m: str) -> Tower:
+        """The tower that encodes a modality."""
+        tower = self.towers[self.shared.get(m, m)]
         assert isinstance(tower, Tower)
         return tower
 
@@ -114,14 +122,14 @@ class DualEncoder(nn.Module):
         """As ``nn.Module.train``; locked towers stay in eval mode."""
         super().train(mode)
         for m in self.locked:
-            self.towers[m].eval()
+            self.tower(m).eval()
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in every tower that is trained."""
         for m in self.towers:
             if m not in self.locked:
-                self._tower(m).set_grad_checkpointing(enable)
+                self.tower(m).set_grad_checkpointing(enable)
 
     def compile_towers(self) -> None:
         """torch.compile each tower in place; names in the state dict stay as they are."""

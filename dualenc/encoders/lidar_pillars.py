@@ -74,6 +74,7 @@ class BEVTower(Tower):
     grid: BEVGrid
     pool: nn.Module
     bev_width: int
+    local: nn.Module | None
 
     def bev(self, x: Any) -> Tensor:
         """Collated rows → [n, bev_width, X, Y] over ``grid``."""
@@ -83,6 +84,21 @@ class BEVTower(Tower):
         """Collated rows → [n, W]."""
         out: Tensor = self.pool(self.bev(x))
         return out
+
+    def outputs(self, x: Any) -> dict[str, Tensor]:
+        """As of every tower; where rows name ``places`` [n, K, 2], also ``local`` [n, K, local_dim], L2-normalised: the
+        map there, bilinear, projected."""
+        maps = self.bev(x)
+        pooled = self.pool(maps)
+        out = {"features": self.head(pooled), "pooled": pooled}
+        if self.local is not None and "places" in x:
+            out["local"] = self.projected(self.grid.sample(maps, x["places"]))
+        return out
+
+    def projected(self, at: Tensor) -> Tensor:
+        """What the map has at places [n, k, bev_width] → [n, k, local_dim], L2-normalised, fp32."""
+        assert self.local is not None
+        return nn.functional.normalize(self.local(at).float(), dim=-1)
 
 
 class BEVSettings(Section):
@@ -94,6 +110,7 @@ class BEVSettings(Section):
     )
     depth: Positive = 1
     heads: Positive = 4
+    local_dim: Positive | None = Field(None, description="of the projected features at places; for losses on regions")
     head: HeadKind = "linear"
 
     @model_validator(mode="after")
@@ -101,6 +118,13 @@ class BEVSettings(Section):
         if self.widths[-1] % self.heads:
             raise ValueError(f"widths[-1] ({self.widths[-1]}) must be a multiple of heads ({self.heads})")
         return self
+
+
+def build_local(width: int, dim: int | None) -> nn.Module | None:
+    """The projector of features at places: one hidden layer."""
+    if dim is None:
+        return None
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
 
 def check_width(name: str, head: HeadKind, width: int, embed_dim: int) -> None:
@@ -136,6 +160,7 @@ class Pillars(BEVTower):
         self.backbone = BEVBackbone(config.pillar_width, config.widths, config.depth)
         self.pool = PooledMap(width, config.heads, self.grid)
         self.head = build_head(config.head, width, embed_dim)
+        self.local = build_local(width, config.local_dim)
         self.component = Component(name="own/pillars", **config.model_dump(mode="json"))
         self.embed_dim, self.bev_width = embed_dim, width
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dualenc.config import Component, Positive
 from dualenc.encoders.bev import BEVBackbone, BEVGrid, PooledMap, scatter_sum
 from dualenc.encoders.families import own_towers
-from dualenc.encoders.lidar_pillars import BEVSettings, BEVTower, check_width
+from dualenc.encoders.lidar_pillars import BEVSettings, BEVTower, build_local, check_width
 from dualenc.encoders.tower import build_head
 from dualenc.errors import ConfigError
 
@@ -93,6 +93,7 @@ class Voxels(BEVTower):
         self.backbone = BEVBackbone(before * (nz // fold), config.widths, config.depth)
         self.pool = PooledMap(width, config.heads, self.grid)
         self.head = build_head(config.head, width, embed_dim)
+        self.local = build_local(width, config.local_dim)
         self.component = Component(name="own/voxels", **config.model_dump(mode="json"))
         self.embed_dim, self.bev_width = embed_dim, width
 

@@ -18,7 +18,7 @@ from dualenc.config import Component, Positive
 from dualenc.encoders.bev import BEVBackbone, BEVGrid, PooledMap
 from dualenc.encoders.families import own_towers
 from dualenc.encoders.images_within import MapTrunk, image_component
-from dualenc.encoders.lidar_pillars import BEVSettings, BEVTower, check_width
+from dualenc.encoders.lidar_pillars import BEVSettings, BEVTower, build_local, check_width
 from dualenc.encoders.tower import build_head
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -135,6 +135,7 @@ class LiftSplat(BEVTower):
         self.backbone = BEVBackbone(config.channels, config.widths, config.depth)
         self.pool = PooledMap(width, config.heads, self.grid)
         self.head = build_head(config.head, width, embed_dim)
+        self.local = build_local(width, config.local_dim)
         kept = config.model_dump(mode="json") | {"image": image_component(self.trunk.tower)}
         self.component = Component(name="own/lift_splat", **kept)
         self.embed_dim, self.bev_width = embed_dim, width

@@ -31,11 +31,16 @@ class Tower(nn.Module):
         """The collated rows of one modality → [n, W]: what the encoder itself says of them, before the head."""
         raise NotImplementedError
 
-    def forward(self, x: Any, pooled: bool = False) -> Any:
-        """The collated rows of one modality → [n, D]; with ``pooled`` the pair ([n, D], [n, W])."""
+    def outputs(self, x: Any) -> dict[str, Tensor]:
+        """``features`` [n, D] and ``pooled`` [n, W] of the collated rows, and whatever else the tower says of each row:
+        a further group of the model's outputs by that name."""
         y = self.pooled(x)
-        out: Tensor = self.head(y)
-        return (out, y) if pooled else out
+        return {"features": self.head(y), "pooled": y}
+
+    def forward(self, x: Any, whole: bool = False) -> Any:
+        """The collated rows of one modality → [n, D]; with ``whole`` all :meth:`outputs`."""
+        out = self.outputs(x)
+        return out if whole else out["features"]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward instead of keeping them; towers too small to gain leave it out."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import nn
 
 from dualenc.config import Component, settings_as
-from dualenc.losses import cwcl, info_nce, mse, sigmoid  # noqa: F401  (they register themselves)
+from dualenc.losses import cwcl, info_nce, mse, regions, sigmoid  # noqa: F401  (they register themselves)
 from dualenc.losses.base import Extras, Loss, LossOutput, losses
 from dualenc.losses.objective import objective
 

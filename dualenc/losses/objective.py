@@ -71,8 +71,8 @@ def extras_of(outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pair: t
 
 
 def to_slots(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Put ``x[k]`` (of ``[n, D]``) into slot ``rows[k]`` of ``[size, D]``; other slots are zero, extra rows unused."""
-    return x.new_zeros(size, x.shape[1]).index_copy(0, rows, x[: len(rows)])
+    """Put ``x[k]`` (of ``[n, …]``) into slot ``rows[k]`` of ``[size, …]``; other slots are zero, extra rows unused."""
+    return x.new_zeros(size, *x.shape[1:]).index_copy(0, rows, x[: len(rows)])
 
 
 def mark(rows: Tensor, size: int) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dualenc.bundle import Bundle, Embedder, build_bundle, load_model
+from dualenc.bundle import Bundle, Embedder, build_bundle
 from dualenc.config import Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
@@ -35,6 +35,7 @@ from dualenc.engine.ema import EMA
 from dualenc.errors import CheckpointError, DivergenceError, Interrupted
 from dualenc.losses import Loss, build_loss
 from dualenc.train import checkpoint as ckpt
+from dualenc.train.start import init_towers, init_weights
 from dualenc.train.step import StepResult, train_step
 from dualenc.train.tracking import JsonlSink, Tracker, environment, git_hash, keep_rank_files_until
 
@@ -73,6 +74,8 @@ class Run:
         save = self._find_save()
         if save is None and recipe.checkpoint.init_from:
             init_weights(self.bundle, recipe.checkpoint.init_from)
+        if save is None:
+            init_towers(self.bundle, recipe)
         self.distiller = Distiller(recipe, self.bundle, world.device) if recipe.distill is not None else None
         self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
         if self.distiller is not None:
@@ -472,18 +475,3 @@ def first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:
             if a != b:
                 return first_difference(f"{key}.{i}", a, b)
     return key, old, new
-
-
-def init_weights(bundle: Bundle, spec: str) -> None:
-    """Take over the weights of another model; what does not fit is an error that names the first such tensor."""
-    source = load_model(spec).model.state_dict()
-    own = bundle.model.state_dict()
-    for name, tensor in own.items():
-        if name not in source:
-            raise CheckpointError(f"checkpoint.init_from: {spec} has no tensor {name}; it is another architecture")
-        if source[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"checkpoint.init_from: {name} has shape {list(source[name].shape)} in {spec}, "
-                f"{list(tensor.shape)} in this recipe"
-            )
-    bundle.model.load_state_dict({k: source[k] for k in own})

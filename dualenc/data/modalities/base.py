@@ -11,12 +11,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dualenc.config import Modality, settings_as
-from dualenc.errors import DataError
+from dualenc.errors import DecodeError as DecodeError
 from dualenc.registry import Registry
-
-
-class DecodeError(DataError):
-    """These bytes cannot be used; the message is the reason. In training the sample is counted and named."""
 
 
 class ModalityInput(Protocol):
@@ -25,6 +21,10 @@ class ModalityInput(Protocol):
     The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
     ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
     One that can be mixed (``data.mix``) also has ``mix(a, b, rng)``: two decoded items → one that ``train`` takes.
+
+    What ``collate`` returns under ``labels`` (name → integers [n, …]) is not for the tower: losses that take extras
+    find it by slot. One that names ``places`` has ``placed(x, rng)``: a decoded item → the same with places drawn, from
+    a generator that is the same for every modality of the sample (:mod:`dualenc.data.places`).
 
     A modality whose bytes are neither a picture, a sound nor text has a static method ``preview(raw) -> dict`` too, so
     that a report can show its items (:mod:`dualenc.data.previews`).

@@ -12,15 +12,27 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dualenc.config import Positive, Section
-from dualenc.data.geometry import F64, checked_intrinsics, checked_pose, cut_and_resized, mirrored
+from dualenc.data.geometry import (
+    F64,
+    Bools,
+    checked_intrinsics,
+    checked_pose,
+    cut_and_resized,
+    inverse,
+    mirrored,
+    project,
+    seen,
+)
 from dualenc.data.modalities.base import DecodeError, modalities
 from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, coloured, to_tensor
 from dualenc.data.modalities.lidar import Motion
+from dualenc.data.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
 from dualenc.errors import DataError
 
 JSON = "json:cameras"
@@ -53,6 +65,9 @@ class CameraConfig(Section):
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     max_pixels: Positive = 25_000_000
     augment: Augment = Augment()
+    places: PlacesConfig | None = Field(
+        default=None, description="places of the scene that rows name, for losses on regions (rad)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +78,13 @@ class Shot:
     intrinsics: F64
     to_ego: F64
     known: bool
+
+
+class Rig(list[Shot]):
+    """The shots of a moment; what ``regions.npy`` holds, and the places that were drawn from it."""
+
+    regions: npt.NDArray[np.float32] | None = None
+    places: Places | None = None
 
 
 @modalities.register("camera")
@@ -82,11 +104,13 @@ class CameraInput:
         from PIL import Image
 
         self.config = config
+        if config.places is not None:
+            self.default_members = [f"{JSON}+cam*+{MEMBER}"]  # type: ignore[misc]
         self._filter = getattr(Image.Resampling, config.interpolation.upper())
 
     # --- the protocol -----------------------------------------------------------------------------------------
 
-    def decode(self, raw: Any) -> list[Shot]:
+    def decode(self, raw: Any) -> Rig:
         """Read the pictures' headers and check the calibration against them.
 
         Raises:
@@ -96,15 +120,26 @@ class CameraInput:
         if not isinstance(raw, Mapping):
             if self.config.calibration == "needed":
                 raise DecodeError("a bare picture has no calibration (input.calibration: optional takes it)")
-            return [Shot(self._opened(raw, "the picture"), np.eye(3), np.eye(4), False)]
+            return Rig([Shot(self._opened(raw, "the picture"), np.eye(3), np.eye(4), False)])
         views = views_of(raw)
         wanted = self.config.cameras or list(views)
-        shots = [self._shot(name, views.get(name), raw) for name in wanted]
+        shots = Rig(self._shot(name, views.get(name), raw) for name in wanted)
         if all(s.picture is None for s in shots):
             raise DecodeError(f"none of the cameras {', '.join(wanted)} is there")
+        if self.config.places is not None:
+            shots.regions = read_regions(raw) if MEMBER in raw else None
         return shots
 
-    def train(self, x: list[Shot], rng: np.random.Generator) -> dict[str, Tensor]:
+    def placed(self, x: Rig, rng: np.random.Generator) -> Rig:
+        """The shots with places drawn, where the config asks for them."""
+        if self.config.places is None:
+            return x
+        if x.regions is None:
+            raise DecodeError(f"there is no {MEMBER}: build the shards with regions=true, or leave out input.places")
+        x.places = draw(x.regions, self.config.places, rng)
+        return x
+
+    def train(self, x: Rig, rng: np.random.Generator) -> dict[str, Tensor]:
         """Each picture cut, mirrored and coloured on its own, the scene moved as one."""
         augment = self.config.augment
         motion = augment.scene.draw(rng)
@@ -116,15 +151,16 @@ class CameraInput:
             made.append(self._view(shot, zoom, across if roomy else 0.5, down if roomy else None, flip, rng))
         return self._row(x, made, motion)
 
-    def eval(self, x: list[Shot]) -> dict[str, Tensor]:
+    def eval(self, x: Rig) -> dict[str, Tensor]:
         """The pictures, always cut alike."""
         return self._row(x, [self._view(shot, 1.0, 0.5, None, False, None) for shot in x], np.eye(4))
 
     def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Rows with fewer cameras are filled up with black ones that are not present."""
         n = max(len(r["image"]) for r in rows)
-        out = {k: torch.stack([_filled(r[k], n, k) for r in rows]) for k in rows[0] if k != "to_ego"}
-        return {**out, "to_ego": torch.stack([r["to_ego"] for r in rows])}
+        whole = ("to_ego", "places", "labels")
+        out = {k: torch.stack([_filled(r[k], n, k) for r in rows]) for k in rows[0] if k not in whole}
+        return {**out, "to_ego": torch.stack([r["to_ego"] for r in rows]), **collated(rows)}
 
     def dummy(self) -> dict[str, Tensor]:
         """One black picture looking ahead, with a right angle across."""
@@ -132,7 +168,9 @@ class CameraInput:
         K = np.array([[width / 2, 0, width / 2], [0, width / 2, height / 2], [0, 0, 1.0]])
         ahead = np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
         shot = Shot(None, K, ahead, True)
-        row = self._row([shot], [(torch.zeros(3, height, width, dtype=torch.uint8), K)], np.eye(4))
+        rig = Rig([shot])
+        rig.places = None if self.config.places is None else nothing(self.config.places)
+        row = self._row(rig, [(torch.zeros(3, height, width, dtype=torch.uint8), K)], np.eye(4))
         return {**row, "present": torch.ones(1, dtype=torch.bool)}
 
     def describe(self) -> dict[str, Any]:
@@ -201,18 +239,30 @@ class CameraInput:
             image = coloured(image, self.config.augment.colour, rng)
         return to_tensor(image), K
 
-    def _row(self, x: list[Shot], made: list[tuple[Tensor, F64]], motion: F64) -> dict[str, Tensor]:
+    def _row(self, x: Rig, made: list[tuple[Tensor, F64]], motion: F64) -> dict[str, Tensor]:
         def numbers(value: Any) -> Tensor:
             return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
+        to_ego = np.linalg.inv(motion)
+        named = {} if x.places is None else x.places.row(to_ego, hidden=~seen_by_any(x, x.places.xyz))
         return {
+            **named,
             "image": torch.stack([image for image, _ in made]),
             "intrinsics": numbers([K for _, K in made]),
             "extrinsics": numbers([motion @ s.to_ego for s in x]),
-            "to_ego": numbers(np.linalg.inv(motion)),
+            "to_ego": numbers(to_ego),
             "present": torch.tensor([s.picture is not None for s in x]),
             "known": torch.tensor([s.known for s in x]),
         }
+
+
+def seen_by_any(shots: list[Shot], points: F64) -> Bools:
+    """[n]: which of ``points [n, 3]`` in ego fall into the whole picture of a camera that is there."""
+    out = np.zeros(len(points), bool)
+    for s in shots:
+        if s.picture is not None and s.known:
+            out |= seen(*project(points, inverse(s.to_ego), s.intrinsics), s.picture.size)
+    return out
 
 
 def views_of(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from dualenc.config import Positive, Section
 from dualenc.data.geometry import F64, checked_pose, ground_motion, moved
 from dualenc.data.modalities.base import DecodeError, modalities
+from dualenc.data.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
 from dualenc.errors import DataError
 
 F32 = npt.NDArray[np.float32]
@@ -71,6 +72,9 @@ class LidarConfig(Section):
         default="refuse", description="a sweep with NaN or infinite points is refused, or loses them"
     )
     augment: Augment = Augment()
+    places: PlacesConfig | None = Field(
+        default=None, description="places of the scene that rows name, for losses on regions (prc, rad)"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> LidarConfig:
@@ -84,11 +88,13 @@ class LidarConfig(Section):
 @dataclass(frozen=True, slots=True)
 class Cloud:
     """A decoded sweep: points float32 [n, 3 + features] in the model frame, its sensor's place in it [3], and the
-    pose [4, 4] model frame → ego."""
+    pose [4, 4] model frame → ego; what ``regions.npy`` holds, and the places that were drawn from it."""
 
     points: F32
     origin: F64
     to_ego: F64
+    regions: F32 | None = None
+    places: Places | None = None
 
 
 @modalities.register("lidar")
@@ -106,6 +112,8 @@ class LidarInput:
 
     def __init__(self, config: LidarConfig, base_dir: str | Path | None = None) -> None:
         self.config = config
+        if config.places is not None:
+            self.default_members = [f"json:lidar+lidar.npy+{MEMBER}"]  # type: ignore[misc]
 
     # --- the protocol -----------------------------------------------------------------------------------------
 
@@ -132,11 +140,20 @@ class LidarInput:
         points = points[far]
         if not len(points):
             raise DecodeError("the cloud is empty")
+        regions = read_regions(raw) if self.config.places is not None and isinstance(raw, Mapping) else None
         if self.config.frame == "sensor":
-            return Cloud(points, np.zeros(3), to_ego)
+            return Cloud(points, np.zeros(3), to_ego, regions)
         points = points.copy()
         points[:, :3] = moved(points[:, :3].astype(np.float64), to_ego)
-        return Cloud(points, to_ego[:3, 3], np.eye(4))
+        return Cloud(points, to_ego[:3, 3], np.eye(4), regions)
+
+    def placed(self, x: Cloud, rng: np.random.Generator) -> Cloud:
+        """The cloud with places drawn, where the config asks for them."""
+        if self.config.places is None:
+            return x
+        if x.regions is None:
+            raise DecodeError(f"there is no {MEMBER}: build the shards with regions=true, or leave out input.places")
+        return replace(x, places=draw(x.regions, self.config.places, rng))
 
     def train(self, x: Cloud, rng: np.random.Generator) -> dict[str, Tensor]:
         """The scene moved and thinned as ``augment`` says; ``to_ego`` undoes the motion."""
@@ -148,7 +165,7 @@ class LidarInput:
             most = min(most, max(1, round(len(keep) * (1 - rng.uniform(0, augment.drop)))))
         if most < len(keep):
             keep = np.sort(rng.choice(keep, most, replace=False))
-        return _row(x, keep)
+        return {**_row(x, keep), **self._named(x)}
 
     def eval(self, x: Cloud) -> dict[str, Tensor]:
         """The points in range, evenly thinned where there are too many."""
@@ -164,14 +181,16 @@ class LidarInput:
         for i, row in enumerate(rows):
             points[i, : len(row["points"])] = row["points"]
         more = {k: torch.stack([r[k] for r in rows]) for k in ("to_ego", "origin")}
-        return {"points": points, "count": count, **more}
+        return {"points": points, "count": count, **more, **collated(rows)}
 
     def dummy(self) -> dict[str, Tensor]:
         """One point in the middle of the range."""
         low, high = np.array(self.config.range[:3]), np.array(self.config.range[3:])
         points = np.zeros((1, 3 + len(self.config.features)), np.float32)
         points[0, :3] = (low + high) / 2
-        return _row(Cloud(points, np.zeros(3), np.eye(4)), np.zeros(1, np.int64))
+        none = None if self.config.places is None else nothing(self.config.places)
+        x = Cloud(points, np.zeros(3), np.eye(4), places=none)
+        return {**_row(x, np.zeros(1, np.int64)), **self._named(x)}
 
     def describe(self) -> dict[str, Any]:
         """The settings; there is nothing else."""
@@ -193,6 +212,9 @@ class LidarInput:
 
     # --- parts ------------------------------------------------------------------------------------------------
 
+    def _named(self, x: Cloud) -> dict[str, Any]:
+        return {} if x.places is None else x.places.row(x.to_ego, self.config.range)
+
     def _inside(self, points: F32) -> npt.NDArray[np.int64]:
         low, high = (np.array(v, np.float32) for v in (self.config.range[:3], self.config.range[3:]))
         keep = np.flatnonzero(((points[:, :3] >= low) & (points[:, :3] < high)).all(1))
@@ -205,7 +227,7 @@ def transformed(x: Cloud, by: F64) -> Cloud:
     """The cloud after the linear map ``by [4, 4]``; its ``to_ego`` leads back to where the points were."""
     points = x.points.copy()
     points[:, :3] = moved(points[:, :3].astype(np.float64), by)
-    return Cloud(points, moved(x.origin[None], by)[0], x.to_ego @ np.linalg.inv(by))
+    return replace(x, points=points, origin=moved(x.origin[None], by)[0], to_ego=x.to_ego @ np.linalg.inv(by))
 
 
 def _row(x: Cloud, keep: npt.NDArray[np.int64]) -> dict[str, Tensor]:
@@ -225,7 +247,7 @@ def read_cloud(raw: Any) -> tuple[F32, list[str], F64]:
     about: Any = {}
     if isinstance(raw, Mapping):
         about = raw.get("json:lidar") or {}
-        raw = next((v for k, v in raw.items() if not k.startswith("json:")), b"")
+        raw = next((v for k, v in raw.items() if not k.startswith("json:") and k != MEMBER), b"")
     points = _npy(raw)
     columns = about.get("columns") if isinstance(about, Mapping) else None
     columns = list(_BARE[: points.shape[1]]) if columns is None else [str(c) for c in columns]
