@@ -44,6 +44,12 @@ class DivergenceError(DualencError):
     exit_code = 5
 
 
+class GuardError(DualencError):
+    """Fine-tuning unlearned more than the recipe allows (``eval.guard``); the run is saved."""
+
+    exit_code = 6
+
+
 class Interrupted(DualencError):
     """The run was asked to stop (SIGTERM, Ctrl-C), saved, and says how to go on."""
 

@@ -70,6 +70,7 @@ def render(run: Mapping[str, Any]) -> str:
         curves=training_curves(run["metrics"]),
         small=small_curves(run["metrics"]),
         progress=zero_shot_curves(run["metrics"], tasks),
+        guard=guard_view(run["metrics"], recipe),
         tasks=[task_view(n, t) for n, t in tasks.items()],
         recipe=highlight_yaml(run["recipe"]),
         environment=flat(run["environment"]),
@@ -203,6 +204,44 @@ def zero_shot_curves(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any]
         title = f"Zero-shot {kind.replace('_', ' ')}" if kind != "top1" else "Zero-shot top-1"
         out.append({"title": title, "svg": Markup(line_chart(chart)), "legend": Markup(legend(series)), "last": ""})
     return out
+
+
+def guard_view(rows: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What eval.guard watched: before the first step, at its lowest, after; and the way there, the bound dashed."""
+    conf = (recipe.get("eval") or {}).get("guard") or {}
+    bound = float(conf.get("max_fall", 5.0))
+    out, series, levels = [], [], []
+    for n, key in enumerate(dict.fromkeys(k for r in rows for k in r if k.startswith("guard/")), 1):
+        task, _, metric = key.removeprefix("guard/").rpartition("/")
+        x, y = column(rows, key)
+        change = 100 * (y[-1] - y[0])
+        out.append(
+            {
+                "task": task,
+                "metric": metric,
+                "before": y[0],
+                "lowest": min(y),
+                "after": y[-1],
+                "change": f"{change:+.1f}".replace("-", "−"),
+                "fallen": change < -bound,
+                "measured": len(y),
+            }
+        )
+        if n <= PALETTE:
+            series.append(Series(f"{task} {label(metric)}", x, y, n))
+            floor = max(y[0] - bound / 100, 0.0)
+            levels.append(Series("bound", [x[0], x[-1]], [floor, floor], n, "dashed"))
+    if not out:
+        return None
+    chart = Chart([*levels, *series], _clock(rows), lambda v: f"{100 * v:g} %", zero=True)
+    return {
+        "rows": out,
+        "bound": f"{bound:g}",
+        "action": str(conf.get("action", "stop")),
+        "fallen": [r["task"] for r in out if r["fallen"]],
+        "svg": Markup(line_chart(chart)),
+        "legend": Markup(legend(series)),
+    }
 
 
 def small_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

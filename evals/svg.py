@@ -20,6 +20,8 @@ class Series:
     y: Sequence[float]
     colour: int = 1
     style: str = "line"
+    labels: Sequence[str] = ()
+    """What stands beside each point; empty: nothing."""
 
 
 @dataclass(slots=True)
@@ -114,7 +116,10 @@ def line_chart(chart: Chart) -> str:
             f"{escape(chart.x_label)}</text>"
         )
     for s in series:
-        parts.append(_path(s, [at(x, y) for x, y in zip(s.x, s.y, strict=True)]))
+        places = [at(x, y) for x, y in zip(s.x, s.y, strict=True)]
+        parts.append(_path(s, places))
+        for (x, y), text in zip(places, s.labels, strict=False):
+            parts.append(f'<text class="tick" x="{x + 6:.1f}" y="{y - 6:.1f}">{escape(text)}</text>')
     shown = [s for s in series if s.style != "faint"]
     data = {
         "frame": [left, top, w, h],
@@ -143,8 +148,9 @@ def legend(series: Sequence[Series]) -> str:
 
 
 def _finite(s: Series) -> Series:
-    keep = [(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    return Series(s.name, [x for x, _ in keep], [y for _, y in keep], s.colour, s.style)
+    keep = [i for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)) if math.isfinite(x) and math.isfinite(y)]
+    labels = [s.labels[i] for i in keep] if s.labels else ()
+    return Series(s.name, [s.x[i] for i in keep], [s.y[i] for i in keep], s.colour, s.style, labels)
 
 
 def _x_marks(low: float, high: float, count: int) -> list[float]:

@@ -86,12 +86,23 @@ def test_overrides_reach_lists_and_components(recipe: Path) -> None:
         ("budget.passes=2", r"budget: give exactly one of steps, samples, passes"),
         ("pairs=[[image,txt]]", r"no modality 'txt'\. Did you mean 'text'\?"),
         ("batch.micro=16", r"batch\.micro \(16\) is larger than batch\.size \(8\)"),
+        ("eval.guard.max_fall=3", r"eval\.guard\.tasks: this key is needed"),
+        ("eval.guard={tasks: [a], max_fall: 0}", r"eval\.guard\.max_fall: .*greater than 0"),
+        ("eval.guard={tasks: [a], action: halt}", r"eval\.guard\.action: .*'stop' or 'warn', got 'halt'"),
         ("nonsense", r"Cannot read 'nonsense': write key=value"),
     ],
 )
 def test_errors_say_key_file_and_remedy(recipe: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(recipe, [override])
+
+
+def test_mixtures_have_no_teacher(recipe: Path) -> None:
+    """A teacher, run or stored, sees the item unmixed; the student's own average sees what the student sees."""
+    terms = "terms: [{name: feature}]"
+    with pytest.raises(ConfigError, match=r"data\.mix: 0\.5 cannot be used under distill\.teachers.*data\.mix: 0"):
+        load_recipe(recipe, ["data.mix=0.5", f"distill={{teachers: [{{cache: x}}], {terms}}}"])
+    load_recipe(recipe, ["data.mix=0.5", f"distill={{look_ahead: {{}}, {terms}}}"])
 
 
 def test_error_names_the_file_that_said_it(recipe: Path, tmp_path: Path) -> None:

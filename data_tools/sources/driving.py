@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from data_tools.sources.base import Dropped, Record, SourceConfig, SourceKind, need_folder, sources
@@ -228,7 +229,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "_", name.lower()).removeprefix("cam_")
 
 
-def as_npy(points: F64) -> bytes:
+def as_npy(points: npt.NDArray[Any]) -> bytes:
     """``points [n, C]`` as the bytes of a .npy, float32."""
     out = io.BytesIO()
     np.save(out, points.astype(np.float32), allow_pickle=False)

@@ -1,6 +1,7 @@
 """The ``dualenc`` command: the one place that joins training, evaluation and data tools.
 
-Exit codes: 0 done; 1 other errors; 2 recipe or command line; 3 data; 4 checkpoint; 5 diverged; 130 stopped and saved.
+Exit codes: 0 done; 1 other errors; 2 recipe or command line; 3 data; 4 checkpoint; 5 diverged; 6 stopped by
+eval.guard and saved; 130 stopped and saved.
 """
 
 from __future__ import annotations

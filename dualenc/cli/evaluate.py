@@ -1,4 +1,4 @@
-"""Commands that use a model: eval, embed, compare, export, report."""
+"""Commands that use a model: eval, embed, compare, interpolate, export, report."""
 
 from __future__ import annotations
 
@@ -149,6 +149,49 @@ def compare(
 
     print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
     Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def interpolate(
+    a: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval: the one fine-tuning began with.")],
+    b: Annotated[str, typer.Argument(help="A MODEL of the same architecture: what became of it.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for interpolate.json, interpolate.html and the model.")],
+    alphas: Annotated[str, typer.Option("--alphas", help="Shares of B, comma between.")] = ",".join(
+        f"{i / 10:g}" for i in range(11)
+    ),
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Task names or YAML files; the first is the source, the others targets.")
+    ] = "",
+    keep: Annotated[
+        float | None, typer.Option("--keep", help="Save the model at this alpha: the folder is then a MODEL.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither keep features nor look for kept ones.")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Weights between two models, (1 - alpha) A + alpha B, evaluated (WiSE-FT)."""
+    from dualenc.distributed.world import close_world, init_world
+    from evals.interpolation import interpolate as run
+    from evals.interpolation import markdown
+
+    chosen = resolve_tasks(words(tasks))
+    if not chosen and keep is None:
+        raise ConfigError("dualenc interpolate: name tasks to evaluate (--tasks A,B), an alpha to keep, or both")
+    try:
+        shares = [float(x) for x in words(alphas)] if chosen else [float(keep or 0)]
+    except ValueError as e:
+        raise ConfigError(f"--alphas: {alphas!r} is no list of numbers; write 0,0.5,1") from e
+    world = init_world(device, 600, None)
+    try:
+        cache = None if no_cache else feature_cache()
+        done = run(a, b, shares, chosen, out, keep, world, str(world.device), batch_size, cache)
+        if world.rank == 0:
+            if chosen:
+                print(markdown(done))
+            Console(stderr=True).print(f"written: {out}", highlight=False, soft_wrap=True)
+    finally:
+        close_world(world)
 
 
 @app.command("export")

@@ -31,7 +31,8 @@ def train(
     from dualenc.train.loop import train as run
 
     tasks = resolve_tasks(loaded.eval.tasks)
-    run(loaded, evaluate_with(tasks) if tasks else None)
+    guarded = resolve_tasks(loaded.eval.guard.tasks) if loaded.eval.guard is not None else []
+    run(loaded, evaluate_with(tasks) if tasks else None, evaluate_with(guarded) if guarded else None)
 
 
 def evaluate_with(tasks: list[Any]) -> Any:
@@ -61,7 +62,7 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.data.shards import samples_per_pass
     from dualenc.train.loop import run_folder, total_steps
 
-    resolve_tasks(recipe.eval.tasks)
+    resolve_tasks([*recipe.eval.tasks, *(recipe.eval.guard.tasks if recipe.eval.guard else [])])
     console = Console()
     console.print(dump_yaml(recipe), highlight=False, markup=False)
     bundle = build_bundle(recipe)

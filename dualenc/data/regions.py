@@ -27,13 +27,13 @@ _VOXEL = 0.1
 class RegionsConfig(Section):
     """How regions are found."""
 
-    eps: _Metres = Field(0.75, description="metres between neighbours")
-    min_points: Positive = Field(5, description="of a neighbourhood that makes a cluster")
+    eps: _Metres = Field(default=0.75, description="metres between neighbours")
+    min_points: Positive = Field(default=5, description="of a neighbourhood that makes a cluster")
     method: Literal["dbscan", "hdbscan"] = "dbscan"
     filters: Literal["simple", "calico"] = "simple"
-    ego: _Metres = Field(2.0, description="metres around the car whose returns are the car's own")
-    reach: _Metres = Field(54.0, description="metres ahead, behind and aside that are looked at")
-    poor: Positive = Field(4096, description="places in no region that are kept")
+    ego: _Metres = Field(default=2.0, description="metres around the car whose returns are the car's own")
+    reach: _Metres = Field(default=54.0, description="metres ahead, behind and aside that are looked at")
+    poor: Positive = Field(default=4096, description="places in no region that are kept")
 
 
 def ground(points: F64, reach: float = 54.0) -> Bools:

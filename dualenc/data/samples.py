@@ -132,7 +132,7 @@ class StepDataset(Dataset[Any]):
         places = {m: torch.tensor(slots[m], dtype=torch.long) for m in self.modalities}
         extras: dict[str, dict[str, torch.Tensor]] = {}
         for m, x in inputs.items():
-            labels = x.pop("labels", {}) if isinstance(x, dict) else {}
+            labels: dict[str, torch.Tensor] = x.pop("labels", {}) if isinstance(x, dict) else {}  # type: ignore[assignment]
             for name, values in by_slot(labels, places[m], len(refs)).items():
                 extras.setdefault(name, {})[m] = values
         return Batch(

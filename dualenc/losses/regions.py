@@ -300,4 +300,5 @@ def region_weights(s: Sides) -> Tensor:
     mine = s.region[s.rows()]
     if not len(names):
         return s.a.new_zeros(0)
-    return 1 / (len(names) * sizes[torch.searchsorted(names, mine)]).to(s.a.dtype)
+    share: Tensor = 1 / (len(names) * sizes[torch.searchsorted(names, mine)]).to(s.a.dtype)
+    return share

@@ -61,6 +61,7 @@ class TrainState:
     optimizer: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,8 +32,10 @@ from dualenc.engine.ema import EMA
 from dualenc.errors import CheckpointError, DivergenceError, Interrupted
 from dualenc.losses import Loss, build_loss
 from dualenc.train import checkpoint as ckpt
+from dualenc.train.guard import Watch
 from dualenc.train.start import init_towers, init_weights
 from dualenc.train.step import StepResult, train_step
+from dualenc.train.stop import StopFlag
 from dualenc.train.tracking import JsonlSink, Tracker, environment, git_hash, keep_rank_files_until
 
 logger = logging.getLogger(__name__)
@@ -67,8 +66,11 @@ class Meter:
 class Run:
     """One training run on one rank; all ranks call the same methods in the same order."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, world: World, evaluate: Evaluate | None) -> None:
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, world: World, evaluate: Evaluate | None, guard: Evaluate | None = None
+    ) -> None:
         self.recipe, self.run_dir, self.world, self.evaluate = recipe, run_dir, world, evaluate
+        self.watch_with = guard
         self.stop = StopFlag()
         self.bundle: Bundle = build_bundle(recipe)
         save = self._find_save()
@@ -125,6 +127,8 @@ class Run:
         self.samples: JsonlSink | None = None
         if recipe.tracking.sample_ids:
             self.samples = JsonlSink(run_dir / f"samples-rank{world.rank}.jsonl", self.state.step)
+        conf = recipe.eval.guard
+        self.watch = Watch(conf, self.state.guard) if conf is not None and guard is not None else None
         self.resumed_from = save
         self._last_save = time.monotonic()
 
@@ -137,9 +141,12 @@ class Run:
             Interrupted: after SIGTERM or Ctrl-C, once the run is saved.
             DivergenceError: after ``engine.max_nonfinite`` non-finite steps in a row.
             DataError: when a source lost more than ``data.max_bad_share`` of its samples.
+            GuardError: when the zero-shot of ``eval.guard`` fell too far, once the run is saved.
         """
         if self.recipe.eval.at_start and self.state.step == 0:
             self._evaluate()
+        if self.watch is not None and self.watch.before_going_on and self._guard():
+            self.watch.refuse(ckpt.folder_of(self.run_dir, self.state.step))
         meter, in_a_row, clock = Meter(), 0, time.perf_counter()
         for batch in self.loader:
             result = self._step(batch)
@@ -153,7 +160,9 @@ class Run:
                 self._log(result, meter)
                 meter = Meter()
             self.tracker.advance(self.state.step)
-            saving = due or last or stopping
+            guarding = self.watch is not None and self.watch.due(self.state.step, last)
+            fallen = guarding and self._guard()
+            saving = due or last or stopping or fallen
             if saving:
                 self._save()
             if stopping and not last:
@@ -162,8 +171,10 @@ class Run:
             evaluating = last or bool(every and self.state.step % every == 0)
             if evaluating:
                 self._evaluate()
-            if saving or evaluating:
-                clock = time.perf_counter()  # neither is part of the next step's time
+            if fallen and self.watch is not None:
+                self.watch.refuse(ckpt.folder_of(self.run_dir, self.state.step))
+            if saving or evaluating or guarding:
+                clock = time.perf_counter()  # none of them is part of the next step's time
 
     def _step(self, batch: Batch) -> StepResult:
         if batch.step != self.state.step:
@@ -309,19 +320,34 @@ class Run:
             f"{ckpt.folder_of(self.run_dir, self.state.step)}. The same command goes on from there."
         )
 
-    def _evaluate(self) -> None:
-        if self.evaluate is None:
-            return
+    def _guard(self) -> bool:
+        """Compare with the beginning; whether the run is to stop for it, the same on all ranks."""
+        assert self.watch is not None
+        assert self.watch_with is not None
+        self._write("guard", self.watch.check(self._measure(self.watch_with), self.state.step))
+        stop, said = self.watch.conf.action == "stop", self.watch.sentence
+        if said is not None and not stop:
+            self.tracker.say(f"eval.guard: {said}.")
+        return self._agree(stop and said is not None)[0]
+
+    def _measure(self, evaluate: Evaluate) -> Mapping[str, float]:
         self.engine.eval()
         try:
             embedder = Embedder.from_bundle(self.bundle, forward=self.engine.forward, device=self.engine.device)
             with torch.no_grad():
-                values = self.evaluate(embedder, self.world)
+                return evaluate(embedder, self.world)
         finally:
             self.engine.train()
-        self.tracker.log(
-            self.state.step, {"samples_seen": self.state.samples_seen} | {f"eval/{k}": v for k, v in values.items()}
-        )
+
+    def _write(self, what: str, values: Mapping[str, float]) -> None:
+        rows = {f"{what}/{k}": v for k, v in values.items()}
+        self.tracker.log(self.state.step, {"samples_seen": self.state.samples_seen} | rows)
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        values = self._measure(self.evaluate)
+        self._write("eval", values)
         for task in dict.fromkeys(k.split("/")[0] for k in values):
             own = {k.split("/")[1]: v for k, v in values.items() if k.startswith(f"{task}/")}
             shown = [f"{k.replace('_', ' ')} {100 * v:.1f}" for k, v in own.items() if k.endswith(HEADLINE)]
@@ -334,31 +360,11 @@ class Run:
             self.samples.close()
 
 
-class StopFlag:
-    """Set by SIGTERM and SIGINT; a second Ctrl-C stops at once."""
+def train(recipe: Recipe, evaluate: Evaluate | None = None, guard: Evaluate | None = None) -> Path:
+    """Train ``recipe`` on this rank (all ranks of a launcher call it alike); return the run folder.
 
-    def __init__(self) -> None:
-        self.raised = False
-        self.name = ""
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside the context, restore the old handlers after."""
-        old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.raised and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.raised, self.name = True, signal.Signals(number).name
-
-
-def train(recipe: Recipe, evaluate: Evaluate | None = None) -> Path:
-    """Train ``recipe`` on this rank (all ranks of a launcher call it alike); return the run folder."""
+    ``guard`` evaluates the tasks of ``eval.guard``.
+    """
     run_dir = run_folder(recipe)
     world = init_world(recipe.engine.device, recipe.engine.timeout_s, recipe.engine.threads)
     clean = False
@@ -367,7 +373,7 @@ def train(recipe: Recipe, evaluate: Evaluate | None = None) -> Path:
             if world.rank == 0:
                 run_dir.mkdir(parents=True, exist_ok=True)
             barrier(world)
-            run = Run(recipe, run_dir, world, evaluate)
+            run = Run(recipe, run_dir, world, evaluate, guard)
             if world.rank == 0:
                 (run_dir / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
                 info = json.dumps(environment(world.world_size), indent=1)

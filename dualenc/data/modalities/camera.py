@@ -243,7 +243,7 @@ class CameraInput:
         def numbers(value: Any) -> Tensor:
             return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
-        to_ego = np.linalg.inv(motion)
+        to_ego = inverse(motion)
         named = {} if x.places is None else x.places.row(to_ego, hidden=~seen_by_any(x, x.places.xyz))
         return {
             **named,

@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "image_text"
+DATA = Path(__file__).parents[2] / "shared" / "data" / "image_text"
 
 torch.set_num_threads(1)
 
