@@ -194,6 +194,42 @@ def interpolate(
         close_world(world)
 
 
+@app.command()
+def regions(
+    model: Annotated[str, typer.Argument(help="A MODEL with a bird's-eye-view tower; a recipe: its untrained model.")],
+    data: Annotated[str, typer.Option("--data", help="nuscenes:FOLDER[:TABLES] or kitti:FOLDER/training.")],
+    out: Annotated[Path, typer.Option("--out", help="The JSON file.")],
+    skip: Annotated[int, typer.Option("--skip", help="Keyframes at the beginning that are not asked about.")] = 0,
+    limit: Annotated[int | None, typer.Option("--limit", help="And how many after them are.")] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="The probes learn from the skipped keyframes.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the views; of an untrained model.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Regions found again, objects matched over time, and what a frozen bird's-eye-view map knows of places."""
+    from dualenc.bundle import build_bundle, load_model
+    from dualenc.data.driving import kitti_object, nuscenes
+    from evals.harness import write_json
+    from evals.regions import evaluate_regions
+
+    kind, _, rest = data.partition(":")
+    folder, _, tables = rest.partition(":")
+    if kind not in ("nuscenes", "kitti") or not folder:
+        raise ConfigError(f"--data: {data!r}; write nuscenes:FOLDER[:TABLES] or kitti:FOLDER/training")
+    keys = list(nuscenes(folder, tables or None) if kind == "nuscenes" else kitti_object(folder))
+    asked = keys[skip : None if limit is None else skip + limit]
+    if not asked:
+        raise ConfigError(f"--skip: {folder} has {len(keys)} keyframes, none is left")
+    if model.endswith((".yaml", ".yml")):
+        bundle = build_bundle(load_recipe(model, [f"seed={seed}"])).to(device)
+    else:
+        bundle = load_model(model, device=device)
+    done = evaluate_regions(bundle.embedder(), asked, keys[:skip] if labels else (), seed)
+    write_json(out, {"model": model, "data": data, "skip": skip, "seed": seed, **done})
+    for name, value in done["metrics"].items():
+        print(f"{name}\t{100 * value:.1f} %")
+
+
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],

@@ -150,7 +150,7 @@ def test_shards_without_regions_are_refused_with_what_to_do() -> None:
     key = frames(1)[0]
     lidar = inputs()["view_a"]
     with pytest.raises(DecodeError, match="build the shards with regions=true"):
-        lidar.decode(sweep_of(key))
+        lidar.placed(lidar.decode(sweep_of(key)), sample_rng(0, "key", 0, "places"))
     with pytest.raises(DecodeError, match="build the shards with regions=true"):
         part = inputs()["camera"]
         part.placed(part.decode(rig_of(key)), sample_rng(0, "key", 0, "places"))

@@ -140,7 +140,9 @@ class LidarInput:
         points = points[far]
         if not len(points):
             raise DecodeError("the cloud is empty")
-        regions = read_regions(raw) if self.config.places is not None and isinstance(raw, Mapping) else None
+        regions = None
+        if self.config.places is not None and isinstance(raw, Mapping) and MEMBER in raw:
+            regions = read_regions(raw)
         if self.config.frame == "sensor":
             return Cloud(points, np.zeros(3), to_ego, regions)
         points = points.copy()
