@@ -117,7 +117,8 @@ def charts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     if len(keys) > 1:
         source, marks = keys[0], [f"{x:g}" for x in alphas] if len(alphas) <= DOTS else ()
         way = [Series(_named(k), values[source], values[k], n, labels=marks) for n, k in enumerate(keys[1:6], 2)]
-        out.append(_chart("Target over source", way, f"{_named(source)}, %"))
+        title = f"{_named(keys[1])} over the source" if len(keys) == 2 else "Targets over the source"
+        out.append(_chart(title, way, f"{_named(source)}, %"))
     return out
 
 

@@ -27,13 +27,16 @@ from dualenc.bundle.record import check_activations, check_inputs, read_record
 from dualenc.config import Component, LogitScale, settings_as
 from dualenc.distributed.pieces import Files
 from dualenc.encoders import Tower, activations
-from dualenc.encoders.released import Released, from_hf, from_open_clip, from_open_clip_folder
+from dualenc.encoders.released import Released, from_hf, from_laion_clap, from_open_clip, from_open_clip_folder
 from dualenc.encoders.weights import read_weights
 from dualenc.errors import CheckpointError, ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-_FORMS = "a run folder, a checkpoint or bundle folder, open_clip:NAME/TAG, hf:REPO, or a folder in either layout"
+_FORMS = (
+    "a run folder, a checkpoint or bundle folder, open_clip:NAME/TAG, hf:REPO, laion_clap:FILE.pt, or a folder in "
+    "either layout"
+)
 # Only these carry a number from the input to the features; a newer version is worth a word where one differs.
 _NOTED = ("torch", "open_clip_torch", "timm", "transformers")
 
@@ -44,7 +47,7 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
     Args:
         spec: a run folder (its newest finished save), a save's folder, a bundle's folder, ``open_clip:NAME[/TAG]``
             (TAG may be a file; without it the weights are random, with a warning), ``hf:REPO_OR_FOLDER`` (CLIPModel,
-            SiglipModel, ClapModel), or a folder in open_clip's or transformers' layout.
+            SiglipModel, ClapModel), ``laion_clap:FILE.pt``, or a folder in open_clip's or transformers' layout.
         device: auto, cpu, cuda …
 
     Raises:
@@ -57,6 +60,8 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
         bundle = _released(from_open_clip(rest), spec)
     elif colon and form == "hf":
         bundle = _released(from_hf(rest), spec)
+    elif colon and form == "laion_clap":
+        bundle = _released(from_laion_clap(rest), spec)
     else:
         bundle = _load_folder(spec)
     return bundle.to(device)

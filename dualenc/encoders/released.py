@@ -1,5 +1,5 @@
 """Whole dual encoders that other people released: CLIP and SigLIP in the layouts of open_clip and transformers, CLAP
-in that of transformers.
+in those of transformers and laion_clap.
 
 They become the parts a bundle is made of: input settings, towers with their own projections, temperature, tensors.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dualenc.config import Component, LogitScale
 from dualenc.encoders import hf_towers as hf
+from dualenc.encoders import laion_clap
 from dualenc.encoders import open_clip_towers as oc
 from dualenc.encoders.convert import FAMILIES
 from dualenc.encoders.hf_audio import audio_defaults
@@ -181,7 +182,36 @@ def from_hf(where: str) -> Released:
                 f"vision_config.image_size is {built}; one of them was changed."
             )
     inputs["text"] = hf.text_defaults(config.text_config, f"hf:{where}", _context(where, config.text_config))
-    return _from_hf_model(where, config, inputs, _whole(where))
+    file = hf.file_of(where, "model.safetensors")
+    return _from_hf_model(where, config, inputs, _whole(where), f"hf:{where}", file)
+
+
+def from_laion_clap(spec: str) -> Released:
+    """A file of the laion_clap package: ``FILE.pt``. Its tokenizer is RoBERTa's: the one in the file's folder, or else
+    the Hub's.
+
+    Raises:
+        ConfigError: if there is no such file, or no tokenizer within reach.
+        CheckpointError: if it holds anything but tensors and numbers, towers other than HTSAT and RoBERTa, or filters
+            of another sample rate.
+    """
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"laion_clap:{spec}: there is no such file; write laion_clap:FOLDER/630k-audioset-best.pt")
+    config, state = laion_clap.as_transformers(read_weights(path, numbers=True), str(path))
+    beside = any((path.parent / f).is_file() for f in ("tokenizer.json", "vocab.json"))
+    tokenizer = str(path.parent.resolve()) if beside else laion_clap.TOKENIZER
+    if not beside and hf.file_of(tokenizer, "vocab.json") is None:
+        raise ConfigError(
+            f"laion_clap:{spec}: its tokenizer, {tokenizer}, is not within reach; put its vocab.json, merges.txt and "
+            "tokenizer_config.json beside the file."
+        )
+    context = min(laion_clap.CONTEXT, hf.places(config.text_config))
+    inputs = {
+        "audio": audio_defaults(config.audio_config, laion_clap.PREPROCESSING),
+        "text": hf.text_defaults(config.text_config, f"hf:{tokenizer}", context),
+    }
+    return _from_hf_model(path.stem, config, inputs, state, str(path), path)
 
 
 def _context(where: str, text: Any) -> int:
@@ -214,7 +244,14 @@ def _whole(where: str) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in model.state_dict().items()}
 
 
-def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], state: dict[str, Tensor]) -> Released:
+def _from_hf_model(
+    where: str,
+    config: Any,
+    inputs: dict[str, dict[str, Any]],
+    state: dict[str, Tensor],
+    source: str,
+    file: Path | None,
+) -> Released:
     """The parts of a model that is read."""
     other = next(iter(inputs))
     projects = config.model_type != "siglip"
@@ -239,8 +276,8 @@ def _from_hf_model(where: str, config: Any, inputs: dict[str, dict[str, Any]], s
         encoders[kind] = Component.model_validate(
             {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
         )
-    tensors, file = _tensors(parts, log, bias, f"{other}-text"), hf.file_of(where, "model.safetensors")
-    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, f"hf:{where}", file, scales)
+    tensors = _tensors(parts, log, bias, f"{other}-text")
+    return Released(where, embed_dim, inputs, encoders, _scale(log, bias), tensors, source, file, scales)
 
 
 def _temperature(state: dict[str, Tensor], where: str) -> Tensor:

@@ -51,11 +51,12 @@ def weight_file(spec: str, where: str) -> Path:
     return path
 
 
-def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
+def read_weights(path: Path, renamed: bool = True, numbers: bool = False) -> dict[str, Tensor]:
     """A state dict from safetensors, or from a torch file that holds tensors only (nothing in it is executed).
 
     Args:
         renamed: bring older and wrapped names up to date (``migrations.RENAMED``); a file of our own needs none.
+        numbers: numpy's scalars may stand beside the tensors, as training scripts leave them; they are plain numbers.
 
     Raises:
         CheckpointError: if the file is damaged or holds anything but tensors.
@@ -64,11 +65,11 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        raw: Any = (
-            load_file(str(path))
-            if path.suffix == ".safetensors"
-            else torch.load(str(path), map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            raw: Any = load_file(str(path))
+        else:
+            with torch.serialization.safe_globals(_numbers() if numbers else []):
+                raw = torch.load(str(path), map_location="cpu", weights_only=True)
     except RuntimeError as e:
         if "TorchScript" in str(e):
             raise CheckpointError(
@@ -88,6 +89,15 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
     if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
         raise CheckpointError(f"{path}: this is no state dict of tensors")
     return migrate(raw) if renamed else raw
+
+
+def _numbers() -> list[Any]:
+    """What builds a numpy scalar from its bytes, under the names of numpy 1 and 2."""
+    import numpy as np
+    from numpy._core.multiarray import scalar
+
+    kinds = [type(np.dtype(k)) for k in ("f4", "f8", "i4", "i8", "?")]
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds]
 
 
 def load_exactly(
