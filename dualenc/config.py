@@ -43,15 +43,42 @@ class Component(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Unlocked(Section):
+    """A tower of which only the last part is trained."""
+
+    unlocked_groups: Positive = Field(description="so many blocks before the head are trained, and the head")
+
+
+class Lora(Section):
+    """Low-rank adapters beside a tower's layers (Hu et al. 2021): nothing else of the tower is trained."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters count alpha / rank times")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["auto"] | list[str] = Field(
+        default="auto", description="endings of layers' names; auto: every linear layer, or convolution where none is"
+    )
+    head: bool = Field(default=False, description="train the projection to the shared space too")
+
+
 class Modality(Section):
     """One modality: how its raw bytes become tensors, and its tower."""
 
     kind: str | None = Field(default=None, description="which modality file handles it; default: the key itself")
     input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
     encoder: Component
-    lock: bool | Literal["trunk"] = Field(
-        default=False, description="keep the tower's weights as they are (LiT); trunk: all but its projection"
+    lock: bool | Literal["trunk"] | Unlocked = Field(
+        default=False,
+        description="keep the tower's weights as they are (LiT); trunk: all but its projection; "
+        "{unlocked_groups: N}: all but its last N blocks and its projection",
     )
+    lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Modality:
+        if self.lock and self.lora is not None:
+            raise ValueError("lora keeps the tower's own weights by itself: leave lock out")
+        return self
 
 
 class Source(Section):
@@ -109,6 +136,13 @@ class Batches(Section):
     micro: Positive | None = None
 
 
+class TrajectoryAverage(Section):
+    """Weights of a run averaged with a Gaussian over its length (PromptSRC); both are shares of the run."""
+
+    mean: Share = 0.75
+    std: Annotated[float, Field(gt=0)] = 0.05
+
+
 class Optim(Section):
     """AdamW or Muon (matrices inside the towers; everything else AdamW). Gains, biases, scale: no weight decay."""
 
@@ -122,6 +156,19 @@ class Optim(Section):
     logit_scale_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: lr")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema_samples: Positive | None = Field(default=None, description="half-life of the weights' average, in samples")
+    trajectory: TrajectoryAverage | None = Field(default=None, description="save a Gaussian average over the run")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="lr falls by this factor a block, from a tower's head to its embeddings"
+    )
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="modality → factor on the learning rate of its tower"
+    )
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Optim:
+        if self.ema_samples is not None and self.trajectory is not None:
+            raise ValueError("ema_samples and trajectory: a save holds one average; leave one of them out")
+        return self
 
 
 class Schedule(Section):
@@ -219,6 +266,13 @@ class Distill(Section):
         return self
 
 
+class Anchor(Section):
+    """Short for a ``distill`` section whose teacher is the model the run starts from (``checkpoint.init_from``)."""
+
+    feature: dict[str, Annotated[float, Field(ge=0)]] = Field(description="modality → weight of mean |f − f0|")
+    logits: Annotated[float, Field(ge=0)] = Field(default=1.0, description="weight of KL(p0 ‖ p)")
+
+
 class Checkpoints(Section):
     """When the run is saved. The last step is always saved."""
 
@@ -280,6 +334,20 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _anchored(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("anchor") is None:
+            return {k: v for k, v in raw.items() if k != "anchor"} if isinstance(raw, dict) else raw
+        start = (raw.get("checkpoint") or {}).get("init_from")
+        if not start:
+            raise ValueError("anchor: the run starts from no model; name one with checkpoint.init_from")
+        if raw.get("distill") is not None:
+            raise ValueError("anchor: a recipe with distill names its terms there; add {name: anchor, …} to them")
+        term = {"name": "anchor", **Anchor.model_validate(raw["anchor"]).model_dump()}
+        out = {k: v for k, v in raw.items() if k != "anchor"}
+        return {**out, "distill": {"teachers": [{"model": start}], "terms": [term]}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _default_pair(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and not raw.get("pairs") and isinstance(raw.get("modalities"), dict):
             names = list(raw["modalities"])
@@ -299,6 +367,14 @@ class Recipe(Section):
                 raise ValueError(f"pairs: {pair[0]!r} cannot be paired with itself")
         if self.batch.micro is not None and self.batch.micro > self.batch.size:
             raise ValueError(f"batch.micro ({self.batch.micro}) is larger than batch.size ({self.batch.size})")
+        for m in self.optim.lr_scale:
+            if m not in self.modalities:
+                raise ValueError(f"optim.lr_scale: there is no modality {m!r}. {did_you_mean(m, self.modalities)}")
+        if any(m.lora for m in self.modalities.values()):
+            if self.optim.ema_samples is not None or self.optim.trajectory is not None:
+                raise ValueError("optim: an average of adapters is not that of the weights; leave it out with lora")
+            if self.checkpoint.sharded is True:
+                raise ValueError("checkpoint.sharded: adapters are merged by rank 0; write auto or false with lora")
         sources = [s.name for s in self.data.sources]
         if len(set(sources)) != len(sources):
             raise ValueError(f"data.sources: names must differ, got {sources}")

@@ -31,7 +31,7 @@ from dualenc.distributed.failure import naming_missing_ranks
 from dualenc.distributed.world import World, all_reduce_sum, barrier, close_world, init_world
 from dualenc.encoders.dual_encoder import heads_of, is_head
 from dualenc.engine import Engine, build_engine, lr_factor
-from dualenc.engine.ema import EMA
+from dualenc.engine.ema import EMA, Average, Trajectory
 from dualenc.errors import CheckpointError, DivergenceError, Interrupted
 from dualenc.losses import Loss, build_loss
 from dualenc.train import checkpoint as ckpt
@@ -90,7 +90,6 @@ class Run:
         if save is not None:  # after the engine has cut the model: a rank reads its own part
             self.engine.load_model_state(ckpt.trained_weights(save))
             self.engine.load_optimizer_state(ckpt.optimizer_state(save), self.state.optimizer)
-        self.ema = self._build_ema(save)
         self.loss: Loss = build_loss(recipe.loss)
         if self.distiller is not None:
             self.loss = self.distiller.loss(self.loss)
@@ -114,6 +113,7 @@ class Run:
         check_data(self.state, self.loader.plan.digest(), save)
         self.total_steps = total_steps(recipe, self.loader.plan.samples_per_pass)
         self.loader.stop_step = self.total_steps
+        self.ema = self._build_ema(save)
         names = [s.name for s in recipe.data.sources]
         self.ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, names)
         self.ledger.load_state_dict(self.state.ledger)
@@ -179,8 +179,8 @@ class Run:
         self.state.samples_seen += self.recipe.batch.size
         if self.samples is not None:
             self.samples.write(self.state.step, {"samples": batch.keys})
-        if self.ema is not None and not result.skipped:
-            self.ema.update(self.engine.module, self.recipe.batch.size)
+        if self.ema is not None:
+            self.ema.update(self.engine.module, self.recipe.batch.size, result.skipped)
         return result
 
     def _count_nonfinite(self, result: StepResult, batch: Batch, in_a_row: int) -> int:
@@ -243,10 +243,16 @@ class Run:
             raise CheckpointError(f"checkpoint.resume: {resume} holds no finished save")
         return save
 
-    def _build_ema(self, save: Path | None) -> EMA | None:
-        if self.recipe.optim.ema_samples is None:
+    def _build_ema(self, save: Path | None) -> Average | None:
+        optim, size = self.recipe.optim, self.recipe.batch.size
+        ema: Average
+        if optim.trajectory is not None:
+            t, seen = optim.trajectory, self.state.samples_seen
+            ema = Trajectory(self.engine.module, t.mean, t.std, self.total_steps * size, seen, size)
+        elif optim.ema_samples is not None:
+            ema = EMA(self.engine.module, optim.ema_samples)
+        else:
             return None
-        ema = EMA(self.engine.module, self.recipe.optim.ema_samples)
         if save is not None and ckpt.has_average(save):
             ema.load_state_dict(ckpt.average_weights(save))
         return ema
