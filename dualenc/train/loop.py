@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from dualenc.bundle import Bundle, Embedder, build_bundle, load_model
+from dualenc.bundle.bundle import seeded
 from dualenc.config import Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
@@ -73,6 +74,10 @@ class Run:
         save = self._find_save()
         if save is None and recipe.checkpoint.init_from:
             init_weights(self.bundle, recipe.checkpoint.init_from)
+        for m, part in recipe.modalities.items():
+            if part.lora is not None:
+                with seeded(recipe.seed, m, "lora"):
+                    self.bundle.model.add_adapters(m, part.lora)
         self.distiller = Distiller(recipe, self.bundle, world.device) if recipe.distill is not None else None
         self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
         if self.distiller is not None:
@@ -86,6 +91,7 @@ class Run:
         self.parameter_count = sum(p.numel() for p in parameters)  # ZeRO 3 empties them
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.sharded = ckpt.is_sharded(recipe, self.parameter_count, trained, world.world_size)
+        self.sharded = self.sharded and not self.bundle.model.adapters  # rank 0 merges them, from whole tensors
         self.engine: Engine = build_engine(recipe.engine, recipe.optim, self.bundle.model, world)
         if save is not None:  # after the engine has cut the model: a rank reads its own part
             self.engine.load_model_state(ckpt.trained_weights(save))
@@ -278,7 +284,7 @@ class Run:
         average = self.ema.state_dict() if self.ema else None
         with ckpt.Saver(self.run_dir, self.state.step, self.world) as saver:
             if self.world.rank == 0:
-                if average is not None or heads_of(weights):
+                if average is not None or heads_of(weights) or self.bundle.model.adapters:
                     saver.tensors("weights.safetensors", weights)
                 saver.tensors("optimizer.safetensors", optimizer)
                 self._save_rest(saver, state=weights if average is None else average)
