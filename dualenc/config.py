@@ -19,15 +19,19 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dualenc.errors import ConfigError, did_you_mean
+from dualenc.sections import Anchor as Anchor
 from dualenc.sections import Component as Component
 from dualenc.sections import Distill as Distill
 from dualenc.sections import Evals as Evals
 from dualenc.sections import Guard as Guard
 from dualenc.sections import LookAhead as LookAhead
+from dualenc.sections import Lora as Lora
 from dualenc.sections import Positive as Positive
 from dualenc.sections import Section as Section
 from dualenc.sections import Share as Share
 from dualenc.sections import Teacher as Teacher
+from dualenc.sections import Unlocked as Unlocked
+from dualenc.sections import with_anchor, with_shared
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -38,8 +42,10 @@ class Modality(Section):
     kind: str | None = Field(default=None, description="which modality file handles it; default: the key itself")
     input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
     encoder: Component
-    lock: bool | Literal["trunk"] = Field(
-        default=False, description="keep the tower's weights as they are (LiT); trunk: all but its projection"
+    lock: bool | Literal["trunk"] | Unlocked = Field(
+        default=False,
+        description="keep the tower's weights as they are (LiT); trunk: all but its projection; "
+        "{unlocked_groups: N}: all but its last N blocks and its projection",
     )
     shares: str | None = Field(
         default=None, description="another modality whose tower encodes this one too; leave out encoder then"
@@ -47,6 +53,13 @@ class Modality(Section):
     init_from: str | None = Field(
         default=None, description="start from this tower of a trained MODEL; MODEL#NAME: from its modality NAME"
     )
+    lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Modality:
+        if self.lock and self.lora is not None:
+            raise ValueError("lora keeps the tower's own weights by itself: leave lock out")
+        return self
 
 
 class Source(Section):
@@ -104,6 +117,13 @@ class Batches(Section):
     micro: Positive | None = None
 
 
+class TrajectoryAverage(Section):
+    """Weights of a run averaged with a Gaussian over its length (PromptSRC); both are shares of the run."""
+
+    mean: Share = 0.75
+    std: Annotated[float, Field(gt=0)] = 0.05
+
+
 class Optim(Section):
     """AdamW or Muon (matrices inside the towers; everything else AdamW). Gains, biases, scale: no weight decay."""
 
@@ -117,6 +137,19 @@ class Optim(Section):
     logit_scale_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: lr")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema_samples: Positive | None = Field(default=None, description="half-life of the weights' average, in samples")
+    trajectory: TrajectoryAverage | None = Field(default=None, description="save a Gaussian average over the run")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="lr falls by this factor a block, from a tower's head to its embeddings"
+    )
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="modality → factor on the learning rate of its tower"
+    )
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Optim:
+        if self.ema_samples is not None and self.trajectory is not None:
+            raise ValueError("ema_samples and trajectory: a save holds one average; leave one of them out")
+        return self
 
 
 class Schedule(Section):
@@ -216,9 +249,11 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, raw: Any) -> Any:
+        if isinstance(raw, dict):
+            raw = with_anchor(raw)
         if not isinstance(raw, dict) or not isinstance(raw.get("modalities"), dict):
             return raw
-        raw = {**raw, "modalities": {m: _with_shared(raw["modalities"], m) for m in raw["modalities"]}}
+        raw = {**raw, "modalities": {m: with_shared(raw["modalities"], m) for m in raw["modalities"]}}
         names = list(raw["modalities"])
         if not raw.get("pairs") and len(names) == 2:
             return {**raw, "pairs": [names]}
@@ -236,6 +271,14 @@ class Recipe(Section):
                 raise ValueError(f"pairs: {pair[0]!r} cannot be paired with itself")
         if self.batch.micro is not None and self.batch.micro > self.batch.size:
             raise ValueError(f"batch.micro ({self.batch.micro}) is larger than batch.size ({self.batch.size})")
+        for m in self.optim.lr_scale:
+            if m not in self.modalities:
+                raise ValueError(f"optim.lr_scale: there is no modality {m!r}. {did_you_mean(m, self.modalities)}")
+        if any(m.lora for m in self.modalities.values()):
+            if self.optim.ema_samples is not None or self.optim.trajectory is not None:
+                raise ValueError("optim: an average of adapters is not that of the weights; leave it out with lora")
+            if self.checkpoint.sharded is True:
+                raise ValueError("checkpoint.sharded: adapters are merged by rank 0; write auto or false with lora")
         sources = [s.name for s in self.data.sources]
         if len(set(sources)) != len(sources):
             raise ValueError(f"data.sources: names must differ, got {sources}")
@@ -245,27 +288,6 @@ class Recipe(Section):
                 "would teach the mixture something else; write data.mix: 0"
             )
         return self
-
-
-def _with_shared(parts: Mapping[str, Any], name: str) -> Any:
-    """The part of a recipe's ``modalities``; what ``shares`` a tower has that one's encoder, kind and lock."""
-    part = parts[name]
-    shares = part.get("shares") if isinstance(part, dict) else None
-    if shares is None:
-        return part
-    other = parts.get(shares)
-    if not isinstance(other, dict) or shares == name or other.get("shares") is not None:
-        owners = [m for m, p in parts.items() if m != name and isinstance(p, dict) and p.get("shares") is None]
-        raise ValueError(
-            f"modalities.{name}.shares: {shares!r} has no tower of its own. {did_you_mean(shares, owners)}"
-        )
-    taken = {k: other[k] for k in ("encoder", "lock", "init_from") if k in other} | {
-        "kind": other.get("kind") or shares
-    }
-    for key, value in part.items():
-        if key in ("encoder", "lock", "init_from") and value != taken.get(key, value):
-            raise ValueError(f"modalities.{name}.{key}: it shares the tower of {shares!r}; leave {key} out")
-    return {**part, **taken, "shares": shares}
 
 
 def pair_name(pair: tuple[str, str]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dualenc.errors import did_you_mean
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -98,3 +101,66 @@ class Evals(Section):
     every_steps: Positive | None = None
     at_start: bool = False
     guard: Guard | None = None
+
+
+class Unlocked(Section):
+    """A tower of which only the last part is trained."""
+
+    unlocked_groups: Positive = Field(description="so many blocks before the head are trained, and the head")
+
+
+class Lora(Section):
+    """Low-rank adapters beside a tower's layers (Hu et al. 2021): nothing else of the tower is trained."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters count alpha / rank times")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["auto"] | list[str] = Field(
+        default="auto", description="endings of layers' names; auto: every linear layer, or convolution where none is"
+    )
+    head: bool = Field(default=False, description="train the projection to the shared space too")
+
+
+class Anchor(Section):
+    """Short for a ``distill`` section whose teacher is the model the run starts from (``checkpoint.init_from``)."""
+
+    feature: dict[str, Annotated[float, Field(ge=0)]] = Field(description="modality → weight of mean |f − f0|")
+    logits: Annotated[float, Field(ge=0)] = Field(default=1.0, description="weight of KL(p0 ‖ p)")
+
+
+# --- short forms -------------------------------------------------------------------------------------------------
+
+
+def with_anchor(raw: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with ``anchor`` written as the ``distill`` section it is short for."""
+    out = {k: v for k, v in raw.items() if k != "anchor"}
+    if raw.get("anchor") is None:
+        return out
+    start = (raw.get("checkpoint") or {}).get("init_from")
+    if not start:
+        raise ValueError("anchor: the run starts from no model; name one with checkpoint.init_from")
+    if raw.get("distill") is not None:
+        raise ValueError("anchor: a recipe with distill names its terms there; add {name: anchor, …} to them")
+    term = {"name": "anchor", **Anchor.model_validate(raw["anchor"]).model_dump()}
+    return {**out, "distill": {"teachers": [{"model": start}], "terms": [term]}}
+
+
+def with_shared(parts: Mapping[str, Any], name: str) -> Any:
+    """The part of a recipe's ``modalities``; what ``shares`` a tower has that one's encoder, kind and lock."""
+    part = parts[name]
+    shares = part.get("shares") if isinstance(part, dict) else None
+    if shares is None:
+        return part
+    other = parts.get(shares)
+    if not isinstance(other, dict) or shares == name or other.get("shares") is not None:
+        owners = [m for m, p in parts.items() if m != name and isinstance(p, dict) and p.get("shares") is None]
+        raise ValueError(
+            f"modalities.{name}.shares: {shares!r} has no tower of its own. {did_you_mean(shares, owners)}"
+        )
+    taken = {k: other[k] for k in ("encoder", "lock", "lora", "init_from") if k in other} | {
+        "kind": other.get("kind") or shares
+    }
+    for key, value in part.items():
+        if key in ("encoder", "lock", "lora", "init_from") and value != taken.get(key, value):
+            raise ValueError(f"modalities.{name}.{key}: it shares the tower of {shares!r}; leave {key} out")
+    return {**part, **taken, "shares": shares}

@@ -159,7 +159,7 @@ def instances(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.rando
         places = [[moved(f.points[b], t) for *_, b in f.boxes] for f, t in zip(frames, motions, strict=True)]
         sizes = [len(p) for p in places]
         items = [f.lidar(t) for f, t in zip(frames, motions, strict=True)]
-        features = pooled(embedder, m, items, places).split(sizes)
+        features = torch.split(pooled(embedder, m, items, places), sizes)
         three = [torch.tensor(np.array([_three(p) for p in ps]).reshape(-1, 3), dtype=torch.float32) for ps in places]
         spread = torch.cat(three).std(0)
         hits: dict[str, list[float]] = {f"{name}_R@1": [], f"{name}_control_R@1": [], f"{name}_chance": []}
@@ -247,7 +247,7 @@ def pooled(
     flat = [np.concatenate(p) if len(p) else np.zeros((0, 3)) for p in places]
     rows = []
     for values, parts in zip(embedder.at(m, items, flat, projected=through), places, strict=True):
-        rows += [v.mean(0) for v in values.split([len(p) for p in parts])]
+        rows += [v.mean(0) for v in torch.split(values, [len(p) for p in parts])]
     if not rows:
         raise ConfigError("regions: there is no region and no box in these keyframes")
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1)

@@ -43,6 +43,7 @@ ONLY_IN = {
     "soxr": ("dualenc/data", "data_tools"),
     "open_clip": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
     "timm": ("dualenc/encoders",),
+    "peft": ("dualenc/encoders",),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py", "dualenc/bench_audio.py"),
     "typer": ("dualenc/cli",),
     "argparse": ("dualenc/cli", "dualenc/bench.py"),

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from dualenc.bundle.record import record
-from dualenc.config import Component, LogitScale, Modality, Recipe, settings_as
+from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
 from dualenc.data.modalities import ModalityInput, modalities
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
-from dualenc.encoders.dual_encoder import without_heads
 from dualenc.encoders.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
 
@@ -104,7 +103,7 @@ class Bundle:
             "input": dict(described),
             "encoder": tower.component.model_dump(mode="json"),
             "activation": activations(tower),
-            "lock": part.lock,
+            "lock": part.model_dump(mode="json")["lock"],
             "shares": part.shares,
         }
 
@@ -157,8 +156,8 @@ class Bundle:
         from safetensors.torch import save_file
 
         own = self.model.state_dict()
-        tensors = without_heads(state if state is not None else own)
-        wrong = set(tensors) ^ set(without_heads(own))
+        tensors = self.model.plain(state if state is not None else own)
+        wrong = set(tensors) ^ set(self.model.plain(own))
         if wrong:
             raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
         # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
@@ -267,9 +266,12 @@ def assemble(
     return Bundle(name, model, dict(inputs), dict(parts), scale, embed_dim)
 
 
-def locks(parts: Mapping[str, Modality]) -> tuple[list[str], list[str]]:
-    """Modalities whose tower is locked, and those of them whose head is trained all the same."""
-    return [m for m, p in parts.items() if p.lock], [m for m, p in parts.items() if p.lock == "trunk"]
+def locks(parts: Mapping[str, Modality]) -> tuple[list[str], list[str], dict[str, int]]:
+    """Modalities whose tower is locked, those of them whose head is trained all the same, and those of which the last
+    blocks are trained, with their number."""
+    some = {m: p.lock.unlocked_groups for m, p in parts.items() if isinstance(p.lock, Unlocked)}
+    locked = [m for m, p in parts.items() if p.lock and m not in some]
+    return locked, [m for m in locked if parts[m].lock == "trunk"], some
 
 
 def shared_of(parts: Mapping[str, Modality]) -> dict[str, str]:
@@ -281,7 +283,7 @@ def part_of(
     kind: str,
     settings: Mapping[str, Any],
     encoder: Component,
-    lock: bool | Literal["trunk"] = False,
+    lock: bool | Literal["trunk"] | Unlocked = False,
     shares: str | None = None,
 ) -> Modality:
     """A resolved recipe part."""

@@ -66,6 +66,9 @@ def print_plan(recipe: Recipe) -> None:
     console = Console()
     console.print(dump_yaml(recipe), highlight=False, markup=False)
     bundle = build_bundle(recipe)
+    for m, part in recipe.modalities.items():
+        if part.lora is not None:
+            bundle.model.add_adapters(m, part.lora)
     table = Table("part", "parameters", "trained", title=f"{recipe.name}: model", title_justify="left")
     rows = [*bundle.model.towers.items(), ("whole model", bundle.model)]
     for name, module in rows:
@@ -73,6 +76,7 @@ def print_plan(recipe: Recipe) -> None:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         table.add_row(name, f"{count:,}", f"{trained:,}")
     console.print(table)
+    print_rates(console, bundle.model, recipe)
     needs_index = recipe.budget.passes is not None
     try:
         per_pass = samples_per_pass(recipe.data)
@@ -89,6 +93,17 @@ def print_plan(recipe: Recipe) -> None:
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
+
+
+def print_rates(console: Console, model: Any, recipe: Recipe) -> None:
+    """The learning rate at the peak of every group of parameters."""
+    from dualenc.engine.optim import parameter_groups
+
+    table = Table("group", "parameters", "lr", "weight decay", title="learning rates", title_justify="left")
+    for g in parameter_groups(model, recipe.optim):
+        count = sum(p.numel() for p in g["params"])
+        table.add_row(g["role"], f"{count:,}", f"{g['lr']:.3g}", f"{g['weight_decay']:g}")
+    console.print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -6,6 +6,7 @@ A term sees a :class:`~dualenc.distill.base.PairInputs` and returns a :class:`du
 
 from dualenc.distill import (  # noqa: F401  (terms register themselves)
     affinity,
+    anchor,
     dcd,
     feature,
     gradient,

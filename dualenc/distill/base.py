@@ -133,6 +133,7 @@ class PairInputs:
         teacher: what the teacher says.
         heads: the student's features projected to the teacher's space ([B, D_t] for a and b), where the term has a
             head; else the features themselves.
+        pair: the modalities that a and b are of.
     """
 
     a: Tensor
@@ -143,6 +144,7 @@ class PairInputs:
     columns: Columns
     teacher: TeacherSide
     heads: tuple[Tensor, Tensor] | None = None
+    pair: tuple[str, str] = ("a", "b")
 
     @cached_property
     def all_ids(self) -> Tensor:

@@ -70,7 +70,7 @@ class Distillation(nn.Module):
         present = [t for t in self.teachers if extras.pair in t.scale]
         total = sum(t.weight for t in present)
         sides = [(t, *self._side(t, extras, ids)) for t in present]
-        inputs = [PairInputs(a, b, i, logit_scale, logit_bias, columns, side) for _, side, i in sides]
+        inputs = [PairInputs(a, b, i, logit_scale, logit_bias, columns, side, pair=extras.pair) for _, side, i in sides]
         for k, (name, term) in enumerate(self.terms):
             for (teacher, _, _), x in zip(sides, inputs, strict=True):
                 head = head_name(k, teacher.name)

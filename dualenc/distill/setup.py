@@ -17,7 +17,7 @@ from dualenc.data.shards import ShardSet
 from dualenc.distill.look_ahead import LookAheadTeacher
 from dualenc.distill.objective import Distillation, build_terms, head_name
 from dualenc.distill.teachers import TeacherSource, build_teacher, with_extras
-from dualenc.errors import ConfigError
+from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses import Loss
 
 
@@ -43,6 +43,7 @@ class Distiller:
         self.views: dict[str, View] = {name: v for t in self.teachers for name, v in t.views.items()}
         self.redraw = self._redraw()
         self._check_pairs()
+        self._check_anchors()
         self._add_heads(bundle)
         if self.follower is not None:
             self.follower.attach(bundle.model)
@@ -95,6 +96,15 @@ class Distiller:
                     f"distill.hard is 0 and no teacher has both sides of {pair_name(pair)}: nothing would train this "
                     "pair; raise distill.hard or name a teacher of it"
                 )
+
+    def _check_anchors(self) -> None:
+        for k, (_, term) in enumerate(build_terms(self.config)):
+            for m in getattr(term.config, "feature", {}):
+                if m not in self.recipe.modalities:
+                    raise ConfigError(
+                        f"distill.terms.{k}.feature: there is no modality {m!r}. "
+                        f"{did_you_mean(m, self.recipe.modalities)}"
+                    )
 
     def _add_heads(self, bundle: Bundle) -> None:
         """A linear map to each teacher's space for every term that compares there."""

@@ -112,3 +112,7 @@ class ConvNet(ImageTower):
         super().__init__(trunk, build_head(config.head, width, embed_dim), describe, config.channels_last)
         self.component = Component(name="own/convnet", **config.model_dump(mode="json"))
         self.embed_dim = embed_dim
+
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks; a stride between two counts with what stands before it, so it has its own place."""
+        return [m for m in self.trunk.get_submodule("layers").children() if not isinstance(m, ChannelNorm)][1:]

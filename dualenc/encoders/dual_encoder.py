@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualenc.config import LogitScale, pair_name
+from dualenc.config import LogitScale, Lora, pair_name
+from dualenc.encoders.lora import add_adapters, merged
 from dualenc.encoders.tower import Tower
+from dualenc.errors import ConfigError
 
 
 class DualEncoder(nn.Module):
@@ -22,6 +24,8 @@ class DualEncoder(nn.Module):
         scale: how the temperature starts, its bound, whether it is learned, and the bias.
         lock: modalities whose tower keeps its weights (LiT, Zhai et al. 2022): no gradient, always in eval mode.
         heads: of these, the ones whose head is trained all the same.
+        unlocked: modality → how many of its tower's last blocks are trained; what stands before them is locked, what
+            comes after them is trained too.
         shared: modality → the one whose tower encodes it too (two views of one thing).
 
     The temperature is kept as its logarithm, shape [1], fp32. The bound is applied here, in the forward: clamping the
@@ -36,6 +40,7 @@ class DualEncoder(nn.Module):
         scale: LogitScale,
         lock: Iterable[str] = (),
         heads: Iterable[str] = (),
+        unlocked: Mapping[str, int] | None = None,
         shared: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -56,6 +61,10 @@ class DualEncoder(nn.Module):
             self.tower(m).requires_grad_(False).eval()
         for m in heads:
             self.tower(m).head.requires_grad_(True)
+        self.unlocked = dict(unlocked or {})
+        for m, groups in self.unlocked.items():
+            self._unlock(m, groups)
+        self.adapters: dict[str, float] = {}
 
     @property
     def modalities(self) -> list[str]:
@@ -112,6 +121,28 @@ class DualEncoder(nn.Module):
         """
         return normalised(self.tower(modality)(x))
 
+    def _unlock(self, m: str, groups: int) -> None:
+        tower = self.tower(m)
+        n = len(tower.blocks())
+        if groups > n:
+            raise ConfigError(f"modalities.{m}.lock.unlocked_groups: {groups} is more than the tower's {n} blocks")
+        levels = tower.levels()
+        for name, p in tower.named_parameters():
+            p.requires_grad_(levels[name] > n - groups)
+
+    def add_adapters(self, m: str, config: Lora) -> None:
+        """Train low-rank adapters in the tower of ``m`` instead of its weights; :meth:`plain` merges them.
+
+        Raises:
+            ConfigError: see :func:`dualenc.encoders.lora.add_adapters`.
+        """
+        add_adapters(self.tower(m), config, f"modalities.{m}.lora")
+        self.adapters[f"towers.{m}."] = config.alpha / config.rank
+
+    def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this module → that of the model for use: adapters merged, without heads of a loss."""
+        return without_heads(merged(state, self.adapters))
+
     def tower(self, m: str) -> Tower:
         """The tower that encodes a modality."""
         tower = self.towers[self.shared.get(m, m)]
@@ -119,8 +150,16 @@ class DualEncoder(nn.Module):
         return tower
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """As ``nn.Module.train``; locked towers stay in eval mode."""
+        """As ``nn.Module.train``; locked towers, and the locked part of others, stay in eval mode."""
         super().train(mode)
+        for m, groups in self.unlocked.items():
+            tower = self.tower(m)
+            frozen = [x for x in tower.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm) and not x.training]
+            tower.eval()
+            for part in [*tower.blocks()[-groups:], tower.head]:
+                part.train(mode)
+            for norm in frozen:
+                norm.eval()
         for m in self.locked:
             self.tower(m).eval()
         return self

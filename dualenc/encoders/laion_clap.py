@@ -74,7 +74,10 @@ def as_transformers(raw: Mapping[str, Tensor], where: str) -> tuple[Any, dict[st
     config = ClapConfig(
         text_config=_text(raw, where), audio_config=_audio(raw), projection_dim=len(raw["text_projection.2.weight"])
     )
-    config.text_config.projection_dim = config.audio_config.projection_dim = config.projection_dim
+    text_config, audio_config = config.text_config, config.audio_config
+    assert text_config is not None
+    assert audio_config is not None
+    text_config.projection_dim = audio_config.projection_dim = config.projection_dim  # type: ignore[union-attr]
     state: dict[str, Tensor] = {}
     for name, value in raw.items():
         if DROPPED.search(name):
@@ -90,7 +93,7 @@ def as_transformers(raw: Mapping[str, Tensor], where: str) -> tuple[Any, dict[st
     # Tables of places and token types are no weights, and files of some versions lack them.
     with torch.device("meta"):
         own = ClapModel(config).state_dict()
-    places = config.text_config.max_position_embeddings
+    places: int = text_config.max_position_embeddings  # type: ignore[union-attr]
     tables = {"position_ids": torch.arange(places)[None], "token_type_ids": torch.zeros(1, places, dtype=torch.long)}
     state |= {k: tables[k.rpartition(".")[2]] for k in own if k.rpartition(".")[2] in tables}
     return config, state

@@ -45,6 +45,22 @@ class Tower(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward instead of keeping them; towers too small to gain leave it out."""
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks, from input to output: what ``unlocked_groups`` and ``layer_decay`` count."""
+        return [b for name, child in self.named_children() if name != "head" for b in repeated(child, named=True)]
+
+    def levels(self) -> dict[str, int]:
+        """Name of each parameter → 0 for what stands before the blocks (embeddings), 1 … n for the n blocks, n + 1
+        for what comes after them: last norms, projections, the head."""
+        inside = {id(p): k for k, block in enumerate(self.blocks(), 1) for p in block.parameters()}
+        n = len(self.blocks())
+        out, passed = {}, n == 0
+        for name, p in self.named_parameters():
+            passed = passed or inside.get(id(p)) == n
+            after = passed or name.startswith("head.") or name.rpartition(".")[2] in _OUTPUTS
+            out[name] = inside.get(id(p), n + 1 if after else 0)
+        return out
+
 
 class ImageTower(Tower):
     """Pictures uint8 [n, 3, S, S] → normalised on the device → ``trunk`` → ``head`` → [n, D].
@@ -76,6 +92,27 @@ class ImageTower(Tower):
         switch = getattr(self.trunk, "set_grad_checkpointing", None)
         if switch is not None:
             switch(enable)
+
+
+_OUTPUTS = ("proj", "text_projection", "ln_final")
+"""Parameters of a model's last layer that are registered before its blocks."""
+
+
+def repeated(model: nn.Module, named: bool = False) -> list[nn.Module]:
+    """The repeated blocks of a model (layers of a transformer): the outermost lists of two or more alike modules.
+
+    Args:
+        named: ``model`` itself may be such a list.
+    """
+    if named and _alike(model):
+        return list(model.children())
+    return [b for child in model.children() for b in (child.children() if _alike(child) else repeated(child))]
+
+
+def _alike(module: nn.Module) -> bool:
+    inner = list(module.children())
+    same = len(inner) > 1 and len({type(m) for m in inner}) == 1 and any(True for _ in inner[0].children())
+    return same and isinstance(module, nn.ModuleList | nn.Sequential)
 
 
 def build_head(kind: HeadKind, width: int, embed_dim: int) -> nn.Module:

@@ -25,10 +25,10 @@ from dualenc.engine.base import (
     Outputs,
     Stepped,
     apply_memory_and_compile,
-    blocks,
     check_shapes,
     make_contiguous,
     protect_outputs,
+    repeated,
 )
 from dualenc.engine.optim import build_optimizers, set_lr_factor
 from dualenc.errors import ConfigError
@@ -92,7 +92,7 @@ class AccelerateEngine:
         self.module.to(self.device)
         make_contiguous(self.module)
         mesh = init_device_mesh(self.device.type, (self.world.world_size,))
-        for block in blocks(self.module):
+        for block in repeated(self.module):
             fully_shard(block, mesh=mesh)
         return cast(nn.Module, fully_shard(self.module, mesh=mesh))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dualenc.config import Engine as EngineConfig
 from dualenc.distributed.pieces import Piece, Stored
 from dualenc.distributed.world import World
+from dualenc.encoders.tower import repeated as repeated
 from dualenc.errors import ConfigError
 
 Outputs = Mapping[str, Mapping[str, Tensor]]
@@ -141,16 +142,3 @@ def apply_memory_and_compile(model: nn.Module, config: EngineConfig) -> None:
             if switch is None:
                 raise ConfigError(f"engine.{key}: {type(model).__name__} has no {method}; write false")
             switch()
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model (layers of a transformer): the outermost lists of two or more alike modules."""
-    out: list[nn.Module] = []
-    for child in model.children():
-        inner = list(child.children())
-        alike = len(inner) > 1 and len({type(m) for m in inner}) == 1 and any(True for _ in inner[0].children())
-        if alike and isinstance(child, nn.ModuleList | nn.Sequential):
-            out += inner
-        else:
-            out += blocks(child)
-    return out

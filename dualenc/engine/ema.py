@@ -1,6 +1,8 @@
-"""An exponential moving average of the weights whose memory is counted in samples."""
+"""Averages of the weights: exponential, its memory counted in samples; or Gaussian over the length of the run."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -9,30 +11,31 @@ from dualenc.distributed.pieces import Piece, Stored
 from dualenc.engine import shards
 
 
-class EMA:
+class Average:
     """The average of a model's trainable weights; everything else (frozen weights, buffers) is copied.
 
     Build it after the engine: it keeps what this rank holds, so it costs one more copy of the rank's shard.
 
     Args:
         model: the engine's ``module``.
-        half_life: in samples: weights from that long ago count half as much as today's.
     """
 
-    def __init__(self, model: nn.Module, half_life: int) -> None:
-        self.half_life = half_life
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._average = {name: shards.local(x).clone() for name, x in _tensors(model).items()}
 
+    def update(self, model: nn.Module, samples: int, skipped: bool = False) -> None:
+        """Take in ``model``'s weights after a step on ``samples`` samples; ``skipped``: the step changed nothing."""
+        raise NotImplementedError
+
     @torch.no_grad()
-    def update(self, model: nn.Module, samples: int) -> None:
-        """Move towards ``model``'s weights after a step on ``samples`` samples: decay = 2^(−samples / half_life)."""
+    def _move(self, model: nn.Module, share: float) -> None:
+        """average ← average + share · (weights − average)."""
         self._model = model
-        decay = 0.5 ** (samples / self.half_life)
         for name, x in _tensors(model).items():
             now = shards.local(x)
             if x.requires_grad and now.is_floating_point():
-                self._average[name].lerp_(now.to(self._average[name].device), 1 - decay)
+                self._average[name].lerp_(now.to(self._average[name].device), share)
             else:
                 self._average[name].copy_(now)
 
@@ -53,6 +56,58 @@ class EMA:
         """
         for name, _, part in shards.read_all(_tensors(self._model), saved):
             self._average[name].copy_(part)
+
+
+class EMA(Average):
+    """Exponential moving average.
+
+    Args:
+        half_life: in samples: weights from that long ago count half as much as today's.
+    """
+
+    def __init__(self, model: nn.Module, half_life: int) -> None:
+        super().__init__(model)
+        self.half_life = half_life
+
+    def update(self, model: nn.Module, samples: int, skipped: bool = False) -> None:
+        """Move towards ``model``'s weights: decay = 2^(−samples / half_life)."""
+        if not skipped:
+            self._move(model, 1 - 0.5 ** (samples / self.half_life))
+
+
+class Trajectory(Average):
+    """Σ_e w_e θ_e with w_e ∝ exp(−(e − mean)² / 2 std²), Σ w = 1, e the share of the run that is done.
+
+    PromptSRC's Gaussian prompt aggregation (Khattak et al., arXiv 2307.06948), over steps instead of epochs. What the
+    weights so far add up to depends on the step alone (a skipped step counts with unchanged weights), so a resumed run
+    needs the average and nothing else.
+
+    Args:
+        mean, std: as shares of the run.
+        total: samples of the whole run.
+        seen, step: samples seen already, and in a step: a resumed run's.
+    """
+
+    def __init__(self, model: nn.Module, mean: float, std: float, total: int, seen: int = 0, step: int = 1) -> None:
+        super().__init__(model)
+        self.mean, self.std, self.total, self.seen = mean, std, total, seen
+        # In logarithms: far from the mean the weights themselves are too small for a float.
+        self._log_sum = _log_sum([self._log(k) for k in range(step, seen + 1, step)])
+
+    def update(self, model: nn.Module, samples: int, skipped: bool = False) -> None:
+        """Take in ``model``'s weights with this step's weight."""
+        self.seen += samples
+        now = self._log(self.seen)
+        self._log_sum = _log_sum([self._log_sum, now])
+        self._move(model, math.exp(now - self._log_sum))
+
+    def _log(self, seen: int) -> float:
+        return -((seen / self.total - self.mean) ** 2) / (2 * self.std**2)
+
+
+def _log_sum(logs: list[float]) -> float:
+    top = max(logs, default=-math.inf)
+    return top if top == -math.inf else top + math.log(sum(math.exp(x - top) for x in logs))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

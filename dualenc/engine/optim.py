@@ -9,10 +9,14 @@ from torch import nn
 
 from dualenc.config import Optim
 from dualenc.encoders.dual_encoder import decay_groups
+from dualenc.encoders.tower import Tower
 from dualenc.errors import ConfigError
 
 BASE_LR = "base_lr"
 """Key of a parameter group: its learning rate at the schedule's peak."""
+
+
+ROLES = ("matrix", "decayed", "plain", "temperature")
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -21,13 +25,38 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     ``matrix`` (2-D) and ``decayed`` (token embeddings, convolutions) have weight decay; ``plain`` (gains, biases,
     positions) and ``temperature`` (scales and biases of the logits) have none.
     """
+    named = dict(model.named_parameters())
+    return {role: [named[n] for n in names] for role, names in _names_by_role(model).items() if names}
+
+
+def _names_by_role(model: nn.Module) -> dict[str, list[str]]:
     decay, no_decay, temperature = decay_groups(model)
     tables = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     named = dict(model.named_parameters())
     matrices = [n for n in decay if named[n].ndim == 2 and n not in tables]
     others = [n for n in decay if n not in set(matrices)]
-    roles = {"matrix": matrices, "decayed": others, "plain": no_decay, "temperature": temperature}
-    return {role: [named[n] for n in names] for role, names in roles.items() if names}
+    return dict(zip(ROLES, (matrices, others, no_decay, temperature), strict=True))
+
+
+def lr_factors(model: nn.Module, optim: Optim) -> dict[str, float]:
+    """Name of each trained parameter → factor on its learning rate: ``lr_scale`` of its tower times
+    ``layer_decay`` ^ (blocks between it and the head). Temperature and heads of a loss: 1.
+
+    Raises:
+        ConfigError: if a tower has no blocks to count.
+    """
+    out = {name: 1.0 for name, p in model.named_parameters() if p.requires_grad}
+    for m, tower in getattr(model, "towers", {}).items():
+        levels: dict[str, int] = {}
+        if optim.layer_decay is not None and isinstance(tower, Tower):
+            if not tower.blocks():
+                raise ConfigError(f"optim.layer_decay: {tower.component.name} ({m}) has no blocks; leave it out")
+            levels = tower.levels()
+        top, decay = max(levels.values(), default=0), optim.layer_decay or 1.0
+        for name, p in tower.named_parameters():
+            if p.requires_grad:
+                out[f"towers.{m}.{name}"] = optim.lr_scale.get(m, 1.0) * decay ** (top - levels.get(name, top))
+    return out
 
 
 def build_optimizers(model: nn.Module, optim: Optim, fused: bool = False) -> list[torch.optim.Optimizer]:
@@ -38,33 +67,40 @@ def build_optimizers(model: nn.Module, optim: Optim, fused: bool = False) -> lis
     Raises:
         ConfigError: if the model has nothing to train, or this torch has no Muon.
     """
-    parts = parameters_by_role(model)
-    if not parts:
+    groups = parameter_groups(model, optim)
+    if not groups:
         raise ConfigError("Nothing to train: every tower is locked and logit_scale.learnable is false")
     if optim.name != "muon":
-        return [_plain_optimizer(optim, _groups(parts, optim), fused)]
+        return [_plain_optimizer(optim, groups, fused)]
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:
         raise ConfigError(f"optim.name: muon needs torch 2.9 or newer, this is {torch.__version__}; write adamw")
-    matrices = parts.pop("matrix", [])
+    matrices = [g for g in groups if g["role"] == "matrix"]
+    rest = [g for g in groups if g["role"] != "matrix"]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        group = {"params": matrices, "lr": optim.muon_lr, BASE_LR: optim.muon_lr}
-        optimizers.append(muon([group], weight_decay=optim.weight_decay, momentum=optim.momentum))
-    if parts:
-        optimizers.append(_plain_optimizer(optim, _groups(parts, optim), fused))
+        optimizers.append(muon(matrices, weight_decay=optim.weight_decay, momentum=optim.momentum))
+    if rest:
+        optimizers.append(_plain_optimizer(optim, rest, fused))
     return optimizers
 
 
-def _groups(parts: dict[str, list[nn.Parameter]], optim: Optim) -> list[dict[str, Any]]:
-    decayed = [p for kind in ("matrix", "decayed") for p in parts.get(kind, [])]
-    temperature_lr = optim.lr if optim.logit_scale_lr is None else optim.logit_scale_lr
-    wanted = [
-        (decayed, optim.lr, optim.weight_decay),
-        (parts.get("plain", []), optim.lr, 0.0),
-        (parts.get("temperature", []), temperature_lr, 0.0),
-    ]
-    return [{"params": ps, "lr": lr, BASE_LR: lr, "weight_decay": decay} for ps, lr, decay in wanted if ps]
+def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """One group for each weight decay and learning rate at the peak: ``params``, ``lr``, ``base_lr``,
+    ``weight_decay``, ``role``; highest learning rate first."""
+    named, factors = dict(model.named_parameters()), lr_factors(model, optim)
+    temperature = optim.lr if optim.logit_scale_lr is None else optim.logit_scale_lr
+    peaks = {"matrix": optim.muon_lr if optim.name == "muon" else optim.lr, "temperature": temperature}
+    found: dict[tuple[int, float], dict[str, Any]] = {}
+    for role, names in _names_by_role(model).items():
+        # Without Muon matrices are decayed like the others: one group.
+        kind = "decayed" if role == "matrix" and optim.name != "muon" else role
+        decay = optim.weight_decay if role in ("matrix", "decayed") else 0.0
+        for name in names:
+            lr = peaks.get(role, optim.lr) * factors[name]
+            group = {"params": [], "lr": lr, BASE_LR: lr, "weight_decay": decay, "role": kind}
+            found.setdefault((ROLES.index(kind), -lr), group)["params"].append(named[name])
+    return [found[key] for key in sorted(found)]
 
 
 def _plain_optimizer(optim: Optim, groups: list[dict[str, Any]], fused: bool) -> torch.optim.Optimizer:

@@ -80,7 +80,7 @@ def is_sharded(recipe: Recipe, parameters: int, trained: int, world_size: int) -
         return said
     engine = recipe.engine
     cut = engine.parallel == "fsdp2" if engine.kind == "accelerate" else engine.zero_stage > 0
-    copies = 2 if recipe.optim.ema_samples else 1
+    copies = 2 if recipe.optim.ema_samples or recipe.optim.trajectory else 1
     return cut and world_size > 1 and 4 * (copies * parameters + _STATES[recipe.optim.name] * trained) >= SHARDED_FROM
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from dualenc.bundle import Bundle, Embedder, build_bundle
+from dualenc.bundle.bundle import seeded
 from dualenc.config import Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
@@ -28,7 +29,7 @@ from dualenc.distributed.failure import naming_missing_ranks
 from dualenc.distributed.world import World, all_reduce_sum, barrier, close_world, init_world
 from dualenc.encoders.dual_encoder import heads_of, is_head
 from dualenc.engine import Engine, build_engine, lr_factor
-from dualenc.engine.ema import EMA
+from dualenc.engine.ema import EMA, Average, Trajectory
 from dualenc.errors import CheckpointError, DivergenceError, Interrupted
 from dualenc.losses import Loss, build_loss
 from dualenc.train import checkpoint as ckpt
@@ -78,6 +79,10 @@ class Run:
             init_weights(self.bundle, recipe.checkpoint.init_from)
         if save is None:
             init_towers(self.bundle, recipe)
+        for m, part in recipe.modalities.items():
+            if part.lora is not None and part.shares is None:
+                with seeded(recipe.seed, m, "lora"):
+                    self.bundle.model.add_adapters(m, part.lora)
         self.distiller = Distiller(recipe, self.bundle, world.device) if recipe.distill is not None else None
         self.state = ckpt.TrainState(fingerprint=fingerprint(recipe))
         if self.distiller is not None:
@@ -91,11 +96,11 @@ class Run:
         self.parameter_count = sum(p.numel() for p in parameters)  # ZeRO 3 empties them
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.sharded = ckpt.is_sharded(recipe, self.parameter_count, trained, world.world_size)
+        self.sharded = self.sharded and not self.bundle.model.adapters  # rank 0 merges them, from whole tensors
         self.engine: Engine = build_engine(recipe.engine, recipe.optim, self.bundle.model, world)
         if save is not None:  # after the engine has cut the model: a rank reads its own part
             self.engine.load_model_state(ckpt.trained_weights(save))
             self.engine.load_optimizer_state(ckpt.optimizer_state(save), self.state.optimizer)
-        self.ema = self._build_ema(save)
         self.loss: Loss = build_loss(recipe.loss)
         if self.distiller is not None:
             self.loss = self.distiller.loss(self.loss)
@@ -119,6 +124,7 @@ class Run:
         check_data(self.state, self.loader.plan.digest(), save)
         self.total_steps = total_steps(recipe, self.loader.plan.samples_per_pass)
         self.loader.stop_step = self.total_steps
+        self.ema = self._build_ema(save)
         names = [s.name for s in recipe.data.sources]
         self.ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, names)
         self.ledger.load_state_dict(self.state.ledger)
@@ -193,8 +199,8 @@ class Run:
         self.state.samples_seen += self.recipe.batch.size
         if self.samples is not None:
             self.samples.write(self.state.step, {"samples": batch.keys})
-        if self.ema is not None and not result.skipped:
-            self.ema.update(self.engine.module, self.recipe.batch.size)
+        if self.ema is not None:
+            self.ema.update(self.engine.module, self.recipe.batch.size, result.skipped)
         return result
 
     def _count_nonfinite(self, result: StepResult, batch: Batch, in_a_row: int) -> int:
@@ -257,10 +263,16 @@ class Run:
             raise CheckpointError(f"checkpoint.resume: {resume} holds no finished save")
         return save
 
-    def _build_ema(self, save: Path | None) -> EMA | None:
-        if self.recipe.optim.ema_samples is None:
+    def _build_ema(self, save: Path | None) -> Average | None:
+        optim, size = self.recipe.optim, self.recipe.batch.size
+        ema: Average
+        if optim.trajectory is not None:
+            t, seen = optim.trajectory, self.state.samples_seen
+            ema = Trajectory(self.engine.module, t.mean, t.std, self.total_steps * size, seen, size)
+        elif optim.ema_samples is not None:
+            ema = EMA(self.engine.module, optim.ema_samples)
+        else:
             return None
-        ema = EMA(self.engine.module, self.recipe.optim.ema_samples)
         if save is not None and ckpt.has_average(save):
             ema.load_state_dict(ckpt.average_weights(save))
         return ema
@@ -286,7 +298,7 @@ class Run:
         average = self.ema.state_dict() if self.ema else None
         with ckpt.Saver(self.run_dir, self.state.step, self.world) as saver:
             if self.world.rank == 0:
-                if average is not None or heads_of(weights):
+                if average is not None or heads_of(weights) or self.bundle.model.adapters:
                     saver.tensors("weights.safetensors", weights)
                 saver.tensors("optimizer.safetensors", optimizer)
                 self._save_rest(saver, state=weights if average is None else average)

@@ -13,7 +13,7 @@ from dualenc.config import Optim
 from dualenc.distributed.pieces import InMemory
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
-from dualenc.engine.base import blocks
+from dualenc.engine.base import repeated
 from dualenc.engine.deepspeed import deepspeed_json
 from dualenc.engine.ema import EMA
 from dualenc.engine.optim import build_optimizers, parameters_by_role, set_lr_factor
@@ -104,7 +104,7 @@ def test_deepspeed_json_says_what_the_recipe_says() -> None:
 
 
 def test_blocks_are_the_repeated_layers() -> None:
-    assert len(blocks(tiny())) == 6
+    assert len(repeated(tiny())) == 6
 
 
 # --- the moving average ------------------------------------------------------------------------------------------
