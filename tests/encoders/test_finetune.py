@@ -111,7 +111,8 @@ def test_adapters_change_nothing_at_first_and_merge_exactly(name: str, tmp_path:
     before = b.model({"image": pictures()})["features"]["image"]
     names = set(b.model.state_dict())
     b.model.add_adapters("image", Lora(rank=3, alpha=5))
-    assert torch.equal(b.model({"image": pictures()})["features"]["image"], before)
+    # Not bit for bit: another kernel may do the same sum where a layer is wrapped.
+    assert (b.model({"image": pictures()})["features"]["image"] - before).abs().max() <= 1e-6
     trained = {n for n, p in b.model.towers["image"].named_parameters() if p.requires_grad}
     assert trained
     assert all(".lora_" in n for n in trained)

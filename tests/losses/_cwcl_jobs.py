@@ -32,12 +32,12 @@ class Small(Tower):
     def __init__(self, stem: nn.Module) -> None:
         super().__init__()
         self.stem, self.embed_dim = stem, DIM
-        self.blocks = nn.ModuleList([Block(WIDTH, 0.0) for _ in range(2)])
+        self.stack = nn.ModuleList([Block(WIDTH, 0.0) for _ in range(2)])
         self.head = nn.Linear(WIDTH, DIM, bias=False)
 
     def pooled(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        for block in self.blocks:
+        for block in self.stack:
             x = block(x)
         return x.mean(1) if x.ndim == 3 else x
 

@@ -34,12 +34,12 @@ class Spotted(Tower):
     def __init__(self) -> None:
         super().__init__()
         self.embed_dim = DIM
-        self.blocks = nn.ModuleList([Block(WIDTH, 0.0)])
+        self.stack = nn.ModuleList([Block(WIDTH, 0.0)])
         self.head, self.local = nn.Linear(WIDTH, DIM), nn.Linear(WIDTH, DIM)
 
     def outputs(self, x: Any) -> dict[str, Tensor]:
         y = x["x"]
-        for block in self.blocks:
+        for block in self.stack:
             y = block(y)
         local = nn.functional.normalize(self.local(y[:, None] + x["places"]), dim=-1)
         return {"features": self.head(y), "pooled": y, "local": local}
