@@ -80,12 +80,14 @@ class Frame:
         about = {"columns": list(self.key.columns), "to_ego": np.eye(4).tolist()}
         return {"json:lidar": about, "lidar.npy": out.getvalue()}
 
-    def camera(self) -> dict[str, Any]:
-        """The pictures as a shard holds them."""
+    def camera(self, wrong: bool = False) -> dict[str, Any]:
+        """The pictures as a shard holds them; ``wrong``: each with the pose of the next camera."""
+        poses = [v.to_ego.tolist() for v in self.key.views]
+        poses = poses[1:] + poses[:1] if wrong else poses
         views = [
             {
                 "name": v.name, "member": f"cam_{i}", "size": v.size, "intrinsics": v.intrinsics.tolist(),
-                "to_ego": v.to_ego.tolist(),
+                "to_ego": poses[i],
             }
             for i, v in enumerate(self.key.views)
         ]  # fmt: skip
@@ -179,13 +181,18 @@ def instances(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.rando
 
 
 def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[Frame]) -> dict[str, float]:
-    """R@1 and R@5, a region's camera features → its LiDAR features, with its own and with another frame's pictures."""
+    """R@1 and R@5, a region's camera features → its LiDAR features: with its own pictures, with another frame's, and
+    with its own under the poses of other cameras (which lowers it only where the calibration is used)."""
     places = [[f.points[r] for r in f.regions] for f in frames]
     keys = pooled(embedder, lidar, [f.lidar() for f in frames], places, projected=True)
     out: dict[str, float] = {}
     turned = [frames[(i + min(APART, len(frames) - 1)) % len(frames)] for i in range(len(frames))]
-    for name, shown in (("camera_to_lidar", frames), ("camera_to_lidar_shuffled", turned)):
-        queries = pooled(embedder, camera, [f.camera() for f in shown], places, projected=True)
+    for name, shown in (
+        ("camera_to_lidar", [f.camera() for f in frames]),
+        ("camera_to_lidar_shuffled", [f.camera() for f in turned]),
+        ("camera_to_lidar_wrong_calibration", [f.camera(wrong=True) for f in frames]),
+    ):
+        queries = pooled(embedder, camera, shown, places, projected=True)
         out |= _recalls(name, queries @ keys.T, None)
     for k in (1, 5):
         out[f"camera_to_lidar_gap_R@{k}"] = out[f"camera_to_lidar_R@{k}"] - out[f"camera_to_lidar_shuffled_R@{k}"]
