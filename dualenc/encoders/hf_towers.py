@@ -23,7 +23,7 @@ from dualenc.encoders.hf_halves import PROJECTED, ProjectedHalf
 from dualenc.encoders.migrations import resize_positions
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
 from dualenc.encoders.transformer import end_of_text
-from dualenc.encoders.weights import PACKAGE, load_exactly, no_scalars, package_folder
+from dualenc.encoders.weights import PACKAGE, load_exactly, no_scalars, package_folder, refusing_code
 from dualenc.errors import ConfigError
 
 Pooling = Literal["mean", "cls", "eot", "model"]
@@ -335,16 +335,17 @@ def released_model(where: str, arch: Any, field: str, projected: bool = False) -
 
     Raises:
         ConfigError: if there are no weights within reach.
-        CheckpointError: naming the first tensor that is missing.
+        CheckpointError: naming the first tensor that is missing, or if the file holds more than tensors.
     """
     from transformers import AutoModel
 
     from dualenc.errors import CheckpointError
 
     try:
-        net, info = (model_class(arch, projected) or AutoModel).from_pretrained(
-            where, config=arch, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+        with refusing_code(f"{field}: hf/{where}"):
+            net, info = (model_class(arch, projected) or AutoModel).from_pretrained(
+                where, config=arch, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError) as e:
         raise ConfigError(f"{field}: hf/{where} has no weights within reach ({str(e).splitlines()[0]})") from e
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)

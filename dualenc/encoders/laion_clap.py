@@ -71,13 +71,9 @@ def as_transformers(raw: Mapping[str, Tensor], where: str) -> tuple[Any, dict[st
     _check_filters(raw, where)
     from transformers import ClapConfig, ClapModel
 
-    config = ClapConfig(
-        text_config=_text(raw, where), audio_config=_audio(raw), projection_dim=len(raw["text_projection.2.weight"])
-    )
-    text_config, audio_config = config.text_config, config.audio_config
-    assert text_config is not None
-    assert audio_config is not None
-    text_config.projection_dim = audio_config.projection_dim = config.projection_dim  # type: ignore[union-attr]
+    text, width = _text(raw, where), len(raw["text_projection.2.weight"])
+    halves = [{**half, "projection_dim": width} for half in (text, _audio(raw))]
+    config = ClapConfig(text_config=halves[0], audio_config=halves[1], projection_dim=width)
     state: dict[str, Tensor] = {}
     for name, value in raw.items():
         if DROPPED.search(name):
@@ -93,7 +89,7 @@ def as_transformers(raw: Mapping[str, Tensor], where: str) -> tuple[Any, dict[st
     # Tables of places and token types are no weights, and files of some versions lack them.
     with torch.device("meta"):
         own = ClapModel(config).state_dict()
-    places: int = text_config.max_position_embeddings  # type: ignore[union-attr]
+    places = text["max_position_embeddings"]
     tables = {"position_ids": torch.arange(places)[None], "token_type_ids": torch.zeros(1, places, dtype=torch.long)}
     state |= {k: tables[k.rpartition(".")[2]] for k in own if k.rpartition(".")[2] in tables}
     return config, state

@@ -23,7 +23,7 @@ from dualenc.encoders import open_clip_towers as oc
 from dualenc.encoders.convert import FAMILIES
 from dualenc.encoders.hf_audio import audio_defaults
 from dualenc.encoders.migrations import migrate_open_clip
-from dualenc.encoders.weights import read_weights
+from dualenc.encoders.weights import read_weights, refusing_code
 from dualenc.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -225,18 +225,12 @@ def _whole(where: str) -> dict[str, Tensor]:
     from transformers import AutoModel
 
     try:
-        model, info = AutoModel.from_pretrained(
-            where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+        with refusing_code(f"hf:{where}"):
+            model, info = AutoModel.from_pretrained(
+                where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError) as e:
         raise ConfigError(f"hf:{where} has no weights within reach ({str(e).splitlines()[0]})") from e
-    except Exception as e:
-        if "weights_only" in str(e).lower() or "WeightsUnpickler" in str(e):
-            raise CheckpointError(
-                f"hf:{where}: refused, its file holds more than tensors and reading it would run code. "
-                "Convert it to safetensors."
-            ) from e
-        raise
     # Tables of places are not weights: files of other versions lack them, and the model has made them itself.
     missing = sorted(k for k in info["missing_keys"] if not k.endswith(_TABLES))
     if missing:

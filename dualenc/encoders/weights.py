@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,24 @@ def read_weights(path: Path, renamed: bool = True, numbers: bool = False) -> dic
     if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
         raise CheckpointError(f"{path}: this is no state dict of tensors")
     return migrate(raw) if renamed else raw
+
+
+@contextmanager
+def refusing_code(where: str) -> Iterator[None]:
+    """Around a library's own reading under ``weights_only``: its refusal of a file becomes a sentence of ours.
+
+    Raises:
+        CheckpointError: if the file holds more than tensors.
+    """
+    try:
+        yield
+    except Exception as e:
+        if "weights_only" in str(e).lower() or "WeightsUnpickler" in str(e):
+            raise CheckpointError(
+                f"{where}: refused, its file holds more than tensors and reading it would run code. Convert it to "
+                "safetensors."
+            ) from e
+        raise
 
 
 def _numbers() -> list[Any]:

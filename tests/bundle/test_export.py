@@ -329,10 +329,10 @@ class Payload:
         return os.mkdir, (os.environ["PAYLOAD"],)
 
 
-@pytest.mark.parametrize("layout", ["open_clip", "hf"])
+@pytest.mark.parametrize("layout", ["open_clip", "open_clip file", "hf", "hf tower"])
 def test_a_pickle_with_a_payload_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     monkeypatch.setenv("PAYLOAD", str(tmp_path / "executed"))
-    if layout == "hf":
+    if layout.startswith("hf"):
         write_hf(tmp_path / "m", "clip")
         (tmp_path / "m" / "model.safetensors").unlink()
         file = tmp_path / "m" / "pytorch_model.bin"
@@ -342,10 +342,51 @@ def test_a_pickle_with_a_payload_is_not_executed(tmp_path: Path, monkeypatch: py
         file = tmp_path / "m" / "open_clip_pytorch_model.bin"
     torch.save({"visual.proj": Payload()}, file)
     with pytest.raises((CheckpointError, ConfigError), match="refused"):
-        load_model(str(tmp_path / "m"))
+        if layout == "hf tower":
+            build_bundle(recipe(image={"encoder": {"name": f"hf/{tmp_path / 'm'}"}, "input": {"size": 64}}))
+        elif layout == "open_clip file":
+            load_model(f"open_clip:ViT-S-32-alt/{file}")
+        else:
+            load_model(str(tmp_path / "m"))
     assert not (tmp_path / "executed").exists()
     torch.load(file, weights_only=False)  # the payload does work
     assert (tmp_path / "executed").exists()
+
+
+def test_another_tokenizer_in_open_clip_s_layout_is_refused(tmp_path: Path, coco: Photos) -> None:
+    write_sentencepiece(tmp_path / "m", [t for _, ts in coco for t in ts])
+    write_open_clip(tmp_path / "m", *CASES["siglip"])
+    out = export(load_model(str(tmp_path / "m")), "open_clip", tmp_path / "oc")
+    said = json.loads((out / "tokenizer.json").read_text())
+    pieces = said["model"]["vocab"]
+    said["model"]["vocab"] = [*pieces[:3], *reversed(pieces[3:])]
+    (out / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=r"modalities.text.input.tokenizer"):
+        load_model(str(out))
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_vit_b_32_in_openai_s_format_goes_to_transformers(tmp_path: Path, coco: Photos) -> None:
+    """The real size: OpenAI's names, half precision and the three numbers its archives hold; random weights."""
+    import open_clip
+
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    state = {k: v.half() if v.is_floating_point() else v for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    numbers = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
+    torch.save({**state, **{k: torch.tensor(v) for k, v in numbers.items()}}, tmp_path / "ViT-B-32.pt")
+    ours = load_model(f"open_clip:ViT-B-32-quickgelu/{tmp_path / 'ViT-B-32.pt'}")
+    few = coco[:2]
+    images, texts = by_transformers(export(ours, "hf", tmp_path / "hf"), few, ours)
+    compare(ours, few, images, texts)
+    source: Any = ours.inputs["image"]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (source.config.mean, source.config.std))
+    pixels = torch.stack([(source.eval(source.decode(x)) / 255 - mean) / std for x, _ in few])
+    with torch.no_grad():
+        words = open_clip.get_tokenizer("ViT-B-32-quickgelu")(texts_of(few))
+        compare(ours, few, theirs.encode_image(pixels), theirs.encode_text(words))
 
 
 def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:

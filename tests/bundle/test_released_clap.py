@@ -153,6 +153,24 @@ def test_a_clap_folder_to_ours_and_back(tmp_path: Path, clips: Clips, fused: boo
     assert all(torch.equal(v, state[k]) for k, v in again.model.state_dict().items())
 
 
+def test_graphs_of_audio_are_refused_and_a_rate_of_ours_cannot_be_edited(tmp_path: Path) -> None:
+    from dualenc.bundle.export import export
+    from dualenc.errors import CheckpointError, ConfigError
+
+    write_clap(tmp_path / "m", False)
+    model = load_model(str(tmp_path / "m"))
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ConfigError, match=r"modalities.audio: graphs are written for image and text.*safetensors"):
+        export(model, "onnx", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+    path = model.save(tmp_path / "ours") / "dualenc.json"
+    said = json.loads(path.read_text())
+    said["modalities"]["audio"]["input"]["config"]["rate"] = 44_100
+    path.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=r"modalities.audio.input.config.rate"):
+        load_model(str(tmp_path / "ours"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "field"), [("sampling_rate", 44_100, "sampling_rate"), ("hop_length", 441, "features")]
 )
