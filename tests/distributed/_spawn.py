@@ -64,7 +64,10 @@ def spawn(
     timeout_s: float = 240,
     group_timeout_s: float = 60,
 ) -> list[Any]:
-    """What every rank returned, in rank order; raises AssertionError with the output of the first rank that failed."""
+    """What every rank returned, in rank order; raises AssertionError with the output of every rank that failed.
+
+    Of all, not of the first: the lowest is often only the one that saw another's connection close.
+    """
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -80,8 +83,12 @@ def spawn(
         finally:
             for p in processes:
                 p.kill()
-        for r, p in enumerate(processes):
-            assert p.returncode == 0, f"rank {r} of {world_size} ended with {p.returncode}:\n{texts[r][-4000:]}"
+        failed = [
+            f"rank {r} of {world_size} ended with {p.returncode}:\n{texts[r][-4000:]}"
+            for r, p in enumerate(processes)
+            if p.returncode
+        ]
+        assert not failed, "\n".join(failed)
         return [torch.load(out / f"{r}.pt", weights_only=True) for r in range(world_size)]
 
 

@@ -92,11 +92,11 @@ def spoilt(world: World, parts: list[list[str]], steps: list[int]) -> list[dict[
     for overrides in parts:
         run = build(world, overrides)
 
-        def poison(_: nn.Module, __: Any, feature: torch.Tensor, run: Run = run) -> torch.Tensor:
+        def poison(_: nn.Module, __: Any, said: dict[str, torch.Tensor], run: Run = run) -> dict[str, torch.Tensor]:
             if run.state.step not in steps or world.rank != world.world_size - 1:
-                return feature
-            row = torch.arange(len(feature), device=feature.device)[:, None] == 0
-            return torch.where(row, float("nan"), feature)
+                return said
+            row = torch.arange(len(said["features"]), device=said["features"].device)[:, None] == 0
+            return {**said, "features": torch.where(row, float("nan"), said["features"])}
 
         run.bundle.model.towers["image"].register_forward_hook(poison)
         message, code = "", 0
