@@ -168,10 +168,11 @@ def test_micro_batches_bound_what_is_encoded_at_once() -> None:
 
     seen: list[int] = []
     model = tiny()
-    model.towers["text"].register_forward_hook(lambda m, i, o: seen.append(len(o["features"])))
+    model.towers["text"].register_forward_hook(lambda m, i, o: seen.append(len(o)))
     engine = build_engine(EngineConfig(), Optim(), model, World())
     result = train_step(engine, make_batch(0), PAIRS, build_loss(Component(name="info_nce")), micro=5)
-    assert seen == [5] * 8
+    assert max(seen) <= 5
+    assert len(seen) == 2 * 4
     assert result.grad_norm > 0
 
 
