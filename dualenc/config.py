@@ -73,6 +73,10 @@ class Source(Section):
         default_factory=dict,
         description="modality → endings tried in turn; 'json:KEY' takes a key of the .json member; default: the kind's",
     )
+    same: str | None = Field(
+        default=None,
+        description="ending (txt, json:instance) whose equal values make samples one pair: each other's positives",
+    )
 
 
 class Data(Section):

@@ -5,8 +5,8 @@ in 0 … 1. A frame's points are those inside its picture (as LidarCLIP has it),
 both data sets give the same kind of item; an object's points are those inside its box. A camera item is the picture as
 it lies there, or the part of it that shows the object.
 
-KITTI: Geiger et al. 2012. nuScenes: Caesar et al. 2020, arXiv 1903.11027. Objects too small to tell are left out: less
-than ``MIN_POINTS`` points, ``MIN_PX`` pixels in either direction, or ``MIN_INSIDE`` of their area inside the picture.
+KITTI: Geiger et al. 2012. nuScenes: Caesar et al. 2020, arXiv 1903.11027. Objects too small to tell are left out
+(:func:`dualenc.data.driving.part_seen`); shards of ``unit=objects`` hold the same ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from dualenc.data.crops import crop, open_picture
 from dualenc.data.drawn import points_over, uri
-from dualenc.data.driving import Box, Keyframe, View, kitti_object, nuscenes
+from dualenc.data.driving import Box, Keyframe, View, kitti_object, nuscenes, part_seen
 from dualenc.data.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
 from dualenc.data.modalities.image import Picture
 from dualenc.errors import ConfigError, DataError, did_you_mean
@@ -29,7 +29,6 @@ from evals.files import open_binary
 from evals.rows import Content, Row, Rows, kept, label, label_spec, needed
 from evals.tasks import Task, paths_of
 
-MIN_POINTS, MIN_PX, MIN_INSIDE = 10, 24, 0.7
 DRAWN_PX = 480
 
 
@@ -59,17 +58,7 @@ class Frame:
 
     def visible(self, box: Box, points: F64) -> tuple[float, float, float, float] | None:
         """(left, top, right, bottom) of the box in the picture; None when too little of it is seen."""
-        corners = box.corners()
-        if (corners[:, 2] <= 0).any():
-            return None
-        uv = self.pixels(corners)
-        low, high = uv.min(0), uv.max(0)
-        a, b = np.clip(low, 0, self.size), np.clip(high, 0, self.size)
-        if (b - a < MIN_PX).any() or np.prod(b - a) < MIN_INSIDE * np.prod(high - low):
-            return None
-        if int(box.inside(points[:, :3]).sum()) < MIN_POINTS:
-            return None
-        return float(a[0]), float(a[1]), float(b[0]), float(b[1])
+        return part_seen(box, points, self.view.intrinsics, self.size)
 
 
 def read_driving(task: Task) -> Rows:

@@ -14,7 +14,9 @@ A sample of ``unit=keyframes``::
 
 ``to_ego`` takes a sensor's points to ego: x forward, y left, z up (the Velodyne's own frame in KITTI). With
 ``unit=cameras`` every picture is a sample, ``KEY.cam.jpg``; its points are those inside it, and ego is the camera
-turned to x forward (the pairs of LidarCLIP, Hess et al. 2022, arXiv 2212.06858).
+turned to x forward (the pairs of LidarCLIP, Hess et al. 2022, arXiv 2212.06858). With ``unit=objects`` every labelled
+object that is seen well enough is one: ``KEY.cam.png`` shows it, ``KEY.lidar.npy`` holds the points in its box, and the
+.json says its ``class`` and ``instance`` (``data.sources.N.same: json:instance``: one object is not its own negative).
 
 Every record is read as training would read it; what that refuses is dropped, with its reason.
 """
@@ -31,9 +33,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from data_tools.sources.base import Dropped, Record, SourceConfig, SourceKind, need_folder, sources
-from dualenc.data.crops import open_picture
-from dualenc.data.driving import Keyframe, View, kitti_object, kitti_raw, nuscenes
-from dualenc.data.geometry import F64, moved, project, seen
+from dualenc.data.crops import crop, open_picture
+from dualenc.data.driving import Keyframe, View, kitti_object, kitti_raw, nuscenes, part_seen
+from dualenc.data.geometry import F64, inverse, moved, project, seen
 from dualenc.data.modalities import DecodeError
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
@@ -59,8 +61,9 @@ _REASONS = {
 class DrivingConfig(SourceConfig):
     """What all driving sources take."""
 
-    unit: Literal["keyframes", "cameras"] = Field(
-        "keyframes", description="cameras: every picture is a sample, with the points inside it"
+    unit: Literal["keyframes", "cameras", "objects"] = Field(
+        "keyframes",
+        description="cameras: every picture is a sample, with the points inside it; objects: every labelled object",
     )
     cameras: list[str] | None = Field(None, description="only these; a keyframe that lacks one is dropped")
     boxes: bool = Field(True, description="labelled boxes go into the .json member")
@@ -112,6 +115,8 @@ def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record 
     """Every keyframe, or every picture of it, as a record; what training would refuse as a Dropped."""
     if cfg.regions and cfg.unit != "keyframes":
         raise ConfigError("regions: only keyframes have a whole sweep; leave out unit, or regions")
+    if cfg.unit == "objects" and not cfg.boxes:
+        raise ConfigError("boxes: unit=objects needs the labelled boxes; leave out boxes=false")
     if cfg.size is not None or cfg.encode != "keep":
         raise ConfigError("size, encode: pictures of driving data are kept as they are: their calibration is of them")
     sizes: dict[tuple[float, ...], tuple[int, int]] = {}
@@ -133,7 +138,10 @@ def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record 
             continue
         for view in views:
             try:
-                yield _picture(cfg, key, view, points, sizes)
+                if cfg.unit == "objects":
+                    yield from _objects(cfg, key, view, points, sizes)
+                else:
+                    yield _picture(cfg, key, view, points, sizes)
             except DataError as e:
                 yield _dropped(view.path.stem, e)
 
@@ -168,12 +176,10 @@ def _picture(
 ) -> Record:
     raw = _picture_bytes(view)
     described = _described(key, view, f"cam{view.path.suffix.lower()}", raw, sizes)
-    to_camera = np.linalg.inv(view.to_ego) @ key.lidar_to_ego
-    uv, depth = project(points[:, :3], to_camera, view.intrinsics)
-    inside = points[seen(uv, depth, described["size"])]
+    inside = _inside(key, view, points, described["size"])
     if len(inside) < cfg.min_points:
         raise DataError(f"the picture's part of the cloud is empty: {len(inside)} of {len(points):,} points")
-    inside[:, :3] = moved(inside[:, :3], FORWARD @ to_camera)
+    inside[:, :3] = moved(inside[:, :3], FORWARD)
     described["to_ego"] = FORWARD.tolist()
     fields = {
         "drive": key.drive,
@@ -184,6 +190,35 @@ def _picture(
     }
     members = {"lidar.npy": as_npy(inside)}
     return _checked(Record(view.path.stem, {described["member"]: raw}, fields=fields, members=members), cfg.verify)
+
+
+def _inside(key: Keyframe, view: View, points: F64, size: tuple[int, int]) -> F64:
+    """The points inside the picture, in the camera's frame."""
+    to_camera = inverse(view.to_ego) @ key.lidar_to_ego
+    inside = points[seen(*project(points[:, :3], to_camera, view.intrinsics), size)]
+    inside[:, :3] = moved(inside[:, :3], to_camera)
+    return inside
+
+
+def _objects(
+    cfg: DrivingConfig, key: Keyframe, view: View, points: F64, sizes: dict[tuple[float, ...], tuple[int, int]]
+) -> Iterator[Record]:
+    raw = _picture_bytes(view)
+    size = _described(key, view, "", raw, sizes)["size"]
+    inside, picture = _inside(key, view, points, size), open_picture(raw)
+    for n, box in enumerate(b.moved(inverse(view.to_ego)) for b in key.boxes):
+        edges = part_seen(box, inside, view.intrinsics, size)
+        if edges is None:
+            continue
+        own = inside[box.inside(inside[:, :3])]
+        own[:, :3] = moved(own[:, :3], FORWARD)
+        fields = {
+            "drive": key.drive, "frame": key.id, "camera": view.name, "class": box.cls, "instance": box.instance,
+            "lidar": {"drive": key.drive, "columns": list(key.columns), "to_ego": np.eye(4).tolist()},
+        }  # fmt: skip
+        members = {"lidar.npy": as_npy(own)}
+        _LIDAR.decode({"json:lidar": fields["lidar"], **members})
+        yield Record(f"{view.path.stem}_{n}", {"cam.png": crop(picture, edges)}, fields=fields, members=members)
 
 
 def _described(

@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from dualenc.data.geometry import F64, Bools, inverse, pose, rotation_of, split_projection
+from dualenc.data.geometry import F64, Bools, inverse, pose, project, rotation_of, split_projection
 from dualenc.errors import DataError, did_you_mean
 
 MARGIN = 1.05
 """Labels are tight: a box takes in the points of one this much larger."""
+MIN_POINTS, MIN_PX, MIN_INSIDE = 10, 24, 0.7
+"""Less of an object than this many points, pixels in either direction, or share of its area in the picture is too
+little to tell what it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,31 @@ class Keyframe:
         out = np.frombuffer(raw, dtype="<f4").reshape(-1, len(self.columns)).astype(np.float64)
         out[:, 3] /= self.top
         return out
+
+
+def part_seen(
+    box: Box, points: F64, intrinsics: F64, size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
+    """The part of a picture that shows an object.
+
+    Args:
+        box: in the camera's frame; points: [n, ≥ 3] inside the picture, in that frame.
+        intrinsics: [3, 3]; size: (width, height) of the picture.
+
+    Returns:
+        (left, top, right, bottom) in pixels; None when too little of the object is seen.
+    """
+    corners = box.corners()
+    if (corners[:, 2] <= 0).any():
+        return None
+    uv = project(corners, np.eye(4), intrinsics)[0]
+    low, high = uv.min(0), uv.max(0)
+    a, b = np.clip(low, 0, size), np.clip(high, 0, size)
+    if (b - a < MIN_PX).any() or np.prod(b - a) < MIN_INSIDE * np.prod(high - low):
+        return None
+    if int(box.inside(points[:, :3]).sum()) < MIN_POINTS:
+        return None
+    return float(a[0]), float(a[1]), float(b[0]), float(b[1])
 
 
 # --- KITTI --------------------------------------------------------------------------------------------------------

@@ -109,10 +109,11 @@ class StepDataset(Dataset[Any]):
         at = zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), refs.passes.tolist(), strict=True)
         for slot, (source, shard, i, one) in enumerate(at):
             name = self.sets[source].names[shard]
-            key = f"#{i}"
+            key, same = f"#{i}", self.data.sources[source].same
             try:
                 sample = reader.locate(source, shard, i)
                 key = sample.key
+                pair = _pair(reader, source, shard, sample, same) if same else None
                 made = self._rows(reader, source, shard, sample, one)
             except SampleError as e:
                 bad.append(BadSample(self.sets[source].source, name, key, e.member, e.reason))
@@ -122,7 +123,7 @@ class StepDataset(Dataset[Any]):
             keys.append(full)
             if made:
                 self._used[source] += 1
-                ids[slot] = stable_id(full)
+                ids[slot] = stable_id(full if pair is None else f"{self.sets[source].source}\0{pair}")
             for m, row in made.items():
                 rows[m].append(row)
                 if m in slots:
@@ -249,6 +250,8 @@ def members_of(
     if not any(a in out and b in out for a, b in pairs):
         raise ConfigError(f"{where}: {sorted(out)} make none of the pairs {[list(p) for p in pairs]}.")
     check_members(out, where)
+    if source.same is not None:
+        check_members({"same": [source.same]}, f"data.sources.{i}")
     return out
 
 
@@ -263,6 +266,15 @@ def check_mix(data: Data, inputs: Mapping[str, ModalityInput], pairs: Sequence[t
         raise ConfigError(
             f"data.mix: {data.mix:g} needs modalities that can be mixed; {rigid[0]!r} cannot: leave it out."
         )
+
+
+def _pair(reader: Reader, source: int, shard: int, sample: Sample, same: str) -> str:
+    """The value that makes samples one pair, as text. Raises SampleError where the sample has none."""
+    found = reader.find(source, shard, sample, {"same": [same]}).values
+    if "same" not in found:
+        raise SampleError(same, f"there is no {same}, which data.sources.{source}.same takes pairs from")
+    value = found["same"]
+    return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value)
 
 
 def stable_id(key: str) -> int:

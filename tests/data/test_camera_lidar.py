@@ -17,7 +17,7 @@ from PIL import Image
 
 from dualenc.config import Data, Modality
 from dualenc.data.driving import Keyframe, kitti_object, kitti_raw, nuscenes
-from dualenc.data.geometry import F64, project, seen
+from dualenc.data.geometry import F64, moved, project, seen
 from dualenc.data.loader import Loader
 from dualenc.data.modalities import DecodeError, build_inputs
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot
@@ -159,6 +159,14 @@ def test_the_sensors_place_and_its_own_frame(frames: list[Keyframe]) -> None:
     assert own.points[:, 4].max() == 31
     far = LidarInput(LidarConfig(min_distance=2.0)).decode(sweep_of(key))
     assert 0.3 < 1 - len(far.points) / len(cloud.points) < 0.4, "a third of this sweep is the car itself"
+
+
+def test_a_centred_cloud_knows_where_it_was(frames: list[Keyframe]) -> None:
+    at = LidarInput(LidarConfig()).decode(sweep_of(frames[0]))
+    x = LidarInput(LidarConfig(center=True)).decode(sweep_of(frames[0]))
+    np.testing.assert_allclose(x.points[:, :3].mean(0, dtype=np.float64), 0, atol=1e-4)
+    np.testing.assert_allclose(moved(x.points[:, :3].astype(np.float64), x.to_ego), at.points[:, :3], atol=1e-4)
+    np.testing.assert_allclose(moved(x.origin[None], x.to_ego)[0], at.origin, atol=1e-9)
 
 
 # --- broken ------------------------------------------------------------------------------------------------------

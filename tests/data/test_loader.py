@@ -273,6 +273,27 @@ def test_with_replacement_a_repeat_is_its_own_positive(texts: dict[str, Modality
     assert dict(zip(batch.keys, batch.ids.tolist(), strict=True)) == {k: stable_id(k) for k in set(batch.keys)}
 
 
+def test_samples_of_one_kind_are_each_other_s_positives(texts: dict[str, ModalityInput], tmp_path: Path) -> None:
+    rows = [(f"{i}.{e}", v) for i in range(12) for e, v in (("a", b"a"), ("b", b"b"), ("json", b'{"k": %d}' % (i % 3)))]
+    shard = write_tar(tmp_path / "s-000.tar", rows)
+    for same in ("json:k", "a"):
+        (batch,) = take(
+            Loader(data({"shards": str(shard), "members": AB, "same": same}), texts, TWO, seed=0, batch_size=12), 1
+        )
+        kinds = {k: int(k.rsplit("/", 1)[1]) % 3 if same == "json:k" else 0 for k in batch.keys}
+        by_kind = {(kinds[k], i) for k, i in zip(batch.keys, batch.ids.tolist(), strict=True)}
+        assert len(by_kind) == len({i for _, i in by_kind}) == len(set(kinds.values()))
+    with pytest.raises(DataError, match=r"there is no json:other, which data\.sources\.0\.same takes pairs from"):
+        take(
+            Loader(
+                data({"shards": str(shard), "members": AB, "same": "json:other"}), texts, TWO, seed=0, batch_size=12
+            ),
+            6,
+        )
+    with pytest.raises(ConfigError, match="pickled"):
+        Loader(data({"shards": str(shard), "members": AB, "same": "pkl"}), texts, TWO, seed=0, batch_size=12)
+
+
 def test_more_workers_than_shards_and_fewer_samples_than_a_batch(
     texts: dict[str, ModalityInput], tmp_path: Path
 ) -> None:

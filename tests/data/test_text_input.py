@@ -146,6 +146,14 @@ def test_several_captions() -> None:
     assert part.eval(texts).tolist() == part.eval(["one"]).tolist()
 
 
+def test_templates_are_for_training() -> None:
+    part = make(tokenizer="clip-bpe:8192", templates=["{}", "a photo of {}."])
+    rows = {tuple(part.train(["socks"], rng(s)).tolist()) for s in range(40)}
+    assert rows == {tuple(part.eval([t]).tolist()) for t in ("socks", "a photo of socks.")}
+    with pytest.raises(ConfigError, match=r"templates: 'a photo' must have one \{\}"):
+        make(templates=["a photo"])
+
+
 def test_lower() -> None:
     one = lambda lower, text: make(tokenizer="clip-bpe:8192", lower=lower).eval([text]).tolist()
     assert one(None, "CAT") == one(True, "CAT") == one(None, "cat")

@@ -19,6 +19,7 @@ from _rigs import FOLDER, KITTI, NUSCENES, golden, here
 from data_tools.build import build
 from data_tools.check import check
 from data_tools.view import view
+from dualenc.data.crops import open_picture
 from dualenc.data.geometry import project, seen
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
@@ -208,6 +209,31 @@ def test_broken_tables_drop_their_keyframes(
         return
     report = build("nuscenes", tmp_path / "out", options, boxes=False, progress=False)
     assert (report.samples, report.dropped) == (19, {reason: 1})
+
+
+def test_objects_are_the_golden_crops(tmp_path: Path) -> None:
+    """Numbers, classes, points and edges as an independent loader found them; the points are those of the box."""
+    build("kitti", tmp_path, path=str(KITTI), unit="objects", progress=False)
+    found: dict[str, list[tuple[str, int, tuple[int, int]]]] = {}
+    wanted = {"lidar": ["json:lidar+lidar.npy"], "picture": ["cam.png"], "class": ["json:class"]}
+    for key, got in iter_samples(tar(tmp_path), wanted):
+        assert not isinstance(got, Exception), key
+        points = LIDAR.decode(got.values["lidar"]).points
+        assert (points[:, 0] > 0).all(), "in front of the camera"
+        size = open_picture(got.values["picture"]).size
+        found.setdefault(Path(key).name.rsplit("_", 1)[0], []).append((got.values["class"], len(points), size))
+    rows = {Path(k).stem: row["crops"] for k, row in golden().items() if "kitti" in k and row["crops"]}
+    assert found.keys() == rows.keys()
+    for frame, crops in rows.items():
+        assert len(crops) == len(found[frame])
+        for crop, (cls, n, (width, height)) in zip(crops, found[frame], strict=True):
+            assert crop["cls"] == cls
+            assert abs(crop["n_points"] - n) <= 2
+            left, top, right, bottom = crop["box2d"]
+            assert abs(width - (right - left)) <= 1.5
+            assert abs(height - (bottom - top)) <= 1.5
+    with pytest.raises(ConfigError, match="unit=objects needs the labelled boxes"):
+        build("kitti", tmp_path / "none", path=str(KITTI), unit="objects", boxes=False, progress=False)
 
 
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ class LidarConfig(Section):
         default=(-50.0, -50.0, -5.0, 50.0, 50.0, 3.0),
         description="points outside are left out: x, y, z from, x, y, z to (m)",
     )
+    center: bool = Field(
+        default=False, description="the mean of the points becomes the origin of x, y, z: for single objects"
+    )
     min_distance: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="metres from the sensor below which points are left out: returns off the car itself"
     )
@@ -144,10 +147,16 @@ class LidarInput:
         if self.config.places is not None and isinstance(raw, Mapping) and MEMBER in raw:
             regions = read_regions(raw)
         if self.config.frame == "sensor":
-            return Cloud(points, np.zeros(3), to_ego, regions)
-        points = points.copy()
-        points[:, :3] = moved(points[:, :3].astype(np.float64), to_ego)
-        return Cloud(points, to_ego[:3, 3], np.eye(4), regions)
+            out = Cloud(points, np.zeros(3), to_ego, regions)
+        else:
+            points = points.copy()
+            points[:, :3] = moved(points[:, :3].astype(np.float64), to_ego)
+            out = Cloud(points, to_ego[:3, 3], np.eye(4), regions)
+        if self.config.center:
+            shift = np.eye(4)
+            shift[:3, 3] = -points[:, :3].mean(0, dtype=np.float64)
+            out = transformed(out, shift)
+        return out
 
     def placed(self, x: Cloud, rng: np.random.Generator) -> Cloud:
         """The cloud with places drawn, where the config asks for them."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section
@@ -73,6 +73,17 @@ class TextConfig(Section):
     pad: Literal["longest", "context"] | None = Field(
         default=None, description="default: as the tokenizer's tower needs"
     )
+    templates: list[str] = Field(
+        default=[], description="training only: one is drawn and the text put into its {}, such as 'a photo of a {}.'"
+    )
+
+    @field_validator("templates")
+    @classmethod
+    def _one_place(cls, templates: list[str]) -> list[str]:
+        for t in templates:
+            if t.count("{}") != 1:
+                raise ValueError(f"templates: {t!r} must have one {{}}, where the text goes")
+        return templates
 
 
 @modalities.register("text")
@@ -121,8 +132,10 @@ class TextInput:
         return texts
 
     def train(self, x: list[str], rng: np.random.Generator) -> Tensor:
-        """Ids of one caption, drawn by ``rng`` where there are several."""
-        return self._row(x[int(rng.integers(len(x)))] if len(x) > 1 else x[0])
+        """Ids of one caption, drawn by ``rng`` where there are several, in a template drawn likewise."""
+        text = x[int(rng.integers(len(x)))] if len(x) > 1 else x[0]
+        templates = self.config.templates
+        return self._row(templates[int(rng.integers(len(templates)))].replace("{}", text) if templates else text)
 
     def mix(self, a: list[str], b: list[str], rng: np.random.Generator) -> list[str]:
         """One caption of each, joined by "and"; the second without a capital, as it goes on a sentence."""
