@@ -13,21 +13,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from dualenc.data.crops import crop, open_picture
+from dualenc.data.crops import black, crop, open_picture
 from dualenc.data.drawn import points_over, uri
 from dualenc.data.driving import Box, Keyframe, View, kitti_object, nuscenes, part_seen
 from dualenc.data.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
 from dualenc.data.modalities.image import Picture
 from dualenc.errors import ConfigError, DataError, did_you_mean
+from evals import corruption
 from evals.files import open_binary
 from evals.rows import Content, Row, Rows, kept, label, label_spec, needed
-from evals.tasks import Task, paths_of
+from evals.tasks import Corruption, Task, paths_of
 
 DRAWN_PX = 480
 
@@ -41,11 +42,14 @@ class Frame:
     key: Keyframe
     size: tuple[int, int]
     boxes: tuple[Box, ...]
+    corrupt: Corruption
 
     def points(self) -> F64:
         """[n, 4]: the whole sweep in the camera's frame, and intensity in 0 … 1. Raises DataError for a broken file."""
-        got = self.key.points()
+        got = corruption.sweep(self.key.points(), self.key.columns, self.corrupt, self.key.id)
         to_camera = inverse(self.view.to_ego) @ self.key.lidar_to_ego
+        if self.corrupt.turned_deg:
+            to_camera = corruption.turn(self.corrupt.turned_deg, self.id) @ to_camera
         return np.concatenate([moved(got[:, :3], to_camera), got[:, 3:4]], axis=1)
 
     def pixels(self, points: F64) -> F64:
@@ -103,13 +107,16 @@ def _row(task: Task, name: str, values: dict[str, str], make: dict[str, Content]
 def _frame_rows(task: Task, frame: Frame) -> list[Row]:
     values = {"frame": frame.id, "camera": frame.view.name}
     picture = Content(f"{frame.id}/camera", path=str(frame.view.path))
+    if corruption.is_black(frame.corrupt.pictures, frame.id):
+        picture = Content(f"{frame.id}/camera", load=partial(black, frame.size))
     cloud = Content(f"{frame.id}/lidar", load=partial(_frame_points, frame), shown=partial(_frame_drawn, frame))
     return _row(task, frame.id, values, {"camera": picture, "lidar": cloud})
 
 
 def _object_rows(task: Task, frame: Frame) -> list[Row]:
     rows: list[Row] = []
-    points = _points(frame)
+    # Which objects are asked about does not depend on what fails.
+    points = _points(replace(frame, corrupt=Corruption()))
     for n, box in enumerate(frame.boxes):
         box2d = frame.visible(box, points)
         if box2d is None:
@@ -117,6 +124,8 @@ def _object_rows(task: Task, frame: Frame) -> list[Row]:
         name = f"{frame.id}/{n}"
         values = {"frame": frame.id, "camera": frame.view.name, "class": box.cls, "instance": box.instance}
         picture = Content(f"{name}/camera", load=partial(_crop, str(frame.view.path), box2d))
+        if corruption.is_black(frame.corrupt.pictures, frame.id):
+            picture = Content(f"{name}/camera", load=partial(black, frame.size))
         cloud = Content(
             f"{name}/lidar", load=partial(_box_points, frame, box), shown=partial(_box_drawn, frame, box, box2d)
         )
@@ -144,7 +153,10 @@ def _frame_points(frame: Frame) -> bytes:
 
 def _box_points(frame: Frame, box: Box) -> bytes:
     points = _points(frame)
-    return as_npy(points[box.inside(points[:, :3])])
+    inside = points[box.inside(points[:, :3])]
+    if not len(inside):  # of an object that failing sensors lost, only where it should be is known
+        inside = np.array([[*box.center, 0.0]])
+    return as_npy(inside)
 
 
 def _crop(path: str, box: tuple[float, float, float, float]) -> bytes:
@@ -160,6 +172,8 @@ def _frame_drawn(frame: Frame) -> dict[str, str]:
 def _box_drawn(frame: Frame, box: Box, edges: tuple[float, float, float, float]) -> dict[str, str]:
     points = _points(frame)[:, :3]
     points = points[box.inside(points)]
+    if not len(points):
+        points = box.center[None]
     depth = points[:, 2] - points[:, 2].min()
     image = open_picture(_crop(str(frame.view.path), edges)).rgb()
     # What is near within the box is red: at its distance from the car all of it would have one colour.
@@ -190,6 +204,6 @@ def _frames(root: str, task: Task) -> Iterator[Frame]:
                 checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
                 size = view.size or open_picture(view.path.read_bytes()).size
                 boxes = tuple(b.moved(inverse(view.to_ego)) for b in key.boxes)
-                yield Frame(view.path.stem, view, key, size, boxes)
+                yield Frame(view.path.stem, view, key, size, boxes, task.source.corrupt or Corruption())
     except DataError as e:
         raise DataError(f"task {task.name}: {e}") from e

@@ -86,10 +86,10 @@ def interpolate(
     return result
 
 
-def headlines(result: Mapping[str, Any]) -> list[str]:
-    """One metric a task: top1, or else the first R@1, or else the first share."""
-    keys, out = list(result["points"][0]["metrics"]), []
-    for task in result["tasks"]:
+def headlines(tasks: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
+    """One key task/metric a task: top1, or else the first R@1, or else the first share."""
+    keys, out = list(metrics), []
+    for task in tasks:
         own = [k for k in keys if k.startswith(f"{task}/")]
         shares = [k for k in own if is_share(k)]
         ends = [k for end in ("/top1", "_R@1") for k in shares if k.endswith(end)]
@@ -99,7 +99,7 @@ def headlines(result: Mapping[str, Any]) -> list[str]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A row an α, a column a task, in percent."""
-    keys = headlines(result)
+    keys = headlines(result["tasks"], result["points"][0]["metrics"])
     lines = ["| α | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for p in result["points"]:
         cells = [f"{100 * p['metrics'][k]:.1f}" for k in keys]
@@ -109,20 +109,21 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def charts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every task over α; and each target over the source, the way from ``a`` to ``b``."""
-    points, keys = result["points"], headlines(result)
+    points, keys = result["points"], headlines(result["tasks"], result["points"][0]["metrics"])
     alphas = [p["alpha"] for p in points]
     values = {k: [100 * p["metrics"][k] for p in points] for k in keys}
-    over = [Series(_named(k), alphas, values[k], n) for n, k in enumerate(keys[:6], 1)]
+    over = [Series(named(k), alphas, values[k], n) for n, k in enumerate(keys[:6], 1)]
     out = [_chart("Over α", over, "α: 0 is the first model, 1 the second")]
     if len(keys) > 1:
         source, marks = keys[0], [f"{x:g}" for x in alphas] if len(alphas) <= DOTS else ()
-        way = [Series(_named(k), values[source], values[k], n, labels=marks) for n, k in enumerate(keys[1:6], 2)]
-        title = f"{_named(keys[1])} over the source" if len(keys) == 2 else "Targets over the source"
-        out.append(_chart(title, way, f"{_named(source)}, %"))
+        way = [Series(named(k), values[source], values[k], n, labels=marks) for n, k in enumerate(keys[1:6], 2)]
+        title = f"{named(keys[1])} over the source" if len(keys) == 2 else "Targets over the source"
+        out.append(_chart(title, way, f"{named(source)}, %"))
     return out
 
 
-def _named(key: str) -> str:
+def named(key: str) -> str:
+    """A key task/metric as people read it."""
     task, _, metric = key.rpartition("/")
     return f"{task} {label(metric)}"
 
@@ -134,7 +135,7 @@ def _chart(title: str, series: list[Series], x_label: str) -> dict[str, Any]:
 
 def render(result: Mapping[str, Any]) -> str:
     """The page as text; it loads nothing from anywhere."""
-    keys = headlines(result)
+    keys = headlines(result["tasks"], result["points"][0]["metrics"])
     rows = [[f"{p['alpha']:g}", *(f"{100 * p['metrics'][k]:.1f} %" for k in keys)] for p in result["points"]]
     kept = [f"{p['alpha']:g}" for p in result["points"] if p["alpha"] == result["kept"]]
     return (
@@ -142,7 +143,7 @@ def render(result: Mapping[str, Any]) -> str:
         .get_template("interpolate.html.j2")
         .render(
             result=result,
-            heads=[_named(k) for k in keys],
+            heads=[named(k) for k in keys],
             rows=rows,
             kept=kept,
             charts=charts(result) if keys else [],

@@ -57,6 +57,25 @@ class Every(Section):
         return rows[self.offset :: self.step]
 
 
+class Corruption(Section):
+    """Sensors that fail; what is drawn depends on the picture's name only (:mod:`evals.corruption`)."""
+
+    beams: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the LiDAR's beams that are silent"
+    )
+    pictures: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="share of the pictures that are black"
+    )
+    turned_deg: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="standard deviation of the error of the camera's calibration, about each axis, in degrees",
+    )
+    fog: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="how thick fog-like noise on the LiDAR is: 1 / the metres a beam goes before 63 % are lost",
+    )
+
+
 class Source(Section):
     """What is read. ``path`` is a file, pattern, folder or name; see ``kind``."""
 
@@ -85,6 +104,7 @@ class Source(Section):
     separator: str = Field(",", min_length=1, description="what stands between the labels of a multi-label column")
     group: str | None = Field(None, description="lists, hf: rows with the same value of this column are one item")
     unit: Literal["frames", "objects"] = Field("frames", description="kitti, nuscenes: pictures, or labelled objects")
+    corrupt: Corruption | None = Field(None, description="kitti, nuscenes: what is done to the sensors first")
     metadata: str | None = Field(
         None, description="shards: a .jsonl or .jsonl.gz with a 'key' per sample that adds columns"
     )
@@ -94,7 +114,7 @@ class Source(Section):
     def _fits(self) -> Source:
         here = {
             "subset": ("hf",), "revision": ("hf",), "files": LISTS, "columns": ("csv",), "group": (*LISTS, "hf"),
-            "metadata": ("shards",),
+            "metadata": ("shards",), "corrupt": ("kitti", "nuscenes"),
         }  # fmt: skip
         for key, kinds in here.items():
             if getattr(self, key) is not None and self.kind not in kinds:

@@ -230,6 +230,34 @@ def regions(
         print(f"{name}\t{100 * value:.1f} %")
 
 
+@app.command()
+def robustness(
+    model: Annotated[str, typer.Argument(help="A MODEL of cameras and LiDAR, as in dualenc eval.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of kitti or nuscenes, names or YAML files.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for robustness.json and robustness.html.")],
+    kinds: Annotated[str, typer.Option("--kinds", help="Which failures.")] = "beams,pictures,turned_deg,fog",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """The same tasks with silent beams, black pictures, a calibration that is off, and fog."""
+    from dualenc.distributed.world import close_world, init_world
+    from evals.robustness import LEVELS, markdown
+    from evals.robustness import robustness as run
+
+    for kind in words(kinds):
+        if kind not in LEVELS:
+            raise ConfigError(f"--kinds: there is no {kind!r}. {did_you_mean(kind, LEVELS)}")
+    world = init_world(device, 600, None)
+    try:
+        done = run(model, resolve_tasks(words(tasks)), out, words(kinds), world, str(world.device), batch_size)
+        if world.rank == 0:
+            print(markdown(done))
+            Console(stderr=True).print(f"written: {out}", highlight=False, soft_wrap=True)
+    finally:
+        close_world(world)
+
+
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 
+from PIL import Image
+
 from dualenc.data.modalities.image import Picture
 
 WHITE = (255, 255, 255)
@@ -25,4 +27,11 @@ def crop(picture: Picture, box: tuple[float, float, float, float]) -> bytes:
     right, bottom = min(width, max(left + 1, round(box[2]))), min(height, max(top + 1, round(box[3])))
     out = io.BytesIO()
     picture.rgb().crop((left, top, right, bottom)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def black(size: tuple[int, int]) -> bytes:
+    """A PNG of (width, height) black pixels: what a camera that failed shows."""
+    out = io.BytesIO()
+    Image.new("RGB", size).save(out, "PNG")
     return out.getvalue()
