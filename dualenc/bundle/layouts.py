@@ -23,7 +23,11 @@ from dualenc.encoders.hf_audio import audio_defaults
 from dualenc.encoders.hf_towers import arch_of
 
 _RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
-_PROCESSORS = {"siglip": "SiglipImageProcessor", "chinese_clip": "ChineseCLIPImageProcessor"}
+_PROCESSORS = {
+    "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
+    "chinese_clip": "ChineseCLIPImageProcessor",
+}
 
 
 def write_transformers(bundle: Bundle, folder: Path) -> None:
@@ -51,7 +55,7 @@ def write_transformers(bundle: Bundle, folder: Path) -> None:
     tensors = {**halves[other].tensors, **halves["text"].tensors, **_temperatures(bundle, family)}
     config["logit_scale_init_value"] = float(_log_scale(bundle))
     folder.mkdir(parents=True, exist_ok=True)
-    text.export_tokenizer(folder, padding_is_seen=family == "siglip")
+    text.export_tokenizer(folder, padding_is_seen=family.startswith("siglip"))
     _save(tensors, folder / "model.safetensors", record(bundle))
     _json(folder / "config.json", config)
     _json(folder / "preprocessor_config.json", pre)
@@ -147,7 +151,7 @@ def _whole_config(family: str, halves: Mapping[str, Half], other: str, text: Tex
         words["bos_token_id"] = text.eot_id - 1
     sections = {("vision" if other == "image" else "audio") + "_config": halves[other].config, "text_config": words}
     config: dict[str, Any] = {"architectures": [FAMILIES[family]], "model_type": family, "dtype": "float32", **sections}
-    if family != "siglip":
+    if not family.startswith("siglip"):
         config["projection_dim"] = halves["text"].embed_dim
     return config
 
@@ -161,7 +165,7 @@ def _temperatures(bundle: Bundle, family: str) -> dict[str, Tensor]:
             f"logit_scale_{side}": torch.as_tensor(v).float().reshape(()) for side, v in zip("at", kept, strict=True)
         }
     bias = _bias(bundle)
-    if family != "siglip":
+    if not family.startswith("siglip"):
         if bias is not None:
             raise NoSuchLayoutError(f"logit_scale.bias: {FAMILIES[family]} has none; the cosines do not need it")
         return {"logit_scale": log.reshape(())}
@@ -181,6 +185,8 @@ def _image_processor(config: Mapping[str, Any], family: str) -> dict[str, Any]:
         "image_std": list(config["std"]),
         "resample": _RESAMPLE[config["interpolation"]],
     }
+    if config["resize"] == "naflex":
+        return out | {"patch_size": int(config["patch"]), "max_num_patches": int(config["max_patches"])}
     if config["resize"] == "squash":
         return out | {"size": {"height": size, "width": size}, "do_center_crop": False}
     if config["resize"] != "shortest" or family == "siglip":

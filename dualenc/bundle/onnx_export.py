@@ -16,6 +16,7 @@ from dualenc.bundle.bundle import Bundle, versions
 from dualenc.bundle.record import input_facts
 from dualenc.data.modalities.text import TextInput
 from dualenc.encoders import Tower
+from dualenc.encoders.naflex import NaflexTower
 from dualenc.encoders.tower import ImageTower
 from dualenc.errors import ConfigError
 
@@ -53,7 +54,7 @@ def write_onnx(bundle: Bundle, folder: Path) -> None:
     The batch is free, text is padded to the context. Weights above 1 GiB go to MODALITY.onnx.data.
 
     Raises:
-        ConfigError: if onnx is not installed, or a modality is neither image nor text.
+        ConfigError: if onnx is not installed, or for a modality that is neither image nor text or a grid of patches.
     """
     for name in ("onnx", "onnxscript"):
         if __import__("importlib.util").util.find_spec(name) is None:
@@ -62,6 +63,11 @@ def write_onnx(bundle: Bundle, folder: Path) -> None:
         if (part.kind or m) not in ("image", "text"):
             raise ConfigError(
                 f"--format onnx: modalities.{m}: graphs are written for image and text; --format safetensors keeps it."
+            )
+        if isinstance(bundle.model.tower(m), NaflexTower):
+            raise ConfigError(
+                f"--format onnx: modalities.{m}: no graph is written for grids of patches (resize: naflex); "
+                "--format hf or safetensors keeps it."
             )
     folder.mkdir(parents=True, exist_ok=True)
     bundle.model.eval()

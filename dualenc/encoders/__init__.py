@@ -9,6 +9,7 @@ from typing import Any
 from dualenc.config import Component
 from dualenc.encoders.dual_encoder import DualEncoder, decay_groups
 from dualenc.encoders.families import families, find, own_towers
+from dualenc.encoders.naflex import check_grid
 from dualenc.encoders.tower import Tower, activations
 from dualenc.errors import ConfigError
 
@@ -51,7 +52,9 @@ def build_tower(
         CheckpointError: if pretrained weights do not fit.
     """
     family, name, config = find(kind, component, where)
-    return family.build(kind, name, config, describe, embed_dim, where)
+    tower = family.build(kind, name, config, describe, embed_dim, where)
+    check_grid(tower, describe, where)
+    return tower
 
 
 def input_defaults(kind: str, component: Component, where: str = "encoder") -> dict[str, Any]:

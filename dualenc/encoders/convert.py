@@ -20,6 +20,7 @@ from dualenc.errors import ConfigError
 FAMILIES = {
     "clip": "CLIPModel",
     "siglip": "SiglipModel",
+    "siglip2": "Siglip2Model",
     "altclip": "AltCLIPModel",
     "chinese_clip": "ChineseCLIPModel",
     "clap": "ClapModel",
@@ -136,7 +137,7 @@ def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
         tensors[f"{projection}.weight"] = tower.head.weight  # type: ignore[union-attr, assignment]
     else:
         _no_head(settings, tower)
-    if family != "siglip":
+    if not family.startswith("siglip"):
         config["projection_dim"] = tower.embed_dim
     return Half(family, config, tensors, tower.embed_dim)
 

@@ -21,6 +21,8 @@ from dualenc.encoders import hf_audio
 from dualenc.encoders.families import families
 from dualenc.encoders.hf_halves import PROJECTED, ProjectedHalf
 from dualenc.encoders.migrations import resize_positions
+from dualenc.encoders.naflex import TYPE as NAFLEX
+from dualenc.encoders.naflex import NaflexTower
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
 from dualenc.encoders.transformer import end_of_text
 from dualenc.encoders.weights import PACKAGE, load_exactly, no_scalars, package_folder, refusing_code
@@ -143,9 +145,9 @@ class HFImageTrunk(nn.Module):
         super().__init__()
         self.net, self.pooling = net, pooling
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, 3, S, S] → [n, W]."""
-        out = self.net(pixel_values=x)
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        """[n, 3, S, S] → [n, W]; ``more``: what else the model takes."""
+        out = self.net(pixel_values=x, **more)
         if self.pooling == "model":
             return pooled_output(out)
         states: Tensor = out.last_hidden_state
@@ -256,18 +258,27 @@ def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The ``input`` that a preprocessor_config.json describes."""
     if not pre:
         raise ConfigError(f"hf/{name}: it has no preprocessor_config.json; set input.size, mean and std yourself.")
+    if "max_num_patches" in pre:
+        way: dict[str, Any] = {
+            "resize": "naflex",
+            "patch": int(pre.get("patch_size", 16)),
+            "max_patches": int(pre["max_num_patches"]),
+        }
+        return way | _pixel_defaults(pre)
     crop = pre.get("crop_size") if pre.get("do_center_crop") else None
     resize = pre.get("size", 224)
     size = crop or resize
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     shortest = crop is not None or (isinstance(resize, dict) and "shortest_edge" in resize)
+    return {"size": int(size), "resize": "shortest" if shortest else "squash", **_pixel_defaults(pre)}
+
+
+def _pixel_defaults(pre: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "size": int(size),
         "mean": tuple(pre.get("image_mean", (0.5, 0.5, 0.5))),
         "std": tuple(pre.get("image_std", (0.5, 0.5, 0.5))),
         "interpolation": _RESAMPLE.get(int(pre.get("resample", 2)), "bicubic"),
-        "resize": "shortest" if shortest else "squash",
     }
 
 
@@ -307,6 +318,8 @@ def model_class(arch: Any, projected: bool = False) -> Any:
         "clip_vision_model": "CLIPVisionModel",
         "siglip_text_model": "SiglipTextModel",
         "siglip_vision_model": "SiglipVisionModel",
+        "siglip2_text_model": "Siglip2TextModel",
+        NAFLEX: "Siglip2VisionModel",
         "clap_text_model": "ClapTextModel",
         "clap_audio_model": "ClapAudioModel",
     }
@@ -404,7 +417,13 @@ def wrap(
     module = build_head(head, width, embed_dim)
     tower: Tower
     if kind == "image":
-        tower = ImageTower(HFImageTrunk(net, pooling), module, describe, channels_last=False)
+        trunk = HFImageTrunk(net, pooling)
+        if arch.model_type == NAFLEX:
+            if pooling != "model":
+                raise ConfigError(f"{where}.pooling: a NaFlex tower pools by itself; write model, got {pooling}.")
+            tower = NaflexTower(trunk, module, describe, int(arch.patch_size), where)
+        else:
+            tower = ImageTower(trunk, module, describe, channels_last=False)
     elif kind == "audio":
         if arch.model_type == "whisper":
             hf_audio.cut_places(net, arch, describe["config"])

@@ -144,11 +144,11 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
 
 
 def from_hf(where: str) -> Released:
-    """A folder or repository with a CLIPModel, SiglipModel, AltCLIPModel, ChineseCLIPModel or ClapModel, its
-    preprocessor and tokenizer; or one in open_clip's layout.
+    """A folder or repository with a CLIPModel, SiglipModel, Siglip2Model, AltCLIPModel, ChineseCLIPModel or ClapModel,
+    its preprocessor and tokenizer; or one in open_clip's layout.
 
-    SigLIP 2 of a fixed resolution is a SiglipModel. Its NaFlex variant (model_type siglip2) keeps each picture's own
-    aspect in a ragged grid of patches, which an input of one size cannot give: refused.
+    SigLIP 2 of a fixed resolution is a SiglipModel; its NaFlex variant, which keeps each picture's own aspect in a grid
+    of patches, a Siglip2Model.
 
     Raises:
         ConfigError: if it is not within reach, or is another kind of model.
@@ -175,13 +175,21 @@ def from_hf(where: str) -> Released:
             )
     else:
         inputs["image"] = hf.image_defaults(hf.preprocessor(where), where)
-        said, built = inputs["image"]["size"], int(config.vision_config.image_size)
+        naflex = config.model_type == "siglip2"
+        ours, theirs, key = ("patch", "patch_size", "patch_size") if naflex else ("size", "image_size", "size")
+        said, built = inputs["image"].get(ours), int(getattr(config.vision_config, theirs))
         if said != built:
             raise CheckpointError(
-                f"hf:{where}: preprocessor_config.json: size: pictures of {said} px, config.json: "
-                f"vision_config.image_size is {built}; one of them was changed."
+                f"hf:{where}: preprocessor_config.json: {key}: {'patches' if naflex else 'pictures'} of {said} px, "
+                f"config.json: vision_config.{theirs} is {built}; one of them was changed."
             )
     inputs["text"] = hf.text_defaults(config.text_config, f"hf:{where}", _context(where, config.text_config))
+    side = hf.read_json(where, "tokenizer_config.json").get("padding_side", "right")
+    if inputs["text"].get("pad") == "context" and side != "right":
+        raise CheckpointError(
+            f"hf:{where}: tokenizer_config.json: padding_side: {side}; {FAMILIES[config.model_type]} sees its padding, "
+            "on the right when it was trained."
+        )
     file = hf.file_of(where, "model.safetensors")
     return _from_hf_model(where, config, inputs, _whole(where), f"hf:{where}", file)
 
@@ -248,7 +256,7 @@ def _from_hf_model(
 ) -> Released:
     """The parts of a model that is read."""
     other = next(iter(inputs))
-    projects = config.model_type != "siglip"
+    projects = not config.model_type.startswith("siglip")
     two = tuple(float(state[f"logit_scale_{side}"]) for side in "at") if "logit_scale_a" in state else (0.0, 0.0)
     scales = (two[0], two[1]) if two[0] != two[1] else None
     log = _temperature(state, where)

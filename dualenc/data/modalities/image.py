@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dualenc.config import Positive, Section, Share
 from dualenc.data.modalities.base import DecodeError, modalities
+from dualenc.data.patches import cut, grid, stack
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,13 +53,17 @@ class Augment(Section):
 
 
 class ImageConfig(Section):
-    """``resize``: shortest edge to ``size`` then centre crop; squash; or longest edge, padded with ``pad``."""
+    """``resize``: shortest edge to ``size`` then centre crop; squash; or longest edge, padded with ``pad``. ``naflex``:
+    no ``size``; the picture's own aspect in at most ``max_patches`` patches of ``patch`` px (augment.ratio is then
+    relative to it)."""
 
     size: Positive = 224
     mean: Triple = (0.48145466, 0.4578275, 0.40821073)
     std: Triple = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
-    resize: Literal["shortest", "squash", "longest"] = "shortest"
+    resize: Literal["shortest", "squash", "longest", "naflex"] = "shortest"
+    patch: Positive = 16
+    max_patches: Positive = 256
     crop: Literal["center"] = "center"
     background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="what transparent pixels stand on")
     pad: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), description="the border that resize: longest adds")
@@ -68,7 +73,8 @@ class ImageConfig(Section):
 
 @modalities.register("image")
 class ImageInput:
-    """Pictures as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S].
+    """Pictures as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S]. With ``resize: naflex`` rows are grids of
+    patches and ``collate`` gives ``patches`` uint8 [B, max_patches, patch · patch · 3] and ``grid`` [B, 2].
 
     ``eval`` is the resize and crop of torchvision and open_clip, pixel for pixel (PIL, antialiased).
     """
@@ -83,6 +89,7 @@ class ImageInput:
         low, high = config.augment.ratio
         self._smallest = math.sqrt(max(config.augment.scale[0], 1e-3) * min(low, 1 / high, 1.0))
         self._filter = getattr(Image.Resampling, config.interpolation.upper())
+        self._naflex = config.resize == "naflex"
 
     # --- the protocol -----------------------------------------------------------------------------------------
 
@@ -101,24 +108,29 @@ class ImageInput:
         return picture
 
     def train(self, x: Picture, rng: np.random.Generator) -> Tensor:
-        """A random resized crop, mirrored and coloured as ``augment`` says → uint8 [3, S, S]."""
+        """A random resized crop, mirrored and coloured as ``augment`` says → a row."""
         from PIL import Image
 
-        augment, size = self.config.augment, self.config.size
+        augment = self.config.augment
+        size = min(self._pixels(*x.size)) if self._naflex else self.config.size
         # The smallest crop keeps half again as many pixels as the row: enough for the filter to average, and a large
         # JPEG is decoded at 1/2, 1/4 or 1/8.
         image = x.rgb(at_least=math.ceil(1.5 * size / self._smallest))
-        box = _random_crop(image.width, image.height, augment, rng)
-        image = image.resize((size, size), self._filter, box=box)
+        own = image.width / image.height if self._naflex else 1.0
+        box = _random_crop(image.width, image.height, augment, rng, own)
+        wh = self._pixels(box[2] - box[0], box[3] - box[1]) if self._naflex else (size, size)
+        image = image.resize(wh, self._filter, box=box)
         if augment.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if augment.colour is not None:
             image = coloured(image, augment.colour, rng)
-        return to_tensor(image)
+        return self._row(image)
 
     def eval(self, x: Picture) -> Tensor:
-        """The picture at evaluation → uint8 [3, S, S]."""
+        """The picture at evaluation → a row."""
         size, image = self.config.size, x.rgb()
+        if self._naflex:
+            return self._row(image.resize(self._pixels(*image.size), self._filter))
         if self.config.resize == "squash":
             return to_tensor(image.resize((size, size), self._filter))
         w, h = image.size
@@ -131,17 +143,27 @@ class ImageInput:
             image = image.resize(wh, self._filter)
         return to_tensor(_centre(image, size, self.config.pad))
 
-    def collate(self, rows: list[Tensor]) -> Tensor:
-        """→ uint8 [B, 3, S, S]."""
-        return torch.stack(rows)
+    def collate(self, rows: list[Tensor]) -> Tensor | dict[str, Tensor]:
+        """→ uint8 [B, 3, S, S], or ``patches`` and ``grid``."""
+        return stack(rows, self.config.max_patches) if self._naflex else torch.stack(rows)
 
     def dummy(self) -> Tensor:
         """A black picture."""
+        if self._naflex:
+            return torch.zeros(*grid(1, 1, 1, self.config.max_patches), 3 * self.config.patch**2, dtype=torch.uint8)
         return torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8)
 
     def describe(self) -> dict[str, Any]:
         """The settings; there is nothing else."""
         return {"kind": "image", "config": self.config.model_dump(mode="json")}
+
+    def _pixels(self, width: float, height: float) -> tuple[int, int]:
+        """(width, height) of the whole patches that a picture is resized to."""
+        rows, columns = grid(int(width), int(height), self.config.patch, self.config.max_patches)
+        return columns * self.config.patch, rows * self.config.patch
+
+    def _row(self, image: Image.Image) -> Tensor:
+        return cut(image, self.config.patch) if self._naflex else to_tensor(image)
 
 
 class Picture:
@@ -249,9 +271,13 @@ def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.I
     return image.crop((left, top, left + size, top + size))
 
 
-def _random_crop(w: int, h: int, augment: Augment, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A box of random area and aspect inside the picture (Szegedy et al. 2015); after ten misses the whole of it."""
-    low, high = math.log(augment.ratio[0]), math.log(augment.ratio[1])
+def _random_crop(
+    w: int, h: int, augment: Augment, rng: np.random.Generator, own: float
+) -> tuple[float, float, float, float]:
+    """A box of random area and aspect inside the picture (Szegedy et al. 2015); after ten misses the whole of it.
+
+    ``own``: the aspect that ``augment.ratio`` is relative to."""
+    low, high = math.log(own * augment.ratio[0]), math.log(own * augment.ratio[1])
     for _ in range(10):
         area = w * h * rng.uniform(*augment.scale)
         aspect = math.exp(rng.uniform(low, high))
@@ -259,7 +285,7 @@ def _random_crop(w: int, h: int, augment: Augment, rng: np.random.Generator) -> 
         if 0 < cw <= w and 0 < ch <= h:
             left, top = int(rng.integers(0, w - cw + 1)), int(rng.integers(0, h - ch + 1))
             return (left, top, left + cw, top + ch)
-    aspect = min(max(w / h, augment.ratio[0]), augment.ratio[1])
+    aspect = min(max(w / h, own * augment.ratio[0]), own * augment.ratio[1])
     cw, ch = (w, min(round(w / aspect), h)) if w / h < aspect else (min(round(h * aspect), w), h)
     left, top = (w - cw) // 2, (h - ch) // 2
     return (left, top, left + max(cw, 1), top + max(ch, 1))
