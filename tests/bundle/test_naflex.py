@@ -27,7 +27,7 @@ PATCH, LIMIT = 8, 64
 
 
 def spelling() -> Any:
-    """SigLIP 2's tokenizer class, <eos> after each text as released; Gemma's vocabulary is not at hand, so it spells."""
+    """SigLIP 2's tokenizer class, <eos> after each text as released; Gemma's vocabulary is not at hand: it spells."""
     from tokenizers.processors import TemplateProcessing
     from transformers import Siglip2Tokenizer
 
