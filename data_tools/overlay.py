@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dualenc.data.drawn import colours, points_over, uri
 from dualenc.data.driving import Box
 from dualenc.data.geometry import F64, inverse, moved, project, seen
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot, views_of
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.places import MEMBER, read_regions
 from dualenc.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,11 +25,14 @@ REACH = 50.0
 _EDGES = [(a, b) for a in range(8) for b in range(a) if bin(a ^ b).count("1") == 1]
 
 
-def overlay_uri(lidar: Any, cameras: Mapping[str, Any], boxes: Any = None) -> tuple[str, str]:
+def overlay_uri(
+    lidar: Any, cameras: Mapping[str, Any], boxes: Any = None, regions: bytes | None = None
+) -> tuple[str, str]:
     """A ``data:`` address of one picture, and a line about it.
 
     The picture shows every camera with the points that fall into it, near ones red and far ones blue, the boxes, and
-    the cloud from above with each camera's field of view.
+    the cloud from above with each camera's field of view; beside it, where there are ``regions`` (a ``regions.npy``),
+    each of them in a colour of its own over the grey ground.
 
     Raises:
         DecodeError: what training would refuse too.
@@ -42,10 +47,26 @@ def overlay_uri(lidar: Any, cameras: Mapping[str, Any], boxes: Any = None) -> tu
         tiles.append(tile)
         counts.append(count)
     pictures = _pasted([tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)])
-    above = _from_above(points, shots, solid, max(pictures.height, PICTURE_PX))
+    px = max(pictures.height, PICTURE_PX)
+    tops = [_from_above(points, colours(np.linalg.norm(points[:, :2], axis=1)), shots, solid, px)]
     names = list(views_of(cameras))
     about = f"{len(points):,} points; inside: " + ", ".join(f"{n} {c:,}" for n, c in zip(names, counts, strict=True))
-    return uri(_pasted([[pictures, above]])), about
+    if regions is not None:
+        places = read_regions({MEMBER: regions})
+        tops.append(_from_above(*_in_regions(points, places), shots, solid, px))
+        about += f"; {len(set(places[places[:, 3] >= 0, 3])):,} regions of {int((places[:, 3] >= 0).sum()):,} places"
+    return uri(_pasted([[pictures, *tops]])), about
+
+
+def _in_regions(points: F64, places: npt.NDArray[np.float32]) -> tuple[F64, npt.NDArray[np.uint8]]:
+    """The sweep in grey, then the places in regions, broad enough to be seen: neighbouring numbers get hues far apart
+    (golden angle)."""
+    inside = np.repeat(places[places[:, 3] >= 0], 9, axis=0)
+    inside[:, :2] += np.tile(np.mgrid[-1:2, -1:2].reshape(2, 9).T * 0.12, (len(inside) // 9, 1))
+    hues = (inside[:, 3] * 0.618034) % 1.0
+    bright = np.stack([np.clip(np.abs((hues * 6 + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)], 1)
+    colour = np.concatenate([np.full((len(points), 3), 70.0), 60 + 195 * bright]).astype(np.uint8)
+    return np.concatenate([points, inside[:, :3].astype(np.float64)]), colour
 
 
 def _camera(shot: Shot, points: F64, boxes: list[Box]) -> tuple[Image.Image, int]:
@@ -67,7 +88,9 @@ def _camera(shot: Shot, points: F64, boxes: list[Box]) -> tuple[Image.Image, int
     return image, int(ok.sum())
 
 
-def _from_above(points: F64, shots: list[Shot], boxes: list[Box], px: int) -> Image.Image:
+def _from_above(
+    points: F64, colour: npt.NDArray[np.uint8], shots: list[Shot], boxes: list[Box], px: int
+) -> Image.Image:
     from PIL import Image, ImageDraw
 
     def at(xy: F64) -> F64:
@@ -76,7 +99,7 @@ def _from_above(points: F64, shots: list[Shot], boxes: list[Box], px: int) -> Im
     pixels = np.full((px, px, 3), 18, np.uint8)
     near = np.abs(points[:, :2]).max(1) < REACH
     cells = at(points[near, :2]).astype(int).clip(0, px - 1)
-    pixels[cells[:, 1], cells[:, 0]] = colours(np.linalg.norm(points[near, :2], axis=1))
+    pixels[cells[:, 1], cells[:, 0]] = colour[near]
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
     for shot in shots:

@@ -16,6 +16,7 @@ from data_tools.check import AUDIO, CAPTIONS, IMAGE
 from data_tools.overlay import overlay_uri
 from dualenc.config import Source
 from dualenc.data.modalities import DecodeError, modalities
+from dualenc.data.places import MEMBER
 from dualenc.data.remote import ShardCache, is_local
 from dualenc.data.shards import ShardSet, expand, open_source
 from dualenc.data.stream import Reader, SampleError
@@ -25,7 +26,10 @@ from dualenc.errors import DataError
 THUMBNAIL_PX = 256
 MAX_SOUND = 2_000_000
 """Bytes of a sound that is put into the page."""
-_SENSORS = {m: modalities[m].default_members[:1] for m in ("lidar", "camera")} | {"boxes": ["json:boxes"]}
+_SENSORS = {m: modalities[m].default_members[:1] for m in ("lidar", "camera")} | {
+    "boxes": ["json:boxes"],
+    "regions": [MEMBER],
+}
 _MIME = {"flac": "audio/flac", "wav": "audio/wav", "ogg": "audio/ogg", "opus": "audio/ogg", "mp3": "audio/mpeg"}
 
 _STYLE = """
@@ -162,7 +166,9 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
 def _overlay(card: Shown, values: dict[str, Any]) -> None:
     """The calibrated pictures with the points over them."""
     try:
-        card.picture, card.size = overlay_uri(values["lidar"], values["camera"], values.get("boxes"))
+        card.picture, card.size = overlay_uri(
+            values["lidar"], values["camera"], values.get("boxes"), values.get("regions")
+        )
         card.wide = True
     except DataError as e:
         card.problem = str(e)

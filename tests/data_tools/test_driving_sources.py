@@ -23,6 +23,7 @@ from dualenc.data.crops import open_picture
 from dualenc.data.geometry import project, seen
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.places import read_regions
 from dualenc.data.stream import iter_samples
 from dualenc.errors import ConfigError, DataError
 
@@ -81,6 +82,7 @@ def test_check_and_page(shards: Path, tmp_path: Path) -> None:
         assert page.count("class='wide'") == pictures
         assert page.count("src='data:image/webp") == pictures
         assert "points; inside: " in page
+        assert "regions of" not in page
     counts = dict(re.findall(r"(CAM_[A-Z_]+) ([\d,]+)", page))
     assert counts.keys() <= {"CAM_FRONT", "CAM_BACK"}
 
@@ -245,3 +247,16 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         build("nuscenes", tmp_path, path=str(KITTI), progress=False)
     with pytest.raises(DataError, match=r"is no drive \(velodyne_points\)"):
         build("kitti_raw", tmp_path, path=str(FOLDER), progress=False)
+
+
+def test_regions_are_drawn(tmp_path: Path) -> None:
+    options = {"path": str(NUSCENES), "regions": True, "limit": 1, "boxes": False, "verify": False}
+    build("nuscenes", tmp_path, options, progress=False)
+    page = view(tar(tmp_path), tmp_path / "page.html").read_text()
+    (_, found), *_ = iter_samples(tar(tmp_path), {"regions": ["regions.npy"]})
+    assert not isinstance(found, Exception)
+    regions = read_regions({"regions.npy": found.values["regions"]})[:, 3]
+    told = re.search(r"([\d,]+) regions of ([\d,]+) places", page)
+    assert told is not None
+    assert int(told[1]) == len({r for r in regions if r >= 0}) > 20
+    assert int(told[2].replace(",", "")) == int((regions >= 0).sum())
