@@ -48,7 +48,7 @@ gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, micro-bat
 	$(PY) tests/distributed/gradcheck.py
 
 bench: $(STAMP) ## time and memory of the losses, plain and tiled, up to N = 32k
-	$(PY) -m dualenc.bench loss
+	$(PY) -m benchmarks.losses loss
 
 distill: $(STAMP) ## teacher, then scratch/feature/affinity/KD/DCD students, 3 seeds, on DUALENC_DATA's flickr8k and fashion: tables
 	PYTHON=$(PY) recipes/distill/series.sh flickr8k

@@ -32,6 +32,7 @@ from dualenc.sections import Share as Share
 from dualenc.sections import Teacher as Teacher
 from dualenc.sections import Unlocked as Unlocked
 from dualenc.sections import with_anchor, with_shared
+from dualenc.shipped import recipes_folder
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -440,6 +441,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+RECIPES = "${RECIPES}/"
+"""What a path begins with that is looked for among the shipped recipes, wherever the package is installed."""
+
+
 def _resolve_paths(node: Any, folder: Path) -> Any:
     if isinstance(node, dict):
         return {k: _resolve_paths(v, folder) for k, v in node.items()}
@@ -447,6 +452,8 @@ def _resolve_paths(node: Any, folder: Path) -> Any:
         return [_resolve_paths(v, folder) for v in node]
     if isinstance(node, str) and node.startswith(("./", "../")):
         return os.path.normpath(folder / node)
+    if isinstance(node, str) and node.startswith(RECIPES):
+        return str(recipes_folder() / node.removeprefix(RECIPES))
     return node
 
 

@@ -13,25 +13,25 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "dualenc.errors": 0,
     "dualenc.registry": 0,
+    "dualenc.shipped": 0,
     "dualenc.config": 0,
     "dualenc": 0,
     "dualenc.distributed": 1,
     "dualenc.data": 2,
     "dualenc.encoders": 2,
-    "dualenc.bundle": 3,
+    "dualenc.checkpoint": 2,
+    "dualenc.model": 3,
     "dualenc.losses": 4,
     "dualenc.engine": 5,
     "dualenc.distill": 5,
     "dualenc.train": 6,
-    "evals": 6,
-    "data_tools": 6,
+    "dualenc_evals": 6,
+    "dualenc_data_tools": 6,
     "dualenc.cli": 7,
-    "dualenc.bench": 7,
-    "dualenc.bench_audio": 7,
-    "dualenc.bench_bev": 7,
+    "benchmarks": 7,
     "dualenc.__main__": 8,
 }
-BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.config", "dualenc"}
+BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.shipped", "dualenc.config", "dualenc"}
 
 # Packages that may be imported below these folders only.
 ONLY_IN = {
@@ -44,13 +44,13 @@ ONLY_IN = {
     "open_clip": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
     "timm": ("dualenc/encoders",),
     "peft": ("dualenc/encoders",),
-    "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py", "dualenc/bench_audio.py"),
+    "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py", "benchmarks"),
     "typer": ("dualenc/cli",),
-    "argparse": ("dualenc/cli", "dualenc/bench.py"),
+    "argparse": ("dualenc/cli", "benchmarks"),
     "pickle": (),
 }
 
-FILES = sorted(p for top in ("dualenc", "evals", "data_tools") for p in (ROOT / top).rglob("*.py"))
+FILES = sorted(p for top in ("dualenc", "evals", "data_tools", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 
 
 def imported(path: Path) -> list[tuple[int, str]]:
@@ -72,7 +72,7 @@ def imported(path: Path) -> list[tuple[int, str]]:
 def package_of(module: str) -> str | None:
     """The layer a dotted module belongs to."""
     parts = module.split(".")
-    if parts[0] not in ("dualenc", "evals", "data_tools"):
+    if parts[0] not in ("dualenc", "dualenc_evals", "dualenc_data_tools", "benchmarks"):
         return None
     two = ".".join(parts[:2])
     if two in LAYERS:
@@ -82,6 +82,7 @@ def package_of(module: str) -> str | None:
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] in ("evals", "data_tools") else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

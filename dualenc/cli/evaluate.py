@@ -47,9 +47,9 @@ def eval_(
 
     Features are kept by content (weights, data, batch size) and found by the next run; --no-cache turns that off.
     """
-    from dualenc.bundle import load_model
     from dualenc.distributed.world import close_world, init_world
-    from evals.harness import evaluate, print_table
+    from dualenc.model import load_model
+    from dualenc_evals.harness import evaluate, print_table
 
     chosen = resolve_tasks([*(n.strip() for n in tasks.split(",")), *map(str, task or [])])
     if not chosen:
@@ -105,16 +105,16 @@ def embed(
     debug: Debug = False,
 ) -> None:
     """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data."""
-    from dualenc.bundle import load_model
+    from dualenc.model import load_model
 
     if (recipe is None) == (not shards):
         raise ConfigError("dualenc embed: name shards, or --recipe RECIPE for a teacher's cache, not both")
     if recipe is None:
-        from dualenc.bundle.embed_shards import embed_shards
+        from dualenc.model.embed_shards import embed_shards
 
         done = embed_shards(load_model(model, device=device), shards, out, words(modalities), batch_size)
     else:
-        from dualenc.distill.cache import write_cache
+        from dualenc.distill.teachers.cache import write_cache
 
         done = write_cache(
             load_model(model, device=device),
@@ -144,8 +144,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
-    from evals.compression import compare as run
-    from evals.compression import markdown
+    from dualenc_evals.studies.teacher_students import compare as run
+    from dualenc_evals.studies.teacher_students import markdown
 
     print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
     Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
@@ -172,8 +172,8 @@ def interpolate(
 ) -> None:
     """Weights between two models, (1 - alpha) A + alpha B, evaluated (WiSE-FT)."""
     from dualenc.distributed.world import close_world, init_world
-    from evals.interpolation import interpolate as run
-    from evals.interpolation import markdown
+    from dualenc_evals.studies.interpolation import interpolate as run
+    from dualenc_evals.studies.interpolation import markdown
 
     chosen = resolve_tasks(words(tasks))
     if not chosen and keep is None:
@@ -207,10 +207,10 @@ def regions(
     debug: Debug = False,
 ) -> None:
     """Regions found again, objects matched over time, and what a frozen bird's-eye-view map knows of places."""
-    from dualenc.bundle import build_bundle, load_model
-    from dualenc.data.driving import kitti_object, nuscenes
-    from evals.harness import write_json
-    from evals.regions import evaluate_regions
+    from dualenc.data.driving.keyframes import kitti_object, nuscenes
+    from dualenc.model import build_bundle, load_model
+    from dualenc_evals.harness import write_json
+    from dualenc_evals.studies.region_probes import evaluate_regions
 
     kind, _, rest = data.partition(":")
     folder, _, tables = rest.partition(":")
@@ -242,8 +242,8 @@ def robustness(
 ) -> None:
     """The same tasks with silent beams, black pictures, a calibration that is off, and fog."""
     from dualenc.distributed.world import close_world, init_world
-    from evals.robustness import LEVELS, markdown
-    from evals.robustness import robustness as run
+    from dualenc_evals.studies.robustness import LEVELS, markdown
+    from dualenc_evals.studies.robustness import robustness as run
 
     for kind in words(kinds):
         if kind not in LEVELS:
@@ -269,8 +269,8 @@ def export_(
     debug: Debug = False,
 ) -> None:
     """Write a model for other libraries, with a model card beside it."""
-    from dualenc.bundle import load_model
-    from dualenc.bundle.export import export
+    from dualenc.model import load_model
+    from dualenc.model.export.export import export
 
     folder = export(load_model(model), layout, out, model, results)
     Console().print(f"written: {folder}", highlight=False, soft_wrap=True)
@@ -291,8 +291,8 @@ def report(
 
     dualenc report runs/NAME; dualenc report A.json B.json … --out page.html
     """
-    from evals.compare import write_comparison
-    from evals.report import write_report
+    from dualenc_evals.pages.models import write_comparison
+    from dualenc_evals.pages.run import write_report
 
     for run in runs:
         if not run.exists():

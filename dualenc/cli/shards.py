@@ -24,7 +24,7 @@ def shards_build(
     debug: Debug = False,
 ) -> None:
     """Pack a data set into webdataset shards with an index."""
-    from data_tools.build import build, print_report
+    from dualenc_data_tools.build import build, print_report
 
     print_report(build(source, out, key_values(options or [])))
 
@@ -48,7 +48,7 @@ def shards_index(
     """Count the samples of every shard and write the index that training reads."""
     from rich.progress import Progress
 
-    from dualenc.data.shards import build_index, expand, load_index
+    from dualenc.data.shards.index import build_index, expand, load_index
 
     urls = expand(shards)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -64,7 +64,7 @@ def shards_check(
     debug: Debug = False,
 ) -> None:
     """Read and decode every sample once; exit code 3 if something is broken."""
-    from data_tools.check import check, print_check
+    from dualenc_data_tools.check import check, print_check
 
     result = check(shards)
     print_check(result)
@@ -81,6 +81,6 @@ def shards_view(
     debug: Debug = False,
 ) -> None:
     """Write a page that shows samples as pictures with their captions."""
-    from data_tools.view import view
+    from dualenc_data_tools.view import view
 
     Console().print(f"page: {view(shards, out, n=n, seed=seed)}", highlight=False, soft_wrap=True)

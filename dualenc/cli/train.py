@@ -41,7 +41,7 @@ def evaluate_with(tasks: list[Any]) -> Any:
     seen: dict[Any, Any] = {}  # a run evaluates the same files again and again
 
     def evaluate(embedder: Any, world: Any) -> dict[str, float]:
-        from evals.harness import evaluate as run_tasks
+        from dualenc_evals.harness import evaluate as run_tasks
 
         results = run_tasks(embedder, tasks, world=world, progress=False, details=False, seen=seen)
         return {f"{name}/{k}": v for name, r in results["tasks"].items() for k, v in r["metrics"].items()}
@@ -51,15 +51,15 @@ def evaluate_with(tasks: list[Any]) -> Any:
 
 def resolve_tasks(names: list[str]) -> list[Any]:
     """Task names or YAML files → tasks; a wrong name is an error before the first step, not after the last."""
-    from evals.tasks import load_task
+    from dualenc_evals.task import load_task
 
     return [load_task(n) for n in names if n]
 
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
-    from dualenc.bundle import build_bundle
-    from dualenc.data.shards import samples_per_pass
+    from dualenc.data.shards.index import samples_per_pass
+    from dualenc.model import build_bundle
     from dualenc.train.loop import run_folder, total_steps
 
     resolve_tasks([*recipe.eval.tasks, *(recipe.eval.guard.tasks if recipe.eval.guard else [])])
@@ -132,7 +132,7 @@ def engine_json(
     debug: Debug = False,
 ) -> None:
     """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
-    from dualenc.engine.deepspeed import deepspeed_json
+    from dualenc.engine.deepspeed_engine import deepspeed_json
 
     loaded = load_recipe(recipe, overrides or [])
     if loaded.engine.kind != "deepspeed":

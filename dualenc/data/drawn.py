@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from dualenc.data.geometry import F64
+from dualenc.data.driving.geometry import F64
 
 if TYPE_CHECKING:
     from PIL import Image

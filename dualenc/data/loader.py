@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from dualenc.config import Data
 from dualenc.data.batch import Batch
-from dualenc.data.modalities.base import ModalityInput
-from dualenc.data.plan import Plan
-from dualenc.data.remote import ShardCache, is_local
-from dualenc.data.samples import Failure, StepDataset, StepSampler, View, check_mix, members_of
-from dualenc.data.shards import ShardSet, build_plan, open_source
+from dualenc.data.dataset import Failure, StepDataset, StepSampler, View, check_mix, members_of
+from dualenc.data.modalities.modality import ModalityInput
+from dualenc.data.order import Plan
+from dualenc.data.shards.index import ShardSet, build_plan, open_source
+from dualenc.data.shards.remote import ShardCache, is_local
 from dualenc.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

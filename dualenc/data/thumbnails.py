@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 
-from dualenc.data.modalities.base import DecodeError
 from dualenc.data.modalities.image import Picture
+from dualenc.data.modalities.modality import DecodeError
 
 WHITE = (255, 255, 255)
 MAX_PIXELS = 100_000_000

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualenc.config import Distill, settings_as
 from dualenc.data.batch import ABSENT
-from dualenc.distill.base import Columns, PairInputs, TeacherSide, Term, terms
+from dualenc.distill.terms.term import Columns, PairInputs, TeacherSide, Term, terms
 from dualenc.losses import Extras, Loss, LossOutput
 
 HAS = ".has"

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualenc.bundle import Bundle
-from dualenc.bundle.bundle import seeded
 from dualenc.config import Recipe, pair_name
 from dualenc.data.batch import Batch
-from dualenc.data.samples import View
-from dualenc.data.shards import ShardSet
-from dualenc.distill.look_ahead import LookAheadTeacher
+from dualenc.data.dataset import View
+from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import Distillation, build_terms, head_name
-from dualenc.distill.teachers import TeacherSource, build_teacher, with_extras
+from dualenc.distill.teachers.look_ahead import LookAheadTeacher
+from dualenc.distill.teachers.teacher import TeacherSource, build_teacher, with_extras
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses import Loss
+from dualenc.model import Bundle
+from dualenc.model.bundle import seeded
 
 
 class Distiller:

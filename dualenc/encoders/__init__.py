@@ -1,4 +1,4 @@
-"""Towers and the model made of them; every file in this folder is imported, so adding a tower is adding its file."""
+"""Towers and the model made of them; every file below this folder is imported, so adding a tower is adding its file."""
 
 import math
 import pkgutil
@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from dualenc.config import Component
+from dualenc.encoders.adapters.hf_naflex import check_grid
 from dualenc.encoders.dual_encoder import DualEncoder, decay_groups
 from dualenc.encoders.families import families, find, own_towers
-from dualenc.encoders.naflex import check_grid
 from dualenc.encoders.tower import Tower, activations
 from dualenc.errors import ConfigError
 
@@ -26,8 +26,8 @@ __all__ = [
     "own_towers",
 ]
 
-for _module in pkgutil.iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 
 def list_encoders() -> dict[str, list[str]]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
-from dualenc.encoders.lora import add_adapters, merged
 from dualenc.encoders.tower import Tower
+from dualenc.encoders.trainable.lora import add_adapters, merged
 from dualenc.errors import ConfigError
 
 
@@ -134,7 +134,7 @@ class DualEncoder(nn.Module):
         """Train low-rank adapters in the tower of ``m`` instead of its weights; :meth:`plain` merges them.
 
         Raises:
-            ConfigError: see :func:`dualenc.encoders.lora.add_adapters`.
+            ConfigError: see :func:`dualenc.encoders.trainable.lora.add_adapters`.
         """
         add_adapters(self.tower(m), config, f"modalities.{m}.lora")
         self.adapters[f"towers.{m}."] = config.alpha / config.rank

@@ -7,7 +7,7 @@ from torch import nn
 from dualenc.config import Engine as EngineConfig
 from dualenc.config import Optim
 from dualenc.distributed.world import World
-from dualenc.engine.base import Engine, Stepped
+from dualenc.engine.protocol import Engine, Stepped
 from dualenc.engine.schedule import lr_factor
 
 __all__ = ["Engine", "Stepped", "build_engine", "lr_factor"]
@@ -20,10 +20,10 @@ def build_engine(config: EngineConfig, optim: Optim, model: nn.Module, world: Wo
         ConfigError: if settings do not go together, or deepspeed is asked for and not installed.
     """
     if config.kind == "deepspeed":
-        from dualenc.engine.deepspeed import DeepSpeedEngine
+        from dualenc.engine.deepspeed_engine import DeepSpeedEngine
 
         engine: Engine = DeepSpeedEngine(config, optim, model, world)
         return engine
-    from dualenc.engine.accelerate import AccelerateEngine
+    from dualenc.engine.accelerate_engine import AccelerateEngine
 
     return AccelerateEngine(config, optim, model, world)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dualenc.distributed.pieces import Piece, Stored
-from dualenc.engine import shards
+from dualenc.checkpoint.ranges import Piece, Stored
+from dualenc.engine import held as shards
 
 
 class Average:

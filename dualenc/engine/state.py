@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualenc.distributed.pieces import Piece, Stored, deal
+from dualenc.checkpoint.ranges import Piece, Stored, deal
 from dualenc.errors import CheckpointError
 
 State = tuple[dict[str, Tensor], dict[str, Any]]

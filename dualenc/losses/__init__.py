@@ -14,7 +14,7 @@ from torch import nn
 
 from dualenc.config import Component, settings_as
 from dualenc.losses import cwcl, info_nce, mse, regions, sigmoid  # noqa: F401  (they register themselves)
-from dualenc.losses.base import Extras, Loss, LossOutput, losses
+from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.objective import objective
 
 __all__ = ["Extras", "Loss", "LossOutput", "build_loss", "losses", "objective"]

@@ -27,8 +27,8 @@ from dualenc.config import Section
 from dualenc.distributed.gather import gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
-from dualenc.losses.base import Extras, LossOutput, losses
 from dualenc.losses.info_nce import info_nce_rows
+from dualenc.losses.loss import Extras, LossOutput, losses
 
 
 def cwcl(

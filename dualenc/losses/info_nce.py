@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
-from dualenc.losses.base import LossOutput, TiledConfig, losses
-from dualenc.losses.sweeps import How, sweep_info_nce
+from dualenc.losses.blockwise.sweeps import How, sweep_info_nce
+from dualenc.losses.loss import LossOutput, TiledConfig, losses
 
 
 def info_nce(

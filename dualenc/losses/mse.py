@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dualenc.config import Section
 from dualenc.distributed.gather import check_equal_shapes, gather_ids
 from dualenc.distributed.world import world_size
-from dualenc.losses.base import LossOutput, losses
+from dualenc.losses.loss import LossOutput, losses
 
 
 def mse(a: Tensor, b: Tensor, ids: Tensor) -> LossOutput:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dualenc.config import pair_name
 from dualenc.data.batch import ABSENT, Batch
-from dualenc.losses.base import Extras, Loss, LossOutput
+from dualenc.losses.loss import Extras, Loss, LossOutput
 
 
 def objective(

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from dualenc.config import Section, Share
 from dualenc.data.batch import ABSENT
-from dualenc.data.places import POOR
+from dualenc.data.driving.places import POOR
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
-from dualenc.losses.base import Extras, LossOutput, losses
-from dualenc.losses.strips import strip_sum
+from dualenc.losses.blockwise.strips import strip_sum
+from dualenc.losses.loss import Extras, LossOutput, losses
 
 _MIX = -7046029254386353131
 """An odd multiplier (2^64 / golden ratio) that spreads region numbers over 64 bits."""

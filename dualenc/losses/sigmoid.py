@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
-from dualenc.losses.base import LossOutput, TiledConfig, losses
+from dualenc.losses.blockwise.sweeps import How, merge_stats, sweep_sigmoid
+from dualenc.losses.blockwise.tiled import Stats
 from dualenc.losses.info_nce import hits
-from dualenc.losses.sweeps import How, merge_stats, sweep_sigmoid
-from dualenc.losses.tiled import Stats
+from dualenc.losses.loss import LossOutput, TiledConfig, losses
 
 
 def sigmoid_loss(

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dualenc.bundle import Bundle, Embedder, build_bundle
-from dualenc.bundle.bundle import seeded
+from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
@@ -32,7 +31,8 @@ from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
 from dualenc.errors import CheckpointError, DivergenceError, Interrupted
 from dualenc.losses import Loss, build_loss
-from dualenc.train import checkpoint as ckpt
+from dualenc.model import Bundle, Embedder, build_bundle
+from dualenc.model.bundle import seeded
 from dualenc.train.guard import Watch
 from dualenc.train.start import init_towers, init_weights
 from dualenc.train.step import StepResult, train_step

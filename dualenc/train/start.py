@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dualenc.bundle import Bundle, load_model
 from dualenc.config import Recipe
 from dualenc.errors import CheckpointError, did_you_mean
+from dualenc.model import Bundle, load_model
 
 
 def init_weights(bundle: Bundle, spec: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualenc.data.driving import Keyframe, kitti_object, nuscenes
+from dualenc.data.driving.keyframes import Keyframe, kitti_object, nuscenes
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "camera_lidar"
 KITTI, NUSCENES = FOLDER / "kitti_object" / "training", FOLDER / "nuscenes_scene-0523"

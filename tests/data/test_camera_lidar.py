@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dualenc.config import Data, Modality
-from dualenc.data.driving import Keyframe, kitti_object, kitti_raw, nuscenes
-from dualenc.data.geometry import F64, moved, project, seen
+from dualenc.data.driving.geometry import F64, moved, project, seen
+from dualenc.data.driving.keyframes import Keyframe, kitti_object, kitti_raw, nuscenes
 from dualenc.data.loader import Loader
 from dualenc.data.modalities import DecodeError, build_inputs
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot
 from dualenc.data.modalities.lidar import Cloud, LidarConfig, LidarInput, transformed
-from dualenc.data.previews import preview
-from dualenc.data.stream import iter_samples
+from dualenc.data.shards.reader import iter_samples
+from dualenc.data.show import preview
 from dualenc.errors import ConfigError, DataError
 
 pytestmark = here

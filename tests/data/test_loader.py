@@ -25,10 +25,10 @@ from torch import Tensor
 
 from dualenc.config import Data, Modality
 from dualenc.data.batch import ABSENT, Batch
+from dualenc.data.dataset import sample_rng, stable_id
 from dualenc.data.loader import Loader
 from dualenc.data.modalities import ModalityInput, build_inputs
 from dualenc.data.quarantine import Ledger
-from dualenc.data.samples import sample_rng, stable_id
 from dualenc.errors import ConfigError, DataError
 
 PAIRS = [("image", "text")]
@@ -366,7 +366,7 @@ def test_a_stall_names_what_is_awaited(
 ) -> None:
     (path,) = numbered(tmp_path, [20])
     slow = f"pipe:sleep 1; cat {path}"
-    from dualenc.data.shards import build_index
+    from dualenc.data.shards.index import build_index
 
     index = build_index([slow], tmp_path / "index")
     d = data({"shards": slow, "index": str(index), "members": AB}, stall_s=0.2, workers=1)
@@ -386,7 +386,7 @@ def test_a_stall_names_what_is_awaited(
 def test_a_dead_source_is_counted_then_stopped(texts: dict[str, ModalityInput], tmp_path: Path) -> None:
     # A pipe that fails halfway: every sample of it is lost, with the command's own words as the reason.
     (path,) = numbered(tmp_path, [40])
-    from dualenc.data.shards import build_index
+    from dualenc.data.shards.index import build_index
 
     flag = tmp_path / "broken"
     url = f"pipe:if [ -e {flag} ]; then head -c 700 {path}; echo no route >&2; exit 7; else cat {path}; fi"

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _rigs import KITTI, NUSCENES, here, npy, rig_of, sweep_of
 
 from dualenc.data.batch import ABSENT
-from dualenc.data.driving import Keyframe, kitti_object, nuscenes
-from dualenc.data.geometry import moved
+from dualenc.data.dataset import sample_rng
+from dualenc.data.driving.geometry import moved
+from dualenc.data.driving.keyframes import Keyframe, kitti_object, nuscenes
+from dualenc.data.driving.places import MEMBER, POOR
+from dualenc.data.driving.regions import RegionsConfig, find_regions, ground, region_places
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
-from dualenc.data.places import MEMBER, POOR
-from dualenc.data.regions import RegionsConfig, find_regions, ground, region_places
-from dualenc.data.samples import sample_rng
 from dualenc.errors import DecodeError
 
 pytest.importorskip("sklearn", reason="scikit-learn (extra: tools) is not installed")

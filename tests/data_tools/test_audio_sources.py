@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from data_tools.build import build
-from data_tools.check import check, print_check
-from data_tools.view import view
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
-from dualenc.data.sound import Sound
-from dualenc.data.stream import Found, iter_samples
+from dualenc.data.modalities.sound_file import Sound
+from dualenc.data.shards.reader import Found, iter_samples
 from dualenc.errors import ConfigError, DataError
+from dualenc_data_tools.build import build
+from dualenc_data_tools.check import check, print_check
+from dualenc_data_tools.view import view
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "audio_text"
 SHIPPED = Path(__file__).parents[2] / "recipes" / "quickstart" / "data"

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools.build import build, print_report
-from dualenc.data.shards import load_index
-from dualenc.data.stream import Found, iter_samples
+from dualenc.data.shards.index import load_index
+from dualenc.data.shards.reader import Found, iter_samples
 from dualenc.errors import ConfigError, DataError
+from dualenc_data_tools.build import build, print_report
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "image_text"
 WANTED = {"image": ["jpg", "jpeg", "png", "webp"], "text": ["txt", "json:captions"]}

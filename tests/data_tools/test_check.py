@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.check import check, print_check
-from data_tools.view import view
 from dualenc.errors import DataError
+from dualenc_data_tools.check import check, print_check
+from dualenc_data_tools.view import view
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "quickstart" / "data"
 Members = list[tuple[str, bytes]]
@@ -157,7 +157,7 @@ def test_the_gallery_escapes_what_it_shows(clipart: Members, tmp_path: Path) -> 
 
 def test_pages_and_checks_read_sets_with_an_index(clipart: Members, tmp_path: Path) -> None:
     shutil.copy(SHIPPED / "val-clipart-000000.tar", tmp_path / "a.tar")
-    from dualenc.data.shards import build_index
+    from dualenc.data.shards.index import build_index
 
     build_index([str(tmp_path / "a.tar")])
     assert view(str(tmp_path / "a.tar"), tmp_path / "v.html", n=3).read_text().count("<article>") == 3

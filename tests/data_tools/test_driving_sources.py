@@ -16,16 +16,16 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from _rigs import FOLDER, KITTI, NUSCENES, golden, here
 
-from data_tools.build import build
-from data_tools.check import check
-from data_tools.view import view
 from dualenc.data.crops import open_picture
-from dualenc.data.geometry import project, seen
+from dualenc.data.driving.geometry import project, seen
+from dualenc.data.driving.places import read_regions
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
-from dualenc.data.places import read_regions
-from dualenc.data.stream import iter_samples
+from dualenc.data.shards.reader import iter_samples
 from dualenc.errors import ConfigError, DataError
+from dualenc_data_tools.build import build
+from dualenc_data_tools.check import check
+from dualenc_data_tools.view import view
 
 pytestmark = here
 

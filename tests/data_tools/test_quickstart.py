@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.build import build
-from data_tools.sources.clipart import clipart_caption
-from data_tools.sources.quickstart import METADATA, compare_captions, without_selectors
-from dualenc.data.stream import iter_samples
+from dualenc.data.shards.reader import iter_samples
 from dualenc.errors import ConfigError, DataError
+from dualenc_data_tools.build import build
+from dualenc_data_tools.sources.clipart import clipart_caption
+from dualenc_data_tools.sources.quickstart import METADATA, compare_captions, without_selectors
 
 WORK = os.environ.get("DUALENC_QUICKSTART_WORK")
 

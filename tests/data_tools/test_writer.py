@@ -10,11 +10,11 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.sources import Keys
-from data_tools.sources.base import fill
-from data_tools.writer import ShardWriter
-from dualenc.data.shards import load_index
+from dualenc.data.shards.index import load_index
 from dualenc.errors import ConfigError, DataError
+from dualenc_data_tools.sources import Keys
+from dualenc_data_tools.sources.source import fill
+from dualenc_data_tools.writer import ShardWriter
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "quickstart" / "data"
 

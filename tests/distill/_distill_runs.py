@@ -17,9 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from data_tools.build import build
-from dualenc.bundle import build_bundle
 from dualenc.config import Recipe
+from dualenc.model import build_bundle
+from dualenc_data_tools.build import build
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "image_text" / "flickr8k"
 

@@ -16,13 +16,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from _distill_runs import loss_rows, shards_fixture, student_recipe  # noqa: F401
 
-from dualenc.bundle import build_bundle
 from dualenc.config import Teacher
 from dualenc.data.loader import Loader
-from dualenc.distill.base import Columns, PairInputs, TeacherSide
-from dualenc.distill.dcd import choose
-from dualenc.distill.fusion import FusionTeacher
+from dualenc.distill.teachers.cross_encoder import FusionTeacher
+from dualenc.distill.terms.dcd import choose
+from dualenc.distill.terms.term import Columns, PairInputs, TeacherSide
 from dualenc.errors import ConfigError
+from dualenc.model import build_bundle
 from dualenc.train.loop import train
 
 

@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _distill_runs import shards_fixture, student_recipe  # noqa: F401
 from _spawn import spawn
 
-from dualenc.bundle import build_bundle
+from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe
 from dualenc.data.loader import Loader
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.losses import build_loss
-from dualenc.train import checkpoint as ckpt
+from dualenc.model import build_bundle
 from dualenc.train.loop import train
 
 HERE = Path(__file__).parent

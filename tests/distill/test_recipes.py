@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from dualenc.bundle import build_bundle
 from dualenc.cli import app
 from dualenc.config import load_recipe
 from dualenc.distill.objective import build_terms
+from dualenc.model import build_bundle
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "distill").glob("*.yaml"))

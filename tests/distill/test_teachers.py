@@ -12,12 +12,12 @@ import torch
 from _distill_runs import loss_rows, modalities, shards_fixture, student_recipe, teacher_fixture  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from dualenc.bundle import build_bundle, load_model
+from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe
-from dualenc.distill.cache import Cache, write_cache
+from dualenc.distill.teachers.cache import Cache, write_cache
 from dualenc.encoders.dual_encoder import heads_of
 from dualenc.errors import CheckpointError, ConfigError, DataError
-from dualenc.train import checkpoint as ckpt
+from dualenc.model import build_bundle, load_model
 from dualenc.train.loop import train
 
 TERMS = [{"name": "feature", "weight": 0.5}, {"name": "dcd", "candidates": 7}, {"name": "gradient", "weight": 0.1}]

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _distill_naive import CASES, Sides, make_sides, naive
 
 from dualenc.config import Component, Distill
-from dualenc.distill.base import Columns, PairInputs, TeacherSide
 from dualenc.distill.objective import build_terms
+from dualenc.distill.terms.term import Columns, PairInputs, TeacherSide
 from dualenc.errors import ConfigError
-from dualenc.losses.strips import strip_sum
+from dualenc.losses.blockwise.strips import strip_sum
 
 torch.set_num_threads(1)
 

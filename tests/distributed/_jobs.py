@@ -11,11 +11,11 @@ from _tiny import PAIRS, make_batch, naive_loss, share_of, tiny
 from gradcheck import run, sweep
 from torch import Tensor
 
+from dualenc.checkpoint.ranges import InMemory
 from dualenc.config import Component, Optim
 from dualenc.config import Engine as EngineConfig
 from dualenc.distributed.failure import LostRankError, naming_missing_ranks
 from dualenc.distributed.gather import gather
-from dualenc.distributed.pieces import InMemory
 from dualenc.distributed.world import (
     World,
     all_gather_object,

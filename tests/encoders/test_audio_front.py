@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
+from dualenc.encoders.adapters.hf_audio import audio_defaults
 from dualenc.encoders.audio_front import FrontEnd, Heard, reflected
-from dualenc.encoders.hf_audio import audio_defaults
 
 AUDIO = Path(__file__).parents[3] / "shared" / "data" / "audio_text"
 CLOSE = 1e-4

@@ -15,18 +15,18 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from _rigs import KITTI, NUSCENES, here, npy, rig_of, sweep_of
 
-from dualenc.bench_bev import naive_splat
+from benchmarks.bev_towers import naive_splat
 from dualenc.config import Component
 from dualenc.data.batch import map_tensors
-from dualenc.data.driving import Keyframe, kitti_object, nuscenes
-from dualenc.data.geometry import project, seen
+from dualenc.data.driving.geometry import project, seen
+from dualenc.data.driving.keyframes import Keyframe, kitti_object, nuscenes
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
 from dualenc.encoders import Tower, build_tower
-from dualenc.encoders.bev import AttentionPool, BEVGrid
-from dualenc.encoders.lidar_pillars import PillarScatter
-from dualenc.encoders.lidar_range import range_image
-from dualenc.encoders.lift_splat import depth_bins, frustum, splat
+from dualenc.encoders.own.bev import AttentionPool, BEVGrid
+from dualenc.encoders.own.lidar_pillars import PillarScatter
+from dualenc.encoders.own.lidar_range import range_image
+from dualenc.encoders.own.lift_splat import depth_bins, frustum, splat
 from dualenc.errors import ConfigError
 
 pytestmark = here

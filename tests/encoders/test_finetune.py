@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dualenc.bundle import Bundle, build_bundle, load_model
 from dualenc.config import Lora, Optim, Recipe
 from dualenc.engine.optim import build_optimizers, lr_factors, set_lr_factor
 from dualenc.errors import ConfigError
+from dualenc.model import Bundle, build_bundle, load_model
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ import torch
 
 from dualenc.config import Component
 from dualenc.encoders import build_tower
-from dualenc.encoders.migrations import migrate, migrate_open_clip, resize_positions
+from dualenc.encoders.released.migrations import migrate, migrate_open_clip, resize_positions
 from dualenc.errors import ConfigError
 
 VIT = {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16}
@@ -91,13 +91,13 @@ def test_a_recipe_may_ask_for_another_size_and_length(tmp_path: Path) -> None:
 
 
 def _mean() -> tuple[float, ...]:
-    from dualenc.encoders.open_clip_towers import OPENAI_MEAN
+    from dualenc.encoders.adapters.open_clip import OPENAI_MEAN
 
     return OPENAI_MEAN
 
 
 def _std() -> tuple[float, ...]:
-    from dualenc.encoders.open_clip_towers import OPENAI_STD
+    from dualenc.encoders.adapters.open_clip import OPENAI_STD
 
     return OPENAI_STD
 

@@ -13,7 +13,7 @@ import torch
 from dualenc.config import Component
 from dualenc.data.modalities import modalities
 from dualenc.encoders import build_tower, input_defaults
-from dualenc.encoders.weights import PACKAGE, load_by_order, read_weights, weight_file
+from dualenc.encoders.released.weights import PACKAGE, load_by_order, read_weights, weight_file
 from dualenc.errors import CheckpointError
 
 FLICKR = Path(__file__).parents[3] / "shared" / "data" / "image_text" / "flickr8k"

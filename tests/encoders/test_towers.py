@@ -303,7 +303,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Any) -> None:
 
 
 def test_a_file_that_runs_code_is_refused(tmp_path: Any) -> None:
-    from dualenc.encoders.weights import read_weights
+    from dualenc.encoders.released.weights import read_weights
 
     file = tmp_path / "w.pt"
     torch.save(nn.Linear(2, 2), file)

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from dualenc.checkpoint.ranges import InMemory
 from dualenc.config import Engine as EngineConfig
 from dualenc.config import Optim
-from dualenc.distributed.pieces import InMemory
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
-from dualenc.engine.base import repeated
-from dualenc.engine.deepspeed import deepspeed_json
+from dualenc.engine.deepspeed_engine import deepspeed_json
 from dualenc.engine.ema import EMA
 from dualenc.engine.optim import build_optimizers, parameters_by_role, set_lr_factor
+from dualenc.engine.protocol import repeated
 from dualenc.errors import CheckpointError, ConfigError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))

@@ -118,9 +118,9 @@ def _count(folder: Path, name: str) -> int:
 
 
 def _ours(folder: Path, name: str) -> tuple[Any, int]:
-    from dualenc.bundle import load_model
-    from evals.harness import evaluate
-    from evals.tasks import load_task
+    from dualenc.model import load_model
+    from dualenc_evals.harness import evaluate
+    from dualenc_evals.task import load_task
 
     model = load_model(f"open_clip:{MODEL}/{folder / 'vit.pt'}").embedder()
     task = load_task(folder / f"{name}.yaml")

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dualenc.data.modalities import DecodeError
-from dualenc.data.previews import SOUND_BYTES, preview, sound_uri
+from dualenc.data.show import SOUND_BYTES, preview, sound_uri
 from dualenc.errors import ConfigError, DataError
-from evals.compare import write_comparison
-from evals.examples import worst
-from evals.harness import evaluate
-from evals.report import write_report
-from evals.tasks import load_task
-from evals.tiles import count_below
+from dualenc_evals.harness import evaluate
+from dualenc_evals.kinds.examples import worst
+from dualenc_evals.metrics.tiles import count_below
+from dualenc_evals.pages.models import write_comparison
+from dualenc_evals.pages.run import write_report
+from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels
@@ -179,7 +179,7 @@ def test_counting_where_every_byte_is_full() -> None:
 @pytest.mark.slow
 def test_ranks_need_no_square_of_scores() -> None:
     """A process of its own, whose peak is its own: 30,000² scores would be 3.4 GiB (docs/evaluation.md has 100,000)."""
-    command = [sys.executable, "-m", "dualenc.bench", "ranks", "--size", "30000", "--dim", "32"]
+    command = [sys.executable, "-m", "benchmarks.losses", "ranks", "--size", "30000", "--dim", "32"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     text = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200).stdout
     assert int(re.findall(r"peak (\d+) MiB", text)[0]) < 1500, text

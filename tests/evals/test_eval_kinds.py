@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 
-from dualenc.bundle import build_bundle
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError, DataError
-from evals.compare import write_comparison
-from evals.harness import evaluate, print_table
-from evals.report import write_report
-from evals.tasks import load_task
+from dualenc.model import build_bundle
+from dualenc_evals.harness import evaluate, print_table
+from dualenc_evals.pages.models import write_comparison
+from dualenc_evals.pages.run import write_report
+from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, plain

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals import metrics
-from evals.metrics import Positives, best_ranks, class_ranks
+from dualenc_evals.metrics import scores as metrics
+from dualenc_evals.metrics.scores import Positives, best_ranks, class_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,7 +101,7 @@ def test_ranks_of_random_features_equal_the_double_loop() -> None:
 
 PEAK = """
 import resource, torch
-from evals.metrics import Positives, best_ranks
+from dualenc_evals.metrics.scores import Positives, best_ranks
 torch.set_num_threads(1)
 n = 14_000
 x = torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)), dim=1)

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals import bags, compositional, fewshot, linear, metrics, multilabel, probes, ranking
-from evals.metrics import Positives
+from dualenc_evals.kinds import compositional, multilabel, probes
+from dualenc_evals.metrics import bags, fewshot, linear, ranking
+from dualenc_evals.metrics import scores as metrics
+from dualenc_evals.metrics.scores import Positives
 
 
 def unit(*angles: float) -> torch.Tensor:

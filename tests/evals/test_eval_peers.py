@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dualenc.bundle import load_model
-from evals.harness import evaluate
-from evals.tasks import load_task
+from dualenc.model import load_model
+from dualenc_evals.harness import evaluate
+from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _peers as peers

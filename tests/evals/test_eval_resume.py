@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dualenc.errors import ConfigError, DataError
-from evals.harness import evaluate
-from evals.tasks import load_task
+from dualenc_evals.harness import evaluate
+from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels
@@ -115,7 +115,7 @@ def test_any_object_with_the_two_methods_can_be_evaluated(tmp_path: Path) -> Non
 
 
 def test_files_are_looked_at_once_where_the_caller_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from evals.sources import Content
+    from dualenc_evals.read.shards import Content
 
     name = small(tmp_path, pairs(6))
     reads: list[str] = []

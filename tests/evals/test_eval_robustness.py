@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from _rigs import FOLDER, here, keyframes
 
-from dualenc.bundle import build_bundle
 from dualenc.cli import app
 from dualenc.config import load_recipe
 from dualenc.data.crops import black as picture
-from dualenc.data.driving import Keyframe
-from evals import corruption
-from evals.sources import read_rows
-from evals.tasks import Corruption, Task
+from dualenc.data.driving.keyframes import Keyframe
+from dualenc.model import build_bundle
+from dualenc_evals.read import corruption
+from dualenc_evals.read.shards import read_rows
+from dualenc_evals.task import Corruption, Task
 
 pytestmark = here
 

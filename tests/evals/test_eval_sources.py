@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
-from dualenc.data.geometry import MIN_DEPTH
+from dualenc.data.driving.geometry import MIN_DEPTH
 from dualenc.errors import ConfigError, DataError
-from evals import driving
-from evals.harness import evaluate
-from evals.sources import read_rows
-from evals.tasks import Task, load_task, paths_of, task_files
+from dualenc_evals.harness import evaluate
+from dualenc_evals.read import scenes as driving
+from dualenc_evals.read.shards import read_rows
+from dualenc_evals.task import Task, load_task, paths_of, task_files
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels

@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 
 from dualenc.errors import ConfigError, DataError
-from evals.files import expand
-from evals.sources import read_rows
-from evals.tasks import Task, list_tasks, load_task, task_files, templates_of
+from dualenc_evals.read.files import expand
+from dualenc_evals.read.shards import read_rows
+from dualenc_evals.task import Task, list_tasks, load_task, task_files, templates_of
 
 
 def picture(colour: tuple[int, int, int]) -> bytes:
@@ -55,7 +55,7 @@ def test_every_shipped_task_reads(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_classes_of_imagenet_are_a_thousand() -> None:
-    from evals.tasks import read_lines
+    from dualenc_evals.task import read_lines
 
     got = load_task("imagenet1k")
     assert isinstance(got.classes, str)
@@ -146,7 +146,7 @@ def test_clip_benchmark_layout(tmp_path: Path) -> None:
     rows = read_rows(got).rows
     assert [r.label for r in rows] == ["1", "0"]
     assert templates_of(got) == ["a photo of {}.", "{}"]
-    from evals.classification import classes_of
+    from dualenc_evals.kinds.classification import classes_of
 
     assert classes_of(got, rows) == (["0", "1"], [["green"], ["red"]])
     write_tar(root / "test" / "0.tar", [("s.png", picture((1, 1, 1))), ("s.txt", b"one\ntwo\n")])

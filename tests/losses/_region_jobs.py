@@ -17,7 +17,7 @@ from gradcheck import CLIP, ENGINES, LR, MOMENTUM, OPTIM
 from dualenc.config import Component, LogitScale
 from dualenc.config import Engine as EngineConfig
 from dualenc.data.batch import ABSENT, Batch
-from dualenc.data.places import POOR
+from dualenc.data.driving.places import POOR
 from dualenc.distributed.world import World
 from dualenc.encoders import DualEncoder, Tower
 from dualenc.engine import build_engine

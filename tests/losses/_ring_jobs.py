@@ -20,10 +20,11 @@ from _tiny import naive_info_nce, naive_sigmoid
 from dualenc.config import Component
 from dualenc.distributed.ring import circulate
 from dualenc.distributed.world import World
-from dualenc.losses import build_loss, tiled
+from dualenc.losses import build_loss
+from dualenc.losses.blockwise import tiled
+from dualenc.losses.blockwise.sweeps import How
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.sigmoid import sigmoid_loss
-from dualenc.losses.sweeps import How
 
 SETTINGS: dict[str, dict[str, str]] = {
     "plain": {"impl": "plain"},

@@ -12,10 +12,11 @@ import sys
 
 import torch
 
-from dualenc.losses import tiled, triton_tiled
+from dualenc.losses.blockwise import tiled
+from dualenc.losses.blockwise import triton_kernels as triton_tiled
+from dualenc.losses.blockwise.sweeps import How
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.sigmoid import sigmoid_loss
-from dualenc.losses.sweeps import How
 
 torch.set_num_threads(1)
 

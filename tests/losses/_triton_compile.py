@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dualenc.losses import triton_tiled as ours
+from dualenc.losses.blockwise import triton_kernels as ours
 
 CONSTANTS: list[tuple[Any, dict[str, Any]]] = [
     *((ours._stats_kernel, {"OWN": ours.ALONG_ROW[0], "OTHER": ours.ALONG_ROW[1], "SIGMOID": s}) for s in (0, 1)),

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dualenc.config import Component
 from dualenc.errors import ConfigError
-from dualenc.losses import build_loss, tiled
+from dualenc.losses import build_loss
+from dualenc.losses.blockwise import tiled
+from dualenc.losses.blockwise.sweeps import How
+from dualenc.losses.blockwise.tiled import Positives, tile_shape
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.sigmoid import sigmoid_loss
-from dualenc.losses.sweeps import How
-from dualenc.losses.tiled import Positives, tile_shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _tiny import naive_info_nce, naive_sigmoid

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualenc.config import Component
 from dualenc.data.batch import ABSENT
-from dualenc.data.places import POOR
+from dualenc.data.driving.places import POOR
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.losses import Extras, build_loss

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent))
 from _runs import build
 
-from dualenc.distributed.pieces import Files, Piece
+from dualenc.checkpoint import save as ckpt
+from dualenc.checkpoint.ranges import Files, Piece
 from dualenc.distributed.world import World, barrier
 from dualenc.errors import DualencError
-from dualenc.train import checkpoint as ckpt
 from dualenc.train.loop import Run
 
 

@@ -13,8 +13,8 @@ from _audio_runs import train
 from _runs import order, rows
 from _spawn import spawn
 
-from data_tools.build import build
 from dualenc.distributed.world import World
+from dualenc_data_tools.build import build
 
 HERE = Path(__file__).parent
 FSDD = HERE.parents[2] / "shared" / "data" / "audio_text" / "fsdd" / "captions.jsonl"

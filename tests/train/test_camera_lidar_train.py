@@ -14,7 +14,7 @@ from _rigs import KITTI, NUSCENES, here
 from _runs import rows
 from _spawn import spawn
 
-from data_tools.build import build
+from dualenc_data_tools.build import build
 
 pytestmark = here
 HERE = Path(__file__).parent

@@ -18,7 +18,7 @@ from dualenc.errors import ConfigError, GuardError
 from dualenc.sections import Guard
 from dualenc.train.guard import Watch, watched
 from dualenc.train.loop import train
-from evals.report import guard_view, write_report
+from dualenc_evals.pages.run import guard_view, write_report
 
 TASK = "quickstart_val_clipart"
 KEY = f"{TASK}/image_to_text_R@10"

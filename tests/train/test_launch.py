@@ -17,7 +17,7 @@ from _runs import ENGINES, RECIPE, ROOT, SMALL, environment, losses
 
 from dualenc.config import load_recipe
 from dualenc.distributed.launch import launch
-from dualenc.engine.deepspeed import deepspeed_json
+from dualenc.engine.deepspeed_engine import deepspeed_json
 
 TEMPLATES = ROOT / "recipes" / "launch"
 BIN = Path(sys.executable).parent

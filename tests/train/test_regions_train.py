@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _rigs import NUSCENES, here, sweep_of
 from _runs import ROOT, environment, rows
 
-from data_tools.build import build
-from dualenc.bundle import load_model
-from dualenc.data.driving import nuscenes
+from dualenc.data.driving.keyframes import nuscenes
 from dualenc.errors import ConfigError
-from evals.regions import evaluate_regions
+from dualenc.model import load_model
+from dualenc_data_tools.build import build
+from dualenc_evals.studies.region_probes import evaluate_regions
 
 pytest.importorskip("sklearn", reason="scikit-learn (extra: tools) is not installed")
 pytestmark = [here, pytest.mark.dist, pytest.mark.slow]

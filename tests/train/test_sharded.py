@@ -22,11 +22,11 @@ import _sharded
 from _runs import ENGINES, RECIPE, few_samples, losses, order
 from _spawn import spawn, start
 
-from dualenc.bundle import load_model
+from dualenc.checkpoint import save as ckpt
 from dualenc.config import load_recipe
 from dualenc.distributed.world import World
 from dualenc.errors import CheckpointError
-from dualenc.train import checkpoint as ckpt
+from dualenc.model import load_model
 
 torch.set_num_threads(1)
 JOBS = Path(_sharded.__file__)

@@ -3,7 +3,7 @@
 import pkgutil
 from importlib import import_module
 
-from dualenc.data.modalities.base import DecodeError, ModalityInput, build_inputs, modalities
+from dualenc.data.modalities.modality import DecodeError, ModalityInput, build_inputs, modalities
 
 __all__ = ["DecodeError", "ModalityInput", "build_inputs", "modalities"]
 

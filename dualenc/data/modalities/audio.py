@@ -12,12 +12,12 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section, Share
-from dualenc.data.modalities.base import DecodeError, modalities
+from dualenc.data.modalities.modality import DecodeError, modalities
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dualenc.data.sound import Sound
+    from dualenc.data.modalities.sound_file import Sound
 
 _Positive = Annotated[float, Field(gt=0)]
 _NonNegative = Annotated[float, Field(ge=0)]
@@ -137,7 +137,7 @@ class AudioInput:
         Raises:
             DecodeError: if it is no sound file, or one of no length.
         """
-        from dualenc.data.sound import Sound
+        from dualenc.data.modalities.sound_file import Sound
 
         if not isinstance(raw, bytes | bytearray | memoryview):
             raise DecodeError(f"a sound must be the bytes of a file, got {type(raw).__name__}")

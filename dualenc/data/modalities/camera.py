@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dualenc.config import Positive, Section
-from dualenc.data.geometry import (
+from dualenc.data.driving.geometry import (
     F64,
     Bools,
     checked_intrinsics,
@@ -29,10 +29,10 @@ from dualenc.data.geometry import (
     project,
     seen,
 )
-from dualenc.data.modalities.base import DecodeError, modalities
+from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
 from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, coloured, to_tensor
 from dualenc.data.modalities.lidar import Motion
-from dualenc.data.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
+from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import DataError
 
 JSON = "json:cameras"

@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dualenc.config import Positive, Section, Share
-from dualenc.data.modalities.base import DecodeError, modalities
-from dualenc.data.patches import cut, grid, stack
+from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.naflex import cut, grid, stack
 
 if TYPE_CHECKING:
     from PIL import Image

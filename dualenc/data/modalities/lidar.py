@@ -21,9 +21,9 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section
-from dualenc.data.geometry import F64, checked_pose, ground_motion, moved
-from dualenc.data.modalities.base import DecodeError, modalities
-from dualenc.data.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
+from dualenc.data.driving.geometry import F64, checked_pose, ground_motion, moved
+from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
+from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import DataError
 
 F32 = npt.NDArray[np.float32]

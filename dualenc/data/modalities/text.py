@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section
-from dualenc.data.modalities.base import DecodeError, modalities
+from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import ConfigError
 
 _CLIP_VOCAB = 49408

@@ -1,0 +1,100 @@
+"""Pictures on their way into a shard: checked, made smaller, written anew."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from dualenc.data.modalities import DecodeError
+from dualenc.data.modalities.image import ImageInput, Picture
+from dualenc_data_tools.sources.source import BadMedia, SourceConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS: int = ImageInput.Config.model_fields["max_pixels"].default
+"""What the trainer accepts by default; larger pictures are dropped, or made smaller where ``size`` is given."""
+_HARD_LIMIT = 8 * MAX_PIXELS
+_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_WHITE = (255, 255, 255)
+
+
+class BadPicture(BadMedia):
+    """A picture cannot be packed."""
+
+
+def open_picture(raw: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
+    """The picture's header.
+
+    Raises:
+        BadPicture: "broken image" or "too large" (by the header: nothing is decoded).
+    """
+    from PIL import Image
+
+    try:
+        picture = Picture(raw, _WHITE)
+    except DecodeError as e:
+        bomb = isinstance(e.__cause__, Image.DecompressionBombError)
+        raise BadPicture("too large" if bomb else "broken image", str(e)) from e
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise BadPicture("too large", f"{width}×{height} px are more than {max_pixels:,} pixels")
+    return picture
+
+
+def decode(picture: Picture) -> Image.Image:
+    """Its pixels as upright RGB on white.
+
+    Raises:
+        BadPicture: "broken image".
+    """
+    try:
+        return picture.rgb()
+    except DecodeError as e:
+        raise BadPicture("broken image", str(e)) from e
+
+
+def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
+    """(ending, bytes) of a picture as the settings want it: the original bytes wherever nothing has to change.
+
+    Raises:
+        BadPicture: it is broken, or too large.
+    """
+    from PIL import Image
+
+    # A picture that is made smaller anyway may be larger than what the trainer takes.
+    picture = open_picture(raw, _HARD_LIMIT if cfg.size else MAX_PIXELS)
+    kind = format_of(raw)
+    too_long = cfg.size is not None and max(picture.size) > cfg.size
+    keep = cfg.encode == "keep" and not too_long and kind in _ENDINGS
+    if keep and not cfg.verify:
+        return _ENDINGS[kind], raw
+    image = decode(picture)
+    if keep:
+        return _ENDINGS[kind], raw
+    if too_long and cfg.size is not None:
+        scale = cfg.size / max(image.size)
+        image = image.resize([max(round(v * scale), 1) for v in image.size], Image.Resampling.LANCZOS)
+    # Formats the trainer does not read (TIFF, PPM) become PNG, which loses nothing; GIF and BMP too once decoded.
+    target = cfg.encode.upper() if cfg.encode != "keep" else kind if kind in ("JPEG", "WEBP") else "PNG"
+    return _ENDINGS[target], encode(image, target, cfg.quality)
+
+
+def encode(image: Image.Image, target: str, quality: int) -> bytes:
+    """RGB pixels as JPEG (4:4:4 from quality 90), WebP or PNG."""
+    out = io.BytesIO()
+    if target == "JPEG":
+        image.save(out, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
+    elif target == "WEBP":
+        image.save(out, "WEBP", quality=quality, method=6)
+    else:
+        image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def format_of(raw: bytes) -> str:
+    """Pillow's name of the format, by content: file names lie."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(raw)) as image:
+        return str(image.format)

@@ -1,0 +1,102 @@
+"""Sounds on their way into a shard: checked, cut, resampled, written anew."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from dualenc.data.modalities import DecodeError
+from dualenc_data_tools.sources.source import BadMedia, SourceConfig
+
+if TYPE_CHECKING:
+    from dualenc.data.modalities.sound_file import Sound
+
+MAX_SECONDS = 3600.0
+"""Longer sounds are packed as they are, but not written anew: they would have to stand in memory whole."""
+_BLOCK_SECONDS = 60
+_ENDINGS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "MPEG": "mp3"}
+_FORMATS: dict[str, dict[str, Any]] = {
+    "flac": {"format": "FLAC", "subtype": "PCM_16"},
+    "wav": {"format": "WAV", "subtype": "PCM_16"},
+    "ogg": {"format": "OGG", "subtype": "VORBIS"},
+}
+
+
+class BadSound(BadMedia):
+    """A sound cannot be packed."""
+
+
+def open_sound(raw: bytes) -> Sound:
+    """The sound's header.
+
+    Raises:
+        BadSound: "broken sound".
+    """
+    from dualenc.data.modalities.sound_file import Sound
+
+    try:
+        return Sound(raw)
+    except DecodeError as e:
+        raise BadSound("broken sound", str(e)) from e
+
+
+def decode(sound: Sound) -> None:
+    """Decode it once from end to end, a minute at a time.
+
+    Raises:
+        BadSound: "broken sound".
+    """
+    step = _BLOCK_SECONDS * sound.rate
+    try:
+        if sound.frames is None:
+            sound.read(0, step, sound.rate)
+            return
+        for start in range(0, sound.frames, step):
+            sound.read(start, min(step, sound.frames - start), sound.rate)
+    except DecodeError as e:
+        raise BadSound("broken sound", str(e)) from e
+
+
+def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
+    """(ending, bytes) of a sound as the settings want it: the original bytes wherever nothing has to change.
+
+    What is written anew is mono and 16 bits deep.
+
+    Raises:
+        BadSound: it is broken, or too long to be written anew.
+    """
+    sound = open_sound(raw)
+    too_long = cfg.seconds is not None and sound.seconds > cfg.seconds
+    other_rate = cfg.rate is not None and sound.rate != cfg.rate
+    if cfg.encode_audio == "keep" and not too_long and not other_rate and sound.format in _ENDINGS:
+        if cfg.verify:
+            decode(sound)
+        return _ENDINGS[sound.format], raw
+    seconds = min(sound.seconds, cfg.seconds or math.inf)
+    if seconds > MAX_SECONDS:
+        raise BadSound("too long", f"{seconds:,.0f} s are more than {MAX_SECONDS:,.0f}; set seconds to cut sounds")
+    rate = cfg.rate or sound.rate
+    try:
+        wave = sound.read(0, math.ceil(seconds * sound.rate), rate)
+    except DecodeError as e:
+        raise BadSound("broken sound", str(e)) from e
+    ending = "flac" if cfg.encode_audio == "keep" else cfg.encode_audio
+    return ending, encode(wave, rate, ending)
+
+
+def encode(wave: Any, rate: int, ending: str) -> bytes:
+    """Mono samples float32 [T] as FLAC or WAV (16 bits) or Ogg Vorbis. What is beyond full scale is made as loud as it.
+
+    Raises:
+        BadSound: the format does not know this rate.
+    """
+    import numpy as np
+    import soundfile
+
+    out = io.BytesIO()
+    try:
+        soundfile.write(out, np.clip(wave, -1, 1), rate, **_FORMATS[ending])
+    except (soundfile.SoundFileError, RuntimeError) as e:
+        raise BadSound("cannot be written", f"{ending} at {rate:,} Hz: {e}") from e
+    return out.getvalue()

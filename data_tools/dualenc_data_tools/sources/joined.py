@@ -1,0 +1,71 @@
+"""Rows of a JSON-lines file, each with the picture that stands for its class: pairs that nobody recorded together.
+
+For evaluations across modalities that share only their text (audio ↔ image in a model of image/text and audio/text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from dualenc.data.shards.reader import Found, iter_samples
+from dualenc.errors import ConfigError, DataError
+from dualenc_data_tools.sources.source import IMAGE_ENDINGS, Dropped, Record, SourceKind, sources
+from dualenc_data_tools.sources.tables import JsonlConfig, jsonl
+
+
+class JoinedConfig(JsonlConfig):
+    """``path=captions.jsonl pictures=train-*.tar by=label``, and in ``keys`` the picture of each value of ``by``."""
+
+    pictures: str | list[str] = Field(description="shards that hold the pictures")
+    by: str = Field("label", description="field whose value says which picture a row gets")
+    keys: dict[str, str] = Field(
+        min_length=1, description="value → key of the sample with the picture; rows with other values are left out"
+    )
+
+
+def joined(cfg: JoinedConfig) -> Iterator[Record | Dropped]:
+    """Records with the row's own media and the borrowed picture.
+
+    Raises:
+        DataError: a picture's key is in none of the shards.
+        ConfigError: ``keep`` leaves out the field ``by``.
+    """
+    pictures = borrowed(cfg.pictures, set(cfg.keys.values()))
+    if cfg.caption != cfg.by and (cfg.keep == "none" or (isinstance(cfg.keep, list) and cfg.by not in cfg.keep)):
+        raise ConfigError(f"joined.keep: it must hold {cfg.by!r}, the field of joined.by")
+    for record in jsonl(cfg):
+        if isinstance(record, Dropped):
+            yield record
+            continue
+        value = record.captions[0] if cfg.caption == cfg.by else record.fields.get(cfg.by)
+        key = cfg.keys.get(str(value))
+        if key is not None:
+            fields = {**record.fields, cfg.by: value}  # also where it is the caption: tasks tell classes apart by it
+            yield replace(record, media={"image": pictures[key], **record.media}, fields=fields)
+
+
+def borrowed(shards: str | list[str], keys: set[str]) -> dict[str, bytes]:
+    """Key → the bytes of that sample's picture.
+
+    Raises:
+        DataError: naming a key that is not there.
+    """
+    out: dict[str, bytes] = {}
+    for name, found in iter_samples(shards, {"image": list(IMAGE_ENDINGS)}):
+        key = name.rsplit("/", 1)[-1]
+        if key in keys and isinstance(found, Found) and "image" in found.values:
+            value: Any = found.values["image"]
+            out[key] = bytes(value)
+    missing = sorted(keys - set(out))
+    if missing:
+        raise DataError(f"joined.keys: no sample {missing[0]!r} with a picture in {shards} ({len(missing)} missing)")
+    return out
+
+
+sources.register("joined")(
+    SourceKind(JoinedConfig, joined, "rows of a JSON-lines file, each with the picture of its class from shards")
+)

@@ -1,0 +1,188 @@
+"""Shards with the same bytes for the same samples, that appear only when they are whole."""
+
+from __future__ import annotations
+
+import io
+import re
+import string
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from dualenc.data.shards.index import INDEX_NAME, SIDECAR, build_index, load_index
+from dualenc.data.shards.reader import REFUSED
+from dualenc.data.shards.tar import unsafe
+from dualenc.errors import ConfigError, DataError
+
+PATTERN = "{split}-{shard:06d}.tar"
+_PARTIAL = ".partial"
+_NAME_BYTES = 100
+"""Longest member name in a ustar header without a prefix, which every reader understands."""
+
+
+class ShardWriter:
+    """Writes samples into ``split-000000.tar``, ``split-000001.tar``, … of one folder.
+
+    Headers hold nothing that changes from run to run (mtime 0, uid and gid 0, mode 644, ustar); samples and members
+    stand in the order they are given. Until :meth:`close` the shards have hidden names, then all of them appear and
+    what they replace goes; an exception inside ``with`` leaves the folder as it was.
+
+    Args:
+        out_dir: the folder; made if it is not there.
+        pattern: the shards' names, with ``{split}`` and ``{shard:06d}``.
+        max_samples, max_bytes: a shard ends before it would hold more (a single sample may be larger).
+        overwrite: shards of the same split may be there and are replaced.
+
+    Raises:
+        ConfigError: a bad pattern, or shards of this split are there already.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        pattern: str = PATTERN,
+        max_samples: int = 1000,
+        max_bytes: float = 500e6,
+        split: str = "train",
+        overwrite: bool = False,
+    ) -> None:
+        self.out = Path(out_dir)
+        self.pattern, self.split = _checked(pattern), safe_split(split)
+        self.max_samples, self.max_bytes = max_samples, max_bytes
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._replaced = self._existing()
+        if self._replaced and not overwrite:
+            first = self._replaced[0].name
+            raise ConfigError(f"{self.out} holds {first} already: choose another folder, or pass overwrite=true")
+        for left in self.out.glob("." + self._name("*") + _PARTIAL):
+            left.unlink()
+        self.samples = 0
+        self._paths: list[Path] = []
+        self._tar: tarfile.TarFile | None = None
+        self._in_shard = 0
+        self._last = ""
+
+    def write(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Append a sample: ``KEY.ENDING`` for every ending, in the order of ``members``.
+
+        Raises:
+            DataError: the key or an ending cannot be a member name, or the members hold pickled objects.
+        """
+        _check_names(key, members)
+        if key == self._last:
+            raise DataError(f"The key {key!r} is given twice in a row: readers would take both samples for one")
+        self._last = key
+        added = sum(512 + -(-len(raw) // 512) * 512 for raw in members.values())
+        if self._tar is not None and (self._in_shard >= self.max_samples or self._tar.offset + added > self.max_bytes):
+            self._end_shard()
+        if self._tar is None:
+            path = self.out / self._name(len(self._paths))
+            self._paths.append(path)
+            self._tar = tarfile.open(_partial(path), "w", format=tarfile.USTAR_FORMAT)
+        for ending, raw in members.items():
+            info = tarfile.TarInfo(f"{key}.{ending}")
+            info.size = len(raw)
+            self._tar.addfile(info, io.BytesIO(raw))
+        self._in_shard += 1
+        self.samples += 1
+
+    def close(self, index: bool = True) -> list[Path]:
+        """Give the shards their names and (by default) write the folder's index; return their paths."""
+        self._end_shard()
+        gone = {p.name for p in self._replaced} - {p.name for p in self._paths}
+        for path in self._paths:
+            _partial(path).replace(path)
+        for path in self._replaced:
+            Path(f"{path}{SIDECAR}").unlink(missing_ok=True)
+            if path.name in gone:
+                path.unlink()
+        self._forget(gone)
+        if index and self._paths:
+            build_index([str(p) for p in self._paths], self.out)
+        return self._paths
+
+    def abort(self) -> None:
+        """Delete what was written; what was there before stays."""
+        self._end_shard()
+        for path in self._paths:
+            _partial(path).unlink(missing_ok=True)
+        self._paths = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _end_shard(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+            self._tar, self._in_shard = None, 0
+
+    def _name(self, shard: int | str) -> str:
+        if isinstance(shard, int):
+            return self.pattern.format(split=self.split, shard=shard)
+        return re.sub(r"\{shard[^}]*\}", shard, self.pattern).format(split=self.split)
+
+    def _existing(self) -> list[Path]:
+        number = re.compile(re.escape(self._name("\0")).replace(re.escape("\0"), r"\d+"))
+        return sorted(p for p in self.out.iterdir() if number.fullmatch(p.name))
+
+    def _forget(self, names: set[str]) -> None:
+        """Take shards that are gone out of the index."""
+        path = self.out / INDEX_NAME
+        if not names or not path.is_file():
+            return
+        index = load_index(str(path))
+        index.shards = [s for s in index.shards if s.url not in names]
+        index.write(path)
+
+
+def safe_split(split: str) -> str:
+    """A split's name as part of a file name.
+
+    Raises:
+        ConfigError: for anything but letters, digits, ``_``, ``-`` and ``.`` (not in front).
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]{0,63}", split):
+        raise ConfigError(
+            f"split {split!r} cannot be part of a file name: use letters, digits, _ and -, such as 'train'"
+        )
+    return split
+
+
+def _checked(pattern: str) -> str:
+    fields = [(name, spec) for _, name, spec, _ in string.Formatter().parse(pattern) if name is not None]
+    if not pattern.endswith(".tar") or "/" in pattern or {n for n, _ in fields} - {"split"} != {"shard"}:
+        raise ConfigError(
+            f"pattern {pattern!r}: write a file name with {{shard:06d}} that ends in .tar, such as {PATTERN!r}"
+        )
+    return pattern
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PARTIAL}")
+
+
+def _check_names(key: str, members: Mapping[str, bytes]) -> None:
+    if not key or "." in key.rsplit("/", 1)[-1] or unsafe(key) or not key.isprintable():
+        raise DataError(f"{key!r} cannot be a key: no dot, no leading slash, no '..'; dots end the key in a shard")
+    if not members:
+        raise DataError(f"sample {key!r} has no members")
+    for ending in members:
+        if ending.lower().rsplit(".", 1)[-1] in REFUSED:
+            raise DataError(
+                f"{key}.{ending}: pickled objects can run code when read; store plain bytes, json or npy instead"
+            )
+        if not re.fullmatch(r"[a-z0-9_][a-z0-9_.\-]*", ending):
+            raise DataError(f"{key}.{ending}: an ending is lower-case letters, digits, '_', '-' and '.', such as 'jpg'")
+        if len(f"{key}.{ending}".encode()) > _NAME_BYTES:
+            raise DataError(f"{key}.{ending}: the name is longer than {_NAME_BYTES} bytes; shorten the key")

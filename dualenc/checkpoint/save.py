@@ -1,0 +1,306 @@
+"""Saves that are atomic, verified, found by themselves, and independent of engine and world size.
+
+    RUN/checkpoints/step-0000000100/
+        model/                   the bundle: what `dualenc eval` loads (the moving average, if the recipe keeps one)
+        weights.safetensors      the trained weights, only where model/ holds their moving average, or where a loss
+                                 has heads of its own, which are no part of the model
+        teachers.safetensors     when distilling: the state of teachers that follow the student
+        optimizer.safetensors    optimizer state by parameter name, whatever engine wrote it
+        state.json               step, samples_seen, lost-sample counts, small optimizer values
+        manifest.json            size and sha256 of every file above, written last
+
+In a sharded save every rank writes what it holds (:mod:`dualenc.checkpoint.ranges`): the three files of tensors are
+then ``model/model-00001-of-00008.safetensors`` and so on. The folder must be one that all ranks see.
+
+A folder without a manifest, or whose files differ from it, is not a save: the newest good one is used instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dualenc.checkpoint.ranges import Files, Joined, Piece, file_name, find, stored, write
+from dualenc.config import Recipe
+from dualenc.distributed.world import World, all_gather_object, broadcast_object
+from dualenc.errors import CheckpointError, DualencError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SHARDED_FROM = 8 * 2**30
+"""Bytes of weights and optimizer state from which ``checkpoint.sharded: auto`` lets every rank write its own.
+
+Below that (about 700 M parameters under AdamW) one file is what people want to copy and open, and rank 0 collects,
+hashes and writes it in seconds. Where every rank holds everything (DDP, ZeRO 0) nothing is collected at any size.
+"""
+_STEP = re.compile(r"step-(\d{10})$")
+_STATES = {"adamw": 2, "muon": 2, "sgd": 1}  # of a parameter's size; Muon has one for matrices and AdamW's for the rest
+
+
+@dataclass
+class TrainState:
+    """Everything besides tensors that a run needs to go on. The data order and all random draws are functions of
+    ``step`` and the recipe, so no loader or RNG state is kept."""
+
+    step: int = 0
+    samples_seen: int = 0
+    nonfinite_steps: int = 0
+    ledger: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the save of ``step`` stands."""
+    return run_dir / "checkpoints" / f"step-{step:010d}"
+
+
+def is_sharded(recipe: Recipe, parameters: int, trained: int, world_size: int) -> bool:
+    """Whether saves of this run are sharded: ``checkpoint.sharded``, and what ``auto`` means.
+
+    Args:
+        parameters, trained: their numbers; weights and state are fp32.
+    """
+    said = recipe.checkpoint.sharded
+    if said != "auto":
+        return said
+    engine = recipe.engine
+    cut = engine.parallel == "fsdp2" if engine.kind == "accelerate" else engine.zero_stage > 0
+    copies = 2 if recipe.optim.ema_samples or recipe.optim.trajectory else 1
+    return cut and world_size > 1 and 4 * (copies * parameters + _STATES[recipe.optim.name] * trained) >= SHARDED_FROM
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes one save: a context that stages files in a hidden folder and renames it when all are on disk.
+
+    All ranks enter and leave it together, and the folder must be on a file system that all of them see. What is not a
+    piece is written by rank 0. Every rank hashes what it wrote, so rank 0 reads nothing of the others'. An exception on
+    any rank removes the folder and is raised there; on the others it is a DualencError that names the rank (no
+    CheckpointError: a new start may well find room on the disk).
+    """
+
+    def __init__(self, run_dir: Path, step: int, world: World | None = None) -> None:
+        self.world = world or World()
+        self.final = folder_of(run_dir, step)
+        own = self.final.with_name(f".writing-{self.final.name}-{os.getpid()}")
+        self.folder = broadcast_object(own, self.world)
+        self._mine: dict[str, list[Any]] = {}
+        self._given_up: str | None = None
+        self._over = False  # no more messages: a rank has failed, and it waits for none
+
+    def __enter__(self) -> Saver:
+        error: OSError | None = None
+        if self.world.rank == 0:
+            try:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+            except OSError as e:
+                error = e
+        self._exchange({}, error)
+        if error is not None:
+            raise error
+        self._raise_if_given_up()
+        return self
+
+    def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write a safetensors file (rank 0)."""
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(self.folder / name))
+
+    def pieces(self, stem: str, pieces: Iterable[Piece]) -> None:
+        """Write this rank's file of ``stem`` (every rank)."""
+        path = self.folder / file_name(stem, self.world.rank, self.world.world_size)
+        path.parent.mkdir(exist_ok=True)
+        write(path, pieces)
+        _fsync(path)
+        self._mine[str(path.relative_to(self.folder))] = _digest(path)
+
+    def written(self) -> dict[str, list[Any]]:
+        """Size and sha256 of all ranks' pieces by file name, on all ranks, which must call it alike.
+
+        Raises:
+            DualencError: if a rank could not write its own.
+        """
+        all_files = self._exchange(self._mine, None)
+        self._raise_if_given_up()
+        return all_files
+
+    def state(self, state: TrainState) -> None:
+        """Write state.json (rank 0)."""
+        (self.folder / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        pieces = {} if self._over else self._exchange(self._mine, error)
+        finished = None
+        if not self._over and self.world.rank == 0:
+            try:
+                self._finish(pieces)
+            except OSError as e:
+                finished = e
+        if not self._over:
+            self._exchange({}, finished)
+        if self._over and self.world.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if finished is not None:
+            raise finished
+        if error is None:
+            self._raise_if_given_up()
+
+    def _finish(self, pieces: dict[str, list[Any]]) -> None:
+        """Rank 0, when all ranks have written: the manifest, then the save's name."""
+        for name, (size, _) in pieces.items():
+            if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
+                raise OSError(f"{self.folder / name}, {size} bytes, is not seen by rank 0: is the run folder shared?")
+        own = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
+        own = [p for p in own if str(p.relative_to(self.folder)) not in pieces]
+        files = pieces | {str(p.relative_to(self.folder)): _digest(p) for p in own}
+        manifest = self.folder / MANIFEST
+        manifest.write_text(json.dumps(dict(sorted(files.items())), indent=1), encoding="utf-8")
+        folders = [p for p in self.folder.rglob("*") if p.is_dir()]
+        for path in [*own, *folders, manifest, self.folder]:
+            _fsync(path)
+        if self.final.exists():  # a save of the same step from before a resume: the new one replaces it
+            shutil.rmtree(self.final)
+        self.folder.rename(self.final)
+        _fsync(self.final.parent)
+
+    def _exchange(self, files: dict[str, list[Any]], error: BaseException | None) -> dict[str, list[Any]]:
+        """Every rank's files, or the first error, which ends the save on all ranks.
+
+        A rank that fails between two exchanges brings its error to the next one, so nobody waits for it in vain.
+        """
+        said = None if error is None else f"{type(error).__name__}: {error}"
+        before, self._over = self._over, True  # if the exchange itself fails, there is nobody to talk to
+        found = all_gather_object((files, said), self.world)
+        self._over = before
+        for rank, (_, failed) in enumerate(found):
+            if failed is not None:
+                self._over = True
+                self._given_up = f"The save {self.final.name} was given up: rank {rank} failed ({failed})"
+                break
+        return {name: digest for own, _ in found for name, digest in own.items()}
+
+    def _raise_if_given_up(self) -> None:
+        if self._over:
+            raise DualencError(self._given_up or f"The save {self.final.name} was given up")
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Keep the newest ``keep`` saves; also sweep what a killed writer left staged."""
+    saves = list_saves(run_dir)
+    for path in saves[:-keep]:
+        shutil.rmtree(path)
+    for path in (run_dir / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def list_saves(run_dir: Path) -> list[Path]:
+    """Finished saves, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = [p for p in folder.iterdir() if _STEP.search(p.name)] if folder.is_dir() else []
+    return sorted(p for p in found if (p / MANIFEST).is_file())
+
+
+def newest_good(run_dir: Path, world: World | None = None) -> Path | None:
+    """The newest save whose every file is as it was written; damaged ones are named in a warning and passed over.
+
+    With a world of several ranks, every rank calls it and reads its share of the files.
+    """
+    world = world or World()
+    for path in reversed(broadcast_object(list_saves(run_dir), world)):
+        damage = damaged(path, world)
+        if damage is None:
+            return path
+        if world.rank == 0:
+            logger.warning("Passing over %s: %s", path, damage)
+    return None
+
+
+def damaged(save: Path, world: World | None = None) -> str | None:
+    """What is wrong with a save, or None; the same on all ranks of ``world``, each of which reads its share of it."""
+    world = world or World()
+    found = [d for d in all_gather_object(_damaged(save, world.rank, world.world_size), world) if d is not None]
+    return found[0] if found else None
+
+
+def _damaged(save: Path, rank: int, world_size: int) -> str | None:
+    try:
+        files = json.loads((save / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as e:
+        return f"its manifest cannot be read ({e})"
+    by_size = sorted(files.items(), key=lambda item: (-item[1][0], item[0]))
+    for name, digest in by_size[rank::world_size]:
+        path = save / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _digest(path) != digest:
+            return f"{name} is not what was written (size or sha256 differs)"
+    return None
+
+
+def refuse_damaged(save: Path, world: World | None = None) -> None:
+    """Raise unless ``save`` is finished and undamaged; every rank of ``world`` calls it.
+
+    Raises:
+        CheckpointError: if the folder is not a save, or a file in it is missing or changed.
+    """
+    if not (save / MANIFEST).is_file():
+        raise CheckpointError(f"{save} is not a finished save: it has no {MANIFEST}")
+    damage = damaged(save, world)
+    if damage is not None:
+        raise CheckpointError(f"{save} cannot be used: {damage}")
+
+
+def load_state(save: Path) -> TrainState:
+    """Read state.json of a save that was found good."""
+    return TrainState(**json.loads((save / "state.json").read_text(encoding="utf-8")))
+
+
+def optimizer_state(save: Path) -> Files:
+    """The optimizer state, whole or in pieces."""
+    return stored(save, "optimizer")
+
+
+def trained_weights(save: Path) -> Files:
+    """The weights training goes on with (not their moving average)."""
+    return stored(save, "weights") if has_average(save) else stored(save / "model", "model")
+
+
+def average_weights(save: Path) -> Joined:
+    """The moving average of the weights; only where :func:`has_average`. Heads that only a loss uses are not part of
+    the bundle: their average starts again from the trained ones."""
+    return Joined(stored(save / "model", "model"), trained_weights(save))
+
+
+def has_average(save: Path) -> bool:
+    """Whether the trained weights stand beside the bundle: it holds their moving average, or lacks a loss's heads."""
+    return bool(find(save, "weights"))
+
+
+def _digest(path: Path) -> list[Any]:
+    with path.open("rb") as f:
+        return [path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,306 @@
+"""Samples of a step → batch: found in their shards, decoded, augmented, collated; what a data worker runs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from dualenc.config import Data
+from dualenc.data.batch import ABSENT, BadSample, Batch
+from dualenc.data.driving.places import by_slot
+from dualenc.data.modalities.modality import DecodeError, ModalityInput
+from dualenc.data.order import Plan, Refs
+from dualenc.data.shards.index import ShardSet
+from dualenc.data.shards.reader import Reader, SampleError, check_members
+from dualenc.data.shards.remote import ShardCache
+from dualenc.data.shards.tar import Sample
+from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_HOPELESS = 16
+_ZEROS = np.zeros(4, np.uint64)
+_thread = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error on its way from a worker to the consumer: the class and its sentence, without the worker's traceback."""
+
+    error: DualencError
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A modality's item once more, as another model takes it: a teacher's picture size or tokenizer.
+
+    Attributes:
+        modality: whose raw value is used; a view has a row wherever that modality has one.
+        input: how it becomes a row. Drawn from the same random state as the student's row, an equal augmentation gives
+            the same crop, caption, …
+        plain: the item as in evaluation instead.
+    """
+
+    modality: str
+    input: ModalityInput
+    plain: bool = False
+
+
+class StepDataset(Dataset[Any]):
+    """Step number → batch. Lives in every worker; opens its files on first use, so that nothing is shared."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sets: Sequence[ShardSet],
+        inputs: Mapping[str, ModalityInput],
+        pairs: Sequence[tuple[str, str]],
+        wanted: Sequence[Mapping[str, Sequence[str]]],
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world: int,
+        cache: ShardCache | None,
+        data: Data,
+        views: Mapping[str, View] | None = None,
+        redraw: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        self.views, self.redraw = dict(views or {}), dict(redraw or {})
+        self.plan, self.sets, self.inputs, self.pairs, self.wanted = plan, sets, inputs, list(pairs), wanted
+        self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
+        self.cache, self.data = cache, data
+        self.modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
+        self._reader: Reader | None = None
+        self._owner = 0
+        self._used = [0] * len(sets)
+        self._lost = [0] * len(sets)
+
+    def close(self) -> None:
+        """Close this process's files."""
+        if self._reader is not None and self._owner == os.getpid():
+            self._reader.close()
+        self._reader = None
+
+    def __getitem__(self, step: int) -> Batch | Failure:
+        begin = time.perf_counter()
+        try:
+            batch = self.make(self.plan.local(step, self.rank, self.world, self.batch_size), step)
+        except DualencError as e:
+            return Failure(e)
+        batch.load_s = time.perf_counter() - begin
+        return batch
+
+    def make(self, refs: Refs, step: int) -> Batch:
+        """Read, decode and collate the samples of ``refs``."""
+        reader = self._open()
+        rows: dict[str, list[Any]] = {m: [] for m in (*self.modalities, *self.views)}
+        slots: dict[str, list[int]] = {m: [] for m in self.modalities}
+        ids, keys, bad = [ABSENT] * len(refs), [], []
+        at = zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), refs.passes.tolist(), strict=True)
+        for slot, (source, shard, i, one) in enumerate(at):
+            name = self.sets[source].names[shard]
+            key, same = f"#{i}", self.data.sources[source].same
+            try:
+                sample = reader.locate(source, shard, i)
+                key = sample.key
+                pair = _pair(reader, source, shard, sample, same) if same else None
+                made = self._rows(reader, source, shard, sample, one)
+            except SampleError as e:
+                bad.append(BadSample(self.sets[source].source, name, key, e.member, e.reason))
+                self._lost[source] += 1
+                made = {}
+            full = f"{self.sets[source].source}/{name}/{key}"
+            keys.append(full)
+            if made:
+                self._used[source] += 1
+                ids[slot] = stable_id(full if pair is None else f"{self.sets[source].source}\0{pair}")
+            for m, row in made.items():
+                rows[m].append(row)
+                if m in slots:
+                    slots[m].append(slot)
+        self._refuse_hopeless(bad)
+        inputs = {m: self.inputs[m].collate(rows[m] or [self.inputs[m].dummy()]) for m in self.modalities}
+        places = {m: torch.tensor(slots[m], dtype=torch.long) for m in self.modalities}
+        extras: dict[str, dict[str, torch.Tensor]] = {}
+        for m, x in inputs.items():
+            labels: dict[str, torch.Tensor] = x.pop("labels", {}) if isinstance(x, dict) else {}  # type: ignore[assignment]
+            for name, values in by_slot(labels, places[m], len(refs)).items():
+                extras.setdefault(name, {})[m] = values
+        return Batch(
+            size=len(refs),
+            inputs=inputs,
+            rows=places,
+            ids=torch.tensor(ids, dtype=torch.long),
+            keys=keys,
+            step=step,
+            bad=bad,
+            passes=torch.from_numpy(refs.passes.astype(np.int64)),
+            views={n: v.input.collate(rows[n] or [v.input.dummy()]) for n, v in self.views.items()},
+            extras=extras,
+        )
+
+    def _rows(self, reader: Reader, source: int, shard: int, sample: Sample, one: int) -> dict[str, Any]:
+        """The rows of one sample, by modality and by view."""
+        wanted = self.wanted[source]
+        found = reader.find(source, shard, sample, wanted)
+        if not any(a in found.values and b in found.values for a, b in self.pairs):
+            m, looked = next((m, e) for m, e in wanted.items() if m not in found.values)
+            raise SampleError("", f"no member for {m} (looked for {', '.join(looked)})")
+        full = f"{self.sets[source].source}/{self.sets[source].names[shard]}/{sample.key}"
+        partner = self._partner(reader, source, shard, full, one)
+        out: dict[str, Any] = {}
+        for m, raw in found.values.items():
+            part: Any = self.inputs[m]
+            seed, passes = self.redraw.get(m, (self.seed, one + 1))
+            try:
+                item = part.decode(raw)
+                if getattr(part, "placed", None) is not None:
+                    item = part.placed(item, sample_rng(self.seed, full, one, "places"))
+                rng = sample_rng(seed, full, one % passes, m)
+                if partner.keys() >= found.values.keys():
+                    item = part.mix(item, partner[m], rng)
+                out[m] = part.train(item, rng)
+                for name, view in self.views.items():
+                    if view.modality == m:
+                        item = view.input.decode(raw)
+                        draw = sample_rng(seed, full, one % passes, m)
+                        out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
+            except DecodeError as e:
+                raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
+        return out
+
+    def _partner(self, reader: Reader, source: int, shard: int, full: str, one: int) -> dict[str, Any]:
+        """Decoded items of the sample that is mixed into this one: any of its shard, which is open already; empty
+        where none is. One that cannot be used is left out here: it is counted when its own turn comes."""
+        if not self.data.mix:
+            return {}
+        rng = sample_rng(self.seed, full, one, "mix")
+        if rng.random() >= self.data.mix:
+            return {}
+        try:
+            other = reader.locate(source, shard, int(rng.integers(self.sets[source].infos[shard].samples)))
+            found = reader.find(source, shard, other, self.wanted[source])
+            return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
+        except (SampleError, DecodeError) as e:
+            logger.debug("nothing is mixed into %s: %s", full, e)
+            return {}
+
+    def _refuse_hopeless(self, bad: list[BadSample]) -> None:
+        """A source of which nothing was usable so far has a wrong key or ending: say so now, not after a pass."""
+        for source, (used, lost) in enumerate(zip(self._used, self._lost, strict=True)):
+            if used == 0 and lost >= _HOPELESS:
+                name = self.sets[source].source
+                last = next((b for b in reversed(bad) if b.source == name), None)
+                why = f": {last.shard}/{last.key}: {last.reason}" if last else ""
+                raise DataError(f"None of the first {lost} samples of source {name!r} could be used{why}")
+
+    def _open(self) -> Reader:
+        if self._reader is None or self._owner != os.getpid():
+            # After a fork the parent's file offsets and connections are not ours.
+            self._reader = Reader(self.sets, self.cache, self.data.retries, self.data.window * self.data.lanes)
+            self._owner = os.getpid()
+        return self._reader
+
+
+class StepSampler(Sampler[int]):
+    """The steps from start to stop, in order; torch hands whole steps to its workers in turn."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.stop))
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def members_of(
+    data: Data, i: int, inputs: Mapping[str, ModalityInput], pairs: Sequence[tuple[str, str]]
+) -> dict[str, list[str]]:
+    """Modality → endings of source i.
+
+    A source that has ``members`` brings the modalities named there and no others; one without brings every modality of
+    the pairs, under the usual endings, as far as each sample has it.
+
+    Raises:
+        ConfigError: for an unknown modality, a source that cannot make any pair, an ending that holds pickles.
+    """
+    source = data.sources[i]
+    where = f"data.sources.{i}.members"
+    paired = list(dict.fromkeys(m for pair in pairs for m in pair))
+    if "/" in source.name:
+        raise ConfigError(f"data.sources.{i}.name: {source.name!r} must not have a '/' in it.")
+    for m in source.members:
+        if m not in inputs:
+            raise ConfigError(f"{where}: there is no modality {m!r}. {did_you_mean(m, inputs)}")
+    out = {m: list(source.members.get(m) or inputs[m].default_members) for m in paired}
+    if source.members:
+        out = {m: e for m, e in out.items() if m in source.members}
+    if not any(a in out and b in out for a, b in pairs):
+        raise ConfigError(f"{where}: {sorted(out)} make none of the pairs {[list(p) for p in pairs]}.")
+    check_members(out, where)
+    if source.same is not None:
+        check_members({"same": [source.same]}, f"data.sources.{i}")
+    return out
+
+
+def check_mix(data: Data, inputs: Mapping[str, ModalityInput], pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuse ``data.mix`` where a modality cannot be mixed.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    rigid = sorted({m for pair in pairs for m in pair if not hasattr(inputs[m], "mix")})
+    if data.mix and rigid:
+        raise ConfigError(
+            f"data.mix: {data.mix:g} needs modalities that can be mixed; {rigid[0]!r} cannot: leave it out."
+        )
+
+
+def _pair(reader: Reader, source: int, shard: int, sample: Sample, same: str) -> str:
+    """The value that makes samples one pair, as text. Raises SampleError where the sample has none."""
+    found = reader.find(source, shard, sample, {"same": [same]}).values
+    if "same" not in found:
+        raise SampleError(same, f"there is no {same}, which data.sources.{source}.same takes pairs from")
+    value = found["same"]
+    return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value)
+
+
+def stable_id(key: str) -> int:
+    """A 63-bit number for a sample id, the same on every rank: a sample drawn twice is its own positive."""
+    return (
+        int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
+    )
+
+
+def sample_rng(seed: int, key: str, one: int, modality: str) -> np.random.Generator:
+    """The generator for one sample's augmentation in one pass: Philox (Salmon et al. 2011) keyed by blake2b.
+
+    A thread has one generator that is set to the key, which is several times faster than making one for each sample;
+    what an earlier call returned must not be used any more.
+    """
+    text = f"{seed}\0{one}\0{modality}\0{key}".encode("utf-8", "surrogateescape")
+    words = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), np.dtype("<u8"))
+    if not hasattr(_thread, "rng"):
+        _thread.rng = np.random.Generator(np.random.Philox(key=0))
+    rng: np.random.Generator = _thread.rng
+    rng.bit_generator.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": _ZEROS, "key": words},
+        "buffer": _ZEROS,
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return rng

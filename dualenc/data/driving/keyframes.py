@@ -1,0 +1,351 @@
+"""Keyframes of driving data sets, read from their own files: pictures, one sweep, calibration, boxes.
+
+Every sensor carries its own pose to a common frame, ego (:mod:`dualenc.data.driving.geometry`), so nothing that
+looks at one sensor has to know another. KITTI (Geiger et al. 2012) has no ego frame of its own: its
+Velodyne's stands for it. nuScenes (Caesar et al. 2020, arXiv 1903.11027): ego is the car when the sweep was taken; that
+the car moved before a picture was taken is in the picture's pose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualenc.data.driving.geometry import F64, Bools, inverse, pose, project, rotation_of, split_projection
+from dualenc.errors import DataError, did_you_mean
+
+MARGIN = 1.05
+"""Labels are tight: a box takes in the points of one this much larger."""
+MIN_POINTS, MIN_PX, MIN_INSIDE = 10, 24, 0.7
+"""Less of an object than this many points, pixels in either direction, or share of its area in the picture is too
+little to tell what it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """A labelled object: its class, which object it is, its centre [3], axes [3, 3] (columns) and half sizes [3]."""
+
+    cls: str
+    instance: str
+    center: F64
+    axes: F64
+    half: F64
+
+    def corners(self) -> F64:
+        """[8, 3], in the box's own frame of reference."""
+        signs = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
+        return np.asarray(self.center + (signs * self.half) @ self.axes.T)
+
+    def inside(self, points: F64) -> Bools:
+        """[n]: which of ``points [n, 3]`` are in the box, or just around it."""
+        return np.asarray((np.abs((points - self.center) @ self.axes) <= MARGIN * self.half).all(1))
+
+    def moved(self, by: F64) -> Box:
+        """The same object seen from another frame."""
+        center = by[:3, :3] @ self.center + by[:3, 3]
+        return Box(self.cls, self.instance, center, by[:3, :3] @ self.axes, self.half)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One camera's picture.
+
+    Attributes:
+        size: (width, height) that the calibration is of; None: it does not say.
+        intrinsics: [3, 3]; to_ego: [4, 4] camera → ego.
+        drive: the drive that the calibration is of.
+    """
+
+    name: str
+    path: Path
+    size: tuple[int, int] | None
+    intrinsics: F64
+    to_ego: F64
+    drive: str
+
+
+@dataclass(frozen=True, eq=False)
+class Keyframe:
+    """One sweep and the pictures taken with it.
+
+    Attributes:
+        columns: what the numbers of a point in the file are; top: largest intensity.
+        lidar_to_ego: [4, 4]; ego_pose: [4, 4] ego → world, where the data set says.
+        boxes: in ego.
+    """
+
+    id: str
+    drive: str
+    sweep: Path
+    columns: tuple[str, ...]
+    top: float
+    lidar_to_ego: F64
+    views: tuple[View, ...]
+    ego_pose: F64 | None = None
+    boxes: tuple[Box, ...] = ()
+
+    def points(self) -> F64:
+        """[n, C]: the sweep as it was measured, intensity in 0 … 1. Raises DataError for a broken file."""
+        try:
+            raw = self.sweep.read_bytes()
+        except FileNotFoundError as e:
+            raise DataError(_missing(self.sweep)) from e
+        except OSError as e:
+            raise DataError(f"Cannot read {self.sweep}: {e}") from e
+        if not raw or len(raw) % (4 * len(self.columns)):
+            raise DataError(
+                f"{self.sweep} has {len(raw)} bytes, no whole number of points of {len(self.columns)} numbers"
+            )
+        out = np.frombuffer(raw, dtype="<f4").reshape(-1, len(self.columns)).astype(np.float64)
+        out[:, 3] /= self.top
+        return out
+
+
+def part_seen(
+    box: Box, points: F64, intrinsics: F64, size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
+    """The part of a picture that shows an object.
+
+    Args:
+        box: in the camera's frame; points: [n, ≥ 3] inside the picture, in that frame.
+        intrinsics: [3, 3]; size: (width, height) of the picture.
+
+    Returns:
+        (left, top, right, bottom) in pixels; None when too little of the object is seen.
+    """
+    corners = box.corners()
+    if (corners[:, 2] <= 0).any():
+        return None
+    uv = project(corners, np.eye(4), intrinsics)[0]
+    low, high = uv.min(0), uv.max(0)
+    a, b = np.clip(low, 0, size), np.clip(high, 0, size)
+    if (b - a < MIN_PX).any() or np.prod(b - a) < MIN_INSIDE * np.prod(high - low):
+        return None
+    if int(box.inside(points[:, :3]).sum()) < MIN_POINTS:
+        return None
+    return float(a[0]), float(a[1]), float(b[0]), float(b[1])
+
+
+# --- KITTI --------------------------------------------------------------------------------------------------------
+
+
+def kitti_object(folder: str | Path, boxes: bool = True) -> Iterator[Keyframe]:
+    """The 3D object set's ``image_2``, ``velodyne``, ``calib`` and ``label_2`` below ``folder`` (``…/training``).
+
+    Raises:
+        DataError: a folder or file that is missing or broken.
+    """
+    folder = Path(folder)
+    images = sorted((folder / "image_2").glob("*.png"))
+    if not images:
+        raise DataError(f"there are no pictures in {folder / 'image_2'}")
+    for path in images:
+        given = _kitti_numbers(folder / "calib" / f"{path.stem}.txt", {"P2": 12, "R0_rect": 9, "Tr_velo_to_cam": 12})
+        rectified = _rows(given["R0_rect"], 3, 3) @ _rows(given["Tr_velo_to_cam"], 3, 4)
+        K, shift = split_projection(given["P2"].reshape(3, 4))
+        labels = folder / "label_2" / f"{path.stem}.txt"
+        found = _kitti_boxes(labels, path.stem, inverse(rectified)) if boxes and labels.is_file() else []
+        view = View("image_2", path, None, K, inverse(shift @ rectified), "")
+        sweep = folder / "velodyne" / f"{path.stem}.bin"
+        yield Keyframe(path.stem, "", sweep, _KITTI_COLUMNS, 1.0, np.eye(4), (view,), boxes=tuple(found))
+
+
+def kitti_raw(folder: str | Path, cameras: tuple[str, ...] = ("02", "03")) -> Iterator[Keyframe]:
+    """A synced and rectified drive, ``…/2011_09_26/2011_09_26_drive_0001_sync``; calibration lies beside it.
+
+    Raises:
+        DataError: a folder or file that is missing or broken.
+    """
+    folder = Path(folder)
+    sweeps = sorted((folder / "velodyne_points" / "data").glob("*.bin"))
+    if not sweeps:
+        raise DataError(f"there are no sweeps in {folder / 'velodyne_points' / 'data'}")
+    need = {"R_rect_00": 9} | {f"P_rect_{c}": 12 for c in cameras} | {f"S_rect_{c}": 2 for c in cameras}
+    given = _kitti_numbers(folder.parent / "calib_cam_to_cam.txt", need)
+    velo = _kitti_numbers(folder.parent / "calib_velo_to_cam.txt", {"R": 9, "T": 3})
+    rectified = _rows(given["R_rect_00"], 3, 3) @ pose(velo["R"].reshape(3, 3), velo["T"])
+    date = folder.parent.name
+    for sweep in sweeps:
+        views = []
+        for c in cameras:
+            K, shift = split_projection(given[f"P_rect_{c}"].reshape(3, 4))
+            width, height = (int(v) for v in given[f"S_rect_{c}"])
+            path = folder / f"image_{c}" / "data" / f"{sweep.stem}.png"
+            # A day's drives share a calibration; the drive's name begins with its day.
+            drive = folder.name if folder.name.startswith(date) else date
+            views.append(View(f"image_{c}", path, (width, height), K, inverse(shift @ rectified), drive))
+        name = f"{folder.name}_{sweep.stem}"
+        yield Keyframe(name, folder.name, sweep, _KITTI_COLUMNS, 1.0, np.eye(4), tuple(views))
+
+
+_KITTI_COLUMNS = ("x", "y", "z", "intensity")
+
+
+def _rows(numbers: F64, rows: int, columns: int) -> F64:
+    """Numbers of a calibration as a pose [4, 4]."""
+    out = np.eye(4)
+    out[:rows, :columns] = numbers.reshape(rows, columns)
+    return out
+
+
+def _kitti_numbers(path: Path, need: dict[str, int]) -> dict[str, F64]:
+    out = {}
+    for line in _text(path).splitlines():
+        key, colon, numbers = line.partition(":")
+        if colon and key.strip() in need:
+            try:
+                out[key.strip()] = np.array([float(v) for v in numbers.split()])
+            except ValueError as e:
+                raise DataError(f"{path}: {key} must be numbers: {e}") from e
+    for key, n in need.items():
+        if len(out.get(key, ())) != n:
+            raise DataError(f"{path} must give {key} with {n} numbers")
+    return out
+
+
+def _kitti_boxes(path: Path, frame: str, to_ego: F64) -> list[Box]:
+    out = []
+    for n, line in enumerate(_text(path).splitlines()):
+        cls, *numbers = line.split()
+        if cls == "DontCare":
+            continue
+        try:
+            h, w, length, x, y, z, turn = (float(v) for v in numbers[7:14])
+        except ValueError as e:
+            raise DataError(f"{path}, line {n + 1}, is no KITTI label: {e}") from e
+        c, s = np.cos(turn), np.sin(turn)
+        axes = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+        # A label's place is the middle of the box's bottom; y points down.
+        box = Box(cls, f"{frame}/{n}", np.array([x, y - h / 2, z]), axes, np.array([length, h, w]) / 2)
+        out.append(box.moved(to_ego))
+    return out
+
+
+# --- nuScenes -----------------------------------------------------------------------------------------------------
+
+
+def nuscenes(root: str | Path, tables: str | None = None, boxes: bool = True) -> Iterator[Keyframe]:
+    """Every sample of ``root`` that has a sweep; ``tables`` names the folder of the JSON tables in it (v1.0-mini).
+
+    Raises:
+        DataError: no such folder, or a table that is missing or broken.
+    """
+    folder = Path(root, tables) if tables else _tables_in(Path(root))
+    try:
+        yield from _nuscenes(Path(root), _Tables(folder), boxes)
+    except KeyError as e:
+        raise DataError(f"{folder}: a table lacks {e}: these are no nuScenes tables, or not all of them") from e
+
+
+class _Tables:
+    """JSON tables of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / f"{name}.json"
+        try:
+            got = json.loads(_text(path))
+        except json.JSONDecodeError as e:
+            raise DataError(f"{path} is not valid JSON: {e}") from e
+        return got if isinstance(got, list) else []
+
+    def by_token(self, name: str) -> dict[str, dict[str, Any]]:
+        return {row["token"]: row for row in self.rows(name)}
+
+    def drives(self) -> dict[str, str]:
+        """Sample token → scene's name; "" where the tables do not say."""
+        if not (self.folder / "sample.json").is_file() or not (self.folder / "scene.json").is_file():
+            return {}
+        scenes = self.by_token("scene")
+        return {row["token"]: str(scenes[row["scene_token"]]["name"]) for row in self.rows("sample")}
+
+
+def _tables_in(root: Path) -> Path:
+    found = sorted(root.glob("*/sample_data.json"))
+    if len(found) != 1:
+        raise DataError(f"{root} has {len(found)} folders of tables; name one, such as v1.0-mini")
+    return found[0].parent
+
+
+def _nuscenes(root: Path, tables: _Tables, with_boxes: bool) -> Iterator[Keyframe]:
+    sensors, calibrated = tables.by_token("sensor"), tables.by_token("calibrated_sensor")
+    poses, drives = tables.by_token("ego_pose"), tables.drives()
+    samples: dict[str, dict[str, dict[str, Any]]] = {}
+    uses: dict[str, Counter[str]] = {}
+    for row in tables.rows("sample_data"):
+        if row["is_key_frame"]:
+            channel = sensors[calibrated[row["calibrated_sensor_token"]]["sensor_token"]]["channel"]
+            samples.setdefault(row["sample_token"], {})[channel] = row
+            drive = drives.get(row["sample_token"], "")
+            uses.setdefault(row["calibrated_sensor_token"], Counter())[drive] += 1
+    # A calibration belongs to one drive: the one that uses it most.
+    owner = {token: count.most_common(1)[0][0] for token, count in uses.items()}
+    marks = _marks(tables) if with_boxes else {}
+    for token, channels in samples.items():
+        if "LIDAR_TOP" not in channels:
+            continue
+        lidar = channels["LIDAR_TOP"]
+        ego = _nuscenes_pose(poses[lidar["ego_pose_token"]])
+        from_world: F64 = inverse(ego)
+        views = []
+        for channel, row in sorted(channels.items()):
+            if channel.startswith("CAM_"):
+                sensor = calibrated[row["calibrated_sensor_token"]]
+                # The car moves between the sweep and the picture: each has its own pose in the world.
+                to_ego = from_world @ _nuscenes_pose(poses[row["ego_pose_token"]]) @ _nuscenes_pose(sensor)
+                K = np.array(sensor["camera_intrinsic"], dtype=np.float64)
+                size = (int(row["width"]), int(row["height"]))
+                views.append(View(channel, root / _inside(row), size, K, to_ego, owner[row["calibrated_sensor_token"]]))
+        sensor = calibrated[lidar["calibrated_sensor_token"]]
+        found = tuple(b.moved(from_world) for b in marks.get(token, []))
+        yield Keyframe(
+            Path(lidar["filename"]).name.removesuffix(".pcd.bin"), drives.get(token, ""), root / _inside(lidar),
+            ("x", "y", "z", "intensity", "ring"), 255.0, _nuscenes_pose(sensor), tuple(views), ego, found,
+        )  # fmt: skip
+
+
+def _marks(tables: _Tables) -> dict[str, list[Box]]:
+    """Sample token → its boxes in the world's frame."""
+    categories = tables.by_token("category")
+    names = {t: categories[r["category_token"]]["name"] for t, r in tables.by_token("instance").items()}
+    out: dict[str, list[Box]] = {}
+    for row in tables.rows("sample_annotation"):
+        width, length, height = row["size"]
+        center, half = np.array(row["translation"], dtype=np.float64), np.array([length, width, height]) / 2
+        box = Box(names[row["instance_token"]], row["instance_token"], center, rotation_of(row["rotation"]), half)
+        out.setdefault(row["sample_token"], []).append(box)
+    return out
+
+
+def _inside(row: dict[str, Any]) -> str:
+    name = str(row["filename"])
+    if name.startswith("/") or ".." in Path(name).parts:
+        raise DataError(f"sample_data names {name!r}: paths must stay inside the data set's folder")
+    return name
+
+
+def _nuscenes_pose(row: dict[str, Any]) -> F64:
+    return pose(rotation_of(row["rotation"]), row["translation"])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as e:
+        raise DataError(_missing(path)) from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"Cannot read {path}: {e}") from e
+
+
+def _missing(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"There is no file {path}: there is no folder {path.parent}."
+    return f"There is no file {path}. {did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}"

@@ -1,0 +1,73 @@
+"""What a modality's input is: raw bytes → rows → tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from pydantic import BaseModel
+from torch import Tensor
+
+from dualenc.config import Modality, settings_as
+from dualenc.errors import DecodeError as DecodeError
+from dualenc.registry import Registry
+
+
+class ModalityInput(Protocol):
+    """How one modality's raw bytes become the tensors its tower takes.
+
+    The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
+    ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
+    One that can be mixed (``data.mix``) also has ``mix(a, b, rng)``: two decoded items → one that ``train`` takes.
+
+    What ``collate`` returns under ``labels`` (name → integers [n, …]) is not for the tower: losses that take extras
+    find it by slot. One that names ``places`` has ``placed(x, rng)``: a decoded item → the same with places drawn, from
+    a generator that is the same for every modality of the sample (:mod:`dualenc.data.driving.places`).
+
+    A modality whose bytes are neither a picture, a sound nor text has a static method ``preview(raw) -> dict`` too, so
+    that a report can show its items (:mod:`dualenc.data.show`).
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    """The ``input:`` section of the recipe."""
+    default_members: ClassVar[list[str]]
+    """Endings tried in turn where a source's ``members`` does not say."""
+
+    def __init__(self, config: Any, base_dir: str | Path | None = None) -> None:
+        """``base_dir``: the folder that relative paths in the settings start from (a bundle's folder)."""
+
+    def decode(self, raw: Any) -> Any:
+        """Raw bytes (or a value of a json member) → a decoded item."""
+
+    def train(self, x: Any, rng: np.random.Generator) -> Any:
+        """A decoded item → an augmented row; everything random is drawn from ``rng``."""
+
+    def eval(self, x: Any) -> Any:
+        """A decoded item → a row, always the same."""
+
+    def collate(self, rows: list[Any]) -> Tensor | dict[str, Tensor]:
+        """Rows → tensors whose first axis is the row. ``rows`` is not empty."""
+
+    def dummy(self) -> Any:
+        """A row for a batch in which nothing has this modality."""
+
+    def describe(self) -> dict[str, Any]:
+        """Everything needed to make the same input again: ``config`` plus identities (such as a vocabulary's hash)."""
+
+
+modalities: Registry[type[ModalityInput]] = Registry("modality")
+
+
+def build_inputs(parts: Mapping[str, Modality], base_dir: str | Path | None = None) -> dict[str, ModalityInput]:
+    """The inputs of a recipe's ``modalities`` section.
+
+    Raises:
+        ConfigError: for an unknown kind or a setting its ``Config`` refuses.
+    """
+    out: dict[str, ModalityInput] = {}
+    for name, part in parts.items():
+        cls = modalities[part.kind or name]
+        out[name] = cls(settings_as(cls.Config, part.input, f"modalities.{name}.input"), base_dir)
+    return out

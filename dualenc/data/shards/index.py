@@ -1,0 +1,386 @@
+"""Shards and their index: how many samples each shard holds, how many bytes it has, and where every sample lies.
+
+``index.json`` stands beside the shards and lists samples and bytes of each; ``NAME.tar.idx.npz`` beside it holds the
+places of one shard's members. Local shards without an index are indexed in memory; shards behind ``pipe:``, http(s) or
+s3 need a written one (``dualenc shards index``), because counting them means reading them whole.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dualenc.config import Data, Source
+from dualenc.data.order import Plan, Refs
+from dualenc.data.shards.remote import ShardCache, fetch_bytes, is_local, is_pipe, local_path
+from dualenc.data.shards.tar import TarIndex, index_tar
+from dualenc.errors import DataError, did_you_mean
+
+__all__ = [
+    "Plan",
+    "Refs",
+    "ShardIndex",
+    "ShardInfo",
+    "ShardSet",
+    "build_index",
+    "build_plan",
+    "expand",
+    "index_file",
+    "load_index",
+    "open_source",
+    "samples_per_pass",
+]
+
+logger = logging.getLogger(__name__)
+
+INDEX_NAME = "index.json"
+SIDECAR = ".idx.npz"
+_VERSION = 1
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)(?:\.\.(\d+))?$")
+_TAR = re.compile(r"[^\s/'\"=]+\.tar\b")
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard: its URL (or name, in an index beside the shards), samples, bytes, and SHA-256 where it was taken."""
+
+    url: str
+    samples: int
+    bytes: int
+    digest: str | None = None
+
+
+@dataclass(slots=True)
+class ShardIndex:
+    """What ``index.json`` holds."""
+
+    shards: list[ShardInfo]
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards."""
+        return sum(s.samples for s in self.shards)
+
+    def write(self, path: str | Path) -> None:
+        """Write atomically: a reader sees the old index or the new one."""
+        rows = [{k: v for k, v in asdict(s).items() if v is not None} for s in self.shards]
+        text = json.dumps({"version": _VERSION, "shards": rows}, indent=1)
+        _write_atomically(Path(path), text.encode())
+
+
+@dataclass(slots=True)
+class ShardSet:
+    """The shards of one source, ready to be read: ``urls[i]`` has ``infos[i]`` and the short name ``names[i]``.
+
+    ``sidecars[i]`` is where the shard's places are kept, or would be; ``memory`` holds those made in this process.
+    """
+
+    source: str
+    urls: list[str]
+    names: list[str]
+    infos: list[ShardInfo]
+    sidecars: list[str | None]
+    memory: dict[int, TarIndex]
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [i.samples for i in self.infos]
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+def expand(shards: str | Sequence[str]) -> list[str]:
+    """All shard URLs that a pattern or a list of patterns names, in order.
+
+    ``{000..012}``, ``{000..012..2}`` and ``{a,b}`` are expanded, also in URLs and ``pipe:`` commands; ``*`` and ``?``
+    in local paths list the files that are there, sorted. Shell variables in a pipe (``${X}``) are left alone.
+
+    Raises:
+        DataError: if nothing is named, or a glob finds no file, or a shard is named twice.
+    """
+    out: list[str] = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        for url in _braces(pattern.strip()):
+            if is_local(url) and glob.has_magic(url) and not Path(local_path(url)).exists():
+                found = sorted(glob.glob(local_path(url)))
+                if not found:
+                    raise DataError(f"No file matches {url}.")
+                out += found
+            elif url:
+                out.append(url)
+    if not out:
+        raise DataError(f"No shard is named by {shards!r}.")
+    if len(set(out)) != len(out):
+        twice = next(u for i, u in enumerate(out) if u in out[:i])
+        raise DataError(f"The shard {twice} is named twice.")
+    return out
+
+
+def _braces(pattern: str) -> list[str]:
+    for match in _BRACES.finditer(pattern):
+        inner = match.group(1)
+        run = _RANGE.match(inner)
+        if match.start() and pattern[match.start() - 1] == "$":
+            continue
+        if run:
+            first, last, step = run.group(1), run.group(2), int(run.group(3) or 1)
+            if step == 0 or int(last) < int(first):
+                raise DataError(f"{pattern}: {{{inner}}} counts nothing; write {{FIRST..LAST}} with FIRST ≤ LAST.")
+            width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+            words = [str(i).zfill(width) for i in range(int(first), int(last) + 1, step)]
+        elif "," in inner:
+            words = inner.split(",")
+        else:
+            continue
+        head, tail = pattern[: match.start()], pattern[match.end() :]
+        return [u for w in words for u in _braces(head + w + tail)]
+    return [pattern]
+
+
+def short_names(urls: Sequence[str]) -> list[str]:
+    """A name for each shard that is the same wherever the shards lie: base name, with folders where those collide."""
+    full = [(_TAR.findall(u) or [_hash(u)])[-1] if is_pipe(u) else u.split("?")[0].rstrip("/") for u in urls]
+    for depth in range(1, 8):
+        names = ["/".join(f.split("/")[-depth:]) for f in full]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{n.split('/')[-1]}-{_hash(u)}" for n, u in zip(full, urls, strict=True)]
+
+
+# --- reading an index --------------------------------------------------------------------------------------------
+
+
+def index_file(url: str) -> str:
+    """Where the index of a shard is looked for by default: ``index.json`` in its folder."""
+    return url.split("?")[0].rsplit("/", 1)[0] + "/" + INDEX_NAME if "/" in url else INDEX_NAME
+
+
+def load_index(path: str, retries: int = 3) -> ShardIndex:
+    """Read an ``index.json`` (local path or URL).
+
+    Raises:
+        DataError: if it is not there or not an index.
+    """
+    if is_local(path):
+        if not Path(local_path(path)).is_file():
+            raise DataError(f"There is no shard index {path}; write one with: dualenc shards index")
+        raw = Path(local_path(path)).read_bytes()
+    else:
+        raw = fetch_bytes(path, retries)
+    try:
+        doc = json.loads(raw)
+        if doc["version"] != _VERSION:
+            raise DataError(f"{path} has version {doc['version']}, this version reads {_VERSION}.")
+        rows = [ShardInfo(str(r["url"]), int(r["samples"]), int(r["bytes"]), r.get("digest")) for r in doc["shards"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(
+            f"{path} is not a shard index ({type(e).__name__}: {e}); write it with: dualenc shards index"
+        ) from e
+    return ShardIndex(rows)
+
+
+def open_source(source: Source, retries: int = 3) -> ShardSet:
+    """Find the shards of a source and their counts.
+
+    Raises:
+        DataError: for a missing shard or index, an empty shard, a file that is no tar.
+    """
+    urls = expand(source.shards)
+    known = _known(source, urls, retries)
+    names = short_names(urls)
+    infos: list[ShardInfo] = []
+    sidecars: list[str | None] = []
+    memory: dict[int, TarIndex] = {}
+    unindexed = [u for u in urls if u not in known]
+    remote = [u for u in unindexed if not is_local(u)]
+    if remote:
+        raise DataError(
+            f"Source {source.name!r}: {remote[0]} is in no index, and counting remote shards means reading them whole; "
+            f"run once: dualenc shards index '{source.shards if isinstance(source.shards, str) else urls[0]}', "
+            "and name the file it writes as `index`."
+        )
+    if unindexed:
+        logger.info(
+            "Source %r: %d of %d shards are in no index; reading their headers (dualenc shards index saves this).",
+            source.name,
+            len(unindexed),
+            len(urls),
+        )
+    for i, url in enumerate(urls):
+        info, folder = known.get(url, (None, None))
+        if is_local(url):
+            size = _local_size(url)
+            if info is not None and info.bytes != size:
+                logger.warning(
+                    "Source %r: the index of %s is stale (%d bytes, now %d).", source.name, url, info.bytes, size
+                )
+                info, folder = None, None
+        if info is None:
+            memory[i] = index_local(url)
+            info = ShardInfo(url, len(memory[i]), memory[i].tar_bytes)
+        if info.samples <= 0:
+            raise DataError(f"{url} holds no sample: leave it out of source {source.name!r}.")
+        infos.append(info)
+        sidecars.append(None if folder is None else f"{folder}{sidecar_name(info.url)}")
+    return ShardSet(source.name, urls, names, infos, sidecars, memory)
+
+
+def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
+    """The order of a recipe's ``data`` section over opened sources."""
+    return Plan(
+        [s.source for s in sets],
+        [s.counts for s in sets],
+        seed,
+        weights=[s.weight for s in data.sources],
+        sampling=data.sampling,
+        lanes=data.lanes,
+        window=data.window,
+    )
+
+
+def samples_per_pass(data: Data) -> int:
+    """Samples of all sources together, read from their indexes; nothing else is opened.
+
+    Raises:
+        DataError: as :func:`open_source`.
+    """
+    return sum(sum(open_source(s, data.retries).counts) for s in data.sources)
+
+
+def index_local(url: str) -> TarIndex:
+    """Index a tar on this machine by reading its headers only.
+
+    Raises:
+        DataError: missing, no tar, cut short, or without samples.
+    """
+    size = _local_size(url)
+    fd = os.open(local_path(url), os.O_RDONLY)
+    try:
+        return index_tar(lambda at, n: os.pread(fd, n, at), size, url)
+    finally:
+        os.close(fd)
+
+
+def _local_size(url: str) -> int:
+    path = Path(local_path(url))
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.tar")]) if path.parent.is_dir() else ""
+        raise DataError(f"There is no shard {url}. {near if near.startswith('Did') else ''}".strip())
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{url} is an empty file, not a tar.")
+    return size
+
+
+def _known(source: Source, urls: Sequence[str], retries: int) -> dict[str, tuple[ShardInfo, str]]:
+    """URL → its row and the folder (with slash) its sidecar lies in, for the shards that an index names."""
+    files = [source.index] if source.index else list(dict.fromkeys(index_file(u) for u in urls if not is_pipe(u)))
+    out: dict[str, tuple[ShardInfo, str]] = {}
+    for file in files:
+        if not source.index and is_local(file) and not Path(local_path(file)).is_file():
+            continue
+        try:
+            index = load_index(file, retries)
+        except FileNotFoundError as e:
+            if source.index:
+                raise DataError(f"Source {source.name!r}: there is no index {file}.") from e
+            continue
+        folder = file.split("?")[0][: file.rfind("/") + 1]
+        rows = {r.url: r for r in index.shards}
+        for url in urls:
+            row = rows.get(url) or rows.get(url.removeprefix(folder))
+            # An index written elsewhere names the shards as they were called there: the base name decides.
+            row = row or (rows.get(url.split("?")[0].rsplit("/", 1)[-1]) if source.index else None)
+            if row is not None:
+                out[url] = (row, folder)
+    return out
+
+
+# --- writing an index --------------------------------------------------------------------------------------------
+
+
+def build_index(
+    urls: Iterable[str],
+    folder: str | Path | None = None,
+    digests: bool = False,
+    progress: Progress | None = None,
+    cache: ShardCache | None = None,
+    retries: int = 3,
+) -> Path:
+    """Write ``index.json`` and a sidecar for each shard; return the path of the index.
+
+    Args:
+        urls: shards, already expanded.
+        folder: where to write; default: the shards' own folder (they must be local and in one folder).
+        digests: also take the SHA-256 of every shard (reads them whole).
+        cache: where remote shards are kept while they are read; default: a temporary folder.
+
+    Shards that the folder's index already lists and that are not in ``urls`` stay listed.
+
+    Raises:
+        DataError: for a missing, empty or broken shard, or if ``folder`` is needed and not given.
+    """
+    urls = list(urls)
+    folders = {os.path.dirname(local_path(u)) or "." for u in urls if is_local(u)}
+    if folder is None and (len(folders) != 1 or not all(is_local(u) for u in urls)):
+        raise DataError("Say where to write the index: the shards are remote or lie in several folders.")
+    out = Path(folder if folder is not None else folders.pop())
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / INDEX_NAME
+    rows = {r.url: r for r in load_index(str(target)).shards} if target.is_file() else {}
+    own_cache = None
+    if cache is None and not all(is_local(u) for u in urls):
+        cache = own_cache = ShardCache.temporary(50.0, retries)
+    try:
+        for done, url in enumerate(urls):
+            path = local_path(url) if is_local(url) else str(cache.get(url))  # type: ignore[union-attr]
+            index = index_local(path)
+            beside = is_local(url) and os.path.abspath(os.path.dirname(path) or ".") == str(out.resolve())
+            name = os.path.basename(path) if beside else url
+            digest = _sha256(path) if digests else None
+            _write_atomically(out / sidecar_name(name), index.to_bytes())
+            rows[name] = ShardInfo(name, len(index), index.tar_bytes, digest)
+            if progress is not None:
+                progress(done + 1, len(urls))
+    finally:
+        if own_cache is not None:
+            own_cache.remove()
+    ShardIndex(list(rows.values())).write(target)
+    return target
+
+
+def sidecar_name(url: str) -> str:
+    """File name of a shard's sidecar; shards from elsewhere get a hash, as base names may collide."""
+    base = url.split("?")[0].rsplit("/", 1)[-1]
+    if is_pipe(url):
+        return f"pipe-{_hash(url)}{SIDECAR}"
+    return f"{base}{SIDECAR}" if "/" not in url else f"{base}-{_hash(url)}{SIDECAR}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _write_atomically(path: Path, raw: bytes) -> None:
+    temporary: Any = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(raw)
+    os.replace(temporary, path)

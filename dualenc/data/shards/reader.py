@@ -1,0 +1,313 @@
+"""Bytes of one sample: from a local tar by seeking, from a remote one by byte range or out of the cache.
+
+Only the members asked for are read. Nothing read here is decoded or run; a member's name is a dictionary key and
+never becomes a path.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dualenc.config import Data, Source
+from dualenc.data.shards.index import ShardSet, index_local, open_source
+from dualenc.data.shards.remote import NoRanges, ReadFailed, ShardCache, fetch_bytes, is_local, is_pipe, local_path
+from dualenc.data.shards.tar import BLOCK, Sample, TarIndex, check_member, unsafe
+from dualenc.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+_INDEX_BYTES = 256 << 20
+_OPEN_FILES = 64
+_FAILED_S = 60.0
+_JSON = "json"
+_JSON_KEY = "json:"
+_JOIN = "+"
+REFUSED = ("pkl", "pickle", "pyd", "pth", "pt")
+"""Endings whose usual decoders run code: never read."""
+
+
+class SampleError(Exception):
+    """One sample cannot be used: the member and the reason, for the quarantine file."""
+
+    def __init__(self, member: str, reason: str) -> None:
+        super().__init__(f"{member}: {reason}" if member else reason)
+        self.member, self.reason = member, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A sample's raw values by modality, and the member each came from; a modality it lacks is not there."""
+
+    values: dict[str, Any]
+    members: dict[str, str]
+
+
+def check_members(members: Mapping[str, Sequence[str]], where: str) -> None:
+    """Refuse endings that would have to be unpickled.
+
+    Raises:
+        ConfigError: naming the modality and the ending.
+    """
+    for modality, endings in members.items():
+        if not endings:
+            raise ConfigError(f"{where}.{modality}: name at least one ending, such as [jpg, png].")
+        for ending in [part for e in endings for part in e.split(_JOIN)]:
+            if ending.lower().rsplit(".", 1)[-1] in REFUSED:
+                raise ConfigError(
+                    f"{where}.{modality}: {ending!r} members hold pickled objects, which can run code when read; "
+                    "store plain bytes, json or npy instead."
+                )
+
+
+class Reader:
+    """Random access to the samples of opened sources. Make one in every process that reads.
+
+    Args:
+        sets: the opened sources; a sample is (source, shard, sample) by number, as ``Plan`` gives it.
+        cache: where whole remote shards are kept.
+        retries: tries after the first for anything that can fail in passing.
+        window: samples read in random order together. If the shards they span do not fit into the cache, single
+            samples are fetched by byte range instead of whole shards.
+    """
+
+    def __init__(self, sets: Sequence[ShardSet], cache: ShardCache | None, retries: int, window: int = 1) -> None:
+        self.sets = sets
+        self.cache = cache
+        self.retries = retries
+        self._ranged = [_span(s, window) > (cache.max_bytes if cache else 0) for s in sets]
+        self._indexes: OrderedDict[tuple[int, int], TarIndex] = OrderedDict()
+        self._index_bytes = 0
+        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._failed: dict[tuple[int, int], tuple[float, str]] = {}
+
+    def locate(self, source: int, shard: int, sample: int) -> Sample:
+        """Key and members of a sample.
+
+        Raises:
+            DataError: if the shard's index names fewer samples than the plan was made from.
+            SampleError: if the shard cannot be read.
+        """
+        index = self._index(source, shard)
+        if len(index) != self.sets[source].infos[shard].samples:
+            raise DataError(
+                f"The index of {self.sets[source].urls[shard]} says {self.sets[source].infos[shard].samples} samples, "
+                f"its sidecar {len(index)}; write both anew with: dualenc shards index"
+            )
+        return index.sample(sample)
+
+    def find(self, source: int, shard: int, sample: Sample, wanted: Mapping[str, Sequence[str]]) -> Found:
+        """Read, for each modality, the first of its endings that the sample has.
+
+        Endings joined by ``+`` are read together, as a dictionary ending → value; one with ``*`` stands for every
+        member it fits, be it none; the others must all be there. So ``json:cameras+cam*`` is a calibration and the
+        pictures it is of.
+
+        Raises:
+            SampleError: if the key is unsafe, bytes cannot be had, or a json member is none.
+            DataError: if the index is stale.
+        """
+        if unsafe(sample.key):
+            raise SampleError("", f"the member name {sample.key!r} leaves the shard's folder; such samples are refused")
+        values: dict[str, Any] = {}
+        members: dict[str, str] = {}
+        docs: list[dict[str, Any]] = []
+        for modality, endings in wanted.items():
+            for ending in endings:
+                got = self._parts(source, shard, sample, ending.split(_JOIN), docs)
+                if got is not None:
+                    values[modality] = got if _JOIN in ending or "*" in ending else got[ending]
+                    members[modality] = ending
+                    break
+        return Found(values, members)
+
+    def _parts(
+        self, source: int, shard: int, sample: Sample, parts: Sequence[str], docs: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Part → value; None if one is not there. ``docs`` keeps the sample's json member once it was read."""
+        out: dict[str, Any] = {}
+        for part in parts:
+            if part.startswith(_JSON_KEY):
+                if _JSON not in sample.members:
+                    return None
+                if not docs:
+                    docs.append(self._json(source, shard, sample))
+                value = docs[0].get(part[len(_JSON_KEY) :])
+                if value is None:
+                    return None
+                out[part] = value
+            elif "*" in part:
+                fitting = [
+                    m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED
+                ]
+                out |= {name: self.read(source, shard, sample, name) for name in fitting}
+            elif part.lower() in sample.members:
+                out[part] = self.read(source, shard, sample, part.lower())
+            else:
+                return None
+        return out
+
+    def read(self, source: int, shard: int, sample: Sample, ending: str) -> bytes:
+        """Bytes of one member.
+
+        Raises:
+            SampleError: if they cannot be had after all retries.
+            DataError: if something else stands there (a stale index).
+        """
+        offset, size = sample.members[ending]
+        name, url = f"{sample.key}.{ending}", self.sets[source].urls[shard]
+        at = (source, shard)
+        self._refuse_failed(at, name)
+        try:
+            block = self._ranged_read(source, url, offset - BLOCK, offset + size)
+            if block is None:
+                block = self._pread(at, offset - BLOCK, BLOCK + size)
+        except (ReadFailed, OSError) as e:
+            self._failed[at] = (time.monotonic(), str(e))
+            raise SampleError(name, f"could not be read: {e}") from e
+        return check_member(block, name, size, url)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _json(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
+        try:
+            doc = json.loads(self.read(source, shard, sample, _JSON))
+        except ValueError as e:
+            raise SampleError(_JSON, f"is not valid JSON ({e})") from e
+        if not isinstance(doc, dict):
+            raise SampleError(_JSON, f"holds {type(doc).__name__}, not keys and values")
+        return doc
+
+    def _ranged_read(self, source: int, url: str, start: int, stop: int) -> bytes | None:
+        """A byte range of a remote shard; None where whole shards are to be read."""
+        if not self._ranged[source] or is_local(url) or is_pipe(url):
+            return None
+        try:
+            return fetch_bytes(url, self.retries, start, stop)
+        except FileNotFoundError as e:
+            raise DataError(f"There is no shard {url}.") from e
+        except NoRanges:
+            logger.warning("%s: the server knows no byte ranges; reading whole shards.", url)
+            self._ranged[source] = False
+            return None
+
+    def _pread(self, at: tuple[int, int], offset: int, size: int) -> bytes:
+        fd = self._files.get(at)
+        if fd is None:
+            fd = os.open(self._path(at), os.O_RDONLY)
+            self._files[at] = fd
+            while len(self._files) > _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        else:
+            self._files.move_to_end(at)
+        return os.pread(fd, size, offset)
+
+    def _path(self, at: tuple[int, int]) -> str:
+        shards = self.sets[at[0]]
+        url = shards.urls[at[1]]
+        if is_local(url):
+            return local_path(url)
+        if self.cache is None:
+            raise RuntimeError("a remote shard needs a cache")
+        return str(self.cache.get(url, shards.infos[at[1]].bytes))
+
+    def _index(self, source: int, shard: int) -> TarIndex:
+        at = (source, shard)
+        index = self._indexes.get(at)
+        if index is not None:
+            self._indexes.move_to_end(at)
+            return index
+        index = self.sets[source].memory.get(shard)
+        if index is not None:
+            return index
+        index = self._load_index(at)
+        self._indexes[at] = index
+        self._index_bytes += index.nbytes
+        while self._index_bytes > _INDEX_BYTES and len(self._indexes) > 1:
+            self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes
+        return index
+
+    def _load_index(self, at: tuple[int, int]) -> TarIndex:
+        """From the sidecar; from the tar itself where there is none or it is of another tar."""
+        shards = self.sets[at[0]]
+        sidecar, expected = shards.sidecars[at[1]], shards.infos[at[1]].bytes
+        self._refuse_failed(at, "")
+        try:
+            if sidecar is not None:
+                try:
+                    raw = _read_whole(sidecar, self.retries)
+                except FileNotFoundError:
+                    raw = None
+                if raw is not None:
+                    index = TarIndex.from_bytes(raw, sidecar)
+                    if index.tar_bytes == expected:
+                        return index
+            return index_local(self._path(at))
+        except (ReadFailed, OSError) as e:
+            self._failed[at] = (time.monotonic(), str(e))
+            raise SampleError("", f"the shard could not be read: {e}") from e
+
+    def _refuse_failed(self, at: tuple[int, int], member: str) -> None:
+        """A shard that failed after all retries is left alone for a minute: its other samples fail at once."""
+        if at in self._failed:
+            when, why = self._failed[at]
+            if time.monotonic() - when < _FAILED_S:
+                raise SampleError(member, f"could not be read: {why}")
+            del self._failed[at]
+
+
+def _span(shards: ShardSet, window: int) -> float:
+    """Bytes of the shards that one window of samples spans."""
+    total, samples = sum(i.bytes for i in shards.infos), sum(shards.counts)
+    return min(total, total / samples * window + total / len(shards.infos))
+
+
+def _read_whole(path: str, retries: int) -> bytes:
+    if not is_local(path):
+        return fetch_bytes(path, retries)
+    with open(local_path(path), "rb") as f:
+        return f.read()
+
+
+def iter_samples(
+    shards: str | Sequence[str] | Source, wanted: Mapping[str, Sequence[str]], data: Data | None = None
+) -> Iterator[tuple[str, Found | SampleError]]:
+    """Every sample of some shards once, in the order they lie: (key, raw values) or (key, why not).
+
+    For evaluation and tools: keys are "shard/key"; nothing is shuffled, and an error is handed on, never skipped.
+
+    Raises:
+        DataError: as :func:`dualenc.data.shards.index.open_source`.
+    """
+    source = shards if isinstance(shards, Source) else Source.model_validate({"name": "eval", "shards": shards})
+    check_members(wanted, "members")
+    retries = data.retries if data is not None else 3
+    opened = open_source(source, retries)
+    needs_cache = not all(is_local(u) for u in opened.urls)
+    cache = ShardCache.temporary(data.cache_gb if data is not None else 50.0, retries) if needs_cache else None
+    reader = Reader([opened], cache, retries)
+    try:
+        for shard, name in enumerate(opened.names):
+            for i in range(opened.infos[shard].samples):
+                key = f"{name}/#{i}"
+                try:
+                    sample = reader.locate(0, shard, i)
+                    key = f"{name}/{sample.key}"
+                    found: Found | SampleError = reader.find(0, shard, sample, wanted)
+                except SampleError as e:
+                    found = e
+                yield key, found
+    finally:
+        reader.close()
+        if cache is not None:
+            cache.remove()

@@ -1,0 +1,279 @@
+"""Teachers of a run: where their features come from, and what the loss has to know of each.
+
+``online``: the model runs beside the student, without gradient, on its own preprocessing of the same items (the loader
+brings them as the batch's ``views``). ``cached``: features that ``dualenc embed --recipe`` wrote. Both put the same
+thing into the batch's ``extras``, so the loss does not know which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dualenc.config import Recipe, Teacher, pair_name
+from dualenc.data.batch import Batch, map_tensors
+from dualenc.data.dataset import View
+from dualenc.data.modalities import ModalityInput
+from dualenc.data.shards.index import ShardSet
+from dualenc.distill.objective import HAS, TeacherInfo
+from dualenc.distill.teachers.cache import Cache, as_student_sees, augmentation
+from dualenc.errors import ConfigError, DataError
+from dualenc.losses.objective import mark, to_slots
+from dualenc.model import Bundle, load_model
+
+Pair = tuple[str, str]
+_CHUNK = 256
+
+
+class TeacherSource(Protocol):
+    """A teacher in a run.
+
+    Attributes:
+        name: of its features in a batch's extras.
+        embed_dim: D_t.
+        modalities: student's modality → the teacher's name for it, as far as it has it.
+        views: what the loader has to bring beside the student's inputs.
+        redraw: modality → (seed, passes): the student must draw its augmentation so.
+    """
+
+    name: str
+    embed_dim: int
+    modalities: dict[str, str]
+    views: dict[str, View]
+    redraw: dict[str, tuple[int, int]]
+    info: TeacherInfo
+
+    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Extras of a batch: ``NAME`` and ``NAME.has``, by modality and slot, on the batch's device."""
+        ...
+
+    def covers(self, sets: Sequence[ShardSet]) -> None:
+        """Refuse data that it has nothing of, before the first step."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What must stay the same when a run is resumed."""
+        ...
+
+
+def build_teacher(
+    k: int, config: Teacher, recipe: Recipe, student: Mapping[str, ModalityInput], device: torch.device
+) -> TeacherSource:
+    """The k-th teacher of a recipe.
+
+    Raises:
+        ConfigError: if there is no such model, or it has no pair of the student's.
+        CheckpointError: if its weights are not those that the recipe names.
+        DataError: for a cache that is missing, unfinished, of another teacher, or drawn in another way.
+    """
+    where = f"distill.teachers.{k}"
+    if config.fusion is not None:
+        from dualenc.distill.teachers.cross_encoder import FusionTeacher
+
+        return FusionTeacher(k, config, recipe, student, device, where)
+    if config.cache is not None:
+        return CachedTeacher(k, config, recipe, student, where)
+    return OnlineTeacher(k, config, recipe, student, device, where)
+
+
+class OnlineTeacher:
+    """A model that runs beside the student; see :class:`TeacherSource`. It is in no optimizer and in no save."""
+
+    def __init__(
+        self,
+        k: int,
+        config: Teacher,
+        recipe: Recipe,
+        student: Mapping[str, ModalityInput],
+        device: torch.device,
+        where: str,
+    ) -> None:
+        assert config.model is not None
+        self.name, self.config = f"teacher{k}", config
+        self.bundle: Bundle = load_model(config.model, device=device)
+        self.bundle.model.requires_grad_(False).eval()
+        self.about = self.bundle.embedder().describe()
+        check_weights(config, self.about, where)
+        self.embed_dim = self.bundle.embed_dim
+        self.modalities = shared_modalities(config, self.about, student, where)
+        self.info = info_of(self.name, config, self.about, recipe.pairs, self.modalities, where)
+        self.redraw: dict[str, tuple[int, int]] = {}
+        self.views = {
+            f"{self.name}/{m}": View(m, as_student_sees(self.bundle.inputs[t], student[m]), m in config.plain)
+            for m, t in self.modalities.items()
+        }
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Runs the teacher's towers."""
+        out: dict[str, dict[str, Tensor]] = {self.name: {}, self.name + HAS: {}}
+        for m, t in self.modalities.items():
+            rows = batch.rows[m]
+            x = batch.views[f"{self.name}/{m}"]
+            parts = []
+            for k in range(0, max(len(rows), 1), _CHUNK):
+                part = map_tensors(x, lambda v, k=k: v[k : k + _CHUNK])
+                with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    parts.append(self.bundle.model.encode(t, part))
+            out[self.name][m] = to_slots(torch.cat(parts).float(), rows, batch.size)
+            out[self.name + HAS][m] = mark(rows, batch.size)
+        return out
+
+    def covers(self, sets: Sequence[ShardSet]) -> None:
+        """It covers whatever it is given."""
+
+    def describe(self) -> dict[str, Any]:
+        """The weights' hash, and how its input is made."""
+        return {"weights": self.about["weights"], "plain": self.config.plain}
+
+
+class CachedTeacher:
+    """Stored features; see :class:`TeacherSource`. With ``model`` in the recipe its hash is compared first."""
+
+    def __init__(
+        self, k: int, config: Teacher, recipe: Recipe, student: Mapping[str, ModalityInput], where: str
+    ) -> None:
+        assert config.cache is not None
+        self.name, self.config = f"teacher{k}", config
+        self.cache = Cache(config.cache)
+        about = self.cache.about
+        self.about: dict[str, Any] = about["model"]
+        if config.model is not None:
+            wanted = load_model(config.model).embedder().describe()["weights"]
+            if wanted != self.about["weights"]:
+                raise DataError(
+                    f"{where}.cache: {config.cache} holds features of weights {self.about['weights'][:12]}…, "
+                    f"{config.model} has {wanted[:12]}…: write it anew with dualenc embed {config.model}"
+                )
+        check_weights(config, self.about, where)
+        self.embed_dim = int(self.about["embed_dim"])
+        self.modalities = {m: t for m, t in about["modalities"].items() if m in student}
+        self.info = info_of(self.name, config, self.about, recipe.pairs, self.modalities, where)
+        self.views: dict[str, View] = {}
+        drawn = [m for m in self.modalities if m not in about["plain"]]
+        for m in config.plain:
+            if m in drawn:
+                raise DataError(
+                    f"{where}.plain: {m} was stored as the student sees it in {config.cache}; write the cache anew "
+                    f"with --plain {m}, or leave it out here"
+                )
+        now = augmentation(student, drawn)
+        for m in drawn:
+            if now[m] != about["augment"][m]:
+                raise DataError(
+                    f"{where}.cache: the views of {m} in {config.cache} were drawn with augment {about['augment'][m]}, "
+                    f"the recipe has {now[m]}: write the cache anew, or give it --plain {m}"
+                )
+        self.redraw = {m: (int(about["seed"]), int(about["views"][m])) for m in drawn}
+
+    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Looks the samples up.
+
+        Raises:
+            DataError: for a sample of which the cache knows nothing, unless ``max_missing`` allows it.
+        """
+        gone = self.cache.missing([k for k, i in zip(batch.keys, batch.ids.tolist(), strict=True) if i >= 0])
+        if gone and not self.config.max_missing:
+            raise DataError(
+                f"{self.config.cache} has no features of {gone[0]} ({len(gone)} of this batch's {batch.size} samples): "
+                "write it anew with dualenc embed, or allow it with the teacher's max_missing"
+            )
+        passes = batch.passes.tolist() if batch.passes is not None else [0] * batch.size
+        out: dict[str, dict[str, Tensor]] = {self.name: {}, self.name + HAS: {}}
+        device = batch.ids.device
+        for m in self.modalities:
+            x, has = self.cache.rows(m, batch.keys, passes)
+            out[self.name][m], out[self.name + HAS][m] = x.to(device), has.to(device)
+        return out
+
+    def covers(self, sets: Sequence[ShardSet]) -> None:
+        """See :meth:`Cache.covers`."""
+        self.cache.covers(sets, self.config.max_missing)
+
+    def describe(self) -> dict[str, Any]:
+        """The weights' hash, and how the views were drawn."""
+        return {
+            "weights": self.about["weights"],
+            **{k: self.cache.about[k] for k in ("views", "plain", "seed", "dtype")},
+        }
+
+
+# --- what both need ----------------------------------------------------------------------------------------------
+
+
+def check_weights(config: Teacher, about: Mapping[str, Any], where: str) -> None:
+    """Refuse a teacher whose hash is not the one the recipe names.
+
+    Raises:
+        DataError: naming both.
+    """
+    if config.weights is not None and not str(about["weights"]).startswith(config.weights):
+        raise DataError(
+            f"{where}.weights: {config.weights} is asked for, {config.model or config.cache} is of "
+            f"{str(about['weights'])[: max(12, len(config.weights))]}…: it is another teacher; correct one of them"
+        )
+
+
+def shared_modalities(
+    config: Teacher, about: Mapping[str, Any], student: Mapping[str, ModalityInput], where: str
+) -> dict[str, str]:
+    """Student's modality → the teacher's name for it.
+
+    Raises:
+        ConfigError: if ``modalities`` names one that the student or the teacher does not have.
+    """
+    for m, t in config.modalities.items():
+        if m not in student or t not in about["modalities"]:
+            raise ConfigError(
+                f"{where}.modalities: {m}: {t} does not fit; the student has {list(student)}, the teacher "
+                f"{list(about['modalities'])}"
+            )
+    named = {m: config.modalities.get(m, m) for m in student}
+    return {m: t for m, t in named.items() if t in about["modalities"]}
+
+
+def info_of(
+    name: str,
+    config: Teacher,
+    about: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    modalities: Mapping[str, str],
+    where: str,
+) -> TeacherInfo:
+    """Temperatures by pair of the student.
+
+    Raises:
+        ConfigError: if the teacher has both sides of no pair, or no temperature of one.
+    """
+    scale, bias = {}, {}
+    for pair in ((a, b) for a, b in pairs):
+        if any(m not in modalities for m in pair):
+            continue
+        a, b = (modalities[m] for m in pair)
+        key = next((k for k in (pair_name((a, b)), pair_name((b, a))) if k in about["logit_scale"]), None)
+        if key is None and config.logit_scale is None:
+            raise ConfigError(
+                f"{where}: the teacher contrasts {list(about['logit_scale'])}, so it has no temperature for "
+                f"{pair_name(pair)}; give it one with logit_scale"
+            )
+        scale[pair] = config.logit_scale or float(about["logit_scale"][key])
+        bias[pair] = float(about.get("logit_bias", {}).get(key, 0.0))
+    if not scale:
+        raise ConfigError(
+            f"{where}: {config.model or config.cache} is a teacher of {', '.join(about['modalities'])}; none of the "
+            f"student's pairs {[pair_name((a, b)) for a, b in pairs]} is among these; name another, or say which of "
+            "its modalities stands for which with modalities"
+        )
+    return TeacherInfo(name, config.weight, scale, bias)
+
+
+def with_extras(batch: Batch, teachers: Sequence[TeacherSource]) -> Batch:
+    """The batch with every teacher's features beside it; the views have done their work."""
+    extras = dict(batch.extras)
+    for t in teachers:
+        extras |= t.features(batch)
+    return replace(batch, extras=extras, views={})

@@ -1,0 +1,52 @@
+"""Anchoring to the model a run started from, PromptSRC's regularisers for any tower (Khattak et al., arXiv 2307.06948).
+
+    ℓ_i = Σ_m λ_m · mean_d |f_id − f⁰_id|  +  λ_p · ½ Σ_directions KL( softmax_j(l⁰_ij) ‖ softmax_j(l_ij) )
+
+f are L2-normalised features, l logits over all valid columns. The released code divides the KL by the number of logits,
+rows times columns; here it is the mean over rows, so its λ_p is the number of columns times ours.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from dualenc.distill.terms.term import PairInputs, TermConfig, features_of, soft_label_sum, terms
+from dualenc.losses import LossOutput
+
+
+@terms.register("anchor")
+class Anchor:
+    """Features (L1) and rows of similarities (KL) held at the teacher's: the model the run started from.
+
+    ``{name: anchor, feature: {image: 10, text: 25}, logits: 1}``; a recipe's ``anchor:`` section writes it.
+    """
+
+    class Config(TermConfig):
+        """Settings; a modality that is not named is not held."""
+
+        feature: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+        logits: Annotated[float, Field(ge=0)] = 1.0
+
+    uses_heads = False
+    needs_features = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, x: PairInputs) -> LossOutput:
+        """See the module."""
+        keep = x.ids >= 0
+        total: Tensor = x.logit_scale.new_zeros(())
+        for m, student, teacher in zip(x.pair, (x.a, x.b), (x.teacher.a, x.teacher.b), strict=True):
+            weight = self.config.feature.get(m, 0.0)
+            if weight:
+                distance = (student[keep] - features_of(teacher)[keep]).abs().mean(1)
+                total = total + weight * distance.sum() / x.share
+        if self.config.logits:
+            for d in x.directions():
+                kl = soft_label_sum(d, x.logit_scale, 1.0, 1.0, self.config.strip_mb)
+                total = total + self.config.logits * kl / (2 * x.share)
+        return LossOutput(total)

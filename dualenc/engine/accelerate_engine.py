@@ -1,0 +1,251 @@
+"""One process, DDP and FSDP2.
+
+accelerate places the model and wraps it for DDP. Its scheduler wrapper (which multiplies steps by the number of
+processes) is not used, and FSDP2 is torch's own ``fully_shard``: accelerate's needs CUDA and one optimizer.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dualenc.checkpoint.ranges import Piece, Stored
+from dualenc.config import Engine as EngineConfig
+from dualenc.config import Optim
+from dualenc.distributed.world import World, ensure_group
+from dualenc.engine import held as shards
+from dualenc.engine import state
+from dualenc.engine.optim import build_optimizers, set_lr_factor
+from dualenc.engine.protocol import (
+    Outputs,
+    Stepped,
+    apply_memory_and_compile,
+    check_shapes,
+    make_contiguous,
+    protect_outputs,
+    repeated,
+)
+from dualenc.errors import ConfigError
+
+
+class AccelerateEngine:
+    """See :class:`dualenc.engine.protocol.Engine`.
+
+    Args:
+        config: the recipe's ``engine``.
+        optim: the recipe's ``optim``.
+        model: whole, with the same weights on all ranks; it is changed in place.
+        world: from ``init_world``.
+
+    Raises:
+        ConfigError: for settings that do not go together.
+    """
+
+    def __init__(self, config: EngineConfig, optim: Optim, model: nn.Module, world: World) -> None:
+        _refuse(config)
+        check_shapes(model)
+        protect_outputs(model)
+        self.world, self.device, self.module = world, world.device, model
+        self.config, self.optim = config, optim
+        self.lr = optim.lr
+        apply_memory_and_compile(model, config)
+        self._wrapped = self._shard() if config.parallel == "fsdp2" else self._prepare()
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        fused = world.device.type == "cuda"
+        self.optimizers = build_optimizers(model, optim, fused=fused)
+        model.train()
+
+    # --- wrapping ---------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> nn.Module:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        for shared in (AcceleratorState, GradientState, PartialState):  # class-wide memory of an earlier engine
+            shared._reset_state()
+        # A tower may hold parameters that its forward never uses (poolers, …): such stay without gradient, as in one
+        # process, instead of being waited for.
+        ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
+            threads = torch.get_num_threads()
+            accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
+            torch.set_num_threads(threads)  # the world has set them
+        if accelerator.num_processes != self.world.world_size:
+            raise ConfigError(
+                f"accelerate sees {accelerator.num_processes} process(es), the launcher started "
+                f"{self.world.world_size}: unset ACCELERATE_* variables, or start with torchrun"
+            )
+        return cast(nn.Module, accelerator.prepare_model(self.module))
+
+    def _shard(self) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        ensure_group(self.world)
+        self.module.to(self.device)
+        make_contiguous(self.module)
+        mesh = init_device_mesh(self.device.type, (self.world.world_size,))
+        for block in repeated(self.module):
+            fully_shard(block, mesh=mesh)
+        return cast(nn.Module, fully_shard(self.module, mesh=mesh))
+
+    # --- the step ---------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Mapping[str, Any]) -> Outputs:
+        """Run the model; without grad, past DDP, whose buffer broadcast would wait for ranks with fewer batches."""
+        unwrap = not torch.is_grad_enabled() and self.config.parallel != "fsdp2"
+        with self._autocast():
+            return cast(Outputs, (self.module if unwrap else self._wrapped)(inputs))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Switch reduction off for all but the last forward and backward of a step."""
+        self._set_reduction(last)
+        try:
+            yield
+        finally:
+            self._set_reduction(True)
+
+    def _set_reduction(self, on: bool) -> None:
+        wrapped: Any = self._wrapped
+        if hasattr(wrapped, "set_requires_gradient_sync"):
+            wrapped.set_requires_gradient_sync(on)
+        elif hasattr(wrapped, "require_backward_grad_sync"):
+            wrapped.require_backward_grad_sync = on
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> Stepped:
+        """Clip, update unless the gradient norm is not finite, clear the gradients."""
+        for p in self.parameters.values():
+            if p.grad is None:  # used by no forward: DeepSpeed gives it zeros, so weight decay acts on it; alike here
+                p.grad = torch.zeros_like(p)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        value = float(norm)
+        skipped = not torch.isfinite(norm).item()
+        if not skipped:
+            if self.optim.clip_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip_grad_norm, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return Stepped(value, skipped)
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Set every group's learning rate to ``factor`` times its peak."""
+        self.lr = self.optim.lr * factor
+        for optimizer in self.optimizers:
+            set_lr_factor(optimizer.param_groups, factor)
+
+    def train(self) -> None:
+        """Training mode; FSDP2 lets go of the weights it had collected for evaluation."""
+        self._reshard()
+        self._wrapped.train()
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self._wrapped.eval()
+
+    def _reshard(self) -> None:
+        for m in self.module.modules():
+            reshard = getattr(m, "reshard", None)
+            if callable(reshard):
+                reshard()
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Whole weights and buffers by name on the CPU of rank 0."""
+        self._reshard()
+        out = {}
+        for name, x in self.module.state_dict(keep_vars=True).items():
+            whole = shards.full(x, shards.local(x))
+            if self.world.rank == 0:
+                out[name] = whole.cpu().clone()
+        return out
+
+    def model_pieces(self) -> list[Piece]:
+        """The part of weights and buffers that this rank writes; nothing is collected."""
+        self._reshard()
+        parts = {name: (x, shards.local(x)) for name, x in self.module.state_dict(keep_vars=True).items()}
+        return shards.own(parts, self.world.rank, self.world.world_size)
+
+    @torch.no_grad()
+    def load_model_state(self, saved: Stored) -> None:
+        """Set weights and buffers; only this rank's part is read."""
+        self._reshard()
+        for _, x, part in shards.read_all(self.module.state_dict(keep_vars=True), saved):
+            shards.local(x).copy_(part)
+
+    def optimizer_state(self) -> state.State:
+        """Whole optimizer state by parameter name."""
+
+        def whole(p: Tensor, value: Tensor) -> Tensor:
+            return value.full_tensor() if isinstance(value, DTensor) else value
+
+        return state.collect(self.optim.name, self.parameters, self._state_of(), whole, self.world.rank == 0)
+
+    def optimizer_pieces(self) -> tuple[list[Piece], dict[str, Any]]:
+        """The part of the optimizer state that this rank writes; nothing is collected."""
+
+        def piece(name: str, p: Tensor, value: Tensor) -> Piece:
+            return shards.piece(name, p, shards.local(value))
+
+        dealt = None if self.config.parallel == "fsdp2" else (self.world.rank, self.world.world_size)
+        return state.cut(self.optim.name, self.parameters, self._state_of(), piece, dealt)
+
+    def load_optimizer_state(self, saved: Stored, info: Mapping[str, Any]) -> None:
+        """Set the optimizer state that any engine saved; only this rank's part is read."""
+        shapes = {k: shards.shape(p) for k, p in self.parameters.items()}
+        fields = state.check(self.optim.name, shapes, saved, info)
+        owner = self._owners()
+        for key, p in self.parameters.items():
+            tensors, scalars = fields.get(key, {}), state.scalars_of(key, info)
+            optimizer, group = owner[p]
+            if not tensors and not scalars:
+                continue
+            entry: dict[str, Any] = {field: _like(p, shards.read(p, saved, name)) for field, name in tensors.items()}
+            entry |= {k: state.step_tensor(v, group, p.device) for k, v in scalars.items()}
+            optimizer.state[p] = entry
+
+    def _state_of(self) -> state.StateOf:
+        owner = self._owners()
+        return lambda p: owner[p][0].state.get(p, {})
+
+    def _owners(self) -> dict[Tensor, tuple[torch.optim.Optimizer, dict[str, Any]]]:
+        return {p: (o, g) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+
+
+def _like(p: Tensor, part: Tensor) -> Tensor:
+    """``part`` placed like ``p``, of which it is this rank's part."""
+    piece = part.to(device=p.device, dtype=p.dtype, copy=True)
+    if not isinstance(p, DTensor):
+        return piece
+    return DTensor.from_local(piece, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def _refuse(config: EngineConfig) -> None:
+    if config.offload_optimizer or config.offload_params:
+        raise ConfigError("engine.offload_optimizer and engine.offload_params need engine.kind: deepspeed")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError(
+            "accelerate launch was told to use DeepSpeed; write engine.kind: deepspeed in the recipe instead"
+        )

@@ -1,0 +1,135 @@
+"""One view on parameters that an engine may have cut into pieces.
+
+A parameter's *local* tensor is what this rank holds: all of it (one process, DDP, ZeRO 0–2), its DTensor shard
+(FSDP2), or its flat partition (ZeRO-3). Both directions are here, so that saves, moving averages and optimizer state
+speak of whole tensors, or of flat ranges of them, by name and know no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from dualenc.checkpoint.ranges import Piece, Stored, deal
+from dualenc.errors import CheckpointError
+
+
+def local(p: Tensor) -> Tensor:
+    """The part of a parameter or buffer that this rank holds (shares memory with it)."""
+    data = p.detach()
+    if isinstance(data, DTensor):
+        return data.to_local()
+    partition: Tensor | None = getattr(p, "ds_tensor", None)
+    return data if partition is None else partition.data
+
+
+def full(p: Tensor, part: Tensor) -> Tensor:
+    """The whole tensor of which ``part`` is this rank's piece, cut like ``p``. All ranks must call it alike."""
+    data = p.detach()
+    if isinstance(data, DTensor):
+        whole = DTensor.from_local(
+            part, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
+        )
+        return whole.full_tensor()
+    if getattr(p, "ds_tensor", None) is None:
+        return part
+    return gather_partitions(p, part)
+
+
+def gather_partitions(p: Any, part: Tensor) -> Tensor:
+    """ZeRO-3: the whole of ``p``-shaped state from every rank's flat ``part`` (the last ones are padded)."""
+    mine = part.detach().flatten().to(p.device)
+    out = mine.new_empty(dist.get_world_size() * mine.numel())
+    dist.all_gather_into_tensor(out, mine)
+    return out[: p.ds_numel].view(p.ds_shape)
+
+
+def is_cut(p: Tensor) -> bool:
+    """Whether ranks hold different parts of it."""
+    return isinstance(p.detach(), DTensor) or getattr(p, "ds_tensor", None) is not None
+
+
+def extent(p: Tensor) -> tuple[int, int]:
+    """[start, end) of this rank's local part in the flattened whole tensor; ZeRO-3's padding is left out."""
+    data = p.detach()
+    if isinstance(data, DTensor):
+        if data.device_mesh.ndim != 1 or data.placements != (Shard(0),):
+            raise RuntimeError(f"shards are cut along the first dimension, got {data.placements}")
+        rows, row = data.shape[0], data.shape[1:].numel()
+        each = -(-rows // data.device_mesh.size())  # as torch.chunk
+        start = min(data.device_mesh.get_local_rank() * each, rows)
+        end = min(start + each, rows)
+        if (end - start) * row != data.to_local().numel():
+            raise RuntimeError(f"rows {start} to {end} of {rows} are expected here, got {data.to_local().shape}")
+        return start * row, end * row
+    partition: Tensor | None = getattr(p, "ds_tensor", None)
+    if partition is None:
+        return 0, p.numel()
+    whole, each = int(p.ds_numel), partition.numel()  # type: ignore[attr-defined]
+    start = min(dist.get_rank() * each, whole)
+    return start, min(start + each, whole)
+
+
+def piece(name: str, p: Tensor, part: Tensor) -> Piece:
+    """``part``, cut like ``p``, as a flat range of the whole."""
+    (start, end), flat = extent(p), part.detach().flatten()
+    if len(flat) != local(p).numel():
+        raise RuntimeError(f"{name}: {len(flat)} elements are not cut like the {local(p).numel()} of its parameter")
+    return Piece(name, tuple(shape(p)), start, flat[: end - start])
+
+
+def own(parts: Mapping[str, tuple[Tensor, Tensor]], rank: int, world_size: int) -> list[Piece]:
+    """What this rank writes of tensors given as (parameter or buffer, local part): together, every element once.
+
+    Parts that only this rank holds, an equal share of the parameters that all ranks hold, and rank 0 the buffers
+    (running statistics may differ between ranks; those of rank 0 are what a whole save keeps, too).
+    """
+    mine, everywhere = [], []
+    for name, (p, part) in parts.items():
+        if is_cut(p) or (rank == 0 and not isinstance(p, nn.Parameter)):
+            mine.append(piece(name, p, part))
+        elif isinstance(p, nn.Parameter):
+            everywhere.append(piece(name, p, part))
+    return [x for x in mine if x.data.numel() or rank == 0] + deal(everywhere, rank, world_size)
+
+
+def read_all(tensors: Mapping[str, Tensor], saved: Stored) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, parameter or buffer, its saved local part) of a whole model, one after another.
+
+    Raises:
+        CheckpointError: if the save has a tensor that the model has not, or lacks one, or its shape is another.
+    """
+    for name in saved.shapes:
+        if name not in tensors:
+            raise CheckpointError(f"The save has a tensor {name}, which has no place in the model")
+    for name, x in tensors.items():
+        yield name, x, read(x, saved, name)
+
+
+def read(p: Tensor, saved: Stored, name: str) -> Tensor:
+    """This rank's part of a saved tensor, in the shape of :func:`local` (on the CPU); only this part is read.
+
+    Raises:
+        CheckpointError: if the saved tensor is not there or has another shape.
+    """
+    if name not in saved.shapes:
+        raise CheckpointError(f"The save has no tensor {name}, which the model needs")
+    if saved.shapes[name] != tuple(shape(p)):
+        raise CheckpointError(
+            f"{name} has shape {list(saved.shapes[name])} in the save, the model needs {list(shape(p))}"
+        )
+    start, end = extent(p)
+    flat, mine = saved.read(name, start, end), local(p)
+    if mine.numel() > len(flat):  # ZeRO-3's last partitions are padded
+        flat = torch.cat([flat, flat.new_zeros(mine.numel() - len(flat))])
+    return flat.view(mine.shape)
+
+
+def shape(p: Tensor) -> torch.Size:
+    """The whole tensor's shape."""
+    return torch.Size(getattr(p, "ds_shape", p.shape))

@@ -1,0 +1,113 @@
+"""What a loss takes and gives."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dualenc.config import Section
+from dualenc.errors import ConfigError
+from dualenc.losses.blockwise.sweeps import How
+from dualenc.registry import Registry
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """A loss on one rank.
+
+    Attributes:
+        value: scalar tensor. Its mean over ranks is the loss of the global batch, and the mean over ranks of its
+            gradients (what every engine computes) is the gradient of that loss.
+        metrics: name → scalar tensor without gradient, on the same footing: the mean over ranks is the global number.
+    """
+
+    value: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Extras:
+    """What stands beside the features of a pair, by slot like them: [B, …], zero where a slot has none.
+
+    Attributes:
+        pair: the two modalities.
+        a, b: name → rows of either side: the batch's ``extras`` (a teacher's features, without gradient) and the
+            model's further outputs (projections of the features, with gradient).
+        both: name → rows of the pair as a whole (a fusion teacher's scores).
+    """
+
+    pair: tuple[str, str]
+    a: dict[str, Tensor]
+    b: dict[str, Tensor]
+    both: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """A contrastive loss between two sets of features: what ``losses.build_loss`` returns.
+
+    A loss with a true attribute ``takes_extras`` is also given ``extras``, an :class:`Extras`.
+    """
+
+    def __call__(
+        self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> LossOutput:
+        """Compare the local rows with the columns of all ranks.
+
+        Args:
+            a, b: [B, D] L2-normalised fp32 features of this rank's slots; B is equal on all ranks.
+            ids: [B] int64 pair ids. Slots with equal ids, here or on another rank, are positives of each other;
+                −1 marks a slot that takes part in nothing.
+            logit_scale, logit_bias: [1]; logits are ``logit_scale · cosine + logit_bias``.
+        """
+        ...
+
+
+class TiledConfig(Section):
+    """How a loss is computed; every way gives the same numbers."""
+
+    impl: Literal["auto", "plain", "tiled", "triton"] = Field(
+        "auto", description="auto: the plain matrix below a global batch of 2048, else triton on CUDA, else tiled"
+    )
+    columns: Literal["gathered", "ring"] = Field(
+        "gathered", description="ring: features travel around the ranks, none holds all of them; never plain"
+    )
+    tile_mb: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="MiB of a tile of logits; default 2 on CPU (it stays in the cache), 128 on CUDA"
+    )
+
+    @model_validator(mode="after")
+    def _ring_is_tiled(self) -> Self:
+        if self.impl == "plain" and self.columns == "ring":
+            raise ValueError("impl: plain holds all columns, so it does not go with columns: ring; write impl: auto")
+        return self
+
+    def choose(self, global_batch: int, device: torch.device) -> How | None:
+        """How to compute a batch of this size on this device, or None for the plain matrix.
+
+        Raises:
+            ConfigError: if ``impl`` is triton and cannot be used here.
+        """
+        if self.impl == "triton" and (missing := why_no_triton(device)):
+            raise ConfigError(f"loss.impl is triton, but {missing}; write auto or tiled")
+        if self.impl == "plain" or (self.impl == "auto" and self.columns == "gathered" and global_batch < 2048):
+            return None
+        name = "triton_kernels" if self.impl != "tiled" and not why_no_triton(device) else "tiled"
+        tile_mb = self.tile_mb or (128.0 if device.type == "cuda" else 2.0)
+        return How(tile_mb, self.columns == "ring", importlib.import_module(f"dualenc.losses.blockwise.{name}"))
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """What is missing for the Triton kernels, or None if nothing is."""
+    if device.type != "cuda":
+        return f"the features are on {device.type} and it needs CUDA"
+    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+losses: Registry[type[Any]] = Registry("loss")
+"""Name → a class with a pydantic ``Config`` that is built from one instance of it and is a :class:`Loss`."""

@@ -1,0 +1,345 @@
+"""A bundle: a DualEncoder, how its inputs are made, and where it came from; kept as a folder that explains itself.
+
+FOLDER/model.safetensors      the weights (or model-00001-of-00008.safetensors …, as the ranks of a run wrote them)
+FOLDER/dualenc.json           inputs, architectures, activations, tokenizer hashes, versions, hash of the weights
+FOLDER/inputs/MODALITY/       files an input needs (a tokenizer's)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
+from dualenc.data.modalities import ModalityInput, modalities
+from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
+from dualenc.encoders.released.weights import load_exactly
+from dualenc.errors import CheckpointError, ConfigError
+from dualenc.model.record import record
+
+if TYPE_CHECKING:
+    from dualenc.model.embedder import Embedder
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "dualenc.json"
+_VERSIONS = (
+    *("torch", "numpy", "pillow", "soundfile", "soxr", "safetensors"),
+    *("open_clip_torch", "timm", "transformers", "tokenizers"),
+)
+
+
+@dataclass
+class Bundle:
+    """A model and everything needed to use it.
+
+    Attributes:
+        name: of the recipe or the released model.
+        model: the DualEncoder.
+        inputs: modality → how its raw items become tensors.
+        parts: modality → its recipe part with every setting resolved (kind, input, encoder, lock).
+        scale: how temperature and bias are set up.
+        provenance: step, samples, git hash, source: whatever is known of its origin.
+        weights_hash: sha256 of the weights file it was loaded from; None for a model being built or trained.
+        device: where ``model`` lies.
+    """
+
+    name: str
+    model: DualEncoder
+    inputs: dict[str, ModalityInput]
+    parts: dict[str, Modality]
+    scale: LogitScale
+    embed_dim: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+    weights_hash: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the modalities."""
+        return list(self.parts)
+
+    def to(self, device: torch.device | str) -> Bundle:
+        """Move the model; ``auto`` is CUDA where there is one."""
+        self.device = resolve_device(device)
+        self.model.to(self.device)
+        return self
+
+    def embedder(self) -> Embedder:
+        """A way to embed raw items with this model."""
+        from dualenc.model.embedder import Embedder
+
+        return Embedder.from_bundle(self)
+
+    def describe(self) -> dict[str, Any]:
+        """What dualenc.json holds, weights aside."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "embed_dim": self.embed_dim,
+            "pairs": [list(p) for p in self.model.pairs],
+            "logit_scale": self.scale.model_dump(mode="json"),
+            "modalities": {m: self._describe_part(m, self.inputs[m].describe()) for m in self.parts},
+            "versions": versions(),
+            "provenance": self.provenance,
+        }
+
+    def _describe_part(self, m: str, described: Mapping[str, Any]) -> dict[str, Any]:
+        tower, part = self.model.tower(m), self.parts[m]
+        assert isinstance(tower, Tower)
+        return {
+            "kind": part.kind,
+            "input": dict(described),
+            "encoder": tower.component.model_dump(mode="json"),
+            "activation": activations(tower),
+            "lock": part.model_dump(mode="json")["lock"],
+            "shares": part.shares,
+        }
+
+    def save(
+        self,
+        folder: str | Path,
+        state: Mapping[str, Tensor] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        pieces: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write the bundle into ``folder`` (created; an earlier bundle in it is overwritten) and return the folder.
+
+        The description, which holds the hash of the weights, is written last: a folder without it is not a bundle.
+
+        Args:
+            state: the weights, by the names of ``model.state_dict()``; default: the model's own. A run whose engine
+                holds the weights in pieces, or that keeps a moving average, passes them here. Heads that only a loss
+                uses are left out.
+            provenance: added to the bundle's own.
+            pieces: file → sha256 of weights that the ranks of a run have written into ``folder``, see
+                :mod:`dualenc.checkpoint.ranges`; no weights are written then.
+
+        Raises:
+            CheckpointError: if ``state`` does not have exactly the model's tensors.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DESCRIPTION).unlink(missing_ok=True)
+        weights: dict[str, Any]
+        if pieces is not None:
+            weights = {"files": dict(sorted(pieces.items())), "sha256": pieces_digest(pieces)}
+        else:
+            self._save_weights(folder / WEIGHTS, state)
+            weights = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
+        description = self.describe()
+        for m, x in self.inputs.items():
+            write = getattr(x, "save", None)
+            if write is not None:
+                written = write(folder / "inputs" / m)
+                if "tokenizer" in written:  # its name would be the folder it came from, on this machine
+                    written["tokenizer"]["name"] = written["config"]["tokenizer"]
+                description["modalities"][m]["input"] = written
+        description["provenance"] = {**self.provenance, **(provenance or {})}
+        description["weights"] = weights
+        text = json.dumps(description, indent=1, ensure_ascii=False)
+        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        return folder
+
+    def _save_weights(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
+        from safetensors.torch import save_file
+
+        own = self.model.state_dict()
+        tensors = self.model.plain(state if state is not None else own)
+        wrong = set(tensors) ^ set(self.model.plain(own))
+        if wrong:
+            raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
+        # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
+        flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+        save_file(flat, str(path), metadata=record(self))
+
+
+# --- building ----------------------------------------------------------------------------------------------------
+
+
+def build_bundle(recipe: Recipe) -> Bundle:
+    """The model and inputs of a recipe.
+
+    What an encoder demands of its input (size, normalisation, tokenizer …) fills what the recipe leaves out. Random
+    weights depend on ``recipe.seed`` and the modality's name only: not on the order of modalities, nor on what else
+    drew from torch's generators before.
+
+    Raises:
+        ConfigError: naming the key: unknown names and settings, or an input that pretrained weights do not fit.
+        CheckpointError: if pretrained weights do not fit the architecture.
+    """
+    parts, inputs, towers = {}, {}, {}
+    for m, part in recipe.modalities.items():
+        where = f"modalities.{m}"
+        parts[m], inputs[m] = resolve_input(m, part)
+        if part.shares is not None:
+            continue
+        with seeded(recipe.seed, m):
+            towers[m] = build_tower(
+                kind_of(m, part), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
+            )
+    model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
+    return Bundle(recipe.name, model, inputs, parts, recipe.logit_scale, recipe.embed_dim)
+
+
+def resolve_input(m: str, part: Modality) -> tuple[Modality, ModalityInput]:
+    """The part with its input filled from the encoder's defaults, and that input.
+
+    A key set to null counts as left out: so a recipe drops a value of its base.
+    """
+    kind, where = kind_of(m, part), f"modalities.{m}.input"
+    defaults = input_defaults(kind, part.encoder, f"modalities.{m}.encoder")
+    said = {k: v for k, v in part.input.items() if v is not None}
+    merged = {**defaults, **said}
+    built = build_input(kind, merged, where)
+    described = built.describe()
+    reference = None
+    if "tokenizer" in defaults and merged["tokenizer"] != defaults["tokenizer"]:
+        reference = build_input(kind, defaults, where).describe()
+    check_input(kind, part.encoder, described, reference, where)
+    return part.model_copy(update={"kind": kind, "input": described["config"]}), built
+
+
+def build_input(kind: str, settings: Mapping[str, Any], where: str, base_dir: Path | None = None) -> ModalityInput:
+    """One modality's input from its settings, checked by that modality's Config."""
+    cls = modalities[kind]
+    return cls(settings_as(cls.Config, settings, where), base_dir)
+
+
+def kind_of(m: str, part: Modality) -> str:
+    """Which modality file handles it."""
+    return part.kind or m
+
+
+class seeded:  # noqa: N801 – reads as a context
+    """Draw from torch's generator at a seed made of ``parts``; the generator's state is restored after."""
+
+    def __init__(self, *parts: Any) -> None:
+        text = "/".join(map(str, parts))
+        self.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.state)
+
+
+# --- a bundle from parts that are known --------------------------------------------------------------------------
+
+
+def assemble(
+    name: str,
+    parts: Mapping[str, Modality],
+    inputs: Mapping[str, ModalityInput],
+    pairs: Iterable[tuple[str, str]],
+    scale: LogitScale,
+    embed_dim: int,
+    tensors: dict[str, Tensor] | None,
+    where: str,
+) -> Bundle:
+    """Build the architectures of ``parts`` and load ``tensors`` into them (None: random, from seed 0)."""
+    towers = {}
+    for m, part in parts.items():
+        if part.shares is not None:
+            continue
+        with seeded(0, m):
+            towers[m] = build_tower(
+                kind_of(m, part), part.encoder, inputs[m].describe(), embed_dim, f"{where}: {m}.encoder"
+            )
+    model = DualEncoder(towers, pairs, scale, *locks(parts), shared_of(parts))
+    if tensors is not None:
+        load_exactly(model, tensors, where)
+    model.eval()
+    return Bundle(name, model, dict(inputs), dict(parts), scale, embed_dim)
+
+
+def locks(parts: Mapping[str, Modality]) -> tuple[list[str], list[str], dict[str, int]]:
+    """Modalities whose tower is locked, those of them whose head is trained all the same, and those of which the last
+    blocks are trained, with their number."""
+    some = {m: p.lock.unlocked_groups for m, p in parts.items() if isinstance(p.lock, Unlocked)}
+    locked = [m for m, p in parts.items() if p.lock and m not in some]
+    return locked, [m for m in locked if parts[m].lock == "trunk"], some
+
+
+def shared_of(parts: Mapping[str, Modality]) -> dict[str, str]:
+    """Modality → the one whose tower it shares."""
+    return {m: p.shares for m, p in parts.items() if p.shares is not None}
+
+
+def part_of(
+    kind: str,
+    settings: Mapping[str, Any],
+    encoder: Component,
+    lock: bool | Literal["trunk"] | Unlocked = False,
+    shares: str | None = None,
+) -> Modality:
+    """A resolved recipe part."""
+    return Modality(kind=kind, input=dict(settings), encoder=encoder, lock=lock, shares=shares)
+
+
+# --- small things ------------------------------------------------------------------------------------------------
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """``auto`` → CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: if CUDA is asked for and there is none.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        out = torch.device(device)
+    except RuntimeError as e:
+        raise ConfigError(f"device: {device!r} is none; write auto, cpu or cuda") from e
+    if out.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: there is no CUDA device here; write auto or cpu")
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that numbers depend on; read without importing them."""
+    from dualenc import __version__
+
+    out = {"dualenc": __version__}
+    for name in _VERSIONS:
+        try:
+            out[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            out[name] = "absent"
+    return out
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def pieces_digest(files: Mapping[str, str]) -> str:
+    """One sha256 for weights in several files: over their names and hashes. Another number of ranks gives another."""
+    text = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for k in sorted(state):
+        v = state[k].detach().cpu().contiguous()
+        digest.update(f"{k} {v.dtype} {list(v.shape)}\n".encode())
+        digest.update(v.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

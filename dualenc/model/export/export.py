@@ -1,0 +1,61 @@
+"""A model into other people's layouts, with a model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Literal, get_args
+
+from dualenc.errors import ConfigError, did_you_mean
+from dualenc.model.bundle import Bundle
+from dualenc.model.export.card import write_card
+from dualenc.model.export.layouts import write_open_clip, write_transformers
+from dualenc.model.export.onnx_graphs import write_onnx
+
+Layout = Literal["hf", "open_clip", "onnx", "safetensors"]
+_NAMES = {"hf": "transformers", "open_clip": "open_clip"}
+
+
+def export(
+    bundle: Bundle, layout: str, folder: str | Path, source: str | Path | None = None, results: Path | None = None
+) -> Path:
+    """Write ``bundle`` into ``folder`` and return it.
+
+    Args:
+        layout: ``hf`` (transformers), ``open_clip``, ``onnx`` (one graph a tower) or ``safetensors`` (our own bundle).
+        source: where the model was loaded from; a run's folder gives the card its recipe, data and numbers.
+        results: results.json of ``dualenc eval`` for the card.
+
+    Raises:
+        ConfigError: if the layout is unknown, cannot express the model (with the reason and the layouts that can), or
+            the folder holds something else already.
+    """
+    if layout not in get_args(Layout):
+        raise ConfigError(f"--format: {layout!r} is none. {did_you_mean(layout, get_args(Layout))}")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--out: {folder} is there already and not empty; name another folder.")
+    made = not folder.exists()
+    try:
+        if layout == "hf":
+            write_transformers(bundle, folder)
+        elif layout == "open_clip":
+            write_open_clip(bundle, folder)
+        elif layout == "onnx":
+            write_onnx(bundle, folder)
+        else:
+            bundle.save(folder)
+    except ConfigError as e:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)  # half an export would be taken for one
+        if layout not in _NAMES:
+            raise
+        kinds = {p.kind or m for m, p in bundle.parts.items()}
+        others = "onnx or safetensors" if kinds <= {"image", "text"} else "safetensors"
+        raise ConfigError(
+            f"{bundle.name} cannot be written for {_NAMES[layout]}: {str(e).rstrip('.')}. Write --format {others}."
+        ) from e
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Path(source).expanduser() if source is not None else None
+    write_card(bundle, layout, folder, found if found is not None and found.is_dir() else None, results)
+    return folder

@@ -1,0 +1,230 @@
+"""MODEL, as every command takes it → a bundle. What would silently change a number is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dualenc.checkpoint.ranges import Files
+from dualenc.config import Component, LogitScale, settings_as
+from dualenc.encoders import Tower, activations
+from dualenc.encoders.released.load_released import (
+    Released,
+    from_hf,
+    from_laion_clap,
+    from_open_clip,
+    from_open_clip_folder,
+)
+from dualenc.encoders.released.weights import read_weights
+from dualenc.errors import CheckpointError, ConfigError, did_you_mean
+from dualenc.model.bundle import (
+    DESCRIPTION,
+    FORMAT,
+    WEIGHTS,
+    Bundle,
+    assemble,
+    build_input,
+    file_digest,
+    part_of,
+    pieces_digest,
+    versions,
+)
+from dualenc.model.record import check_activations, check_inputs, read_record
+
+logger = logging.getLogger(__name__)
+
+_FORMS = (
+    "a run folder, a checkpoint or bundle folder, open_clip:NAME/TAG, hf:REPO, laion_clap:FILE.pt, or a folder in "
+    "either layout"
+)
+# Only these carry a number from the input to the features; a newer version is worth a word where one differs.
+_NOTED = ("torch", "open_clip_torch", "timm", "transformers")
+
+
+def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
+    """Load a model.
+
+    Args:
+        spec: a run folder (its newest finished save), a save's folder, a bundle's folder, ``open_clip:NAME[/TAG]``
+            (TAG may be a file; without it the weights are random, with a warning), ``hf:REPO_OR_FOLDER`` (CLIPModel,
+            SiglipModel, ClapModel), ``laion_clap:FILE.pt``, or a folder in open_clip's or transformers' layout.
+        device: auto, cpu, cuda …
+
+    Raises:
+        ConfigError: if there is no such model.
+        CheckpointError: naming the field, if weights, tokenizer or activation are not those that were saved, or a
+            tensor is missing, left over or of another shape.
+    """
+    form, colon, rest = spec.partition(":")
+    if colon and form == "open_clip":
+        bundle = _released(from_open_clip(rest), spec)
+    elif colon and form == "hf":
+        bundle = _released(from_hf(rest), spec)
+    elif colon and form == "laion_clap":
+        bundle = _released(from_laion_clap(rest), spec)
+    else:
+        bundle = _load_folder(spec)
+    return bundle.to(device)
+
+
+def _load_folder(spec: str) -> Bundle:
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        if folder.is_file():
+            raise ConfigError(f"{spec} is a file; a MODEL is {_FORMS}.")
+        near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        raise ConfigError(
+            f"There is no model {spec!r}: write {_FORMS}. {did_you_mean(folder.name, near) if near else ''}"
+        )
+    if (folder / "checkpoints").is_dir():
+        folder = newest_save(folder)
+    if (folder / "model" / DESCRIPTION).is_file():
+        folder = folder / "model"
+    if (folder / DESCRIPTION).is_file():
+        return load_bundle(folder)
+    if (folder / "open_clip_config.json").is_file():
+        return _released(from_open_clip_folder(folder), spec)
+    if (folder / "config.json").is_file():
+        return _released(from_hf(str(folder)), spec)
+    raise ConfigError(f"{spec} holds no model: none of {DESCRIPTION}, open_clip_config.json, config.json is in it.")
+
+
+def newest_save(run: Path) -> Path:
+    """The newest finished save of a run folder (its manifest and description are there).
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    saves = [
+        p
+        for p in (run / "checkpoints").iterdir()
+        if not p.name.startswith(".") and (p / "manifest.json").is_file() and (p / "model" / DESCRIPTION).is_file()
+    ]
+    if not saves:
+        raise CheckpointError(f"{run} holds no finished save: it stopped before its first checkpoint.")
+    return max(saves, key=lambda p: p.name)
+
+
+# --- our own layout ----------------------------------------------------------------------------------------------
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle folder.
+
+    Raises:
+        CheckpointError: naming the field that is not as it was saved.
+    """
+    said = _read_description(folder)
+    tensors, digest, made = _weights(folder, said["weights"])
+    parts, inputs = {}, {}
+    for m, d in said["modalities"].items():
+        where = f"{folder}: modalities.{m}"
+        try:
+            inputs[m] = build_input(d["kind"], d["input"]["config"], f"{where}.input.config", folder / "inputs" / m)
+        except ConfigError as e:
+            raise CheckpointError(f"{where}.input cannot be built: {e}") from e
+        _same(d["input"], inputs[m].describe(), f"{where}.input", skip=("name",))
+        encoder = Component.model_validate(d["encoder"])
+        parts[m] = part_of(d["kind"], d["input"]["config"], encoder, d["lock"], d.get("shares"))
+    check_inputs(made, inputs, str(folder))
+    scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
+    pairs = [(str(a), str(b)) for a, b in said["pairs"]]
+    try:
+        bundle = assemble(said["name"], parts, inputs, pairs, scale, int(said["embed_dim"]), tensors, str(folder))
+    except ConfigError as e:
+        raise CheckpointError(f"{folder}: its architecture cannot be built: {e}") from e
+    for m, d in said["modalities"].items():
+        tower = bundle.model.tower(m)
+        assert isinstance(tower, Tower)
+        _same(d["activation"], activations(tower), f"{folder}: modalities.{m}.activation")
+    check_activations(made, bundle, str(folder))
+    bundle.provenance, bundle.weights_hash = dict(said["provenance"]), digest
+    _note_versions(said["versions"], folder)
+    return bundle
+
+
+def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """The weights, from one file or from those that ranks wrote, their hash, and the record in the one file.
+
+    The files must be as described.
+    """
+    files = dict(said["files"]) if "files" in said else {str(said["file"]): said["sha256"]}
+    for name, digest in files.items():
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            raise CheckpointError(f"{folder}: weights.file: there is no {name!r} in it")
+        found = file_digest(path)
+        if found != digest:
+            raise CheckpointError(
+                f"{folder}: weights.sha256: {name} has {found[:12]}…, {DESCRIPTION} says "
+                f"{digest[:12]}…: it was changed or damaged after it was saved."
+            )
+    paths = [folder / name for name in sorted(files)]
+    if "files" not in said:
+        return read_weights(paths[0], renamed=False), str(said["sha256"]), read_record(paths[0])
+    return Files(paths).all(), pieces_digest(files), {}
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read ({e})") from e
+    keys = ("format", "name", "embed_dim", "pairs", "logit_scale", "modalities", "versions", "provenance", "weights")
+    absent = [k for k in keys if not isinstance(said, dict) or k not in said]
+    if absent:
+        raise CheckpointError(f"{path}: {absent[0]}: this key is needed")
+    if said["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: format: {said['format']!r} is not {FORMAT}; it needs another version of dualenc"
+        )
+    return dict(said)
+
+
+def _same(saved: Any, now: Any, where: str, skip: tuple[str, ...] = ()) -> None:
+    """Raise CheckpointError at the first field whose value is not the saved one. Fields added since are no change."""
+    if isinstance(saved, Mapping) and isinstance(now, Mapping):
+        for k, v in saved.items():
+            if k in skip:
+                continue
+            if k not in now:
+                raise CheckpointError(f"{where}.{k}: saved as {v!r}, this version has no such field")
+            _same(v, now[k], f"{where}.{k}", skip)
+    elif json.dumps(saved) != json.dumps(now):
+        raise CheckpointError(f"{where}: saved as {saved!r}, here it is {now!r}: features would not be the same.")
+
+
+def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
+    now = versions()
+    other = [f"{k} {saved[k]} → {now[k]}" for k in _NOTED if k in saved and saved[k] != now[k]]
+    if other:
+        logger.info("%s was saved with other versions: %s", folder, ", ".join(other))
+
+
+# --- other people's layouts --------------------------------------------------------------------------------------
+
+
+def _released(found: Released, spec: str) -> Bundle:
+    first, second = found.inputs
+    inputs = {m: build_input(m, found.inputs[m], f"{spec}: input of {m}") for m in (first, second)}
+    made = read_record(found.file) if found.file is not None else {}
+    check_inputs(made, inputs, spec)
+    parts = {m: part_of(m, inputs[m].describe()["config"], found.encoders[m]) for m in (first, second)}
+    bundle = assemble(found.name, parts, inputs, [(first, second)], found.scale, found.embed_dim, found.tensors, spec)
+    bundle.provenance = {"source": spec, "weights": "random" if found.tensors is None else found.source}
+    if found.clap_scales is not None:  # a DualEncoder has one; an export back to transformers writes both
+        bundle.provenance["clap_logit_scales"] = list(found.clap_scales)
+    check_activations(made, bundle, spec)
+    if found.file is not None:
+        bundle.weights_hash = file_digest(found.file)
+    return bundle
+
+
+__all__ = ["WEIGHTS", "load_bundle", "load_model", "newest_save"]

@@ -1,0 +1,296 @@
+"""Run tasks on a model: the one entry for the command line, for training, and for any object that can embed.
+
+Results are a plain dictionary (and a JSON file) that says what was measured, on what, by which model and versions:
+
+    {"model": what the model says of itself,
+     "tasks": {name: {version, definition, kind, n, metrics, ci, chance, reference, data_digest, templates, skipped,
+                      notes, details}},
+     "environment": versions, seed, batch size,
+     "run": when, on how many ranks}
+
+All but ``run`` is a function of model, tasks, data and environment: byte for byte the same on 1 or 8 ranks, in one go
+or after a kill and ``resume``.
+
+Broken items are left out of the numbers, counted and named in ``skipped``; beyond the task's ``max_skipped`` no
+number is given. Shares are between 0 and 1. The same command gives the same numbers on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dualenc.data.modalities import DecodeError, ModalityInput, modalities
+from dualenc.errors import ConfigError, DataError
+from dualenc_evals.features import Embedder, Seen, Store, digest_of
+from dualenc_evals.kinds import classification, compositional, multilabel, probes, retrieval
+from dualenc_evals.pages.table import print_table
+from dualenc_evals.ranks import ranks_of
+from dualenc_evals.read.shards import Rows, read_rows
+from dualenc_evals.task import Task
+
+PACKAGES = ("torch", "numpy", "open_clip_torch", "timm", "transformers", "pillow")
+SHOWN_SKIPPED = 100
+KINDS: dict[str, Any] = {
+    "classification": classification,
+    "multilabel": multilabel,
+    "retrieval": retrieval,
+    "compositional": compositional,
+    "probe": probes,
+}
+
+__all__ = ["Embedder", "environment", "evaluate", "print_table", "run_task", "write_json"]
+
+
+def evaluate(
+    embedder: Embedder,
+    tasks: Sequence[Task],
+    world: Any = None,
+    out: Path | None = None,
+    cache_dir: Path | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+    seed: int = 0,
+    details: bool = True,
+    resume: bool = False,
+    seen: Seen | None = None,
+) -> dict[str, Any]:
+    """Evaluate ``embedder`` on ``tasks``; every rank of ``world`` must call this.
+
+    Args:
+        embedder: any object with ``embed(modality, items, batch_size) → [n, D]`` and ``describe() → dict``, see
+            :class:`dualenc_evals.features.Embedder`.
+        world: the ranks that share the work; default: the process group if there is one.
+        out: where rank 0 writes the results; written after each task, so a kill loses one task at most.
+        cache_dir: features are kept here by content (model, data, batch size) and found by the next run.
+        batch_size: items embedded at once.
+        seed: of the bootstrap intervals and of the examples drawn.
+        details: examples, confusion, similarity, for the report (rank 0's result has them).
+        resume: take the finished tasks from ``out`` as they are and go on with the next. Within a task, features that
+            ``cache_dir`` keeps are found whether or not ``resume`` is set.
+        seen: what was found in the data's files, kept by the caller from one evaluation to the next (training
+            evaluates the same files again and again, and they are then not read to be digested and checked).
+
+    Returns:
+        The results, the same on every rank but for ``details``.
+
+    Raises:
+        ConfigError, DataError: a task, model and data that do not fit; ``out`` holds results of something else than
+            what is to be resumed. The same on every rank.
+    """
+    ranks = ranks_of(world)
+    names = [t.name for t in tasks]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise ConfigError(f"tasks: {sorted(twice)[0]!r} is given twice")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    results: dict[str, Any] = {
+        "model": json.loads(json.dumps(embedder.describe(), default=str)),
+        "tasks": {},
+        "environment": environment(seed, batch_size),
+        "run": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "ranks": ranks.size},
+    }
+    done = ranks.share(lambda: finished(out, results, tasks) if resume else {})
+    bundle = getattr(embedder, "bundle", None)
+    kinds = {m: str(part.kind) for m, part in getattr(bundle, "parts", {}).items()}
+    with Progress(progress and ranks.is_main) as bar:
+        store = Store(
+            embedder, ranks, Checker(embedder), batch_size, cache_dir, bar.advance, kinds, {} if seen is None else seen
+        )
+        for task in tasks:
+            bar.begin(task.name)
+            kept = done.get(task.name)
+            results["tasks"][task.name] = run_task(task, store, seed, details) if kept is None else kept
+            if out is not None and ranks.is_main:
+                write_json(Path(out), results)
+    return results
+
+
+def finished(out: Path | None, now: dict[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
+    """The tasks that ``out`` holds already, by name.
+
+    Raises:
+        ConfigError: no ``out``; or it was written by another model, other versions or settings, or the task has
+            changed: going on would mix two evaluations in one file.
+        DataError: ``out`` is damaged.
+    """
+    if out is None:
+        raise ConfigError("resume: say which results to go on with (out, --out FILE.json)")
+    out = Path(out)
+    if not out.is_file():
+        return {}
+    try:
+        old = json.loads(out.read_text(encoding="utf-8"))
+        parts = {key: old[key] for key in ("model", "environment")}
+        done = dict(old["tasks"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"resume: {out} holds no results ({e!r}); remove it to start anew") from e
+    for key, saved in parts.items():
+        other = sorted(k for k in {*saved, *now[key]} if saved.get(k) != now[key].get(k))
+        if other:
+            raise ConfigError(
+                f"resume: {out} was written with {key}.{other[0]} = {saved.get(other[0])!r}, now it is "
+                f"{now[key].get(other[0])!r}; leave out --resume, or give another --out"
+            )
+    for task in tasks:
+        if task.name in done and done[task.name].get("definition") != definition(task):
+            raise ConfigError(f"resume: task {task.name} has changed since {out} was written; leave out --resume")
+    return done
+
+
+def definition(task: Task) -> str:
+    """Digest of all that a task says; of absolute paths only the last part, so that it is the same on every machine."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, list):
+            return [plain(v) for v in x]
+        return Path(x).name if isinstance(x, str) and x.startswith("/") else x
+
+    return digest_of(plain(task.model_dump(mode="json")))
+
+
+def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    """One task: rows → contents → features → numbers."""
+    for modality in task.needed():
+        store.require(modality)
+    rows = store.ranks.agree(lambda: read_rows(task))
+    try:
+        data, got = _measure(task, rows, store, seed, details)
+    except DataError:
+        if store.strict:
+            raise
+        # Perhaps one item is broken: look at all, leave those out, try again. Looking at every item first costs a
+        # second decoding, so one process does it only once something is wrong.
+        store.strict = True
+        data, got = _measure(task, rows, store, seed, details)
+    notes = [*getattr(data, "notes", rows.notes), *got.get("notes", [])]
+    if data.skipped:
+        first = data.skipped[0]
+        notes.append(
+            f"{len(data.skipped)} of {data.asked} items were left out; the first: {first['id']}: {first['reason']}."
+        )
+    result: dict[str, Any] = {
+        "version": task.version,
+        "definition": definition(task),
+        "kind": task.kind,
+        "description": task.description,
+        "modalities": list(task.modalities),
+        "n": got["n"],
+        "metrics": got["metrics"],
+        "ci": got["ci"],
+        "chance": got["chance"],
+        "reference": [r.model_dump() for r in task.reference],
+        "data_digest": data.data_digest,
+        "templates": got.get("templates"),
+        "skipped": {"count": len(data.skipped), "of": data.asked, "items": data.skipped[:SHOWN_SKIPPED]},
+        "notes": notes,
+    }
+    result |= {k: got[k] for k in ("largest_class_share", "settings", "details") if k in got}
+    return result
+
+
+def _measure(task: Task, rows: Rows, store: Store, seed: int, details: bool) -> tuple[Any, dict[str, Any]]:
+    kind = KINDS[task.kind]
+    data = kind.collect(task, rows, store)
+    refuse_too_many(task, data.skipped, data.asked)
+    return data, kind.evaluate(task, data, store, seed, details)
+
+
+def refuse_too_many(task: Task, skipped: Sequence[dict[str, str]], asked: int) -> None:
+    """Raises DataError when too much is broken for the number to mean anything, or nothing is left."""
+    if len(skipped) > task.max_skipped * asked or len(skipped) >= asked:
+        first = skipped[0]
+        raise DataError(
+            f"task {task.name}: {len(skipped)} of {asked} items cannot be used (max_skipped is {task.max_skipped}); "
+            f"the first: {first['id']}: {first['reason']}"
+        )
+
+
+class Checker:
+    """(modality, raw) → why an item cannot be embedded, or None: what the model's own decoder says of it.
+
+    An embedder without a bundle is asked through the modality's decoder with its default settings.
+    """
+
+    def __init__(self, embedder: Embedder) -> None:
+        self._inputs: dict[str, ModalityInput] = dict(getattr(getattr(embedder, "bundle", None), "inputs", {}))
+
+    def __call__(self, modality: str, raw: bytes | str) -> str | None:
+        if isinstance(raw, str):
+            return None
+        if modality not in self._inputs and modality in modalities:
+            cls = modalities[modality]
+            self._inputs[modality] = cls(cls.Config())
+        decoder = self._inputs.get(modality)
+        try:
+            if decoder is not None:
+                decoder.eval(decoder.decode(raw))
+        except DecodeError as e:
+            return str(e)
+        return None
+
+
+def environment(seed: int, batch_size: int) -> dict[str, Any]:
+    """What else a number depends on. World size and date are not in it: they change nothing."""
+    import dualenc
+
+    versions = {"dualenc": getattr(dualenc, "__version__", "unknown")}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an optional part that is not there took no part
+    return {
+        "seed": seed,
+        "batch_size": batch_size,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+    }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp.write_text(json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    tmp.replace(path)
+
+
+class Progress:
+    """A bar on the terminal, or nothing."""
+
+    def __init__(self, visible: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=Console(stderr=True), disable=not visible, transient=True)
+        self._name, self._what = "", ""
+        self._id: Any = None
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def begin(self, name: str) -> None:
+        self._name, self._what = name, ""
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._what = what
+            self._id = self._bar.add_task(f"{self._name}: {what}", total=total)
+        self._bar.update(self._id, completed=done)

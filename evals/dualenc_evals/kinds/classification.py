@@ -1,0 +1,231 @@
+"""Zero-shot classification: prompts become a classifier, items are scored by cosine.
+
+A class's weight is the mean of its prompts' normalised features, normalised again (CLIP, arXiv 2103.00020, 3.1.4).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualenc.errors import ConfigError, did_you_mean
+from dualenc_evals.features import Store, digest, digest_of
+from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
+from dualenc_evals.metrics import scores as metrics
+from dualenc_evals.metrics.scores import Floats, Ints
+from dualenc_evals.read.rows import Content, Row, Rows
+from dualenc_evals.task import Task, paths_of, read_lines, templates_of
+
+MAX_CONFUSION = 64
+"""A confusion matrix is kept up to this many classes; beyond, only the most frequent confusions are."""
+
+
+@dataclass(slots=True)
+class Labelled:
+    """Items with class numbers, the classes' names (one or more each) and titles, and what was left out."""
+
+    items: list[Content]
+    digests: list[str]
+    labels: Ints
+    names: list[list[str]]
+    titles: list[str]
+    skipped: list[dict[str, str]]
+    asked: int
+    notes: list[str]
+    data_digest: str
+
+
+def classes_of(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """(labels in class order, names shown to the model for each).
+
+    Raises:
+        ConfigError: a label that is no class (with the nearest), unless the task drops those.
+    """
+    seen = sorted({x for r in rows for x in (r.labels or (r.label,)) if x is not None})
+    declared = task.classes
+    if declared is None and task.source.kind == "clip_benchmark":
+        declared = f"{paths_of(task)[0].rstrip('/')}/classnames.txt"
+    if declared is None:
+        return seen, [[label.replace("_", " ")] for label in seen]
+    if isinstance(declared, dict):
+        names = [[v] if isinstance(v, str) else list(v) for v in declared.values()]
+        return _known(task, list(declared), seen), names
+    if isinstance(declared, str):
+        declared = read_lines(declared, task, "classes")
+    numbers = [str(i) for i in range(len(declared))]
+    by_number = bool(seen) and not set(seen) <= set(declared) and all(label.isdigit() for label in seen)
+    return _known(task, numbers if by_number else declared, seen), [[n] for n in declared]
+
+
+def _known(task: Task, labels: list[str], seen: list[str]) -> list[str]:
+    twice = {x for x in labels if labels.count(x) > 1} if len(set(labels)) < len(labels) else set()
+    if twice:
+        raise ConfigError(f"task {task.name}: classes: {sorted(twice)[0]!r} stands twice")
+    strange = [s for s in seen if s not in set(labels)]
+    if strange and task.other_labels == "error":
+        raise ConfigError(
+            f"task {task.name}: classes: the data have a label {strange[0]!r} that is no class. "
+            f"{did_you_mean(strange[0], labels)} Or leave such items out: other_labels: drop"
+        )
+    return labels
+
+
+def collect(task: Task, rows: Rows, store: Store, every: Sequence[Row] | None = None) -> Labelled:
+    """Inspect every item, leave out and name what is broken, number the classes (those of ``every`` row given)."""
+    modality = task.modalities[0]
+    order, names = classes_of(task, list(every or rows.rows))
+    number = {label: n for n, label in enumerate(order)}
+    used = [r for r in rows.rows if r.label in number]
+    notes = list(rows.notes)
+    if len(used) < len(rows.rows):
+        notes.append(f"{len(rows.rows) - len(used)} items belong to no class of this task and were left out.")
+    skipped = [{"id": r.id, "reason": f"has no {modality}"} for r in used if not r.contents[modality]]
+    used = [r for r in used if r.contents[modality]]
+    items = [r.contents[modality][0] for r in used]
+    seen = store.inspect(modality, items)
+    skipped += [{"id": items[i].id, "reason": why} for i, why in seen.bad.items()]
+    good = [i for i in range(len(items)) if i not in seen.bad]
+    labels = np.array([number[used[i].label or ""] for i in good], dtype=np.int64)
+    # A class shown to the model under several names is called by its label; with one name, by that.
+    titles = [n[0] if len(n) == 1 else label for label, n in zip(order, names, strict=True)]
+    empty = [titles[n] for n in sorted(set(range(len(order))) - set(labels.tolist()))]
+    if empty:
+        few = ", ".join(repr(n) for n in empty[:5]) + (f", … ({len(empty)} in all)" if len(empty) > 5 else "")
+        notes.append(f"No items of class {few}: it can only be a wrong answer, and its recall is left out of the mean.")
+    provenance = [[r.id, r.label, d] for r, d in zip(used, seen.digests, strict=True)]
+    asked = len(items) + sum(s["reason"].startswith("has no ") for s in skipped)
+    kept, digests = [items[i] for i in good], [seen.digests[i] for i in good]
+    return Labelled(kept, digests, labels, names, titles, skipped, asked, notes, digest_of([provenance, order]))
+
+
+def classifier(prompts: Tensor, owners: Tensor, classes: int) -> Tensor:
+    """[C, D] unit weights: mean of each class's prompt features ``prompts [P, D]``, ``owners [P]`` their class."""
+    sums = torch.zeros(classes, prompts.shape[1], dtype=torch.float64).index_add_(0, owners, prompts.double())
+    counts = torch.bincount(owners, minlength=classes)[:, None]
+    return torch.nn.functional.normalize(sums / counts, dim=1).float()
+
+
+def prompted(task: Task, names: Sequence[Sequence[str]], store: Store) -> tuple[Tensor, list[str]]:
+    """([C, D] weights of the classes from their prompts, the prompts with ``{}``)."""
+    templates = templates_of(task)
+    owners, texts = [], []
+    for c, own in enumerate(names):
+        for name in own:
+            for template in templates:
+                owners.append(c)
+                texts.append(Content(f"{c}", text=template.replace("{}", name)))
+    prompts = store.features(task.modalities[1], texts, [digest(t.text or "") for t in texts])
+    return classifier(prompts, torch.tensor(owners), len(names)), templates
+
+
+def scale_of(store: Store, modalities: tuple[str, str]) -> float | None:
+    """The factor of the cosines that the model states for this pair; None when it states none (a run in training)."""
+    scales = store.embedder.describe().get("logit_scale")
+    if isinstance(scales, dict):
+        a, b = modalities
+        scales = scales.get(f"{a}-{b}", scales.get(f"{b}-{a}"))
+    return float(scales) if isinstance(scales, int | float) else None
+
+
+def evaluate(task: Task, data: Labelled, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    """top-1, top-5, mean per-class recall, calibration error, their intervals and chance, and what to look at."""
+    weights, templates = prompted(task, data.names, store)
+    x = store.features(task.modalities[0], data.items, data.digests)
+    wanted = task.wanted()
+    scale = scale_of(store, task.modalities) if "calibration_error" in wanted else None
+    ranks, predicted, confidence = _scored(x, weights, data.labels, twins_after(data.names), scale)
+    values = metrics.classification_values(ranks, data.labels, predicted)
+    notes = []
+    if confidence is not None:
+        values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
+    elif "calibration_error" in task.metrics:
+        notes.append("The model states no temperature for this pair, so it has no calibration error.")
+    per_item = {"top1": (ranks <= 1).astype(np.float64), "top5": (ranks <= 5).astype(np.float64)}
+    asked = {k: v for k, v in per_item.items() if k in wanted}
+    ci = metrics.bootstrap_ci(asked, seed=seed) if asked else {}
+    if "mean_per_class_recall" in wanted:
+        recall = metrics.weighted_class_recall(data.labels, predicted)
+        ci["mean_per_class_recall"] = metrics.bootstrap_of(recall, len(ranks), seed=seed)
+    chance = metrics.chance_classification(len(data.names))
+    counts = np.bincount(data.labels, minlength=len(data.names))
+    out: dict[str, Any] = {
+        "metrics": metrics.rounded({k: v for k, v in values.items() if k in wanted}),
+        "ci": metrics.rounded(ci),
+        "chance": metrics.rounded({k: v for k, v in chance.items() if k in wanted}),
+        "n": {task.modalities[0]: len(data.items), "classes": len(data.names)},
+        "largest_class_share": round(float(counts.max() / counts.sum()), 6),
+        "templates": templates,
+        "notes": notes,
+    }
+    if confidence is not None:
+        out["settings"] = {"logit_scale": scale}
+    if details and store.ranks.is_main:
+        out["details"] = _details(task, data, x, weights, (ranks, predicted), Shown(store.kinds), seed)
+    return out
+
+
+def twins_after(names: list[list[str]]) -> Ints:
+    """[C]: how many later classes have the same names, so the same prompts."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    out = []
+    for n in reversed([tuple(n) for n in names]):
+        out.append(counts[n])
+        counts[n] += 1
+    return np.array(out[::-1], dtype=np.int64)
+
+
+def _scored(
+    x: Tensor, weights: Tensor, labels: Ints, twins: Ints, scale: float | None
+) -> tuple[Ints, Ints, Floats | None]:
+    """In blocks, so a thousand classes of a million items need no [N, C]; confidences [N] where a scale is given."""
+    columns, inverse = metrics.distinct_rows(weights)
+    ranks, predicted, confidence = [], [], []
+    for start, stop in metrics.block_starts(len(x), len(weights)):
+        scores = (x[start:stop] @ columns.T)[:, inverse]
+        r, p = metrics.class_ranks(scores, labels[start:stop], twins)
+        ranks.append(r)
+        predicted.append(p)
+        if scale is not None:
+            confidence.append(metrics.confidences(scores, scale))
+    return np.concatenate(ranks), np.concatenate(predicted), np.concatenate(confidence) if confidence else None
+
+
+def _details(
+    task: Task, data: Labelled, x: Tensor, weights: Tensor, scored: tuple[Ints, Ints], shown: Shown, seed: int
+) -> dict[str, Any]:
+    ranks, predicted = scored
+    names = data.titles
+    classes = len(names)
+    prompts = [Content(f"class:{c}", text=n) for c, n in enumerate(names)]
+    chosen = drawn(len(data.items), QUERIES, seed, f"{task.name}/{task.modalities[0]}")
+    right = [{int(c)} for c in data.labels]
+    sides = ((data.items, x), (prompts, weights))
+    rows = hits(shown, *sides, right, ranks, chosen, task.modalities)
+    # The most confident mistakes: by how much the wrong class is above the right one.
+    margin = ((weights[torch.from_numpy(predicted)] - weights[torch.from_numpy(data.labels)]) * x).sum(1)
+    mistakes = worst(margin.numpy(), predicted != data.labels)
+    bad = hits(shown, *sides, right, ranks, mistakes, task.modalities)
+    confusion = metrics.confusion_matrix(data.labels, predicted, classes)
+    counts = confusion.sum(1)
+    recall = [round(float(confusion[c, c] / n), 6) if n else None for c, n in enumerate(counts.tolist())]
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:10]
+    pairs = [divmod(int(f), classes) for f in order if wrong.flat[int(f)] > 0]
+    one_each = {int(c): i for i, c in reversed(list(enumerate(data.labels.tolist())))}
+    some = [c for c in drawn(classes, PAIRS, seed, f"{task.name}/similarity") if c in one_each]
+    return {
+        "classes": names,
+        "per_class": {"n": counts.tolist(), "recall": recall},
+        "confusion": confusion.tolist() if classes <= MAX_CONFUSION else None,
+        "most_confused": [{"true": names[t], "predicted": names[p], "n": int(wrong[t, p])} for t, p in pairs],
+        "examples": [{"query": task.modalities[0], "gallery": task.modalities[1], "rows": rows, "worst": bad}],
+        "similarity": similarity(shown, *sides, {one_each[c]: c for c in some}, task.modalities),
+        "items": shown.items,
+    }

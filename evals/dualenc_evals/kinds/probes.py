@@ -1,0 +1,132 @@
+"""What frozen features know of classes without any prompt: k-NN, linear probe, few-shot episodes.
+
+k-NN (Wu et al. 2018, arXiv 1805.01978; DINO's settings): the k nearest training items vote with exp(cosine / T). The
+linear probe is :mod:`dualenc_evals.metrics.linear`, its C chosen on a fifth of the training items.
+Episodes are :mod:`dualenc_evals.metrics.fewshot`. Only the first modality of the model is used.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualenc_evals.features import Store, digest_of
+from dualenc_evals.kinds import classification
+from dualenc_evals.kinds.classification import Labelled
+from dualenc_evals.metrics import fewshot, linear
+from dualenc_evals.metrics import scores as metrics
+from dualenc_evals.metrics.scores import Floats, Ints
+from dualenc_evals.read.rows import Rows
+from dualenc_evals.read.shards import read_rows
+from dualenc_evals.task import Task
+
+
+@dataclass(slots=True)
+class Probed:
+    """Test and training items, and what was left out of both."""
+
+    test: Labelled
+    train: Labelled
+    skipped: list[dict[str, str]]
+    asked: int
+    notes: list[str]
+    data_digest: str
+
+
+def collect(task: Task, rows: Rows, store: Store) -> Probed:
+    """Inspect the items of both parts; their classes are numbered together."""
+    other = store.ranks.agree(lambda: read_rows(task.training()))
+    every = [*rows.rows, *other.rows]
+    test = classification.collect(task, rows, store, every)
+    train = classification.collect(task, other, store, every)
+    notes = [*test.notes, *(f"Training: {n}" for n in train.notes if n not in test.notes)]
+    both = len(set(test.digests) & set(train.digests))
+    if both:
+        notes.append(f"{both} test items also are training items, byte for byte: the numbers flatter the model.")
+    return Probed(
+        test, train, [*test.skipped, *train.skipped], test.asked + train.asked, notes,
+        digest_of([test.data_digest, train.data_digest]),
+    )  # fmt: skip
+
+
+def nearest_neighbours(
+    x: Tensor, labels: Ints, y: Tensor, truth: Ints, classes: int, k: int, temperature: float
+) -> Ints:
+    """[M] rank of the true class among the votes of the ``k`` nearest training items; ties against the model.
+
+    Args:
+        x: [N, D] training features; labels: [N] their classes; y: [M, D] test features; truth: [M].
+    """
+    known = torch.from_numpy(labels)
+    ranks = []
+    for s, e in metrics.block_starts(len(y), max(len(x), classes)):
+        near = (y[s:e] @ x.T).topk(min(k, len(x)), dim=1)
+        weights = torch.exp((near.values.double() - 1) / temperature)
+        votes = torch.zeros(e - s, classes, dtype=torch.float64).scatter_add_(1, known[near.indices], weights)
+        ranks.append(metrics.class_ranks(votes, truth[s:e])[0])
+    return np.concatenate(ranks)
+
+
+def evaluate(task: Task, data: Probed, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    """The probes that the task asks for, their intervals and chance. Details are what was chosen and drawn."""
+    test, train = data.test, data.train
+    item = task.modalities[0]
+    x = store.features(item, train.items, train.digests)
+    y = store.features(item, test.items, test.digests)
+    classes = len(test.names)
+    wanted = task.wanted()
+    settings: dict[str, Any] = {}
+    values: dict[str, Floats] = {}
+    chance: dict[str, float] = {}
+    notes: list[str] = []
+    if "knn_top1" in wanted:
+        k, temperature = task.probe.k, task.probe.temperature
+        ranks = nearest_neighbours(x, train.labels, y, test.labels, classes, k, temperature)
+        values["knn_top1"] = (ranks == 1).astype(np.float64)
+        settings["knn"] = {"k": k, "temperature": temperature}
+    if "linear_top1" in wanted:
+        weights, strength = linear.tuned(x, train.labels, classes, seed)
+        values["linear_top1"] = (linear.ranks_under(weights, y, test.labels)[0] == 1).astype(np.float64)
+        settings["linear"] = {"C": strength}
+    chance |= dict.fromkeys(values, 1 / classes)
+    for shots in task.numbers(r"(?:fewshot|prototype|opta)([1-9]\d*)_top1"):
+        _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
+    return {
+        "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()}),
+        "ci": metrics.rounded({n: metrics.bootstrap_ci({n: v}, seed=seed)[n] for n, v in values.items()}),
+        "chance": metrics.rounded(chance),
+        "n": {item: len(test.items), "training": len(train.items), "classes": classes},
+        "notes": notes,
+        "settings": settings,
+    }
+
+
+def _episodes(
+    task: Task,
+    train: tuple[Tensor, Ints],
+    test: tuple[Tensor, Ints],
+    shots: int,
+    seed: int,
+    out: tuple[dict[str, Floats], dict[str, float], dict[str, Any], list[str]],
+) -> None:
+    """All few-shot methods of one number of shots, on the same episodes."""
+    values, chance, settings, notes = out
+    found = (re.fullmatch(rf"(fewshot|prototype|opta){shots}_top1", m) for m in task.wanted())
+    methods = [m.group(1) for m in found if m is not None]
+    probe = task.probe
+    drawn = fewshot.draw_episodes(
+        train[1], test[1], ways=probe.ways, shots=shots, queries=probe.queries, episodes=probe.episodes, seed=seed
+    )
+    if drawn is None:
+        notes.append(f"No two classes have {shots} training items and a test item: no {shots}-shot number.")
+        return
+    ways = drawn.support.shape[1]
+    for method, got in fewshot.accuracies(train[0], test[0], drawn, methods).items():
+        values[f"{method}{shots}_top1"] = got
+        chance[f"{method}{shots}_top1"] = 1 / ways
+    settings[f"{shots}-shot"] = {"ways": ways, "queries": drawn.queries.shape[2], "episodes": len(drawn.queries)}

@@ -1,0 +1,235 @@
+"""Retrieval, both directions, with several captions per item.
+
+First modality → second (image → text): a query is right at k when any of its captions stands among the first k.
+Second → first (text → image): every caption is a query of its own. This is the COCO / Flickr protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualenc_evals.features import Store, digest_of
+from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
+from dualenc_evals.metrics import ranking
+from dualenc_evals.metrics import scores as metrics
+from dualenc_evals.metrics.bags import bag_values, make_bags
+from dualenc_evals.metrics.scores import Floats, Ints, Positives
+from dualenc_evals.read.rows import Content, Rows
+from dualenc_evals.task import Task
+
+CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
+
+
+@dataclass(slots=True)
+class Pairs:
+    """The two sides that are left after broken items are out, and who belongs to whom."""
+
+    a: list[Content]
+    b: list[Content]
+    a_digests: list[str]
+    b_digests: list[str]
+    right: list[list[int]]
+    skipped: list[dict[str, str]]
+    asked: int
+    data_digest: str
+    labels: list[str | None] = field(default_factory=list)
+    """Of each item of the first side: the value of ``same`` or ``bags.by``."""
+
+    def reverse(self) -> list[list[int]]:
+        """Right items of the first side for each of the second."""
+        out: list[list[int]] = [[] for _ in self.b]
+        for i, js in enumerate(self.right):
+            for j in js:
+                out[j].append(i)
+        return out
+
+
+def collect(task: Task, rows: Rows, store: Store) -> Pairs:
+    """Inspect every content, leave out and name what is broken, merge equal captions where the task says so."""
+    first, second = task.modalities
+    a_all = [c for r in rows.rows for c in r.contents[first][:1]]
+    b_all = [c for r in rows.rows for c in r.contents[second]]
+    a_seen, b_seen = store.inspect(first, a_all), store.inspect(second, b_all)
+    skipped = [{"id": a_all[i].id, "reason": f"{first}: {why}"} for i, why in a_seen.bad.items()]
+    skipped += [{"id": b_all[i].id, "reason": f"{second}: {why}"} for i, why in b_seen.bad.items()]
+    pairs = Pairs([], [], [], [], [], skipped, len(a_all) + len(b_all), "")
+    place: dict[str, int] = {}
+    provenance: list[Any] = []
+    i = j = 0
+    for row in rows.rows:
+        na, nb = len(row.contents[first][:1]), len(row.contents[second])
+        good_a = [n for n in range(i, i + na) if n not in a_seen.bad]
+        good_b = [n for n in range(j, j + nb) if n not in b_seen.bad]
+        provenance.append([row.id, a_seen.digests[i : i + na], b_seen.digests[j : j + nb]])
+        i, j = i + na, j + nb
+        if not good_a or not good_b:
+            side = second if good_a else first
+            if (nb if good_a else na) == 0:
+                skipped.append({"id": row.id, "reason": f"has no {side}"})
+            continue
+        pairs.a.append(a_all[good_a[0]])
+        pairs.a_digests.append(a_seen.digests[good_a[0]])
+        own = []
+        for n in good_b:
+            key = b_seen.digests[n] if task.identical == "merge" else str(n)
+            if key not in place:
+                place[key] = len(pairs.b)
+                pairs.b.append(b_all[n])
+                pairs.b_digests.append(b_seen.digests[n])
+            own.append(place[key])
+        pairs.right.append(sorted(set(own)))
+        pairs.labels.append(row.label)
+    if task.same is not None:
+        pairs.right = joined(pairs.right, pairs.labels)
+        provenance.append(pairs.labels)
+    pairs.data_digest = digest_of(provenance)
+    return pairs
+
+
+def joined(right: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list[list[int]]:
+    """Items with the same label own each other's right answers: one object seen at two times is no wrong answer."""
+    union: dict[str | None, set[int]] = {}
+    for label, own in zip(labels, right, strict=True):
+        union.setdefault(label, set()).update(own)
+    return [sorted(union[label]) for label in labels]
+
+
+def evaluate(task: Task, pairs: Pairs, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    """Metrics of both directions, their intervals and chance, and what to look at."""
+    first, second = task.modalities
+    x = store.features(first, pairs.a, pairs.a_digests)
+    y = store.features(second, pairs.b, pairs.b_digests)
+    reverse = pairs.reverse()
+    there = _direction(task, store, x, y, pairs.right, groups=None, seed=seed)
+    # Captions of one item are drawn together in the bootstrap: they are not independent.
+    owners = np.array([r[0] for r in reverse], dtype=np.int64)  # with several owners, the first stands for them
+    back = _direction(task, store, y, x, reverse, groups=owners, seed=seed)
+    out: dict[str, Any] = {"metrics": {}, "ci": {}, "chance": {}}
+    for name, part in ((f"{first}_to_{second}", there), (f"{second}_to_{first}", back)):
+        for kind in ("metrics", "ci", "chance"):
+            out[kind] |= {f"{name}_{k}": v for k, v in part[kind].items()}
+    if task.bags is not None:
+        _add_bags(task, pairs, (x, y), seed, out)
+    flat = [(i, j) for i, js in enumerate(pairs.right) for j in js]
+    index = torch.tensor(flat, dtype=torch.long)
+    geometry = metrics.geometry(x, y, (index[:, 0], index[:, 1]), (first, second))
+    out["metrics"] |= metrics.rounded(geometry)
+    out["n"] = {first: len(pairs.a), second: len(pairs.b)} | out.get("n", {})
+    if details and store.ranks.is_main:
+        out["details"] = _details(task, pairs, reverse, (x, y), (there, back), Shown(store.kinds), seed)
+    return out
+
+
+def _direction(
+    task: Task, store: Store, queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], groups: Any, seed: int
+) -> dict[str, Any]:
+    positives = Positives(right, len(gallery))
+    shard = (store.ranks.rank, store.ranks.size)
+    parts = store.ranks.gather(metrics.best_ranks(queries, gallery, positives, shard=shard))
+    ranks: Ints = np.sum(parts, axis=0)
+    ks = task.recall_ks()
+    wanted = task.wanted()
+    values = {k: v for k, v in metrics.retrieval_values(ranks, ks).items() if k in wanted}
+    chance = metrics.chance_retrieval(positives.counts, len(gallery), ks)
+    items = {k: v for k, v in metrics.item_values(ranks, ks).items() if k in wanted}
+    items |= _of_all_right(task, store, (queries, gallery), positives, chance)
+    values |= {k: float(np.mean(items[k])) for k in items if k not in values}
+    ci = metrics.bootstrap_ci(items, groups, seed=seed) if items else {}
+    if "median_rank" in wanted:
+        median = metrics.weighted_median(ranks)
+        ci["median_rank"] = metrics.bootstrap_of(median, len(ranks), groups, seed=seed)
+    if "mean_rank" in wanted:
+        ci |= metrics.bootstrap_ci({"mean_rank": ranks}, groups, seed=seed)
+    return {
+        "ranks": ranks,
+        "positives": positives,
+        "metrics": metrics.rounded(values),
+        "ci": metrics.rounded(ci),
+        "chance": metrics.rounded({k: v for k, v in chance.items() if k in values}),
+    }
+
+
+def _of_all_right(
+    task: Task, store: Store, sides: tuple[Tensor, Tensor], positives: Positives, chance: dict[str, float]
+) -> dict[str, Floats]:
+    """Per-query values of the metrics that look at every right answer; their chance is added to ``chance``."""
+    maps, gains = task.numbers(r"mAP@(\d+)"), task.numbers(r"nDCG@(\d+)")
+    if not maps and not gains:
+        return {}
+    shard = (store.ranks.rank, store.ranks.size)
+    parts = store.ranks.gather(ranking.wrong_ahead(*sides, positives, shard=shard))
+    ahead: Ints = np.sum(parts, axis=0)
+    size = len(sides[1])
+    for k in maps:
+        chance[f"mAP@{k}"] = ranking.chance_average_precision(positives.counts, size, k)
+    for k in gains:
+        chance[f"nDCG@{k}"] = ranking.chance_ndcg(positives.counts, size, k)
+    values = {f"mAP@{k}": ranking.average_precision(ahead, positives, k) for k in maps}
+    return values | {f"nDCG@{k}": ranking.ndcg(ahead, positives, k) for k in gains}
+
+
+def _add_bags(task: Task, pairs: Pairs, features: tuple[Tensor, Tensor], seed: int, out: dict[str, Any]) -> None:
+    """R@1 in both directions inside bags of look-alikes, by each item's first caption; chance is 1 in the size."""
+    assert task.bags is not None
+    first, second = task.modalities
+    x = features[0]
+    y = features[1][torch.tensor([r[0] for r in pairs.right])]
+    labels = None if task.bags.by == "neighbours" else pairs.labels
+    names = (f"{first}_to_{second}", f"{second}_to_{first}", "both_ways")
+    for size in task.bags.sizes:
+        bags = make_bags(x, y, labels, size, seed, owners=[r[0] for r in pairs.right])
+        out.setdefault("n", {})[f"bags of {size}"] = len(bags)
+        if not len(bags):
+            out.setdefault("notes", []).append(f"There are no {size} look-alikes by {task.bags.by!r} to make a bag of.")
+            continue
+        got = dict(zip(names, bag_values(x, y, bags), strict=True))
+        keys = {n: f"{n}_bag{size}_{'R@1' if '_to_' in n else 'all_correct'}" for n in names}
+        out["metrics"] |= metrics.rounded({keys[n]: float(np.mean(v)) for n, v in got.items()})
+        ci = metrics.bootstrap_ci({n: v.reshape(len(bags), -1).mean(1) for n, v in got.items()}, seed=seed)
+        out["ci"] |= metrics.rounded({keys[n]: v for n, v in ci.items()})
+        out["chance"] |= metrics.rounded({keys[n]: 1 / size for n in names if "_to_" in n})
+
+
+def _details(
+    task: Task,
+    pairs: Pairs,
+    reverse: list[list[int]],
+    features: tuple[Tensor, Tensor],
+    found: tuple[dict[str, Any], dict[str, Any]],
+    shown: Shown,
+    seed: int,
+) -> dict[str, Any]:
+    first, second = task.modalities
+    a, b = (pairs.a, features[0]), (pairs.b, features[1])
+    examples, curves = [], []
+    for queries, gallery, right, part, names in (
+        (a, b, pairs.right, found[0], (first, second)),
+        (b, a, reverse, found[1], (second, first)),
+    ):
+        chosen = drawn(len(queries[0]), QUERIES, seed, f"{task.name}/{names[0]}")
+        sets = [set(r) for r in right]
+        rows = hits(shown, queries, gallery, sets, part["ranks"], chosen, names)
+        far = worst(part["ranks"], part["ranks"] > 1)
+        bad = hits(shown, queries, gallery, sets, part["ranks"], far, names)
+        examples.append({"query": names[0], "gallery": names[1], "rows": rows, "worst": bad})
+        ks = [k for k in CURVE if k <= len(gallery[0])]
+        chance = metrics.chance_retrieval(part["positives"].counts, len(gallery[0]), ks)
+        curves.append(
+            {
+                "name": f"{names[0]} → {names[1]}",
+                "k": ks,
+                "recall": [round(metrics.recall_at_k(part["ranks"], k), 6) for k in ks],
+                "chance": [round(chance[f"R@{k}"], 6) for k in ks],
+            }
+        )
+    few = drawn(len(pairs.a), PAIRS, seed, f"{task.name}/similarity")
+    # Two items with one merged caption would give two equal columns; the first of them stays.
+    partner = {pairs.right[i][0]: i for i in reversed(few)}
+    alike = similarity(shown, a, b, {i: pairs.right[i][0] for i in sorted(partner.values())}, (first, second))
+    return {"examples": examples, "recall_curves": curves, "similarity": alike, "items": shown.items}
