@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dualenc.config import Guard
 from dualenc.errors import ConfigError, GuardError
-from dualenc.sections import Guard
 
 Measure = Callable[[], Mapping[str, float]]
 """All ranks together: task/metric → value, the same on every rank."""

@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _runs import RECIPE, SMALL, environment, newest, rows
 
 from dualenc.cli.train import evaluate_with, resolve_tasks
-from dualenc.config import load_recipe
+from dualenc.config import Guard, load_recipe
 from dualenc.errors import ConfigError, GuardError
-from dualenc.sections import Guard
 from dualenc.train.guard import Watch, watched
 from dualenc.train.loop import train
 from dualenc_evals.pages.run import guard_view, write_report
