@@ -45,7 +45,7 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(VENV)/bin/ruff check --fix .
 
 gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, micro-batch against one process: a table
-	$(PY) tests/distributed/gradcheck.py
+	PYTHONPATH=tests $(PY) tests/distributed/gradcheck.py
 
 bench: $(STAMP) ## time and memory of the losses, plain and tiled, up to N = 32k
 	$(PY) -m benchmarks.losses loss

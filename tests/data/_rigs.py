@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from _shared import DATA as SHARED_DATA
 from PIL import Image
 
 from dualenc.data.driving.keyframes import Keyframe, kitti_object, nuscenes
 
-FOLDER = Path(__file__).parents[3] / "shared" / "data" / "camera_lidar"
+FOLDER = SHARED_DATA / "camera_lidar"
 KITTI, NUSCENES = FOLDER / "kitti_object" / "training", FOLDER / "nuscenes_scene-0523"
 GOLDEN = FOLDER / "golden_pairs.jsonl"
 

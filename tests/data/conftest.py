@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from _shared import DATA as SHARED_DATA
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = SHARED_DATA
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart" / "data"
 
 

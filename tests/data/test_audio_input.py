@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from _shared import DATA as SHARED_DATA
 
 from dualenc.config import Data, Modality
 from dualenc.data.loader import Loader
@@ -22,7 +23,7 @@ from dualenc.data.modalities import DecodeError, build_inputs
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
 from dualenc.errors import ConfigError
 
-AUDIO = Path(__file__).parents[3] / "shared" / "data" / "audio_text"
+AUDIO = SHARED_DATA / "audio_text"
 
 
 def of(name: str, count: int) -> list[bytes]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _shared import DATA as SHARED_DATA
 
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
 from dualenc.data.modalities.sound_file import Sound
@@ -17,7 +18,7 @@ from dualenc_data_tools.build import build
 from dualenc_data_tools.check import check, print_check
 from dualenc_data_tools.view import view
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "audio_text"
+DATA = SHARED_DATA / "audio_text"
 SHIPPED = Path(__file__).parents[2] / "recipes" / "quickstart" / "data"
 SOUND = ["flac", "wav", "ogg", "mp3"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _shared import DATA as SHARED_DATA
 from PIL import Image
 
 from dualenc.data.shards.index import load_index
@@ -19,7 +20,7 @@ from dualenc.data.shards.reader import Found, iter_samples
 from dualenc.errors import ConfigError, DataError
 from dualenc_data_tools.build import build, print_report
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "image_text"
+DATA = SHARED_DATA / "image_text"
 WANTED = {"image": ["jpg", "jpeg", "png", "webp"], "text": ["txt", "json:captions"]}
 
 

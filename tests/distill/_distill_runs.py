@@ -16,12 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from _shared import DATA as SHARED_DATA
 
 from dualenc.config import Recipe
 from dualenc.model import build_bundle
 from dualenc_data_tools.build import build
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "image_text" / "flickr8k"
+DATA = SHARED_DATA / "image_text" / "flickr8k"
 
 torch.set_num_threads(1)
 

@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _shared import PYTHONPATH
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -37,7 +39,7 @@ def start(
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+        "PYTHONPATH": PYTHONPATH,
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",

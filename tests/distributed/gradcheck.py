@@ -1,6 +1,6 @@
 """Every engine, world size, loss, micro-batch and dropout against one process on the whole batch.
 
-    python tests/distributed/gradcheck.py [--ranks 1,2,4] [--columns ring]
+    PYTHONPATH=tests python tests/distributed/gradcheck.py [--ranks 1,2,4] [--columns ring]
 
 prints a table and ends with 1 if a cell is above the limit. Each cell is the largest relative difference of any
 parameter (temperature and bias included) after 3 SGD steps with momentum and clipping. SGD, because Adam hides a wrong

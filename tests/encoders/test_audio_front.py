@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from _shared import DATA as SHARED_DATA
 from torch import Tensor
 
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
 from dualenc.encoders.adapters.hf_audio import audio_defaults
 from dualenc.encoders.audio_front import FrontEnd, Heard, reflected
 
-AUDIO = Path(__file__).parents[3] / "shared" / "data" / "audio_text"
+AUDIO = SHARED_DATA / "audio_text"
 CLOSE = 1e-4
 
 HTSAT = {"model_type": "clap_audio_model", "num_mel_bins": 64}

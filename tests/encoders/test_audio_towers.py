@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+from _shared import DATA as SHARED_DATA
 from _spawn import spawn
 
 from dualenc.config import Component, LogitScale, Optim
@@ -26,7 +27,7 @@ from dualenc.distributed.world import World
 from dualenc.encoders import DualEncoder, Tower, build_tower, check_input, input_defaults
 from dualenc.errors import ConfigError
 
-AUDIO = Path(__file__).parents[3] / "shared" / "data" / "audio_text"
+AUDIO = SHARED_DATA / "audio_text"
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "own": {"name": "own/audio_cnn", "widths": [8, 16]},

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _shared import DATA as SHARED_DATA
 
 from dualenc.config import Component
 from dualenc.data.modalities import modalities
@@ -16,7 +17,7 @@ from dualenc.encoders import build_tower, input_defaults
 from dualenc.encoders.released.weights import PACKAGE, load_by_order, read_weights, weight_file
 from dualenc.errors import CheckpointError
 
-FLICKR = Path(__file__).parents[3] / "shared" / "data" / "image_text" / "flickr8k"
+FLICKR = SHARED_DATA / "image_text" / "flickr8k"
 LITE0 = PACKAGE + "efficientnet_lite0"
 DOGS = slice(151, 269)  # ImageNet-1k's dog breeds
 

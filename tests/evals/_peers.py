@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _shared import DATA as SHARED_DATA
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data" / "image_text"
+SHARED = SHARED_DATA / "image_text"
 MODEL = "ViT-B-32"
 TEMPLATES = ["a photo of a {}.", "a blurry photo of a {}.", "a drawing of a {}."]
 

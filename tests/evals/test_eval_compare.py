@@ -30,10 +30,12 @@ from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels
+from _shared import DATA as SHARED_DATA
+from _shared import PYTHONPATH
 from test_eval_harness import pairs, small
 from test_eval_tasks import picture
 
-SOUNDS = Path(__file__).parents[3] / "shared/data/audio_text/esc10_folds123/audio"
+SOUNDS = SHARED_DATA / "audio_text/esc10_folds123/audio"
 
 
 class Noisy(Pixels):
@@ -114,7 +116,7 @@ def test_other_data_are_said_and_wrong_files_are_errors(tmp_path: Path) -> None:
         write_comparison([other], tmp_path / "p.html")
 
 
-@pytest.mark.skipif(not SOUNDS.exists(), reason="the shared real data are not here")
+@pytest.mark.skipif(not SOUNDS.exists(), reason=f"the sounds are not at {SOUNDS}")
 def test_sounds_can_be_played(tmp_path: Path) -> None:
     files = sorted(SOUNDS.rglob("*.*"))[:6]
     rows = [{"audio": p.relative_to(SOUNDS).as_posix(), "caption": f"sound {i}"} for i, p in enumerate(files)]
@@ -180,6 +182,6 @@ def test_counting_where_every_byte_is_full() -> None:
 def test_ranks_need_no_square_of_scores() -> None:
     """A process of its own, whose peak is its own: 30,000² scores would be 3.4 GiB (docs/evaluation.md has 100,000)."""
     command = [sys.executable, "-m", "benchmarks.losses", "ranks", "--size", "30000", "--dim", "32"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     text = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200).stdout
     assert int(re.findall(r"peak (\d+) MiB", text)[0]) < 1500, text

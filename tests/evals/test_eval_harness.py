@@ -21,15 +21,16 @@ from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, from_path, plain, run
+from _shared import DATA as SHARED_DATA
 from test_eval_tasks import picture, write_tar
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = SHARED_DATA
 HELPER = Path(__file__).with_name("_pixels.py")
 QUICK = ROOT / "recipes" / "quickstart" / "data" / "val-clipart-000000.tar"
 
 needs_quickstart = pytest.mark.skipif(not QUICK.exists(), reason="recipes/quickstart/data is not here")
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared real data are not here")
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real data are not below {SHARED}")
 
 
 @pytest.fixture(autouse=True)

@@ -24,10 +24,11 @@ from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, plain
+from _shared import DATA as SHARED_DATA
 from test_eval_tasks import picture
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the shared real data are not here")
+SHARED = SHARED_DATA
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"the real data are not below {SHARED}")
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ import _peers as peers
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not peers.SHARED.exists(), reason="the shared real data are not here"),
+    pytest.mark.skipif(not peers.SHARED.exists(), reason=f"the real data are not below {peers.SHARED}"),
 ]
 PHOTOS, CAPTIONED = 30, 12
 

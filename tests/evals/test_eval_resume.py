@@ -20,6 +20,7 @@ from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels
+from _shared import PYTHONPATH
 from test_eval_harness import pairs, small
 
 HELPER = Path(__file__).with_name("_pixels.py")
@@ -55,7 +56,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_file(tmp_path: Path) -> 
     assert whole.embedded == [16, 4, 16, 4, 16, 16, 8, 16, 16, 8]
     out, cache = tmp_path / "out.json", tmp_path / "cache"
     command = [sys.executable, str(HELPER), json.dumps(tasks), str(out), str(cache), "6"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     assert subprocess.run(command, env=env, check=False, timeout=120).returncode == -9
     assert list(json.loads(out.read_text())["tasks"]) == ["a"]
     left = Pixels()

@@ -23,13 +23,14 @@ from dualenc_evals.task import Task, load_task, paths_of, task_files
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels
+from _shared import DATA as SHARED_DATA
 from test_eval_tasks import picture
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = SHARED_DATA
 needs_driving = pytest.mark.skipif(
-    not (SHARED / "camera_lidar").exists(), reason="the shared driving data are not here"
+    not (SHARED / "camera_lidar").exists(), reason=f"the driving data are not below {SHARED}"
 )
-needs_audio = pytest.mark.skipif(not (SHARED / "audio_text").exists(), reason="the shared sounds are not here")
+needs_audio = pytest.mark.skipif(not (SHARED / "audio_text").exists(), reason=f"the sounds are not below {SHARED}")
 
 
 def shipped(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> Task:

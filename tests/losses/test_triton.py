@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _shared import PYTHONPATH
 
 from dualenc.config import Component
 from dualenc.errors import ConfigError
@@ -20,7 +21,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def run(script: str, *arguments: str, **variables: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"} | variables
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(
         [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True, timeout=250
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _shared import DATA as SHARED_DATA
 from test_bundle import recipe
 from test_released_models import SMALL, write_open_clip
 from typer.testing import CliRunner
@@ -119,7 +120,7 @@ def test_other_families_tokenizers_and_biases_are_refused(two: tuple[str, str]) 
 def test_the_curve_is_evaluated_kept_and_drawn(
     two: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DUALENC_DATA", str(Path(__file__).parents[3] / "shared" / "data"))
+    monkeypatch.setenv("DUALENC_DATA", str(SHARED_DATA))
     tasks = [load_task("coco_cc"), load_task("quickstart_val_clipart")]
     alphas = [1, 0, 0.5]
     got = interpolate(*two, alphas, tasks, tmp_path / "out", keep=0.5, cache_dir=tmp_path / "cache")

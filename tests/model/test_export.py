@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from _shared import PYTHONPATH
 from safetensors.torch import load_file, save_file
 from test_bundle import recipe
 from test_released_models import SMALL, TEXT, VISION, compare, pil, randomise, write_hf, write_open_clip
@@ -478,8 +479,7 @@ def test_the_command(tmp_path: Path) -> None:
     import sys
 
     build_bundle(recipe()).save(tmp_path / "m")
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "300"}
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "COLUMNS": "300"}
 
     def run(layout: str) -> Any:
         cmd = [sys.executable, "-m", "dualenc", "export", "m", "--format", layout, "--out", layout]

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _shared import DATA as SHARED_DATA
 from test_released_models import randomise
 
 from dualenc.model import load_model
 
-AUDIO = Path(__file__).parents[3] / "shared" / "data" / "audio_text"
+AUDIO = SHARED_DATA / "audio_text"
 AUDIO_CONFIG = {
     "spec_size": 256,
     "patch_embeds_hidden_size": 16,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _shared import PYTHONPATH
 from torch import nn
 
 from dualenc.config import load_recipe
@@ -45,7 +46,7 @@ ENGINES = {
 
 def environment(**more: str) -> dict[str, str]:
     """Of a process started by a test."""
-    fixed = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    fixed = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return {**os.environ, **fixed, "CUDA_VISIBLE_DEVICES": "", **more}
 
 

@@ -11,13 +11,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent))
 from _audio_runs import train
 from _runs import order, rows
+from _shared import DATA as SHARED_DATA
 from _spawn import spawn
 
 from dualenc.distributed.world import World
 from dualenc_data_tools.build import build
 
 HERE = Path(__file__).parent
-FSDD = HERE.parents[2] / "shared" / "data" / "audio_text" / "fsdd" / "captions.jsonl"
+FSDD = SHARED_DATA / "audio_text" / "fsdd" / "captions.jsonl"
 
 pytestmark = pytest.mark.skipif(not FSDD.is_file(), reason=f"the spoken digits are not at {FSDD}")
 

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from _shared import DATA as SHARED_DATA
+from _shared import PYTHONPATH
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("DUALENC_DATA", ROOT.parent / "shared" / "data"))
+DATA = SHARED_DATA
 FLICKR = DATA / "image_text" / "flickr8k" / "captions.jsonl"
 
 pytestmark = pytest.mark.skipif(not FLICKR.exists(), reason=f"the Flickr8k photos are not at {FLICKR}")
@@ -20,7 +22,7 @@ SMALL = ["batch.size=8", "budget.steps=3", "engine.threads=2", "tracking.log_eve
 
 
 def dualenc(*args: str, cwd: Path) -> str:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "DUALENC_DATA": str(DATA)}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": PYTHONPATH, "DUALENC_DATA": str(DATA)}
     cmd = [sys.executable, "-m", "dualenc", *args]
     done = subprocess.run(cmd, cwd=cwd, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
