@@ -39,7 +39,8 @@ def seen(run: Path, rank: int = 0) -> list[tuple[int, list[str]]]:
 
 @pytest.mark.dist
 def test_two_ranks_give_the_loss_curve_of_one(tmp_path: Path) -> None:
-    args = ["train", str(RECIPE), *SMALL, "budget.steps=20"]
+    # At lr 1e-3 rounding itself grows beyond the bound on some processors, between two unbroken runs of one rank too.
+    args = ["train", str(RECIPE), *SMALL, "budget.steps=20", "optim.lr=2e-4"]
     one = dualenc(*args, "out=one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     two = dualenc(*args, "out=two", cwd=tmp_path, ranks=2)
