@@ -39,7 +39,7 @@ def seen(run: Path, rank: int = 0) -> list[tuple[int, list[str]]]:
 
 @pytest.mark.dist
 def test_two_ranks_give_the_loss_curve_of_one(tmp_path: Path) -> None:
-    # At lr 1e-3 rounding itself grows beyond the bound on some processors, between two unbroken runs of one rank too.
+    # At lr 1e-3 the rounding between one and two ranks grows beyond the bound on some processors.
     args = ["train", str(RECIPE), *SMALL, "budget.steps=20", "optim.lr=2e-4"]
     one = dualenc(*args, "out=one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
