@@ -25,6 +25,7 @@ from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
 from dualenc.model.record import record
+from dualenc.model.rows import check_trained_towers
 
 if TYPE_CHECKING:
     from dualenc.model.embedder import Embedder
@@ -190,6 +191,8 @@ def build_bundle(recipe: Recipe) -> Bundle:
                 kind_of(m, part), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
             )
     model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
+    begins_elsewhere = recipe.checkpoint.init_from is not None
+    check_trained_towers(model, inputs, {m for m, p in parts.items() if begins_elsewhere or p.init_from})
     return Bundle(recipe.name, model, inputs, parts, recipe.logit_scale, recipe.embed_dim)
 
 
