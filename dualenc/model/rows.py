@@ -36,7 +36,7 @@ def check_trained_towers(
 
 
 def two_rows(source: ModalityInput) -> Any:
-    """A batch of two rows that differ: two captions, or the modality's dummy row with noise on its values and pixels."""
+    """A batch of two rows that differ: two captions, or the modality's dummy row with noise on it."""
     if isinstance(source, TextInput):
         return source.collate([source.eval(source.decode(text)) for text in ("a photo of a dog", "two cats")])
     generator = torch.Generator().manual_seed(0)

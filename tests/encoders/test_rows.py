@@ -1,4 +1,4 @@
-"""Rows of a batch stay apart: batch norms are frozen in every family, other modules that mix rows are found and named."""
+"""Rows of a batch stay apart: batch norms are frozen in every family, what else mixes rows is found and named."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Does a tower keep the rows of a batch apart?
 
-If it does not (batch norm in training mode, a router with a capacity, padding that is seen), a row's gradient depends on
-which rows stand beside it, and so on the number of ranks and the micro-batch. Frozen batch norms are fine; anything else
-is found here, by trying, before the first step.
+If it does not (batch norm in training mode, a router with a capacity, padding that is seen), a row's gradient depends
+on which rows stand beside it, and so on the number of ranks and the micro-batch. Frozen batch norms are fine; anything
+else is found here, by trying, before the first step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dualenc.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Largest difference, relative to the largest feature, that rounding may cause between one row and the same in a batch."""
+"""Largest difference that rounding may cause between a row alone and in a batch, relative to the largest feature."""
 
 _known: dict[str, str | None] = {}
 """Architecture and input → what :func:`mixing_module` found: a recipe's towers are tried once a process."""
@@ -48,8 +48,8 @@ def refuse_mixing(tower: Tower, batch: Any, where: str, described: str) -> None:
     if found is not None:
         raise ConfigError(
             f"{where}: in {tower.component.name} a row's features depend on the other rows of the batch (through "
-            f"{found}), so its gradient would depend on the number of ranks and on batch.micro. Choose another encoder, "
-            "or lock it (lock: true)" + _escape(tower.component)
+            f"{found}), so its gradient would depend on the number of ranks and on batch.micro. Choose another "
+            "encoder, or lock it (lock: true)" + _escape(tower.component)
         )
 
 
