@@ -243,7 +243,7 @@ class Reader:
         if is_local(url):
             return local_path(url)
         if self.cache is None:
-            raise RuntimeError("a remote shard needs a cache")
+            raise ReadFailed(f"{url} cannot be read in parts: its server knows no byte ranges; fetch the file first")
         return str(self.cache.get(url, shards.infos[at[1]].bytes))
 
     def _index(self, source: int, shard: int) -> TarIndex:
