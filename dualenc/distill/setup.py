@@ -10,7 +10,7 @@ from torch import nn
 
 from dualenc.config import Recipe, pair_name
 from dualenc.data.batch import Batch
-from dualenc.data.dataset import View
+from dualenc.data.dataset import TeacherView
 from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import Distillation, build_terms, head_name
 from dualenc.distill.teachers.look_ahead import LookAheadTeacher
@@ -40,7 +40,7 @@ class Distiller:
         if self.config.look_ahead is not None:
             self.follower = LookAheadTeacher(self.config.look_ahead, recipe, bundle, device)
             self.teachers.append(self.follower)
-        self.views: dict[str, View] = {name: v for t in self.teachers for name, v in t.views.items()}
+        self.views: dict[str, TeacherView] = {name: v for t in self.teachers for name, v in t.views.items()}
         self.redraw = self._redraw()
         self._check_pairs()
         self._check_anchors()

@@ -124,14 +124,14 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     whole = (tmp_path / "x.tar").read_bytes()
     got = task(tmp_path, **RETRIEVAL)
     (tmp_path / "x.tar").write_bytes(whole[:1500])
-    with pytest.raises(DataError, match=r"x\.tar is not a whole, plain tar"):
+    with pytest.raises(DataError, match=r"x\.tar is cut short: member 'a\.png' reaches to byte"):
         read_rows(got)
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"x\.tar"):
         read_rows(got)
     (tmp_path / "x.tar").unlink()
     (tmp_path / "y.tar").write_bytes(whole)
-    with pytest.raises(DataError, match=r"There is no file .*x\.tar. Did you mean 'y.tar'\?"):
+    with pytest.raises(DataError, match=r"There is no shard .*x\.tar. Did you mean 'y.tar'\?"):
         read_rows(got)
 
 
@@ -202,6 +202,7 @@ def test_a_folder_a_class_and_an_empty_one(tmp_path: Path) -> None:
 def test_expand() -> None:
     assert expand("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
     assert expand("{x,y}-{0..1}") == ["x-0", "x-1", "y-0", "y-1"]
+    assert expand("x-{000..004..2}.tar") == ["x-000.tar", "x-002.tar", "x-004.tar"]
 
 
 def test_a_row_without_a_label_belongs_to_no_class(tmp_path: Path) -> None:

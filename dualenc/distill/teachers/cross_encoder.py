@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dualenc.config import Recipe, Teacher, pair_name
 from dualenc.data.batch import ABSENT, Batch, map_tensors
-from dualenc.data.dataset import View
+from dualenc.data.dataset import TeacherView
 from dualenc.data.modalities import ModalityInput
 from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import HAS, SCORES, TeacherInfo
@@ -90,7 +90,7 @@ class FusionTeacher:
         self.views = {}
         for m, t in self.modalities.items():
             own = build_input(t, self.scorer.settings[t], f"{where}: input of {t}")
-            self.views[f"{self.name}/{m}"] = View(m, as_student_sees(own, student[m]), m in config.plain)
+            self.views[f"{self.name}/{m}"] = TeacherView(m, as_student_sees(own, student[m]), m in config.plain)
 
     @torch.no_grad()
     def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:

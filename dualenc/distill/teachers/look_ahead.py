@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dualenc.config import LookAhead, Recipe
 from dualenc.data.batch import Batch, map_tensors
-from dualenc.data.dataset import View
+from dualenc.data.dataset import TeacherView
 from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import HAS, TeacherInfo
 from dualenc.distributed.world import world_size
@@ -53,7 +53,7 @@ class LookAheadTeacher:
         self.name, self.config, self.pairs, self.device = "look_ahead", config, recipe.pairs, device
         self.embed_dim = bundle.embed_dim
         self.modalities = {m: m for m in bundle.modalities}
-        self.views: dict[str, View] = {}
+        self.views: dict[str, TeacherView] = {}
         self.redraw: dict[str, tuple[int, int]] = {}
         self.scale: dict[tuple[str, str], float] = dict.fromkeys(recipe.pairs, 1.0)
         self.bias: dict[tuple[str, str], float] = {}

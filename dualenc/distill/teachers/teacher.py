@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dualenc.config import Recipe, Teacher, pair_name
 from dualenc.data.batch import Batch, map_tensors
-from dualenc.data.dataset import View
+from dualenc.data.dataset import TeacherView
 from dualenc.data.modalities import ModalityInput
 from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import HAS, TeacherInfo
@@ -43,7 +43,7 @@ class TeacherSource(Protocol):
     name: str
     embed_dim: int
     modalities: dict[str, str]
-    views: dict[str, View]
+    views: dict[str, TeacherView]
     redraw: dict[str, tuple[int, int]]
     info: TeacherInfo
 
@@ -103,7 +103,7 @@ class OnlineTeacher:
         self.info = info_of(self.name, config, self.about, recipe.pairs, self.modalities, where)
         self.redraw: dict[str, tuple[int, int]] = {}
         self.views = {
-            f"{self.name}/{m}": View(m, as_student_sees(self.bundle.inputs[t], student[m]), m in config.plain)
+            f"{self.name}/{m}": TeacherView(m, as_student_sees(self.bundle.inputs[t], student[m]), m in config.plain)
             for m, t in self.modalities.items()
         }
 
@@ -153,7 +153,7 @@ class CachedTeacher:
         self.embed_dim = int(self.about["embed_dim"])
         self.modalities = {m: t for m, t in about["modalities"].items() if m in student}
         self.info = info_of(self.name, config, self.about, recipe.pairs, self.modalities, where)
-        self.views: dict[str, View] = {}
+        self.views: dict[str, TeacherView] = {}
         drawn = [m for m in self.modalities if m not in about["plain"]]
         for m in config.plain:
             if m in drawn:
