@@ -21,12 +21,12 @@ from torch import Tensor
 from dualenc.data.modalities import DecodeError
 from dualenc.data.show import SOUND_BYTES, preview, sound_uri
 from dualenc.errors import ConfigError, DataError
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate
 from dualenc_evals.kinds.examples import worst
 from dualenc_evals.metrics.tiles import count_below
 from dualenc_evals.pages.models import write_comparison
 from dualenc_evals.pages.run import write_report
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels

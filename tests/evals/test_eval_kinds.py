@@ -17,10 +17,11 @@ import yaml
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError, DataError
 from dualenc.model import build_bundle
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate, print_table
+from dualenc_evals.kinds.probes import ProbeTask
 from dualenc_evals.pages.models import write_comparison
 from dualenc_evals.pages.run import write_report
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, plain
@@ -104,7 +105,7 @@ class Sensors(Pixels):
 
 def go(name: str | Path, embedder: Any = None, limit: int | None = None, **options: Any) -> dict[str, Any]:
     task = load_task(name)
-    if task.kind == "probe":
+    if isinstance(task, ProbeTask):
         task = task.model_copy(
             update={"probe": task.probe.model_copy(update={"episodes": min(50, task.probe.episodes)})}
         )

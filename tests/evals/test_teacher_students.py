@@ -47,7 +47,7 @@ def run_folder(folder: Path, seed: int, r1: float) -> str:
 
 
 def test_the_page(tmp_path: Path) -> None:
-    from dualenc_evals.task import load_task
+    from dualenc_evals.catalog import load_task
 
     teacher = bundle(tmp_path / "teacher", 32, 3)
     students = [run_folder(tmp_path / f"s{i}", i, r) for i, r in enumerate((0.1, 0.2))]

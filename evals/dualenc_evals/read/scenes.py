@@ -100,7 +100,7 @@ def _row(task: Task, name: str, values: dict[str, str], make: dict[str, Content]
                 f"task {task.name}: modalities: {task.source.kind} has camera and lidar, not {m!r}. "
                 f"{did_you_mean(m, make)}"
             )
-    spec = label_spec(task) or ("class" if task.kind in ("classification", "probe") else None)
+    spec = label_spec(task) or ("class" if task.one_class else None)
     return [Row(name, {m: [make[m]] for m in needed(task)}, label(task, spec, get, name))]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
 from dualenc.model.average_weights import Interpolation
@@ -29,7 +30,7 @@ def interpolate(
     tasks: Sequence[Task],
     out: Path,
     keep: float | None = None,
-    world: Any = None,
+    world: World | None = None,
     device: str = "cpu",
     batch_size: int = 64,
     cache_dir: Path | None = None,
