@@ -18,7 +18,7 @@ from dualenc.data.modalities import DecodeError, modalities
 from dualenc.data.shards.index import ShardSet, expand, open_source
 from dualenc.data.shards.reader import Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local
-from dualenc.data.thumbnails import thumbnail_uri
+from dualenc.data.show import thumbnail_uri
 from dualenc.errors import DataError
 from dualenc_data_tools.check import AUDIO, CAPTIONS, IMAGE
 from dualenc_data_tools.overlay import overlay_uri

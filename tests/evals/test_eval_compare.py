@@ -24,7 +24,7 @@ from dualenc.errors import ConfigError, DataError
 from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate
 from dualenc_evals.kinds.examples import worst
-from dualenc_evals.metrics.tiles import count_below
+from dualenc_evals.metrics.scores import count_below
 from dualenc_evals.pages.models import write_comparison
 from dualenc_evals.pages.run import write_report
 

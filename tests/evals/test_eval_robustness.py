@@ -15,8 +15,8 @@ from _rigs import FOLDER, here, keyframes
 
 from dualenc.cli import app
 from dualenc.config import load_recipe
-from dualenc.data.crops import black as picture
 from dualenc.data.driving.keyframes import Keyframe
+from dualenc.data.modalities.image import black_picture as picture
 from dualenc.model import build_bundle
 from dualenc_evals.catalog import parse_task
 from dualenc_evals.read import corruption
