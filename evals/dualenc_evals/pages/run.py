@@ -17,7 +17,8 @@ from typing import Any
 from markupsafe import Markup
 
 from dualenc.errors import DataError
-from dualenc_evals.pages.page import confusion_view, environment, flat, read_json, write_page
+from dualenc.pages import write_page
+from dualenc_evals.pages.page import confusion_view, environment, flat, read_json
 from dualenc_evals.pages.svg import Chart, Series, compact, legend, line_chart, smooth
 from dualenc_evals.pages.table import directions, is_share, label, short
 

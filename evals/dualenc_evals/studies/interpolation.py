@@ -12,6 +12,7 @@ from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
 from dualenc.model.average_weights import Interpolation
+from dualenc.pages import write_page
 from dualenc_evals.harness import environment, evaluate, write_json
 from dualenc_evals.pages import page as pages
 from dualenc_evals.pages.svg import Chart, Series, legend, line_chart
@@ -83,7 +84,7 @@ def interpolate(
         if keep is not None:
             line.at(keep).save(out / "model", provenance={"a": a, "b": b})
         write_json(out / "interpolate.json", result)
-        pages.write_page(out / "interpolate.html", render(result))
+        write_page(out / "interpolate.html", render(result))
     return result
 
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
+from dualenc.pages import write_page
 from dualenc_evals.harness import environment, evaluate, write_json
 from dualenc_evals.pages import page as pages
 from dualenc_evals.pages.svg import Chart, Series, legend, line_chart
@@ -85,7 +86,7 @@ def robustness(
     }
     if ranks_of(world).is_main:
         write_json(out / "robustness.json", result)
-        pages.write_page(out / "robustness.html", render(result))
+        write_page(out / "robustness.html", render(result))
     return result
 
 
