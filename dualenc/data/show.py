@@ -40,7 +40,9 @@ class Previews(Protocol):
     """A modality that knows how its items are shown."""
 
     @staticmethod
-    def preview(raw: Any) -> dict[str, str]: ...
+    def preview(raw: Any) -> dict[str, str]:
+        """``picture``, ``sound`` or ``text`` of a raw item. Raises DecodeError: it is damaged."""
+        ...
 
 
 def preview(raw: bytes | str, kind: str = "") -> dict[str, str]:

@@ -225,7 +225,9 @@ class OfBundle(Protocol):
     """An embedder of a bundle, which knows how each modality's items are decoded and shown."""
 
     @property
-    def bundle(self) -> Bundle: ...
+    def bundle(self) -> Bundle:
+        """The model with its inputs."""
+        ...
 
 
 class Checker:

@@ -17,6 +17,7 @@ import yaml
 from markupsafe import Markup
 
 from dualenc.data.batch import map_tensors
+from dualenc.data.modalities.text import TextInput
 from dualenc.errors import ConfigError
 from dualenc.files import write_atomically
 from dualenc.model import Bundle, load_model
@@ -146,11 +147,10 @@ def full_length(bundle: Bundle, m: str) -> Any:
     """One row of a modality; token ids are repeated up to the context, all real."""
     source = bundle.inputs[m]
     x = source.collate([source.dummy()])
-    length = getattr(source, "context_length", None)
-    if length is None or not isinstance(x, Mapping) or "ids" not in x:
+    if not isinstance(source, TextInput):
         return x
-    ids = x["ids"][:, :1].repeat(1, int(length))
-    ids[:, -1] = getattr(source, "eot_id", 0)
+    ids = x["ids"][:, :1].repeat(1, source.context_length)
+    ids[:, -1] = source.eot_id
     return {"ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
 
 

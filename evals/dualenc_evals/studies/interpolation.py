@@ -100,7 +100,7 @@ def headlines(tasks: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A row an α, a column a task, in percent."""
+    """A table with a row for each α and a column for each task, in percent."""
     keys = headlines(result["tasks"], result["points"][0]["metrics"])
     lines = ["| α | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for p in result["points"]:
