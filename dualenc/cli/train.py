@@ -51,7 +51,7 @@ def evaluate_with(tasks: list[Any]) -> Any:
 
 def resolve_tasks(names: list[str]) -> list[Any]:
     """Task names or YAML files → tasks; a wrong name is an error before the first step, not after the last."""
-    from dualenc_evals.task import load_task
+    from dualenc_evals.catalog import load_task
 
     return [load_task(n) for n in names if n]
 

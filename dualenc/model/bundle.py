@@ -8,7 +8,6 @@ FOLDER/inputs/MODALITY/       files an input needs (a tokenizer's)
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,7 @@ from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
 from dualenc.model.record import record
 from dualenc.model.rows import check_trained_towers
+from dualenc.versions import versions
 
 if TYPE_CHECKING:
     from dualenc.model.embedder import Embedder
@@ -35,10 +35,11 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "dualenc.json"
-_VERSIONS = (
-    *("torch", "numpy", "pillow", "soundfile", "soxr", "safetensors"),
+LIBRARIES = (
+    *("dualenc", "torch", "numpy", "pillow", "soundfile", "soxr", "safetensors"),
     *("open_clip_torch", "timm", "transformers", "tokenizers"),
 )
+"""Whose versions a model's numbers depend on."""
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Bundle:
             "pairs": [list(p) for p in self.model.pairs],
             "logit_scale": self.scale.model_dump(mode="json"),
             "modalities": {m: self._describe_part(m, self.inputs[m].describe()) for m in self.parts},
-            "versions": versions(),
+            "versions": versions(LIBRARIES, "absent"),
             "provenance": self.provenance,
         }
 
@@ -310,19 +311,6 @@ def resolve_device(device: torch.device | str) -> torch.device:
         raise ConfigError(f"device: {device!r} is none; write auto, cpu or cuda") from e
     if out.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: there is no CUDA device here; write auto or cpu")
-    return out
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that numbers depend on; read without importing them."""
-    from dualenc import __version__
-
-    out = {"dualenc": __version__}
-    for name in _VERSIONS:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "absent"
     return out
 
 

@@ -255,9 +255,7 @@ def open_sources(data: Data) -> list[ShardSet]:
     return [open_source(s, data.retries, bounds=Bounds.of(data)) for s in data.sources]
 
 
-def open_source(
-    source: Source, retries: int = 3, scan_remote: bool = False, bounds: Bounds | None = None
-) -> ShardSet:
+def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bounds: Bounds | None = None) -> ShardSet:
     """Find the shards of a source and their counts.
 
     ``scan_remote``: read the headers of remote shards that are in no index by byte ranges, as evaluation does, instead

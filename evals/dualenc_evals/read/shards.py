@@ -215,7 +215,7 @@ def _read_clip_benchmark(task: Task) -> Rows:
     if not count.isdigit():
         raise DataError(f"{folder}/nshards.txt must hold a number, it holds {count!r}")
     shards = [f"{folder}/{i}.tar" for i in range(int(count))]
-    spec = "cls" if task.label is None and task.kind in ("classification", "probe") else label_spec(task)
+    spec = label_spec(task) or ("cls" if task.one_class else None)
     return _rows_of_shards(task, shards, spec, lines=True)
 
 
@@ -253,7 +253,7 @@ def _read_folder(task: Task) -> Rows:
     notes: list[str] = []
     item = task.modalities[0]
     endings = tuple(f".{e}" for e in task.source.members.get(item, []))
-    if task.kind not in ("classification", "probe"):
+    if not task.one_class:
         raise ConfigError(f"task {task.name}: source.kind: a folder a class is for classification, got {task.kind!r}")
     for base in paths_of(task):
         root = Path(base, task.source.split) if task.source.split else Path(base)
