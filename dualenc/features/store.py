@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -33,6 +34,8 @@ import torch
 from torch import Tensor
 
 from dualenc.errors import ConfigError, DataError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 ABOUT = "features.json"
 FORMAT = 2
@@ -116,6 +119,19 @@ class Part:
                 f"{folder}/{name}.json does not describe a part of stored features ({e!r}); write it anew"
             ) from e
 
+    @classmethod
+    def whole(cls, folder: Path, name: str, digest: str) -> Part | None:
+        """The part of that name, where it stands there undamaged and belongs to the description of that digest."""
+        if not (folder / f"{name}.json").is_file():
+            return None
+        try:
+            part = cls(folder, name)
+            part.verify()
+        except DataError as e:
+            logger.warning("%s: it is made again", e)
+            return None
+        return part if part.digest == digest else None
+
     def info(self) -> PartInfo:
         """How features.json lists it."""
         lost = dict.fromkeys(self.counts, 0)
@@ -197,22 +213,17 @@ class Part:
 class FeatureStore:
     """A folder of features.
 
-    Args:
-        growing: parts are found by name and come one by one, as the features that evaluations keep; otherwise the
-            folder must be finished.
-
     Attributes:
         description: what all features depend on; digest: its digest.
-        parts: in order; empty for a growing store.
 
     Raises:
         DataError: the folder holds no features, or they are unfinished, damaged or of another format.
     """
 
-    def __init__(self, folder: str | Path, growing: bool = False) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         about = read_about(self.folder)
-        if not growing and not about["finished"]:
+        if not about["finished"]:
             raise DataError(
                 f"{folder} is not finished: dualenc embed was stopped; start it again as it was and it goes on"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +28,6 @@ from dualenc.features.store import (
     stored,
 )
 from dualenc.files import write_atomically
-
-logger = logging.getLogger(__name__)
 
 Rows = Mapping[str, tuple[Sequence[int], Tensor]]
 """Modality → which ids its rows are of [n], and the rows [n, V, D] fp32."""
@@ -61,21 +58,19 @@ class FeatureWriter:
             raise ConfigError(f"dtype: {description.dtype!r} is unknown; write {', '.join(DTYPES)}")
         self.folder, self.description, self.growing = Path(folder), description, growing
         self.world, self.digest = world or World(), description.digest
+        for rank, digest in enumerate(all_gather_object(self.digest, self.world)):
+            if digest != self.digest:
+                raise DataError(f"rank {rank} has other weights, settings or versions than rank {self.world.rank}")
         agree(lambda: self._begin(overwrite) if self.world.rank == 0 else None, self.world)
 
     def finished(self, name: str, data: Mapping[str, Any]) -> PartInfo | None:
         """The part of that name, where it stands there whole, of this description and made from the same data."""
-        if not (self.folder / f"{name}.json").is_file():
-            return None
-        try:
-            part = Part(self.folder, name)
-            if part.digest != self.digest or part.data != dict(data):
-                return None
-            part.verify()
-        except DataError as e:
-            logger.warning("%s: it is made again", e)
-            return None
-        return part.info()
+        part = self.part(name)
+        return part.info() if part is not None and part.data == dict(data) else None
+
+    def part(self, name: str) -> Part | None:
+        """The part of that name, where it stands there whole and of this description."""
+        return Part.whole(self.folder, name, self.digest)
 
     def write(
         self,
@@ -137,7 +132,7 @@ class FeatureWriter:
             try:
                 about = read_about(self.folder)
             except DataError as e:
-                if not overwrite:
+                if not overwrite and not self.growing:
                     raise DataError(f"{e} (--overwrite replaces what is in the folder)") from e
             else:
                 if not overwrite:

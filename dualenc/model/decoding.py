@@ -44,23 +44,22 @@ def read_ahead(read: Callable[[int], T], count: int, batch_size: int) -> Iterato
             yield got
 
 
-def collate_usable(source: ModalityInput, rows: Mapping[int, Sequence[Any]], bad: dict[int, DecodeError]) -> Any:
-    """Collate the rows of some items (item → its rows); items that cannot be collated are added to ``bad``.
+def collate_usable(
+    source: ModalityInput, rows: Mapping[int, Sequence[Any]], batch_size: int, bad: dict[int, DecodeError]
+) -> list[Any]:
+    """Collate the rows of some items (item → its rows), ``batch_size`` rows at a time, in order.
 
-    Returns:
-        The collated rows of the other items, in order; None where none is left.
+    Items that cannot be collated are left out and added to ``bad``.
     """
-    good = dict(rows)
-    if not good:
-        return None
+    flat = [row for i, item in rows.items() if i not in bad for row in item]
     try:
-        return source.collate([row for item in good.values() for row in item])
+        return [source.collate(flat[k : k + batch_size]) for k in range(0, len(flat), batch_size)]
     except Exception:
-        found = {i: why for i, item in good.items() if (why := _cannot_collate(source, item)) is not None}
+        found = {i: why for i, item in rows.items() if i not in bad and (why := _cannot_collate(source, item))}
         if not found:
             raise  # no single item's fault
     bad.update(found)
-    return collate_usable(source, {i: item for i, item in good.items() if i not in found}, bad)
+    return collate_usable(source, rows, batch_size, bad)
 
 
 def _cannot_collate(source: ModalityInput, rows: Sequence[Any]) -> DecodeError | None:

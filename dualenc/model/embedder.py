@@ -95,13 +95,13 @@ class Embedder:
         for got in read_ahead(lambda i: source.eval(source.decode(items[i])), len(items), batch_size):
             unusable = {start + k: x for k, x in enumerate(got) if isinstance(x, DecodeError)}
             rows = {start + k: [x] for k, x in enumerate(got) if not isinstance(x, DecodeError)}
-            x = collate_usable(source, rows, unusable)
+            collated = collate_usable(source, rows, batch_size, unusable)
             for i, why in sorted(unusable.items()):
                 if bad is None:
                     raise DataError(f"{modality} item {i} of {len(items)} cannot be embedded: {why}") from why
                 bad[i] = str(why)
             start += len(got)
-            if x is not None:
+            for x in collated:
                 yield map_tensors(x, lambda t: t.to(self.device))
 
     def logit_scale(self, pair: str) -> float:

@@ -18,7 +18,6 @@ number is given. Shares are between 0 and 1. The same command gives the same num
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from dualenc.data.modalities import DecodeError, ModalityInput, modalities
+from dualenc.data.modalities.modality import of_one_item
 from dualenc.errors import ConfigError, DataError
-from dualenc_evals.features import Embedder, Seen, Store, digest_of
+from dualenc.files import write_atomically
+from dualenc_evals.features import EvalModel, Seen, Store, digest_of
 from dualenc_evals.kinds import classification, compositional, multilabel, probes, retrieval
 from dualenc_evals.pages.table import print_table
 from dualenc_evals.ranks import ranks_of
@@ -45,11 +46,11 @@ KINDS: dict[str, Any] = {
     "probe": probes,
 }
 
-__all__ = ["Embedder", "environment", "evaluate", "print_table", "run_task", "write_json"]
+__all__ = ["EvalModel", "environment", "evaluate", "print_table", "run_task", "write_json"]
 
 
 def evaluate(
-    embedder: Embedder,
+    embedder: EvalModel,
     tasks: Sequence[Task],
     world: Any = None,
     out: Path | None = None,
@@ -65,7 +66,7 @@ def evaluate(
 
     Args:
         embedder: any object with ``embed(modality, items, batch_size) → [n, D]`` and ``describe() → dict``, see
-            :class:`dualenc_evals.features.Embedder`.
+            :class:`dualenc_evals.features.EvalModel`.
         world: the ranks that share the work; default: the process group if there is one.
         out: where rank 0 writes the results; written after each task, so a kill loses one task at most.
         cache_dir: features are kept here by content (model, data, batch size) and found by the next run.
@@ -221,11 +222,12 @@ class Checker:
     An embedder without a bundle is asked through the modality's decoder with its default settings.
     """
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: EvalModel) -> None:
         self._inputs: dict[str, ModalityInput] = dict(getattr(getattr(embedder, "bundle", None), "inputs", {}))
+        self._own = frozenset(self._inputs)
 
     def __call__(self, modality: str, raw: bytes | str) -> str | None:
-        if isinstance(raw, str):
+        if isinstance(raw, str) and modality not in self._own:
             return None
         if modality not in self._inputs and modality in modalities:
             cls = modalities[modality]
@@ -233,7 +235,8 @@ class Checker:
         decoder = self._inputs.get(modality)
         try:
             if decoder is not None:
-                decoder.eval(decoder.decode(raw))
+                with of_one_item():
+                    decoder.eval(decoder.decode(raw))
         except DecodeError as e:
             return str(e)
         return None
@@ -259,11 +262,8 @@ def environment(seed: int, batch_size: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    tmp.replace(path)
+    """Results as JSON; the old file stays until the new one is whole."""
+    write_atomically(path, json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 class Progress:
