@@ -25,6 +25,7 @@ LAYERS = {
     "dualenc.checkpoint": 2,
     "dualenc.model": 3,
     "dualenc.losses": 4,
+    "dualenc.features": 4,
     "dualenc.engine": 5,
     "dualenc.distill": 5,
     "dualenc.train": 6,

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from dualenc.data.modalities import DecodeError, ModalityInput, modalities
+from dualenc.data.modalities.modality import of_one_item
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError, DataError
 from dualenc.files import write_atomically
 from dualenc.model import Bundle
 from dualenc.versions import versions
-from dualenc_evals.features import Embedder, Seen, Store, digest_of
+from dualenc_evals.features import EvalModel, Seen, Store, digest_of
 from dualenc_evals.kinds import Collected, Measured, kinds
 from dualenc_evals.pages.table import print_table
 from dualenc_evals.ranks import ranks_of
@@ -47,11 +48,11 @@ OTHER_KINDS_KEYS: dict[str, Any] = {
 }
 """Results written when all kinds of task shared one set of keys count these in a task's ``definition``."""
 
-__all__ = ["Embedder", "environment", "evaluate", "print_table", "run_task", "write_json"]
+__all__ = ["EvalModel", "environment", "evaluate", "print_table", "run_task", "write_json"]
 
 
 def evaluate(
-    embedder: Embedder,
+    embedder: EvalModel,
     tasks: Sequence[Task],
     world: World | None = None,
     out: Path | None = None,
@@ -67,7 +68,7 @@ def evaluate(
 
     Args:
         embedder: any object with ``embed(modality, items, batch_size) → [n, D]`` and ``describe() → dict``, see
-            :class:`dualenc_evals.features.Embedder`.
+            :class:`dualenc_evals.features.EvalModel`.
         world: the ranks that share the work; default: the process group if there is one.
         out: where rank 0 writes the results; written after each task, so a kill loses one task at most.
         cache_dir: features are kept here by content (model, data, batch size) and found by the next run.
@@ -236,11 +237,12 @@ class Checker:
     An embedder without a bundle is asked through the modality's decoder with its default settings.
     """
 
-    def __init__(self, embedder: Embedder) -> None:
+    def __init__(self, embedder: EvalModel) -> None:
         self._inputs: dict[str, ModalityInput] = dict(embedder.bundle.inputs) if isinstance(embedder, OfBundle) else {}
+        self._own = frozenset(self._inputs)
 
     def __call__(self, modality: str, raw: bytes | str) -> str | None:
-        if isinstance(raw, str):
+        if isinstance(raw, str) and modality not in self._own:
             return None
         if modality not in self._inputs and modality in modalities:
             cls = modalities[modality]
@@ -248,7 +250,8 @@ class Checker:
         decoder = self._inputs.get(modality)
         try:
             if decoder is not None:
-                decoder.eval(decoder.decode(raw))
+                with of_one_item():
+                    decoder.eval(decoder.decode(raw))
         except DecodeError as e:
             return str(e)
         return None

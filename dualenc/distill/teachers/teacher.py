@@ -139,8 +139,8 @@ class CachedTeacher:
         assert config.cache is not None
         self.name, self.config = f"teacher{k}", config
         self.cache = Cache(config.cache)
-        about = self.cache.about
-        self.about: dict[str, Any] = about["model"]
+        about, drawing = self.cache.description, self.cache.description.preprocessing
+        self.about: dict[str, Any] = about.model
         if config.model is not None:
             wanted = load_model(config.model).embedder().describe()["weights"]
             if wanted != self.about["weights"]:
@@ -150,10 +150,10 @@ class CachedTeacher:
                 )
         check_weights(config, self.about, where)
         self.embed_dim = int(self.about["embed_dim"])
-        self.modalities = {m: t for m, t in about["modalities"].items() if m in student}
+        self.modalities = {m: t for m, t in about.modalities.items() if m in student}
         self.info = info_of(self.name, config, self.about, recipe.pairs, self.modalities, where)
         self.views: dict[str, TeacherView] = {}
-        drawn = [m for m in self.modalities if m not in about["plain"]]
+        drawn = [m for m in self.modalities if m not in drawing["plain"]]
         for m in config.plain:
             if m in drawn:
                 raise DataError(
@@ -162,12 +162,12 @@ class CachedTeacher:
                 )
         now = augmentation(student, drawn)
         for m in drawn:
-            if now[m] != about["augment"][m]:
+            if now[m] != drawing["augment"][m]:
                 raise DataError(
-                    f"{where}.cache: the views of {m} in {config.cache} were drawn with augment {about['augment'][m]}, "
-                    f"the recipe has {now[m]}: write the cache anew, or give it --plain {m}"
+                    f"{where}.cache: the views of {m} in {config.cache} were drawn with augment "
+                    f"{drawing['augment'][m]}, the recipe has {now[m]}: write the cache anew, or give it --plain {m}"
                 )
-        self.redraw = {m: (int(about["seed"]), int(about["views"][m])) for m in drawn}
+        self.redraw = {m: (int(drawing["seed"]), int(about.views[m])) for m in drawn}
 
     def features(self, batch: Batch) -> TeacherRows:
         """Looks the samples up.
@@ -197,7 +197,10 @@ class CachedTeacher:
         """The weights' hash, and how the views were drawn."""
         return {
             "weights": self.about["weights"],
-            **{k: self.cache.about[k] for k in ("views", "plain", "seed", "dtype")},
+            "views": self.cache.description.views,
+            "plain": self.cache.description.preprocessing["plain"],
+            "seed": self.cache.description.preprocessing["seed"],
+            "dtype": self.cache.description.dtype,
         }
 
 
