@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dualenc.cli.app import Debug, app
+from dualenc.cli.app import AllowPipe, Debug, app
 from dualenc.cli.train import resolve_tasks
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
@@ -102,6 +102,7 @@ def embed(
     ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size")] = 64,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
     """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data."""
@@ -110,15 +111,17 @@ def embed(
     if (recipe is None) == (not shards):
         raise ConfigError("dualenc embed: name shards, or --recipe RECIPE for a teacher's cache, not both")
     if recipe is None:
+        from dualenc.data.shards.index import refuse_pipes
         from dualenc.model.embed_shards import embed_shards
 
+        refuse_pipes(shards, allow_pipe, "--allow-pipe")
         done = embed_shards(load_model(model, device=device), shards, out, words(modalities), batch_size)
     else:
         from dualenc.distill.teachers.cache import write_cache
 
         done = write_cache(
             load_model(model, device=device),
-            load_recipe(recipe),
+            load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
             out,
             views,
             words(plain),

@@ -20,6 +20,7 @@ from dualenc.data.batch import ABSENT, BadSample, Batch
 from dualenc.data.driving.places import by_slot
 from dualenc.data.modalities.modality import DecodeError, ModalityInput
 from dualenc.data.order import Plan, Refs
+from dualenc.data.quarantine import item_is_to_blame
 from dualenc.data.shards.index import ShardSet
 from dualenc.data.shards.reader import Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
@@ -164,18 +165,19 @@ class StepDataset(Dataset[Any]):
             part: Any = self.inputs[m]
             seed, passes = self.redraw.get(m, (self.seed, one + 1))
             try:
-                item = part.decode(raw)
-                if getattr(part, "placed", None) is not None:
-                    item = part.placed(item, sample_rng(self.seed, full, one, "places"))
-                rng = sample_rng(seed, full, one % passes, m)
-                if partner.keys() >= found.values.keys():
-                    item = part.mix(item, partner[m], rng)
-                out[m] = part.train(item, rng)
-                for name, view in self.views.items():
-                    if view.modality == m:
-                        item = view.input.decode(raw)
-                        draw = sample_rng(seed, full, one % passes, m)
-                        out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
+                with item_is_to_blame():
+                    item = part.decode(raw)
+                    if getattr(part, "placed", None) is not None:
+                        item = part.placed(item, sample_rng(self.seed, full, one, "places"))
+                    rng = sample_rng(seed, full, one % passes, m)
+                    if partner.keys() >= found.values.keys():
+                        item = part.mix(item, partner[m], rng)
+                    out[m] = part.train(item, rng)
+                    for name, view in self.views.items():
+                        if view.modality == m:
+                            item = view.input.decode(raw)
+                            draw = sample_rng(seed, full, one % passes, m)
+                            out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:
                 raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
         return out
@@ -191,7 +193,8 @@ class StepDataset(Dataset[Any]):
         try:
             other = reader.locate(source, shard, int(rng.integers(self.sets[source].infos[shard].samples)))
             found = reader.find(source, shard, other, self.wanted[source])
-            return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
+            with item_is_to_blame():
+                return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
         except (SampleError, DecodeError) as e:
             logger.debug("nothing is mixed into %s: %s", full, e)
             return {}
