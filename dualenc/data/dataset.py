@@ -18,9 +18,8 @@ from torch.utils.data import Dataset, Sampler
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, BadSample, Batch
 from dualenc.data.driving.places import by_slot
-from dualenc.data.modalities.modality import DecodeError, ModalityInput
+from dualenc.data.modalities.modality import DecodeError, ModalityInput, of_one_item
 from dualenc.data.order import Plan, Refs
-from dualenc.data.quarantine import item_is_to_blame
 from dualenc.data.shards.index import ShardSet
 from dualenc.data.shards.reader import Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
@@ -165,7 +164,7 @@ class StepDataset(Dataset[Any]):
             part: Any = self.inputs[m]
             seed, passes = self.redraw.get(m, (self.seed, one + 1))
             try:
-                with item_is_to_blame():
+                with of_one_item():
                     item = part.decode(raw)
                     if getattr(part, "placed", None) is not None:
                         item = part.placed(item, sample_rng(self.seed, full, one, "places"))
@@ -193,7 +192,7 @@ class StepDataset(Dataset[Any]):
         try:
             other = reader.locate(source, shard, int(rng.integers(self.sets[source].infos[shard].samples)))
             found = reader.find(source, shard, other, self.wanted[source])
-            with item_is_to_blame():
+            with of_one_item():
                 return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
         except (SampleError, DecodeError) as e:
             logger.debug("nothing is mixed into %s: %s", full, e)
