@@ -1,7 +1,7 @@
 """An evaluation task is data: a YAML file that says what is read, which classes and prompts, what others measured.
 
-Here stands what every task has: its source and where that lies. Each kind of task (:mod:`dualenc_evals.kinds`) adds
-its own keys in a subclass of :class:`Task`; :mod:`dualenc_evals.catalog` finds and reads the files.
+Here stands what every task has (its source, and where that lies) and what all with classes have. Each kind of task
+(:mod:`dualenc_evals.kinds`) adds its own keys in a subclass; :mod:`dualenc_evals.catalog` finds and reads the files.
 """
 
 from __future__ import annotations
@@ -216,6 +216,44 @@ class Task(Section):
     def numbers_classes(self) -> bool:
         """Whether class numbers of a table stay numbers, because the task lists the names in that order."""
         return False
+
+
+class ClassesTask(Task):
+    """What the tasks of all kinds with classes have."""
+
+    label: str | None = Field(
+        None,
+        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
+        "multilabel: a column of several labels, 'a+b' takes those of both",
+    )
+    classes: list[str] | dict[str, str | list[str]] | str | None = Field(
+        None,
+        description="names in label order; or label → name(s) shown to the model; or a .txt; default: the labels",
+    )
+    other_labels: Literal["error", "drop"] = Field("error", description="items whose label is in no class")
+
+    def check_keys(self) -> None:
+        """Where the data do not say it by themselves, the task says where a class stands."""
+        if self.label is None and not self.source.says_class:
+            raise ValueError(f"label: say where a {self.source.kind} row's class stands, for example label: json:class")
+
+    def read_modalities(self) -> list[str]:
+        """The items; what they are matched with is made of the classes' names."""
+        return [self.modalities[0]]
+
+    def label_place(self) -> tuple[str, str] | None:
+        """The class."""
+        return ("label", self.label) if self.label is not None else None
+
+    @property
+    def drops_unlabelled(self) -> bool:
+        """Where other labels are dropped, an item without one belongs to no class too."""
+        return self.other_labels == "drop"
+
+    @property
+    def numbers_classes(self) -> bool:
+        """With a list of names, numbers are places in it."""
+        return isinstance(self.classes, list | str)
 
 
 # --- what a task names outside itself -----------------------------------------------------------------------------
