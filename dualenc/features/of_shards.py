@@ -13,11 +13,10 @@ from torch import Tensor
 from dualenc.config import Data, Source
 from dualenc.data.shards.index import ShardSet, open_source
 from dualenc.data.shards.reader import Found, SampleError, iter_samples
-from dualenc.distributed.agree import agree
-from dualenc.distributed.world import World, all_gather_object
+from dualenc.distributed.world import World, agree, all_gather_object
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.features.store import Description, Lost, PartInfo, part_name, totals
-from dualenc.features.writer import FeatureWriter, Rows
+from dualenc.features.writer import FeatureWriter, PartRows
 from dualenc.model import Bundle, Embedder
 
 _CHUNK = 16
@@ -57,7 +56,7 @@ class Gathered:
         return len(self.ids) - 1
 
     def add(self, m: str, which: Sequence[int], x: Tensor) -> None:
-        """Rows [n, V, D] of a modality, of the samples ``which`` [n]."""
+        """PartRows [n, V, D] of a modality, of the samples ``which`` [n]."""
         self._which.setdefault(m, []).extend(which)
         self._rows.setdefault(m, []).append(x)
 
@@ -65,7 +64,7 @@ class Gathered:
         """A row that cannot be made."""
         self._lost.append((i, m, reason))
 
-    def rows(self) -> Rows:
+    def rows(self) -> PartRows:
         """As the writer takes them; every modality is there."""
         empty = {m: torch.zeros(0, *shape) for m, shape in self.shapes.items()}
         return {m: (self._which.get(m, []), torch.cat([x, *self._rows.get(m, [])])) for m, x in empty.items()}

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dualenc.distributed.agree import agree
-from dualenc.distributed.world import World, all_gather_object
+from dualenc.distributed.world import World, agree, all_gather_object
 from dualenc.errors import ConfigError, DataError
 from dualenc.features.store import (
     ABOUT,
     DTYPES,
     FORMAT,
     Description,
+    FeaturePart,
     Lost,
-    Part,
     PartInfo,
     digest_of,
     read_about,
@@ -29,7 +28,7 @@ from dualenc.features.store import (
 )
 from dualenc.files import write_atomically
 
-Rows = Mapping[str, tuple[Sequence[int], Tensor]]
+PartRows = Mapping[str, tuple[Sequence[int], Tensor]]
 """Modality → which ids its rows are of [n], and the rows [n, V, D] fp32."""
 
 
@@ -68,15 +67,15 @@ class FeatureWriter:
         part = self.part(name)
         return part.info() if part is not None and part.data == dict(data) else None
 
-    def part(self, name: str) -> Part | None:
+    def part(self, name: str) -> FeaturePart | None:
         """The part of that name, where it stands there whole and of this description."""
-        return Part.whole(self.folder, name, self.digest)
+        return FeaturePart.whole(self.folder, name, self.digest)
 
     def write(
         self,
         name: str,
         ids: Sequence[str],
-        rows: Rows,
+        rows: PartRows,
         lost: Sequence[Lost] = (),
         data: Mapping[str, Any] | None = None,
     ) -> PartInfo:
@@ -106,7 +105,7 @@ class FeatureWriter:
         }
         self._put(f"{name}.safetensors", raw)
         self._put_json(f"{name}.json", said)
-        return Part(self.folder, name).info()
+        return FeaturePart(self.folder, name).info()
 
     def finish(self, mine: Iterable[PartInfo], order: Sequence[str]) -> list[PartInfo]:
         """List the parts of all ranks, in ``order`` of their names; the store is then finished.

@@ -262,7 +262,7 @@ def environment(seed: int, batch_size: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Results as JSON; the old file stays until the new one is whole."""
+    """Write the results, so that a reader finds the old file or the new one, never half of it."""
     write_atomically(path, json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dualenc.distributed.agree import agree
-from dualenc.distributed.world import World, all_gather_object
+from dualenc.errors import DataError, DualencError
 
 T = TypeVar("T")
 
@@ -27,7 +26,11 @@ class Ranks:
 
     def gather(self, obj: T) -> list[T]:
         """Every rank's object, in rank order, on every rank."""
-        return all_gather_object(obj, World(self.rank, self.size))
+        if self.size == 1:
+            return [obj]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, obj)
+        return out
 
     def share(self, make: Callable[[], T]) -> T:
         """What rank 0's ``make()`` returns, on every rank; an error of rank 0 is raised on every rank."""
@@ -39,7 +42,19 @@ class Ranks:
 
         Without this one rank would leave (a file missing on its machine) and the others wait for it until timeout.
         """
-        return agree(make, World(self.rank, self.size))
+        result: T | None = None
+        error: DualencError | None = None
+        try:
+            result = make()
+        except DualencError as e:
+            error = e
+        messages = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise DataError(f"rank {rank}: {message}")
+        return result  # type: ignore[return-value]
 
 
 def ranks_of(world: Any) -> Ranks:

@@ -25,8 +25,7 @@ from dualenc.data.dataset import members_of, sample_rng, stable_id
 from dualenc.data.modalities import DecodeError, ModalityInput
 from dualenc.data.shards.index import ShardSet, open_source
 from dualenc.data.shards.reader import Found, SampleError
-from dualenc.distributed.agree import agree
-from dualenc.distributed.world import World
+from dualenc.distributed.world import World, agree
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.features.of_shards import Gathered, Samples, ShardJob, shard_jobs, write_shards
 from dualenc.features.store import Description, FeatureStore

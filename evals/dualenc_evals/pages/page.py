@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dualenc.errors import DataError
-from dualenc.files import write_atomically
 from dualenc_evals.pages.svg import compact
 from dualenc_evals.pages.table import is_geometry, label, number, short
 
@@ -34,8 +34,12 @@ def environment() -> Environment:
 
 
 def write_page(page: Path, html: str) -> Path:
-    """The old page stays until the new one is whole."""
-    return write_atomically(page, html)
+    """Whole or not at all."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    tmp = page.with_name(f"{page.name}.{os.getpid()}.tmp")
+    tmp.write_text(html, encoding="utf-8")
+    tmp.replace(page)
+    return page
 
 
 def read_json(path: Path) -> dict[str, Any]:
