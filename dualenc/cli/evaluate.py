@@ -171,8 +171,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
-    from dualenc_evals.studies.teacher_students import compare as run
-    from dualenc_evals.studies.teacher_students import markdown
+    from dualenc_evals.studies.compare import compare as run
+    from dualenc_evals.studies.compare import markdown
 
     print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
     Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
@@ -309,9 +309,7 @@ def report(
         list[Path],
         typer.Argument(help="A run folder; or several results.json (or folders that hold one) to compare."),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Default: report.html in the run, else compare.html")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: report.html in the run, else models.html")] = None,
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page: about a run (its curves too), or comparing several models.
@@ -327,7 +325,7 @@ def report(
     if len(runs) == 1 and runs[0].is_dir():
         page = write_report(runs[0], out)
     else:
-        page = write_comparison(runs, out or Path("compare.html"))
+        page = write_comparison(runs, out or Path("models.html"))
     Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 

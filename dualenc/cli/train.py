@@ -51,7 +51,7 @@ def evaluate_with(tasks: list[Any]) -> Any:
 
 def resolve_tasks(names: list[str]) -> list[Any]:
     """Task names or YAML files → tasks; a wrong name is an error before the first step, not after the last."""
-    from dualenc_evals.task import load_task
+    from dualenc_evals.catalog import load_task
 
     return [load_task(n) for n in names if n]
 
@@ -59,6 +59,7 @@ def resolve_tasks(names: list[str]) -> list[Any]:
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
     from dualenc.data.shards.index import samples_per_pass
+    from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
     from dualenc.train.loop import run_folder, total_steps
 
@@ -76,6 +77,8 @@ def print_plan(recipe: Recipe) -> None:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         table.add_row(name, f"{count:,}", f"{trained:,}")
     console.print(table)
+    for note in batch_norm_notes(bundle.model.trained_towers()):
+        console.print(note, highlight=False, markup=False)
     print_rates(console, bundle.model, recipe)
     needs_index = recipe.budget.passes is not None
     try:

@@ -22,7 +22,7 @@ from dualenc.data.modalities.modality import DecodeError, ModalityInput
 from dualenc.data.order import Plan, Refs
 from dualenc.data.shards.index import ShardSet
 from dualenc.data.shards.reader import Reader, SampleError, check_members
-from dualenc.data.shards.remote import ShardCache
+from dualenc.data.shards.remote import Bounds, ShardCache
 from dualenc.data.shards.tar import Sample
 from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 
@@ -41,7 +41,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TeacherView:
     """A modality's item once more, as another model takes it: a teacher's picture size or tokenizer.
 
     Attributes:
@@ -72,7 +72,7 @@ class StepDataset(Dataset[Any]):
         world: int,
         cache: ShardCache | None,
         data: Data,
-        views: Mapping[str, View] | None = None,
+        views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self.views, self.redraw = dict(views or {}), dict(redraw or {})
@@ -155,7 +155,8 @@ class StepDataset(Dataset[Any]):
         found = reader.find(source, shard, sample, wanted)
         if not any(a in found.values and b in found.values for a, b in self.pairs):
             m, looked = next((m, e) for m, e in wanted.items() if m not in found.values)
-            raise SampleError("", f"no member for {m} (looked for {', '.join(looked)})")
+            there = ", ".join(list(sample.members)[:4])
+            raise SampleError("", f"no member for {m} (looked for {', '.join(looked)}); the sample has {there}")
         full = f"{self.sets[source].source}/{self.sets[source].names[shard]}/{sample.key}"
         partner = self._partner(reader, source, shard, full, one)
         out: dict[str, Any] = {}
@@ -207,7 +208,8 @@ class StepDataset(Dataset[Any]):
     def _open(self) -> Reader:
         if self._reader is None or self._owner != os.getpid():
             # After a fork the parent's file offsets and connections are not ours.
-            self._reader = Reader(self.sets, self.cache, self.data.retries, self.data.window * self.data.lanes)
+            span = self.data.window * self.data.lanes
+            self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
         return self._reader
 

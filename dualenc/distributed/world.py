@@ -214,6 +214,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's rank in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def current_world() -> World:
+    """The process group that there is, as a world; a world of one without one. It starts nothing."""
+    if world_size() == 1:
+        return World()
+    backend = dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    return World(rank(), world_size(), int(os.environ.get("LOCAL_RANK", rank())), device, backend)
+
+
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     """Sum ``tensor`` (any shape, on any device) over ranks; returns a new tensor on the tensor's device."""
     out = tensor.detach().clone()

@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from dualenc.errors import ConfigError, DataError, DivergenceError
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate, print_table
 from dualenc_evals.pages.run import highlight_yaml, write_report
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, from_path, plain, run

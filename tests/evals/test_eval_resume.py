@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dualenc.errors import ConfigError, DataError
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels

@@ -311,3 +311,34 @@ def coloured(image: Image.Image, colour: Colour, rng: np.random.Generator) -> Im
     if rng.random() < colour.grayscale_p:
         image = image.convert("L").convert("RGB")
     return image
+
+
+# --- parts of pictures, for evaluations that look at labelled objects -----------------------------------------------
+
+
+def open_picture(raw: bytes) -> Picture:
+    """The picture with its ``size``; pixels are decoded once, when first cut. Raises DecodeError: not a picture."""
+    return Picture(raw, (255, 255, 255))
+
+
+def cut_out(picture: Picture, box: tuple[float, float, float, float]) -> bytes:
+    """The part inside ``box`` (left, top, right, bottom in pixels, whole pixels around it) as PNG.
+
+    Raises:
+        DecodeError: damaged pixels.
+    """
+    width, height = picture.size
+    left, top = max(0, int(box[0])), max(0, int(box[1]))
+    right, bottom = min(width, max(left + 1, round(box[2]))), min(height, max(top + 1, round(box[3])))
+    out = io.BytesIO()
+    picture.rgb().crop((left, top, right, bottom)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def black_picture(size: tuple[int, int]) -> bytes:
+    """A PNG of (width, height) black pixels: what a camera that failed shows."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", size).save(out, "PNG")
+    return out.getvalue()
