@@ -135,8 +135,10 @@ def shard_jobs(
     for k, (name, info) in enumerate(zip(opened.names, opened.infos, strict=True)):
         said: dict[str, Any] = {} if source is None else {"source": source}
         said |= {"shard": name, "samples": info.samples, "bytes": info.bytes}
-        if info.digest is not None:
-            said["sha256"] = info.digest
+        # The digest of the shard's headers, from its index or from reading them: the same with an index or without.
+        headers = info.headers or (opened.memory[k].digest if k in opened.memory else "")
+        if headers:
+            said["headers"] = headers
         said["members"] = {m: list(e) for m, e in wanted.items()}
         words = (name,) if source is None else (source, name)
         jobs.append(ShardJob(part_name(*words), said, lambda k=k: samples(k)))  # type: ignore[misc]

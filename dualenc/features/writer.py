@@ -103,6 +103,7 @@ class FeatureWriter:
             "sha256": sha,
             "ids": list(ids),
         }
+        (self.folder / f"{name}.parquet").unlink(missing_ok=True)  # a table of what stood here before
         self._put(f"{name}.safetensors", raw)
         self._put_json(f"{name}.json", said)
         return FeaturePart(self.folder, name).info()
@@ -154,8 +155,8 @@ class FeatureWriter:
         before = {str(x.get("name")) for x in read_about(self.folder)["parts"]}
         self._put_json(ABOUT, self._about([asdict(i) for i in infos], finished=True))
         for name in sorted(before - {i.name for i in infos}):  # of shards that are no longer among the data
-            for file in (f"{name}.json", f"{name}.safetensors"):
-                (self.folder / Path(file).name).unlink(missing_ok=True)
+            for ending in ("json", "safetensors", "parquet"):
+                (self.folder / f"{Path(name).name}.{ending}").unlink(missing_ok=True)
 
     def _about(self, parts: Sequence[Mapping[str, Any]], finished: bool) -> dict[str, Any]:
         return {

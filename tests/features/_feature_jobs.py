@@ -48,11 +48,13 @@ def shard(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     return path
 
 
-def texts(folder: Path, shards: int = 3, each: int = 5) -> str:
+def texts(folder: Path, shards: int = 3, each: int = 5, prefix: str = "t") -> str:
     """Shards of captions; the pattern that names them."""
     for k in range(shards):
-        shard(folder / f"t-{k}.tar", [(f"s{k}{i}.txt", f"caption {i} of shard {k}".encode()) for i in range(each)])
-    return str(folder / "t-*.tar")
+        shard(
+            folder / f"{prefix}-{k}.tar", [(f"s{k}{i}.txt", f"caption {i} of shard {k}".encode()) for i in range(each)]
+        )
+    return str(folder / f"{prefix}-*.tar")
 
 
 def files(folder: Path) -> dict[str, bytes]:

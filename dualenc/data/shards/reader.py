@@ -347,10 +347,10 @@ def iter_samples(
     if isinstance(shards, ShardSet):
         opened = shards
     else:
-        source = shards if isinstance(shards, Source) else Source.model_validate({"name": "eval", "shards": shards})
+        named = shards if isinstance(shards, Source) else Source.model_validate({"name": "eval", "shards": shards})
         if data is not None:
-            refuse_pipes(source.shards, data.allow_pipe, "data.allow_pipe=true (or add --allow-pipe)")
-        opened = open_source(source, retries, bounds=bounds)
+            refuse_pipes(named.shards, data.allow_pipe, "data.allow_pipe=true (or add --allow-pipe)")
+        opened = open_source(named, retries, bounds=bounds)
     needs_cache = not all(is_local(u) for u in opened.urls)
     cache = ShardCache.temporary(data.cache_gb if data is not None else 50.0, retries, bounds) if needs_cache else None
     reader = Reader([opened], cache, retries, bounds=bounds)

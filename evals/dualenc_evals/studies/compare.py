@@ -149,6 +149,7 @@ def full_length(bundle: Bundle, m: str) -> Any:
     x = source.collate([source.dummy()])
     if not isinstance(source, TextInput):
         return x
+    assert isinstance(x, dict)
     ids = x["ids"][:, :1].repeat(1, source.context_length)
     ids[:, -1] = source.eot_id
     return {"ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
