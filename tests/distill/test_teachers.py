@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent))
 from _distill_runs import loss_rows, modalities, shards_fixture, student_recipe, teacher_fixture  # noqa: F401
 from _spawn import spawn
-from safetensors.torch import load_file, save_file
 
 from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe

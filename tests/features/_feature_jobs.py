@@ -61,7 +61,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def killed(model: str, shards: str, out: Path, after: int) -> int:
+def killed(bundle: Bundle, shards: str, out: Path, after: int) -> int:
     """Embed in a process of its own that kills itself in the midst of the write after ``after`` writes; its status."""
     child = os.fork()
     if child:
@@ -77,20 +77,21 @@ def killed(model: str, shards: str, out: Path, after: int) -> int:
         return write_atomically(path, content)
 
     writer.write_atomically = dying  # type: ignore[assignment]
-    embed_shards(load_model(model), shards, out, ["text"])
+    embed_shards(bundle, shards, out, ["text"])
     os._exit(0)
 
 
 def at_every_write(model: str, shards: str, folder: Path) -> None:
     """Killed at each write in turn and started again: the same folder as an unbroken run's, byte for byte."""
     torch.set_num_threads(1)
+    bundle = load_model(model)
     kills = 0
     for after in range(100):
         out = folder / f"killed-{after}"
-        if killed(model, shards, out, after) == 0:
+        if killed(bundle, shards, out, after) == 0:
             break
         kills += 1
-        report = killed(model, shards, out, 1000)
+        report = killed(bundle, shards, out, 1000)
         assert report == 0
     whole = files(folder / f"killed-{kills}")
     assert kills == len(whole) + 1, (kills, list(whole))  # features.json is written twice

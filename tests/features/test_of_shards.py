@@ -159,6 +159,7 @@ def test_a_killed_embedding_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
     """Through the command line; then again, when everything is there; then with one part damaged."""
     model, pattern = str(tiny().save(tmp_path / "model")), texts(tmp_path)
@@ -178,6 +179,8 @@ def test_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
     assert files(tmp_path / "two") == got
 
 
+@pytest.mark.dist
+@pytest.mark.slow
 def test_the_commands_of_the_page(tmp_path: Path) -> None:
     """Every block of docs/features.md, as it stands there, beside a model and shards of the names it uses."""
     tiny().save(tmp_path / "runs" / "quickstart")
