@@ -24,8 +24,9 @@ class ShardWriter:
     """Writes samples into ``split-000000.tar``, ``split-000001.tar``, … of one folder.
 
     webdataset's writer writes them, with headers that hold nothing that changes from run to run (mtime 0, uid and gid
-    0, no names, mode 644); samples and members stand in the order they are given. Until :meth:`close` the shards have hidden names, then all of them appear and
-    what they replace goes; an exception inside ``with`` leaves the folder as it was.
+    0, no names, mode 644); samples and members stand in the order they are given. Until :meth:`close` the shards have
+    hidden names, then all of them appear and what they replace goes; an exception inside ``with`` leaves the folder as
+    it was.
 
     Args:
         out_dir: the folder; made if it is not there.

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dualenc.cli.app import Debug, app
+from dualenc.cli.app import AllowPipe, Debug, app
 from dualenc.cli.train import resolve_tasks
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
@@ -106,6 +106,7 @@ def embed(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features that stand in --out.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
     """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data.
@@ -113,6 +114,7 @@ def embed(
     Started again after a kill it keeps the shards that are finished. Several ranks share the shards:
     dualenc launch --nproc 2 embed MODEL SHARDS.
     """
+    from dualenc.data.shards.index import refuse_pipes
     from dualenc.distributed.world import close_world, init_world
     from dualenc.features.arrow import write_parquet
     from dualenc.features.of_shards import embed_shards
@@ -127,6 +129,7 @@ def embed(
     try:
         bundle = load_model(model, device=str(world.device))
         if recipe is None:
+            refuse_pipes(shards, allow_pipe, "--allow-pipe")
             chosen = words(modalities)
             done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite)
         else:
@@ -134,7 +137,7 @@ def embed(
 
             done = write_cache(
                 bundle,
-                load_recipe(recipe),
+                load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
                 out,
                 views,
                 words(plain),

@@ -73,7 +73,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path, type[Server]]]:
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     pauses: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote, "pause", pauses.append)
     return pauses
 
 

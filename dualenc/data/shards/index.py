@@ -159,7 +159,9 @@ def _braces(pattern: str) -> list[str]:
     pieces.append([pattern[at:]])
     out = ["".join(words) for words in itertools.product(*pieces)]
     # Braces inside braces, {a,b{0..3}}: the inner ones were expanded now, the outer ones are next.
-    return out if len(pieces) == 1 else [u for p in out for u in (_braces(p) if _BRACES.search(p) else [p])]
+    if len(pieces) == 1 or not any(_BRACES.search(p) for p in out[:1]):
+        return out
+    return list(dict.fromkeys(u for p in out for u in _braces(p)))
 
 
 def _alternatives(inner: str, pattern: str) -> Sequence[str] | None:
@@ -292,9 +294,9 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
             if info is not None and info.bytes != size:
                 change = "was cut short or replaced" if size < info.bytes else "was changed or replaced"
                 raise DataError(
-                    f"Source {source.name!r}: {url} has {size:,} bytes and its index says {info.bytes:,}, so it {change} "
-                    "after it was indexed. Copy it again; if the change is intended, run: dualenc shards index "
-                    f"'{url}'"
+                    f"Source {source.name!r}: {url} has {size:,} bytes and its index says {info.bytes:,}, so it "
+                    f"{change} after it was indexed. Copy it again; if the change is intended, run: "
+                    f"dualenc shards index '{url}'"
                 )
         if info is None:
             memory[i] = index_local(url) if is_local(url) else index_remote(url)
@@ -379,12 +381,12 @@ def index_remote(url: str) -> TarIndex:
 
 
 def _say_scattered(index: TarIndex, where: str) -> None:
-    """Warn of samples that are torn apart: each part is read as a sample of its own, which lacks the other's members."""
+    """Warn of samples that are torn apart: each part is read as a sample of its own, and lacks the others' members."""
     keys = index.scattered()
     if keys:
         logger.warning(
-            "%s: the members of %d keys (%s, …) do not stand next to each other, so each part is read as a sample of its "
-            "own; pack the shard again with members of one sample together.",
+            "%s: the members of %d keys (%s, …) do not stand next to each other, so each part is read as a sample of "
+            "its own; pack the shard again with members of one sample together.",
             where,
             len(keys),
             keys[0],

@@ -115,7 +115,7 @@ class Reader:
             DataError: if the shard's index names fewer samples than the plan was made from.
             SampleError: if the shard cannot be read.
         """
-        index = self._index(source, shard)
+        index = self.index(source, shard)
         if len(index) != self.sets[source].infos[shard].samples:
             raise DataError(
                 f"The index of {self.sets[source].urls[shard]} says {self.sets[source].infos[shard].samples} samples, "
@@ -198,8 +198,8 @@ class Reader:
         if contents is not None and zlib.crc32(raw) != contents:
             raise SampleError(
                 name,
-                "its bytes are not those that were indexed: damaged, or changed in place (if that is intended, write the "
-                "index anew with: dualenc shards index)",
+                "its bytes are not those that were indexed: damaged, or changed in place (if that is intended, write "
+                "the index anew with: dualenc shards index)",
             )
         return raw
 
@@ -246,7 +246,13 @@ class Reader:
             raise ReadFailed(f"{url} cannot be read in parts: its server knows no byte ranges; fetch the file first")
         return str(self.cache.get(url, shards.infos[at[1]].bytes))
 
-    def _index(self, source: int, shard: int) -> TarIndex:
+    def index(self, source: int, shard: int) -> TarIndex:
+        """Where everything lies in a shard.
+
+        Raises:
+            DataError: if the index is damaged or stale.
+            SampleError: if the shard cannot be read.
+        """
         at = (source, shard)
         index = self._indexes.get(at)
         if index is not None:
@@ -280,8 +286,8 @@ class Reader:
             raise SampleError("", f"the shard could not be read: {e}") from e
         if info.headers and index.digest and index.digest != info.headers:
             raise DataError(
-                f"The index of {shards.urls[at[1]]} is stale: the shard's headers are not those that were indexed, so it "
-                "was replaced; if that is intended, write the index anew with: dualenc shards index"
+                f"The index of {shards.urls[at[1]]} is stale: the shard's headers are not those that were indexed, so "
+                "it was replaced; if that is intended, write the index anew with: dualenc shards index"
             )
         return index
 

@@ -25,6 +25,7 @@ from dualenc.errors import DataError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+pause = time.sleep
 _PIPE = "pipe:"
 _PROGRESS = 1 << 20
 _TRUE_BYTES = {"Accept-Encoding": "identity"}
@@ -90,9 +91,9 @@ def retry(do: Callable[[], T], what: str, retries: int, progress: Callable[[], i
                 attempt, had = 0, now
             if attempt == retries:
                 raise ReadFailed(f"{what}: {_said(e)} (tried {retries + 1} times)") from e
-            pause = min(0.2 * 2**attempt, 8.0)
-            logger.warning("%s failed (%s); trying again in %.1f s", what, _said(e), pause)
-            time.sleep(pause)
+            seconds = min(0.2 * 2**attempt, 8.0)
+            logger.warning("%s failed (%s); trying again in %.1f s", what, _said(e), seconds)
+            pause(seconds)
             attempt += 1
 
 

@@ -135,7 +135,7 @@ class TarIndex:
     def to_bytes(self) -> bytes:
         """As a NumPy ``.npz`` (arrays only, never pickled objects)."""
         out = io.BytesIO()
-        arrays = {"header_crc": self.header, "contents_crc": self.contents}
+        more: dict[str, Any] = {"header_crc": self.header, "contents_crc": self.contents}
         np.savez_compressed(
             out,
             header=np.array([_FORMAT, self.tar_bytes], np.int64),
@@ -147,7 +147,7 @@ class TarIndex:
             key_end=self.key_end,
             keys=self.keys,
             digest=np.frombuffer(self.digest.encode("ascii"), np.uint8),
-            **{k: a for k, a in arrays.items() if a is not None},
+            **{k: a for k, a in more.items() if a is not None},
         )
         return out.getvalue()
 
@@ -301,8 +301,8 @@ def _nothing_behind(read_at: ReadAt, end: int, total: int, where: str) -> None:
         if rest:
             found = at + len(chunk) - len(rest)
             raise DataError(
-                f"{where} holds data after its end mark (the mark is at byte {end}, data at byte {found} of {total}): a "
-                "header was overwritten with zeros, or two tars were joined; pack it again from its samples."
+                f"{where} holds data after its end mark (the mark is at byte {end}, data at byte {found} of {total}): "
+                "a header was overwritten with zeros, or two tars were joined; pack it again from its samples."
             )
 
 
