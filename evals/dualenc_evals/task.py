@@ -12,9 +12,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from dualenc.config import Positive, Section, Share, parse, read_yaml
+from dualenc.data.driving.corruption import Corruption
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc_evals.read.files import read_text
 
@@ -40,7 +42,15 @@ METRIC_PATTERNS = {
 """Metrics with a number in their name, beside the default ones."""
 NAMED = ("classification", "multilabel")
 """Kinds whose classes are shown to the model by name, in prompts."""
-LISTS = ("jsonl", "json", "csv")
+LISTS = ("jsonl", "json", "csv", "parquet")
+SHARDS = ("shards", "clip_benchmark")
+"""Sources of evaluations alone: training reads shards by its recipe."""
+
+
+def _wrong(key: str, why: str, value: Any = None) -> ValidationError:
+    """The error of one key of a section, for a check that sees all keys."""
+    told = PydanticCustomError("value_error", why.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    return ValidationError.from_exception_data("source", [{"type": told, "loc": (key,), "input": value}])
 
 
 class Every(Section):
@@ -57,37 +67,26 @@ class Every(Section):
         return rows[self.offset :: self.step]
 
 
-class Corruption(Section):
-    """Sensors that fail; what is drawn depends on the picture's name only (:mod:`dualenc_evals.read.corruption`)."""
+class TaskSource(Section):
+    """What is read. ``path`` is a file, pattern, folder or name; see ``kind``.
 
-    beams: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share of the LiDAR's beams that are silent"
-    )
-    pictures: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0, description="share of the pictures that are black"
-    )
-    turned_deg: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
-        description="standard deviation of the error of the camera's calibration, about each axis, in degrees",
-    )
-    fog: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
-        description="how thick fog-like noise on the LiDAR is: 1 / the metres a beam goes before 63 % are lost",
-    )
+    ``kind`` is also any source that is registered in :data:`dualenc.data.sources.sources`; its own settings stand
+    beside the keys below.
+    """
 
+    model_config = ConfigDict(extra="allow", frozen=True)
 
-class Source(Section):
-    """What is read. ``path`` is a file, pattern, folder or name; see ``kind``."""
-
-    kind: Literal["shards", "clip_benchmark", "folder", "jsonl", "json", "csv", "hf", "kitti", "nuscenes"] = Field(
+    kind: str = Field(
         description="shards: webdataset tars; clip_benchmark: its exported folder (SPLIT/N.tar, classnames.txt); "
-        "folder: one folder a class; jsonl, json, csv: one row an item, files beside it; hf: a Hugging Face data set "
-        "by name, or a local folder; kitti, nuscenes: the folder as published (camera and lidar)"
+        "folder: one folder for each class, or texts beside the files; jsonl, json, csv, parquet: one row an item, "
+        "files beside it; hf: a Hugging Face data set by name, or a local folder; kitti, kitti_raw, nuscenes: the "
+        "folder as published (camera and lidar); or the name of a source that another package registers"
     )
-    path: str | list[str]
+    path: str | list[str] = ""
     split: str | None = Field(
         None,
-        description="hf: the split; jsonl, json, csv: rows whose 'split' is this; folder, clip_benchmark: subfolder",
+        description="hf: the split; tables: rows whose 'split' is this; folder, clip_benchmark: subfolder; nuscenes: "
+        "the folder of tables",
     )
     subset: str | None = Field(None, description="hf: the configuration, where a data set has several")
     revision: str | None = Field(None, description="hf: the commit or tag that is read")
@@ -111,19 +110,52 @@ class Source(Section):
     obtain: str = Field("", description="how a person gets this data")
 
     @model_validator(mode="after")
-    def _fits(self) -> Source:
+    def _fits(self) -> TaskSource:
+        own = self._own_settings()
         here = {
             "subset": ("hf",), "revision": ("hf",), "files": LISTS, "columns": ("csv",), "group": (*LISTS, "hf"),
-            "metadata": ("shards",), "corrupt": ("kitti", "nuscenes"),
+            "metadata": ("shards",), "corrupt": ("kitti", "kitti_raw", "nuscenes"),
         }  # fmt: skip
         for key, kinds in here.items():
-            if getattr(self, key) is not None and self.kind not in kinds:
+            if getattr(self, key) is not None and self.kind not in kinds and key not in own:
                 raise ValueError(f"{key}: belongs to {', '.join(kinds)}, this source is {self.kind}")
+        if not self.path and ("path" in own or self.kind in SHARDS):
+            raise _wrong("path", f"a source {self.kind} needs it: where do the data stand?")
         if self.kind == "hf" and self.split is None:
             raise ValueError("split: name the split of the Hugging Face data set, for example test")
         if self.kind == "hf" and not isinstance(self.path, str):
             raise ValueError("path: one data set, not a list of them")
         return self
+
+    def _own_settings(self) -> set[str]:
+        """Keys of the source's own settings. Raises ValidationError for an unknown source or key, with the nearest."""
+        from dualenc.data.sources import sources
+        from dualenc.data.sources.samples import accepted
+
+        own: set[str] = set()
+        if self.kind not in SHARDS:
+            try:
+                own = accepted(sources[self.kind].settings)
+            except ConfigError as e:
+                near = did_you_mean(self.kind, [*SHARDS, *sources])
+                raise _wrong("kind", f"there is no such source. {near}", self.kind) from e
+        for key in self.model_extra or {}:
+            if key not in own:
+                known = {*type(self).model_fields, *own}
+                raise _wrong(key, f"unknown key of this source. {did_you_mean(key, known)}")
+        return own
+
+    def is_table(self) -> bool:
+        """Whether its items are rows of columns, and say nothing of themselves."""
+        from dualenc.data.sources import sources
+
+        return sources[self.kind].table
+
+    def settings(self) -> dict[str, Any]:
+        """What is set of the source's own settings, but for the path."""
+        own = self._own_settings() - {"path"}
+        given = {**{k: getattr(self, k) for k in type(self).model_fields}, **(self.model_extra or {})}
+        return {k: v for k, v in given.items() if k in own and k in self.model_fields_set and v is not None}
 
 
 class Train(Section):
@@ -178,7 +210,7 @@ class Task(Section):
     version: Positive = 1
     kind: Literal["classification", "multilabel", "retrieval", "compositional", "probe"]
     description: str = ""
-    source: Source
+    source: TaskSource
     modalities: tuple[str, str] = ("image", "text")
     label: str | None = Field(
         None,
@@ -241,7 +273,7 @@ class Task(Section):
             if getattr(self, key) is not None and self.kind not in kinds:
                 raise ValueError(f"{key}: a {self.kind} task has no {key}; kind: {' or '.join(kinds)} has")
         own = self.source.kind
-        says_itself = own in ("folder", "clip_benchmark", "kitti", "nuscenes")
+        says_itself = own == "clip_benchmark" or (own not in SHARDS and not self.source.is_table())
         if self.kind in NAMED and self.templates is None and own != "clip_benchmark":
             raise ValueError(
                 "templates: give the prompts, for example ['a photo of a {}.'], or ['{}'] for the bare name"
@@ -282,7 +314,7 @@ class Task(Section):
         """A probe's task with the source of its training items."""
         assert self.train is not None, "Task._fits sees to it"
         source = {**self.source.model_dump(), **self.train.model_dump(exclude_unset=True)}
-        return self.model_copy(update={"source": Source.model_validate(source)})
+        return self.model_copy(update={"source": TaskSource.model_validate(source)})
 
 
 def check_templates(templates: list[str]) -> None:
