@@ -49,7 +49,7 @@ SHARDS = ("shards", "clip_benchmark")
 
 def _wrong(key: str, why: str, value: Any = None) -> ValidationError:
     """The error of one key of a section, for a check that sees all keys."""
-    told = PydanticCustomError("value_error", why.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    told = PydanticCustomError("value_error", why)  # type: ignore[arg-type]
     return ValidationError.from_exception_data("source", [{"type": told, "loc": (key,), "input": value}])
 
 

@@ -113,11 +113,14 @@ def nuscenes_records(cfg: NuScenesConfig) -> Iterator[Record | Dropped]:
 def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record | Dropped]:
     """Every keyframe, or every picture of it, as a record; what training would refuse as a Dropped."""
     if cfg.regions and cfg.unit != "keyframes":
-        raise ConfigError("regions: only keyframes have a whole sweep; leave out unit, or regions")
+        raise ConfigError("regions: only whole keyframes have regions; leave out either unit or regions")
     if cfg.unit == "objects" and not cfg.boxes:
         raise ConfigError("boxes: unit=objects needs the labelled boxes; leave out boxes=false")
     if cfg.size is not None or cfg.encode != "keep":
-        raise ConfigError("size, encode: pictures of driving data are kept as they are: their calibration is of them")
+        raise ConfigError(
+            "size, encode: leave them out; driving pictures are kept as they are, because their calibration is for "
+            "these pixels"
+        )
     sizes: dict[tuple[float, ...], tuple[int, int]] = {}
     for key in keys:
         views = [v for v in key.views if cfg.cameras is None or v.name in cfg.cameras]
@@ -128,7 +131,7 @@ def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record 
         try:
             points = key.points()
             if not len(views):
-                raise DataError("it has no picture")
+                raise DataError("the keyframe has no picture")
             if cfg.unit == "keyframes":
                 yield _keyframe(cfg, key, views, points, sizes)
                 continue
@@ -232,7 +235,9 @@ def _described(
     expected = view.size or sizes.setdefault(tuple(view.intrinsics.ravel()), size)
     apart = float(np.linalg.norm(view.to_ego[:3, 3] - key.lidar_to_ego[:3, 3]))
     if apart > MAX_BASELINE:
-        raise DataError(f"camera {view.name} and the LiDAR are {apart:.0f} m apart: their poses are of other moments")
+        raise DataError(
+            f"camera {view.name} and the LiDAR are {apart:.0f} m apart: their poses belong to different moments"
+        )
     return {
         "name": view.name, "member": member, "size": list(expected), "intrinsics": view.intrinsics.tolist(),
         "to_ego": view.to_ego.tolist(), "drive": view.drive,

@@ -30,7 +30,7 @@ from dualenc_data_tools.sources.source import (
     template_fields,
 )
 
-Row = tables.Row
+Row = tables.TableRow
 MEDIA = ("image", "audio")
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from dualenc.config import Positive
-from dualenc.data.sources.tables import Row, jsonl_rows
+from dualenc.data.sources.tables import TableRow, jsonl_rows
 from dualenc.errors import ConfigError, DataError
 from dualenc.shipped import recipes_folder
 from dualenc_data_tools.sources.clipart import clipart_caption
@@ -78,7 +78,7 @@ def quickstart(cfg: QuickstartConfig) -> Iterator[Record | Dropped]:
     return _records(cfg, rows, kinds)
 
 
-def _records(cfg: QuickstartConfig, rows: list[Row], kinds: set[str]) -> Iterator[Record | Dropped]:
+def _records(cfg: QuickstartConfig, rows: list[TableRow], kinds: set[str]) -> Iterator[Record | Dropped]:
     with tempfile.TemporaryDirectory(prefix="dualenc-quickstart-") as temporary:
         work = Path(cfg.work) if cfg.work else Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

@@ -180,7 +180,7 @@ def template_fields(template: str, where: str) -> list[str]:
         parts = list(string.Formatter().parse(template))
     except ValueError as e:
         raise ConfigError(
-            f"{where}: {template!r} is no template ({e}); write for example '{{caption}}, {{colour}}'"
+            f"{where}: {template!r} is not a valid template ({e}); write for example '{{caption}}, {{colour}}'"
         ) from e
     names = []
     for _, name, spec, conversion in parts:

@@ -101,7 +101,8 @@ class Keyframe:
             raise DataError(f"Cannot read {self.sweep}: {e}") from e
         if not raw or len(raw) % (4 * len(self.columns)):
             raise DataError(
-                f"{self.sweep} has {len(raw)} bytes, no whole number of points of {len(self.columns)} numbers"
+                f"{self.sweep} has {len(raw)} bytes, which is not a whole number of points of {len(self.columns)} "
+                "float32 values"
             )
         out = np.frombuffer(raw, dtype="<f4").reshape(-1, len(self.columns)).astype(np.float64)
         out[:, 3] /= self.top
@@ -246,7 +247,7 @@ def _kitti_boxes(path: Path, frame: str, to_ego: F64) -> list[Box]:
         try:
             h, w, length, x, y, z, turn = (float(v) for v in numbers[7:14])
         except ValueError as e:
-            raise DataError(f"{path}, line {n + 1}, is no KITTI label: {e}") from e
+            raise DataError(f"{path}, line {n + 1}, is not a KITTI label: {e}") from e
         c, s = np.cos(turn), np.sin(turn)
         axes = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
         # A label's place is the middle of the box's bottom; y points down.
@@ -268,7 +269,7 @@ def nuscenes(root: str | Path, tables: str | None = None, boxes: bool = True) ->
     try:
         yield from _nuscenes(Path(root), _Tables(folder), boxes)
     except KeyError as e:
-        raise DataError(f"{folder}: a table lacks {e}: these are no nuScenes tables, or not all of them") from e
+        raise DataError(f"{folder}: a table lacks {e}; the folder must hold all tables of nuScenes") from e
 
 
 class _Tables:
@@ -299,7 +300,7 @@ class _Tables:
 def _tables_in(root: Path) -> Path:
     found = sorted(root.glob("*/sample_data.json"))
     if len(found) != 1:
-        raise DataError(f"{root} has {len(found)} folders of tables; name one, such as v1.0-mini")
+        raise DataError(f"{root} has {len(found)} folders of tables; name the one to read, such as tables=v1.0-mini")
     return found[0].parent
 
 

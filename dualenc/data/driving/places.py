@@ -77,7 +77,7 @@ def read_regions(raw: Any) -> npt.NDArray[np.float32]:
     try:
         out = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
-        raise DecodeError(f"{MEMBER} is no .npy array ({' '.join(str(e).split())[:120]})") from e
+        raise DecodeError(f"{MEMBER} is not a readable .npy array ({' '.join(str(e).split())[:120]})") from e
     if not isinstance(out, np.ndarray) or out.ndim != 2 or out.shape[1] != 4 or not np.isfinite(out).all():
         raise DecodeError(f"{MEMBER} must be finite numbers [m, 4]: x, y, z, region")
     return out.astype(np.float32)

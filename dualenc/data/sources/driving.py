@@ -73,7 +73,7 @@ def kitti_drives(path: str) -> list[Path]:
         if found:
             return found
     raise DataError(
-        f"kitti_raw.path: {folder} is no drive (velodyne_points) and holds none; expected is DATE/DRIVE_sync/"
+        f"kitti_raw.path: {folder} contains no drive (a folder with velodyne_points); expected are DATE/DRIVE_sync/"
         "velodyne_points/data/*.bin and image_02/data/*.png, with calib_cam_to_cam.txt and calib_velo_to_cam.txt in "
         "DATE or beside velodyne_points"
     )

@@ -20,7 +20,7 @@ from dualenc.data.sources.item import Item, Layout, sources
 from dualenc.data.sources.opened import NotThereError, is_url, listed, open_binary, read_text
 from dualenc.errors import ConfigError, DataError
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 
 
 class JsonlSettings(Section):
@@ -59,7 +59,7 @@ class ParquetSettings(Section):
 # --- text files --------------------------------------------------------------------------------------------------
 
 
-def jsonl_rows(path: str) -> Iterator[tuple[int, Row]]:
+def jsonl_rows(path: str) -> Iterator[tuple[int, TableRow]]:
     """(number of the line, object) of every line that is not empty.
 
     Raises:
@@ -84,7 +84,7 @@ def jsonl_rows(path: str) -> Iterator[tuple[int, Row]]:
             raise DataError(f"{path} is not a whole .gz file: {e}") from e
 
 
-def json_rows(path: str) -> Iterator[tuple[int, Row]]:
+def json_rows(path: str) -> Iterator[tuple[int, TableRow]]:
     """(position from 1, object) of every row of a list of objects, or of an object of them.
 
     Raises:
@@ -108,7 +108,7 @@ def _parsed(text: str, where: str, remedy: str) -> Any:
 
 def csv_rows(
     path: str, delimiter: str | None = None, columns: Sequence[str] | None = None
-) -> Iterator[tuple[int, Row]]:
+) -> Iterator[tuple[int, TableRow]]:
     """(number of the line, row) of every row of a CSV file.
 
     Raises:
@@ -134,7 +134,7 @@ def csv_rows(
             raise DataError(f"{path} is not UTF-8 text: {e}") from e
 
 
-def _items(path: str, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
+def _items(path: str, rows: Iterator[tuple[int, TableRow]]) -> Iterator[Item]:
     stem, folder = Path(path).stem, path.rpartition("/")[0] or "."
     for position, (number, row) in enumerate(rows, 1):
         yield Item(f"{stem}:{position}", fields=row, name=f"{stem}-{number}", folder=folder)

@@ -159,9 +159,10 @@ def _hot(task: Task, value: Any, where: str) -> list[str] | None:
             f"task {task.name}: label: {where} is a vector of {len(vector)} zeros and ones; name the classes in that "
             "order, classes: [NAME, …]"
         )
-    order = list(task.classes) if isinstance(task.classes, dict) else [str(i) for i in range(len(vector))]
-    if len(order) != len(vector):
-        raise DataError(f"task {task.name}: label: {where} has {len(vector)} numbers for {len(order)} classes")
+    count = len(_declared(task)) or len(vector)
+    if count != len(vector):
+        raise DataError(f"task {task.name}: label: {where} has {len(vector)} numbers for {count} classes")
+    order = list(task.classes) if isinstance(task.classes, dict) else [str(i) for i in range(count)]
     return [order[i] for i, v in enumerate(vector) if v]
 
 
