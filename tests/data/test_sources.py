@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from dualenc.config import Section
+from dualenc.data.driving.keyframes import kitti_object, kitti_raw
 from dualenc.data.shards.reader import Found, iter_samples
 from dualenc.data.sources import Content, Item, Layout, iter_source, open_layout, sources
 from dualenc.data.sources.columns import contents_of
@@ -28,6 +29,7 @@ from dualenc_evals.task import Task, load_task
 
 sys.path.append(str(Path(__file__).parents[1] / "evals"))
 from _pixels import Pixels
+from _rigs import KITTI, here
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 
@@ -343,6 +345,62 @@ def test_drives_are_found_at_every_level_and_what_is_expected_is_said(tmp_path: 
     (drive / "velodyne_points" / "data" / "0.bin").write_bytes(b"\0" * 16)
     with pytest.raises(DataError, match=r"There is no file calib_cam_to_cam\.txt or calib_velo_to_cam\.txt in .*DATE/"):
         next(iter(iter_source("kitti_raw", {"path": str(drive)}, ["lidar"])))
+
+
+def raw_drive(drive: Path, calibration: Path, data: str) -> None:
+    """Frame 0 of the object set, laid out as a raw drive."""
+    given = dict(x.split(":", 1) for x in (KITTI / "calib" / "000000.txt").read_text().splitlines() if ":" in x)
+    for part, origin, name in (("image_02", "image_2/000000.png", "0.png"),
+                               ("velodyne_points", "velodyne/000000.bin", "0.bin")):  # fmt: skip
+        (drive / part / data).mkdir(parents=True)
+        (drive / part / data / name).symlink_to(KITTI / origin)
+    tr = [float(v) for v in given["Tr_velo_to_cam"].split()]
+    rotation, shift = [tr[i] for i in (0, 1, 2, 4, 5, 6, 8, 9, 10)], [tr[i] for i in (3, 7, 11)]
+    velo = f"R: {' '.join(map(str, rotation))}\nT: {' '.join(map(str, shift))}\n"
+    (calibration / "calib_velo_to_cam.txt").write_text(velo)
+    cams = [f"R_rect_00: {given['R0_rect']}", f"P_rect_02: {given['P2']}", "S_rect_02: 1.224e+03 3.7e+02"]
+    (calibration / "calib_cam_to_cam.txt").write_text("\n".join(cams))
+
+
+@here
+@pytest.mark.parametrize("data", ["data", ""])
+def test_a_raw_drive_without_its_day_is_read(data: str, tmp_path: Path) -> None:
+    """The calibration lies in the drive, and files directly in the sensors' folders: the same frame, packed as well."""
+    drive = tmp_path / "mine"
+    drive.mkdir()
+    raw_drive(drive, drive, data)
+    raw, first = next(iter(kitti_raw(drive, ("02",)))), next(iter(kitti_object(KITTI)))
+    np.testing.assert_allclose(raw.views[0].to_ego, first.views[0].to_ego, atol=1e-9)
+    assert (raw.drive, raw.views[0].drive) == ("mine", "mine")
+    report = build("kitti_raw", tmp_path / "out", path=str(drive), cameras=["image_02"], progress=False)
+    assert (report.written, report.dropped) == ({"train": 1}, {})
+
+
+@here
+def test_the_calibration_of_another_day_is_still_refused(tmp_path: Path) -> None:
+    drive = tmp_path / "2011_09_26" / "2011_10_03_drive_0027_sync"
+    drive.mkdir(parents=True)
+    raw_drive(drive, drive.parent, "data")
+    with pytest.raises(DataError, match="1 × calibration of another drive"):
+        build("kitti_raw", tmp_path / "out", path=str(drive), cameras=["image_02"], progress=False)
+
+
+@here
+def test_kitti_is_found_from_the_folder_above_training(tmp_path: Path) -> None:
+    """Packing takes the folder that tasks name, and tasks the one that packing named."""
+    report = build("kitti", tmp_path, path=str(KITTI.parent), verify=False, limit=1, progress=False)
+    assert report.samples == 1
+    rows = {
+        path: [r.id for r in read_rows(
+            task(kind="retrieval", modalities=("camera", "lidar"), source={"kind": "kitti", "path": str(path)})
+        ).rows]
+        for path in (KITTI, KITTI.parent)
+    }  # fmt: skip
+    assert rows[KITTI] == rows[KITTI.parent]
+    key, values = next(iter_source("kitti", {"path": str(KITTI)}, ["camera", "lidar"]))
+    assert key == "000000"
+    assert values["camera"] == (KITTI / "image_2" / "000000.png").read_bytes()
+    assert np.load(io.BytesIO(values["lidar"]), allow_pickle=False).shape == (20285, 4)
 
 
 DEFINITIONS = {

@@ -30,7 +30,6 @@ from dualenc_data_tools.sources.source import (
     template_fields,
 )
 
-Row = tables.TableRow
 MEDIA = ("image", "audio")
 
 
@@ -164,7 +163,9 @@ def to_records(cfg: RowsConfig, items: Iterable[Item]) -> Iterator[Record | Drop
         raise ConfigError(f"split: no row has {cfg.split_field}={cfg.split!r}. {did_you_mean(cfg.split, splits)}")
 
 
-def _record(cfg: RowsConfig, label: str, row: Row, media: dict[str, bytes | Path], split: str) -> Record | Dropped:
+def _record(
+    cfg: RowsConfig, label: str, row: tables.TableRow, media: dict[str, bytes | Path], split: str
+) -> Record | Dropped:
     if not media:
         spec = cfg.image or cfg.audio
         kind = "image" if cfg.image else "audio"
@@ -202,7 +203,7 @@ def _listed(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _media(cfg: RowsConfig, row: Row, name: str, root: Path) -> tuple[dict[str, bytes | Path], str]:
+def _media(cfg: RowsConfig, row: tables.TableRow, name: str, root: Path) -> tuple[dict[str, bytes | Path], str]:
     """Kind → the picture's or sound's bytes or file, and what the sample is called: its first file."""
     media: dict[str, bytes | Path] = {}
     labels = []

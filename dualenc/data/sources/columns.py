@@ -26,7 +26,7 @@ TEXT_COLUMNS = ("captions", "caption", "text", "sentence", "transcript", "title"
 """Columns tried for text where the settings name none."""
 
 
-class Block(Protocol):
+class ColumnBlock(Protocol):
     """Some rows of a table that is read by columns, on demand."""
 
     columns: Sequence[str]
@@ -43,7 +43,7 @@ class LazyRow(Mapping[str, Any]):
 
     __slots__ = ("block", "row")
 
-    def __init__(self, block: Block, row: int) -> None:
+    def __init__(self, block: ColumnBlock, row: int) -> None:
         self.block, self.row = block, row
 
     def __getitem__(self, column: str) -> Any:
