@@ -69,7 +69,7 @@ def _classes(what: str, known: Any) -> None:
 
 
 def _tasks() -> None:
-    from dualenc_evals.task import list_tasks
+    from dualenc_evals.catalog import list_tasks
 
     table = Table("task", "kind", "what it measures")
     for task in list_tasks():

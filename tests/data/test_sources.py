@@ -23,9 +23,10 @@ from dualenc.data.sources.columns import contents_of
 from dualenc.data.sources.driving import kitti_drives
 from dualenc.errors import ConfigError, DataError
 from dualenc_data_tools.build import build
+from dualenc_evals.catalog import load_task, parse_task
 from dualenc_evals.harness import definition, evaluate
 from dualenc_evals.read.shards import read_rows
-from dualenc_evals.task import Task, load_task
+from dualenc_evals.task import Task
 
 sys.path.append(str(Path(__file__).parents[1] / "evals"))
 from _pixels import Pixels
@@ -41,7 +42,7 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 
 def task(**fields: Any) -> Task:
-    return Task.model_validate({"name": "own", **fields})
+    return parse_task({"name": "own", **fields})
 
 
 # --- one module ---------------------------------------------------------------------------------------------------

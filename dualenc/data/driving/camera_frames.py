@@ -19,13 +19,12 @@ from typing import Literal
 
 import numpy as np
 
-from dualenc.data.crops import black, crop, open_picture
-from dualenc.data.drawn import points_over, uri
 from dualenc.data.driving import corruption
 from dualenc.data.driving.corruption import Corruption
 from dualenc.data.driving.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
 from dualenc.data.driving.keyframes import Box, CameraView, Keyframe, part_seen
-from dualenc.data.modalities.image import Picture
+from dualenc.data.modalities.image import Picture, black_picture, cut_out, open_picture
+from dualenc.data.show import points_over, webp_uri
 from dualenc.data.sources.item import Content, Item
 from dualenc.data.sources.opened import open_binary
 
@@ -86,7 +85,7 @@ def items_of(frame: CameraFrame, unit: Literal["frames", "objects"]) -> Iterator
     fields = {"frame": frame.id, "camera": frame.view.name}
     picture = Content(f"{frame.id}/camera", path=str(frame.view.path))
     if corruption.is_black(frame.corrupt.pictures, frame.id):
-        picture = Content(f"{frame.id}/camera", load=partial(black, frame.size))
+        picture = Content(f"{frame.id}/camera", load=partial(black_picture, frame.size))
     cloud = Content(f"{frame.id}/lidar", load=partial(_frame_points, frame), shown=partial(_frame_drawn, frame))
     yield Item(frame.id, {"camera": [picture], "lidar": [cloud]}, fields)
 
@@ -102,7 +101,7 @@ def _objects(frame: CameraFrame) -> Iterator[Item]:
         fields = {"frame": frame.id, "camera": frame.view.name, "class": box.cls, "instance": box.instance}
         picture = Content(f"{name}/camera", load=partial(_crop, str(frame.view.path), box2d))
         if corruption.is_black(frame.corrupt.pictures, frame.id):
-            picture = Content(f"{name}/camera", load=partial(black, frame.size))
+            picture = Content(f"{name}/camera", load=partial(black_picture, frame.size))
         cloud = Content(
             f"{name}/lidar", load=partial(_box_points, frame, box), shown=partial(_box_drawn, frame, box, box2d)
         )
@@ -136,13 +135,13 @@ def _box_points(frame: CameraFrame, box: Box) -> bytes:
 
 
 def _crop(path: str, box: tuple[float, float, float, float]) -> bytes:
-    return crop(_picture(path), box)
+    return cut_out(_picture(path), box)
 
 
 def _frame_drawn(frame: CameraFrame) -> dict[str, str]:
     points = _points(frame)
     image = points_over(_picture(str(frame.view.path)).rgb(), frame.pixels(points[:, :3]), points[:, 2], DRAWN_PX)
-    return {"picture": uri(image)}
+    return {"picture": webp_uri(image)}
 
 
 def _box_drawn(frame: CameraFrame, box: Box, edges: tuple[float, float, float, float]) -> dict[str, str]:
@@ -154,7 +153,9 @@ def _box_drawn(frame: CameraFrame, box: Box, edges: tuple[float, float, float, f
     image = open_picture(_crop(str(frame.view.path), edges)).rgb()
     # What is near within the box is red: at its distance from the car all of it would have one colour.
     at = frame.pixels(points) - np.array(edges[:2])
-    return {"picture": uri(points_over(image, at, depth, DRAWN_PX // 2, far=max(float(depth.max()), 1.0), dot=1.5))}
+    return {
+        "picture": webp_uri(points_over(image, at, depth, DRAWN_PX // 2, far=max(float(depth.max()), 1.0), dot=1.5))
+    }
 
 
 def as_npy(points: F64) -> bytes:

@@ -17,7 +17,7 @@ HEAD = 100
 """Rows need not all have the same columns: a column is known when one of the first hundred has it."""
 
 
-class Wanted(Section):
+class CommonSettings(Section):
     """What may be said of any source beside its own settings."""
 
     members: dict[str, list[str]] = Field(
@@ -43,7 +43,7 @@ def accepted(section: type[Section]) -> set[str]:
     return keys
 
 
-def open_layout(kind: str, settings: Mapping[str, Any]) -> tuple[Layout[Any], Any, Wanted]:
+def open_layout(kind: str, settings: Mapping[str, Any]) -> tuple[Layout[Any], Any, CommonSettings]:
     """The layout of a name, its settings checked, and what is wanted of its items.
 
     Raises:
@@ -51,11 +51,11 @@ def open_layout(kind: str, settings: Mapping[str, Any]) -> tuple[Layout[Any], An
     """
     layout: Layout[Any] = sources[kind]
     own = accepted(layout.settings)
-    common = accepted(Wanted) - own
+    common = accepted(CommonSettings) - own
     unknown = [k for k in settings if k not in own | common]
     if unknown:
         raise ConfigError(f"{kind}.{unknown[0]}: unknown key. {did_you_mean(unknown[0], own | common)}")
-    wanted = settings_as(Wanted, {k: v for k, v in settings.items() if k in common}, kind)
+    wanted = settings_as(CommonSettings, {k: v for k, v in settings.items() if k in common}, kind)
     return layout, settings_as(layout.settings, {k: v for k, v in settings.items() if k in own}, kind), wanted
 
 
@@ -70,7 +70,7 @@ def iter_source(
 
     Args:
         kind: a name in :data:`dualenc.data.sources.sources`.
-        settings: of the source, and ``members``, ``files``, ``where``, ``limit`` (:class:`Wanted`).
+        settings: of the source, and ``members``, ``files``, ``where``, ``limit`` (:class:`CommonSettings`).
         modalities: which to read; others stay unread.
 
     Raises:
@@ -87,7 +87,7 @@ def iter_source(
         raise DataError(f"{kind}: no item has any of {', '.join(modalities)}; say where they stand in members")
 
 
-def _chosen(layout: Layout[Any], own: Any, wanted: Wanted, modalities: Sequence[str]) -> Iterator[Item]:
+def _chosen(layout: Layout[Any], own: Any, wanted: CommonSettings, modalities: Sequence[str]) -> Iterator[Item]:
     items: Iterable[Item] = iter(layout.read(own))
     head = list(itertools.islice(items, HEAD))
     if layout.table:
@@ -104,7 +104,7 @@ def matches(value: Any, allowed: Any) -> bool:
     return str(value) in {str(v) for v in (allowed if isinstance(allowed, list) else [allowed])}
 
 
-def _contents(layout: Layout[Any], item: Item, modality: str, wanted: Wanted) -> list[Content]:
+def _contents(layout: Layout[Any], item: Item, modality: str, wanted: CommonSettings) -> list[Content]:
     if layout.table:
         try:
             return contents_of(item, modality, wanted.members, wanted.files)

@@ -49,7 +49,7 @@ def _settings(task: Task, layout: Layout[Any]) -> list[Any]:
     given = task.source.settings()
     if "class_names" in own:
         # A task that numbers its classes wants the numbers.
-        given.setdefault("class_names", not isinstance(task.classes, list | str))
+        given.setdefault("class_names", not task.numbers_classes)
     if "members" in own:
         given["members"] = {m: _endings(task, m) for m in needed(task) if m != "text"}
     where = f"task {task.name}: source"
@@ -69,7 +69,7 @@ def _endings(task: Task, modality: str) -> list[str]:
 
 def _rows(task: Task, layout: Layout[Any], items: Sequence[Item]) -> tuple[list[Row], list[str]]:
     spec = label_spec(task)
-    by_layout = spec is None and task.kind in ("classification", "probe")
+    by_layout = spec is None and task.one_class
     files = locate(task.source.files, task) if task.source.files else ""
     in_rows = layout.table and "split" not in accepted(layout.settings)
     rows: list[Row] = []
@@ -91,7 +91,7 @@ def _rows(task: Task, layout: Layout[Any], items: Sequence[Item]) -> tuple[list[
 
 
 def _class(task: Task, item: Item) -> str | None:
-    if item.label is None and task.other_labels != "drop":
+    if item.label is None and not task.drops_unlabelled:
         raise DataError(
             f"task {task.name}: label: {item.id} is in no class: {task.source.kind} says none of it; put it into a "
             "folder that is called as its class, or name a column, label: COLUMN"
@@ -109,8 +109,8 @@ def check_columns(task: Task, layout: Layout[Any], items: Sequence[Item]) -> Non
     source = task.source
     columns = list(dict.fromkeys(k for item in items for k in item.fields))
     asked = [(f"source.where.{k}", k) for k in source.where]
-    key = "label" if task.label is not None else "same" if task.same is not None else "bags.by"
-    asked += [(key, c) for c in (label_spec(task) or "").split("+") if c]
+    key, spec = task.label_place() or ("", "")
+    asked += [(key, c) for c in spec.split("+") if c]
     if source.split is not None and layout.table and "split" not in accepted(layout.settings):
         asked.append(("source.split", "split"))
     asked += [("source.group", source.group)] if source.group is not None else []

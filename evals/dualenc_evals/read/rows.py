@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dualenc.data.arrays import read_npy
 from dualenc.data.modalities import modalities
 from dualenc.data.sources.item import Content, captions
 from dualenc.errors import ConfigError, DataError
-from dualenc_evals.task import Task
+from dualenc_evals.task import ClassesTask, Task
 
 __all__ = ["Content", "Row", "Rows", "captions"]
 
@@ -45,7 +45,7 @@ class Rows:
 
 def needed(task: Task) -> list[str]:
     """Modalities read from the source: prompts are made, not read."""
-    return list(task.modalities) if task.kind in ("retrieval", "compositional") else [task.modalities[0]]
+    return task.read_modalities()
 
 
 def member_specs(task: Task, modality: str) -> list[str]:
@@ -67,9 +67,8 @@ def kept(task: Task, value: Callable[[str], Any], rows_have_splits: bool = False
 
 def label_spec(task: Task) -> str | None:
     """Where a row's label stands: the class, or what makes retrieval rows the same, or puts them in one bag."""
-    if task.kind == "retrieval":
-        return task.same or (task.bags.by if task.bags is not None and task.bags.by != "neighbours" else None)
-    return task.label if task.kind != "compositional" else None
+    place = task.label_place()
+    return place[1] if place is not None else None
 
 
 def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -> str | None:
@@ -81,10 +80,10 @@ def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -
     Raises:
         DataError: for a row without a label, or one that has several.
     """
-    if task.kind in ("compositional", "multilabel") or spec is None:
+    if task.several_labels or spec is None:
         return None
     got = value(spec)
-    if task.kind == "retrieval":
+    if not isinstance(task, ClassesTask):
         if got is None:
             raise DataError(f"task {task.name}: label: {row} has no {spec!r}")
         return str(got).strip()
@@ -106,7 +105,7 @@ def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -
     text = None if got is None else str(got).strip()
     if text == "-1" and text not in _declared(task):
         text = None
-    if text is None and task.other_labels != "drop":
+    if text is None and not task.drops_unlabelled:
         none = "no" if got is None else "the label −1, which means no label, in"
         raise DataError(
             f"task {task.name}: label: {row} has {none} {spec!r}; leave such items out with other_labels: drop"
@@ -117,7 +116,7 @@ def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -
 def labels(task: Task, spec: str | None, value: Callable[[str], Any], row: str = "") -> tuple[str, ...]:
     """All labels of a multi-label row: lists of names or numbers, multi-hot lists or .npy members, or strings cut at
     ``source.separator``; ``a+b`` joins columns."""
-    if task.kind != "multilabel" or spec is None:
+    if not task.several_labels or spec is None:
         return ()
     out: list[Any] = []
     for part in spec.split("+"):
@@ -133,7 +132,8 @@ def labels(task: Task, spec: str | None, value: Callable[[str], Any], row: str =
 
 def _declared(task: Task) -> Sequence[str]:
     """The classes that the task itself lists."""
-    return list(task.classes) if isinstance(task.classes, list | dict) else ()
+    classes = task.classes if isinstance(task, ClassesTask) else None
+    return list(classes) if isinstance(classes, list | dict) else ()
 
 
 def _hot(task: Task, value: Any, where: str) -> list[str] | None:
@@ -154,7 +154,8 @@ def _hot(task: Task, value: Any, where: str) -> list[str] | None:
             return None
     else:
         return None
-    if task.classes is None and task.source.kind != "clip_benchmark":
+    classes = task.classes if isinstance(task, ClassesTask) else None
+    if classes is None and not task.source.brings_prompts:
         raise DataError(
             f"task {task.name}: label: {where} is a vector of {len(vector)} zeros and ones; name the classes in that "
             "order, classes: [NAME, …]"
@@ -162,14 +163,14 @@ def _hot(task: Task, value: Any, where: str) -> list[str] | None:
     count = len(_declared(task)) or len(vector)
     if count != len(vector):
         raise DataError(f"task {task.name}: label: {where} has {len(vector)} numbers for {count} classes")
-    order = list(task.classes) if isinstance(task.classes, dict) else [str(i) for i in range(count)]
+    order = list(classes) if isinstance(classes, dict) else [str(i) for i in range(count)]
     return [order[i] for i, v in enumerate(vector) if v]
 
 
 def _from_npy(raw: bytes, where: str) -> list[int]:
     try:
-        vector = np.load(io.BytesIO(raw), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
+        vector = read_npy(raw)
+    except DataError as e:
         raise DataError(f"{where} is not a readable .npy: {e}") from e
     if vector.ndim != 1 or not np.isin(vector, (0, 1)).all():
         raise DataError(f"{where} has shape {list(vector.shape)}; a multi-hot label is one row of zeros and ones")
