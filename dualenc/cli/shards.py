@@ -21,7 +21,7 @@ def shards_build(
     source: Annotated[
         str,
         typer.Argument(
-            help="A source: folder, jsonl, json, csv, parquet, hf, kitti, kitti_raw, nuscenes, quickstart, or a plugin's."
+            help="folder, jsonl, json, csv, parquet, hf, kitti, kitti_raw, nuscenes, quickstart, or a plugin's source."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the shards and their index.")],
