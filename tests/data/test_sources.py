@@ -108,6 +108,23 @@ def test_one_module_is_packed_evaluated_and_embedded(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("registered")
+def test_an_item_that_fails_costs_that_item_only(tmp_path: Path) -> None:
+    """Whatever a source's own code raises while one item is read."""
+
+    def half(cfg: PaintedSettings) -> Iterator[Item]:
+        for item in painted(cfg):
+            bad = Content(item.id, load=lambda: bytes({}["green"]))
+            yield item if item.id != "green" else Item(item.id, {**item.contents, "image": [bad]}, label="green")
+
+    sources.register("half")(Layout(PaintedSettings, half, "one of them is broken"))
+    report = build("half", tmp_path, max_dropped_share=0.5, progress=False)
+    assert (report.written, report.dropped) == ({"train": 2}, {"broken image": 1})
+    samples = dict(iter_source("half", {}))
+    assert str(samples["green"]["image"]) == "KeyError: 'green'"
+    assert samples["green"]["text"] == ["a green square", "green"]
+
+
+@pytest.mark.usefixtures("registered")
 def test_a_table_of_another_package_takes_members_in_all_three(tmp_path: Path) -> None:
     members = {"image": ["picture"], "text": ["about.title"]}
     assert build("sheet", tmp_path, {"members": members, "keep": "none"}, progress=False).samples == 2
@@ -384,6 +401,23 @@ def test_the_calibration_of_another_day_is_still_refused(tmp_path: Path) -> None
     raw_drive(drive, drive.parent, "data")
     with pytest.raises(DataError, match="1 × calibration of another drive"):
         build("kitti_raw", tmp_path / "out", path=str(drive), cameras=["image_02"], progress=False)
+
+
+@here
+def test_a_broken_picture_costs_its_frame_only(tmp_path: Path) -> None:
+    for part, ending in (("image_2", "png"), ("velodyne", "bin"), ("calib", "txt")):
+        (tmp_path / part).mkdir()
+        for frame in ("000000", "000001"):
+            (tmp_path / part / f"{frame}.{ending}").write_bytes((KITTI / part / f"{frame}.{ending}").read_bytes())
+    (tmp_path / "image_2" / "000000.png").write_bytes(b"not a picture")
+    source = {"kind": "kitti", "path": str(tmp_path)}
+    rows = read_rows(task(kind="retrieval", modalities=("camera", "lidar"), source=source)).rows
+    assert [r.id for r in rows] == ["000000", "000001"]
+    with pytest.raises(DataError):
+        rows[0].contents["camera"][0].read()
+    samples = dict(iter_source("kitti", {"path": str(tmp_path)}, ["camera", "lidar"]))
+    assert isinstance(samples["000000"]["camera"], DataError)
+    assert isinstance(samples["000001"]["lidar"], bytes)
 
 
 @here

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, create_model
 
 from dualenc.data.modalities import modalities
+from dualenc.data.modalities.modality import of_one_item
 from dualenc.data.sources import Content, Item, Layout
 from dualenc.data.sources import sources as layouts
 from dualenc.errors import DataError
@@ -55,8 +56,9 @@ def _record(cfg: ItemsConfig, item: Item, fields: dict[str, Any]) -> Record | Dr
             return Dropped(name, f"several of {modality}", f"{len(contents)}; a sample holds one")
         for content in contents:
             try:
-                value = _file_or_bytes(content)
-            except (DataError, OSError) as e:
+                with of_one_item():
+                    value = _file_or_bytes(content)
+            except DataError as e:
                 return Dropped(name, f"broken {modality}", str(e))
             if isinstance(value, str):
                 texts += as_captions(value)

@@ -27,6 +27,7 @@ from dualenc.data.modalities.image import Picture, black_picture, cut_out, open_
 from dualenc.data.show import points_over, webp_uri
 from dualenc.data.sources.item import Content, Item
 from dualenc.data.sources.opened import open_binary
+from dualenc.errors import DataError
 
 DRAWN_PX = 480
 
@@ -69,16 +70,45 @@ def frames_of(keys: Iterable[Keyframe], corrupt: Corruption) -> Iterator[CameraF
     Raises:
         DataError: a picture or calibration that is missing or broken.
     """
+    return (frame_of(key, view, corrupt) for key in keys for view in key.views)
+
+
+def frame_of(key: Keyframe, view: CameraView, corrupt: Corruption) -> CameraFrame:
+    """One picture of a keyframe.
+
+    Raises:
+        DataError: the picture or its calibration is missing or broken.
+    """
+    checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
+    try:
+        size = view.size or open_picture(view.path.read_bytes()).size
+    except OSError as e:
+        raise DataError(f"camera {view.name} has no picture: {view.path.name} ({e.strerror})") from e
+    boxes = tuple(b.moved(inverse(view.to_ego)) for b in key.boxes)
+    return CameraFrame(view.path.stem, view, key, size, boxes, corrupt)
+
+
+def items_of(keys: Iterable[Keyframe], corrupt: Corruption, unit: Literal["frames", "objects"]) -> Iterator[Item]:
+    """Every frame, or every labelled object that is seen well enough.
+
+    A frame with a broken picture is an item that cannot be read, so it is counted and named. Which objects a broken
+    frame shows is not known: it ends the reading of objects.
+    """
     for key in keys:
         for view in key.views:
-            checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
-            size = view.size or open_picture(view.path.read_bytes()).size
-            boxes = tuple(b.moved(inverse(view.to_ego)) for b in key.boxes)
-            yield CameraFrame(view.path.stem, view, key, size, boxes, corrupt)
+            try:
+                frame = frame_of(key, view, corrupt)
+            except DataError as e:
+                if unit == "objects":
+                    raise
+                name = view.path.stem
+                contents = {m: [Content(f"{name}/{m}", error=str(e))] for m in ("camera", "lidar")}
+                yield Item(name, contents, {"frame": name, "camera": view.name})
+                continue
+            yield from _items(frame, unit)
 
 
-def items_of(frame: CameraFrame, unit: Literal["frames", "objects"]) -> Iterator[Item]:
-    """The frame as one item, or its labelled objects that are seen well enough."""
+def _items(frame: CameraFrame, unit: Literal["frames", "objects"]) -> Iterator[Item]:
     if unit == "objects":
         yield from _objects(frame)
         return

@@ -105,10 +105,9 @@ def read_nuscenes(cfg: NuScenesSettings) -> Iterator[Item]:
 
 
 def _items(keys: Iterable[Keyframe], cfg: FramesSettings) -> Iterator[Item]:
-    from dualenc.data.driving.camera_frames import frames_of, items_of
+    from dualenc.data.driving.camera_frames import items_of
 
-    for frame in frames_of(keys, cfg.corrupt or Corruption()):
-        yield from items_of(frame, cfg.unit)
+    yield from items_of(keys, cfg.corrupt or Corruption(), cfg.unit)
 
 
 _FORM = "camera and LiDAR keyframes with calibration and boxes"

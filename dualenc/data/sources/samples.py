@@ -119,9 +119,10 @@ def _raw(contents: Sequence[Content]) -> Any:
 
 
 def _read(content: Content) -> bytes | str | DataError:
+    from dualenc.data.modalities.modality import of_one_item  # torch is imported with it
+
     try:
-        return content.read()
+        with of_one_item():
+            return content.read()
     except DataError as e:
         return e
-    except OSError as e:
-        return DataError(f"cannot be read: {e}")
