@@ -214,6 +214,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's rank in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     """Sum ``tensor`` (any shape, on any device) over ranks; returns a new tensor on the tensor's device."""
     out = tensor.detach().clone()

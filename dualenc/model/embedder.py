@@ -79,7 +79,7 @@ class Embedder:
             raise ConfigError(f"batch_size: {batch_size} must be at least 1")
         out = []
         with torch.no_grad():
-            for x in self._batches(modality, items, batch_size, bad):
+            for x in self.batches(modality, items, batch_size, bad):
                 moved = map_tensors(x, lambda t: t.to(self.device))
                 out.append(self._forward({modality: moved})["features"][modality].float().cpu())
         return torch.cat(out) if out else torch.zeros(0, self.embed_dim)
@@ -112,7 +112,7 @@ class Embedder:
             raise ConfigError(f"places: there are {len(places)} for {len(items)} items")
         out: list[Tensor] = []
         with torch.no_grad():
-            for x in self._batches(modality, items, batch_size, None):
+            for x in self.batches(modality, items, batch_size, None):
                 moved = map_tensors(x, lambda t: t.to(self.device))
                 maps = tower.bev(moved)
                 for row, to_ego in enumerate(moved["to_ego"]):
@@ -124,7 +124,7 @@ class Embedder:
                     out.append((tower.projected(values) if projected else values)[0].float().cpu())
         return out
 
-    def _batches(
+    def batches(
         self, modality: str, items: Sequence[Any], batch_size: int, bad: dict[int, str] | None
     ) -> Iterator[Any]:
         """Collated batches in order; the pool decodes the next ones meanwhile (PIL and tokenizers free the GIL)."""

@@ -95,6 +95,7 @@ class TextInput:
 
     Config: ClassVar[type[BaseModel]] = TextConfig
     default_members: ClassVar[list[str]] = ["txt", "text", "caption", "json:caption", "json:captions"]
+    prompt: ClassVar[str] = "{}"
 
     def __init__(self, config: TextConfig, base_dir: str | Path | None = None) -> None:
         self.config, self.base_dir = config, base_dir
@@ -161,6 +162,10 @@ class TextInput:
     def dummy(self) -> Tensor:
         """A caption of one word."""
         return self._row("a")
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """A string is the text itself, and a list of strings several captions of one item."""
+        return x if isinstance(x, str | list | tuple) else None
 
     def describe(self) -> dict[str, Any]:
         """Settings with the context resolved, and the tokenizer's identity."""
