@@ -124,7 +124,7 @@ class AudioInput:
 
     Config: ClassVar[type[BaseModel]] = AudioConfig
     default_members: ClassVar[list[str]] = ["flac", "wav", "ogg", "mp3", "opus"]
-    prompt: ClassVar[str] = "the sound of a {}"
+    prompt: ClassVar[str] = "the sound of {}"
 
     def __init__(self, config: AudioConfig, base_dir: str | Path | None = None) -> None:
         self.config = config
