@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dualenc import losses as losses
-    from dualenc.api.model import Classification as Classification
     from dualenc.api.model import Model as Model
+    from dualenc.api.model import Predictions as Predictions
     from dualenc.api.model import load_model as load_model
     from dualenc.api.runs import evaluate as evaluate
     from dualenc.api.runs import load_recipe as load_recipe
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Classification": "dualenc.api.model",
     "Hit": "dualenc.api.search_index",
     "Model": "dualenc.api.model",
+    "Predictions": "dualenc.api.model",
     "SearchIndex": "dualenc.api.search_index",
     "evaluate": "dualenc.api.runs",
     "load_model": "dualenc.api.model",

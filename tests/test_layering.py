@@ -17,14 +17,17 @@ LAYERS = {
     "dualenc.registry": 0,
     "dualenc.shipped": 0,
     "dualenc.files": 0,
+    "dualenc.versions": 0,
     "dualenc.config": 0,
     "dualenc": 0,
     "dualenc.distributed": 1,
+    "dualenc.pages": 1,
     "dualenc.data": 2,
     "dualenc.encoders": 2,
     "dualenc.checkpoint": 2,
     "dualenc.model": 3,
     "dualenc.losses": 4,
+    "dualenc.features": 4,
     "dualenc.engine": 5,
     "dualenc.distill": 5,
     "dualenc.train": 6,
@@ -35,7 +38,7 @@ LAYERS = {
     "benchmarks": 8,
     "dualenc.__main__": 9,
 }
-BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.shipped", "dualenc.files", "dualenc.config", "dualenc"}
+BOTTOM = {p for p, layer in LAYERS.items() if layer == 0}
 
 # dualenc/__init__.py names these for people's scripts and loads them when they are used; nothing in here goes that way.
 FACE = {name for name in dualenc.__all__ if name != "__version__"}
@@ -52,6 +55,7 @@ ONLY_IN = {
     "timm": ("dualenc/encoders",),
     "peft": ("dualenc/encoders",),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py", "benchmarks"),
+    "jinja2": ("dualenc/pages", "evals/dualenc_evals/pages"),
     "typer": ("dualenc/cli",),
     "argparse": ("dualenc/cli", "benchmarks"),
     "pickle": (),

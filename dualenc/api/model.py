@@ -15,7 +15,6 @@ from torch.nn.functional import normalize as unit
 from dualenc.api.items import RawItems, chunks, found, known, many, name_of
 from dualenc.api.search_index import Hit, SearchIndex
 from dualenc.config import Recipe, apply_override, pair_name, parse
-from dualenc.data.batch import map_tensors
 from dualenc.data.modalities import FromMemory
 from dualenc.encoders import DualEncoder
 from dualenc.errors import ConfigError, DataError, did_you_mean
@@ -45,7 +44,7 @@ def load_model(spec: str | Path, device: str | torch.device = "auto", dtype: str
 
 
 @dataclass(frozen=True)
-class Classification:
+class Predictions:
     """What :meth:`Model.classify` says of each item.
 
     Attributes:
@@ -232,8 +231,7 @@ class Model:
             raw = RawItems(self.bundle.inputs[known(m, self.bundle.inputs)], list(many(given)), sample_rate)
             if not raw:
                 raise ConfigError(f"batch: {m} has no items")
-            (collated,) = self.embedder.batches(m, raw, len(raw), None)
-            out[m] = map_tensors(collated, lambda t: t.to(self.device))
+            (out[m],) = self.embedder.batches(m, raw, len(raw))
         return out
 
     # --- comparing -------------------------------------------------------------------------------------------------
@@ -267,7 +265,7 @@ class Model:
         progress: bool = False,
         sample_rate: int | None = None,
         skip: bool = False,
-    ) -> Classification:
+    ) -> Predictions:
         """Zero-shot classification: which of ``names`` fits each item best.
 
         Args:
@@ -289,7 +287,7 @@ class Model:
         pair = self._pair_of(modality, text)
         logits = self._logits(x @ weights.T, pair)
         biased = self.embedder.logit_bias(pair) is not None
-        return Classification(list(names), logits.sigmoid() if biased else logits.softmax(1), called, skipped)
+        return Predictions(list(names), logits.sigmoid() if biased else logits.softmax(1), called, skipped)
 
     def classifier(
         self,
@@ -300,8 +298,7 @@ class Model:
         text: str = "text",
     ) -> Tensor:
         """The [C, D] unit weights of a zero-shot classifier; the arguments are those of :meth:`classify`."""
-        from dualenc_evals.kinds.classification import classifier
-        from dualenc_evals.task import check_templates
+        from dualenc_evals.kinds.classification import check_templates, classifier
 
         if isinstance(names, str) or len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f'names: write two or more different classes, such as ["cat", "dog"], got {names!r}')
@@ -449,4 +446,4 @@ def _progress(shown: bool, what: str, total: int | None) -> Iterator[Callable[[i
         yield lambda done: bar.update(task, completed=done)
 
 
-__all__ = ["Classification", "Model", "load_model"]
+__all__ = ["Model", "Predictions", "load_model"]

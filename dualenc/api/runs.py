@@ -105,7 +105,8 @@ def resolve_tasks(names: Sequence[str | Path | Task]) -> list[Task]:
     Raises:
         ConfigError: a name that is none, before the first step and not after the last.
     """
-    from dualenc_evals.task import Task, load_task
+    from dualenc_evals.catalog import load_task
+    from dualenc_evals.task import Task
 
     return [n if isinstance(n, Task) else load_task(n) for n in names if not isinstance(n, str) or n]
 

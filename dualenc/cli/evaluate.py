@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from dualenc.api.runs import resolve_tasks
-from dualenc.cli.app import Debug, app
+from dualenc.cli.app import AllowPipe, Debug, app
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 
@@ -102,6 +102,7 @@ def embed(
     ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size")] = 64,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
     """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data."""
@@ -110,15 +111,17 @@ def embed(
     if (recipe is None) == (not shards):
         raise ConfigError("dualenc embed: name shards, or --recipe RECIPE for a teacher's cache, not both")
     if recipe is None:
+        from dualenc.data.shards.index import refuse_pipes
         from dualenc.model.embed_shards import embed_shards
 
+        refuse_pipes(shards, allow_pipe, "--allow-pipe")
         done = embed_shards(load_model(model, device=device), shards, out, words(modalities), batch_size)
     else:
         from dualenc.distill.teachers.cache import write_cache
 
         done = write_cache(
             load_model(model, device=device),
-            load_recipe(recipe),
+            load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
             out,
             views,
             words(plain),
@@ -144,8 +147,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
-    from dualenc_evals.studies.teacher_students import compare as run
-    from dualenc_evals.studies.teacher_students import markdown
+    from dualenc_evals.studies.compare import compare as run
+    from dualenc_evals.studies.compare import markdown
 
     print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
     Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
@@ -282,9 +285,7 @@ def report(
         list[Path],
         typer.Argument(help="A run folder; or several results.json (or folders that hold one) to compare."),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Default: report.html in the run, else compare.html")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: report.html in the run, else models.html")] = None,
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page: about a run (its curves too), or comparing several models.
@@ -300,7 +301,7 @@ def report(
     if len(runs) == 1 and runs[0].is_dir():
         page = write_report(runs[0], out)
     else:
-        page = write_comparison(runs, out or Path("compare.html"))
+        page = write_comparison(runs, out or Path("models.html"))
     Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 

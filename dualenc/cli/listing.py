@@ -84,7 +84,7 @@ def declared(registry: str, folder: Path) -> dict[str, str]:
 
 
 def _tasks() -> None:
-    from dualenc_evals.task import list_tasks
+    from dualenc_evals.catalog import list_tasks
 
     table = Table("task", "kind", "what it measures")
     for task in list_tasks():

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dualenc.api.runs import resolve_tasks
 from dualenc.api.runs import train as run
-from dualenc.cli.app import Debug, Overrides, app
+from dualenc.cli.app import AllowPipe, Debug, Overrides, app
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
 from dualenc.errors import ConfigError, DualencError
 
@@ -22,10 +22,11 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; read no samples.")] = False,
+    allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe; started again, it goes on from its newest save."""
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])])
     if dry_run:
         print_plan(loaded)
     else:
@@ -35,6 +36,7 @@ def train(
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
     from dualenc.data.shards.index import samples_per_pass
+    from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
     from dualenc.train.loop import run_folder, total_steps
 
@@ -52,7 +54,10 @@ def print_plan(recipe: Recipe) -> None:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         table.add_row(name, f"{count:,}", f"{trained:,}")
     console.print(table)
+    for note in batch_norm_notes(bundle.model.trained_towers()):
+        console.print(note, highlight=False, markup=False)
     print_rates(console, bundle.model, recipe)
+    print_pipes(console, recipe)
     needs_index = recipe.budget.passes is not None
     try:
         per_pass = samples_per_pass(recipe.data)
@@ -69,6 +74,17 @@ def print_plan(recipe: Recipe) -> None:
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
+
+
+def print_pipes(console: Console, recipe: Recipe) -> None:
+    """The shell commands that reading the data would run."""
+    from dualenc.data.shards.remote import is_pipe
+
+    for source in recipe.data.sources:
+        for url in [source.shards] if isinstance(source.shards, str) else source.shards:
+            if is_pipe(url.strip()):
+                state = "runs" if recipe.data.allow_pipe else "would run, and is refused without data.allow_pipe=true:"
+                console.print(f"source {source.name} {state} {url.strip()[5:]!r}", highlight=False, markup=False)
 
 
 def print_rates(console: Console, model: Any, recipe: Recipe) -> None:

@@ -116,6 +116,15 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3
+    connect_s: Annotated[float, Field(gt=0)] = Field(
+        default=15.0, description="seconds to wait for a connection to a server of shards, before the next try"
+    )
+    idle_s: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="seconds a server of shards may send nothing, before the next try; no limit in all"
+    )
+    allow_pipe: bool = Field(
+        default=False, description="run the shell commands of pipe:COMMAND shards; otherwise they are refused"
+    )
     mix: Share = Field(
         default=0.0,
         description="share of samples that another of their shard is mixed into: sounds added, captions joined",

@@ -20,9 +20,10 @@ from dualenc.data.batch import ABSENT, BadSample, Batch
 from dualenc.data.driving.places import by_slot
 from dualenc.data.modalities.modality import DecodeError, ModalityInput
 from dualenc.data.order import Plan, Refs
+from dualenc.data.quarantine import item_is_to_blame
 from dualenc.data.shards.index import ShardSet
 from dualenc.data.shards.reader import Reader, SampleError, check_members
-from dualenc.data.shards.remote import ShardCache
+from dualenc.data.shards.remote import Bounds, ShardCache
 from dualenc.data.shards.tar import Sample
 from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 
@@ -41,7 +42,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TeacherView:
     """A modality's item once more, as another model takes it: a teacher's picture size or tokenizer.
 
     Attributes:
@@ -72,7 +73,7 @@ class StepDataset(Dataset[Any]):
         world: int,
         cache: ShardCache | None,
         data: Data,
-        views: Mapping[str, View] | None = None,
+        views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self.views, self.redraw = dict(views or {}), dict(redraw or {})
@@ -155,7 +156,8 @@ class StepDataset(Dataset[Any]):
         found = reader.find(source, shard, sample, wanted)
         if not any(a in found.values and b in found.values for a, b in self.pairs):
             m, looked = next((m, e) for m, e in wanted.items() if m not in found.values)
-            raise SampleError("", f"no member for {m} (looked for {', '.join(looked)})")
+            there = ", ".join(list(sample.members)[:4])
+            raise SampleError("", f"no member for {m} (looked for {', '.join(looked)}); the sample has {there}")
         full = f"{self.sets[source].source}/{self.sets[source].names[shard]}/{sample.key}"
         partner = self._partner(reader, source, shard, full, one)
         out: dict[str, Any] = {}
@@ -163,18 +165,19 @@ class StepDataset(Dataset[Any]):
             part: Any = self.inputs[m]
             seed, passes = self.redraw.get(m, (self.seed, one + 1))
             try:
-                item = part.decode(raw)
-                if getattr(part, "placed", None) is not None:
-                    item = part.placed(item, sample_rng(self.seed, full, one, "places"))
-                rng = sample_rng(seed, full, one % passes, m)
-                if partner.keys() >= found.values.keys():
-                    item = part.mix(item, partner[m], rng)
-                out[m] = part.train(item, rng)
-                for name, view in self.views.items():
-                    if view.modality == m:
-                        item = view.input.decode(raw)
-                        draw = sample_rng(seed, full, one % passes, m)
-                        out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
+                with item_is_to_blame():
+                    item = part.decode(raw)
+                    if getattr(part, "placed", None) is not None:
+                        item = part.placed(item, sample_rng(self.seed, full, one, "places"))
+                    rng = sample_rng(seed, full, one % passes, m)
+                    if partner.keys() >= found.values.keys():
+                        item = part.mix(item, partner[m], rng)
+                    out[m] = part.train(item, rng)
+                    for name, view in self.views.items():
+                        if view.modality == m:
+                            item = view.input.decode(raw)
+                            draw = sample_rng(seed, full, one % passes, m)
+                            out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:
                 raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
         return out
@@ -190,7 +193,8 @@ class StepDataset(Dataset[Any]):
         try:
             other = reader.locate(source, shard, int(rng.integers(self.sets[source].infos[shard].samples)))
             found = reader.find(source, shard, other, self.wanted[source])
-            return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
+            with item_is_to_blame():
+                return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
         except (SampleError, DecodeError) as e:
             logger.debug("nothing is mixed into %s: %s", full, e)
             return {}
@@ -207,7 +211,8 @@ class StepDataset(Dataset[Any]):
     def _open(self) -> Reader:
         if self._reader is None or self._owner != os.getpid():
             # After a fork the parent's file offsets and connections are not ours.
-            self._reader = Reader(self.sets, self.cache, self.data.retries, self.data.window * self.data.lanes)
+            span = self.data.window * self.data.lanes
+            self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
         return self._reader
 

@@ -10,7 +10,7 @@ import datetime
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from dualenc.errors import ConfigError, DualencError
+from dualenc.errors import ConfigError, DataError, DualencError
 
 T = TypeVar("T")
 
@@ -219,6 +219,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def current_world() -> World:
+    """The process group that there is, as a world; a world of one without one. It starts nothing."""
+    if world_size() == 1:
+        return World()
+    backend = dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    return World(rank(), world_size(), int(os.environ.get("LOCAL_RANK", rank())), device, backend)
+
+
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     """Sum ``tensor`` (any shape, on any device) over ranks; returns a new tensor on the tensor's device."""
     out = tensor.detach().clone()
@@ -257,6 +266,29 @@ def broadcast_object(value: T, world: World, source: int = 0) -> T:
     dist.broadcast_object_list(box, src=source, device=world.device)
     result: T = box[0]
     return result
+
+
+def agree(make: Callable[[], T], world: World) -> T:
+    """Run ``make`` on every rank; an error meant for the user on any rank is raised on all.
+
+    Without this one rank would leave (a file missing on its machine) and the others wait for it until timeout.
+
+    Raises:
+        DualencError: this rank's own; on the others a DataError that names the rank.
+    """
+    result: list[T] = []
+    error: DualencError | None = None
+    try:
+        result.append(make())
+    except DualencError as e:
+        error = e
+    messages = all_gather_object(None if error is None else str(error), world)
+    if error is not None:
+        raise error
+    for other, message in enumerate(messages):
+        if message is not None:
+            raise DataError(f"rank {other}: {message}")
+    return result[0]
 
 
 def barrier(world: World) -> None:

@@ -26,6 +26,7 @@ from dualenc.errors import CheckpointError, ConfigError, did_you_mean
 from dualenc.model.bundle import (
     DESCRIPTION,
     FORMAT,
+    LIBRARIES,
     WEIGHTS,
     Bundle,
     assemble,
@@ -33,9 +34,9 @@ from dualenc.model.bundle import (
     file_digest,
     part_of,
     pieces_digest,
-    versions,
 )
 from dualenc.model.record import check_activations, check_inputs, read_record
+from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def _same(saved: Any, now: Any, where: str, skip: tuple[str, ...] = ()) -> None:
 
 
 def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
-    now = versions()
+    now = versions(LIBRARIES, "absent")
     other = [f"{k} {saved[k]} → {now[k]}" for k in _NOTED if k in saved and saved[k] != now[k]]
     if other:
         logger.info("%s was saved with other versions: %s", folder, ", ".join(other))

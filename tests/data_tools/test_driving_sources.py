@@ -16,10 +16,10 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from _rigs import FOLDER, KITTI, NUSCENES, golden, here
 
-from dualenc.data.crops import open_picture
 from dualenc.data.driving.geometry import project, seen
 from dualenc.data.driving.places import read_regions
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
+from dualenc.data.modalities.image import open_picture
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
 from dualenc.data.shards.reader import iter_samples
 from dualenc.errors import ConfigError, DataError

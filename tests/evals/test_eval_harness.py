@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from dualenc.errors import ConfigError, DataError, DivergenceError
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate, print_table
 from dualenc_evals.pages.run import highlight_yaml, write_report
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, from_path, plain, run
@@ -195,7 +195,9 @@ def test_the_second_run_finds_its_features(tmp_path: Path) -> None:
     assert sum(first.embedded) == 40
     assert second.embedded == []
     assert plain(a) == plain(b)
-    for f in (tmp_path / "cache").iterdir():
+    files = [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
+    assert sorted({f.suffix for f in files}) == [".json", ".safetensors"]
+    for f in files:
         f.write_bytes(f.read_bytes()[:50])
     third = Pixels()
     assert plain(go([name], third, cache_dir=tmp_path / "cache")) == plain(a)

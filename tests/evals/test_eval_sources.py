@@ -16,10 +16,11 @@ import yaml
 
 from dualenc.data.driving.geometry import MIN_DEPTH
 from dualenc.errors import ConfigError, DataError
+from dualenc_evals.catalog import load_task, task_files
 from dualenc_evals.harness import evaluate
 from dualenc_evals.read import scenes as driving
 from dualenc_evals.read.shards import read_rows
-from dualenc_evals.task import Task, load_task, paths_of, task_files
+from dualenc_evals.task import Task, paths_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels

@@ -32,13 +32,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from dualenc.data.crops import crop, open_picture
 from dualenc.data.driving.geometry import F64, inverse, moved, project, seen
 from dualenc.data.driving.keyframes import Keyframe, View, kitti_object, kitti_raw, nuscenes, part_seen
 from dualenc.data.driving.places import MEMBER
 from dualenc.data.driving.regions import region_places
 from dualenc.data.modalities import DecodeError
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
+from dualenc.data.modalities.image import cut_out, open_picture
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
 from dualenc.errors import ConfigError, DataError
 from dualenc_data_tools.sources.source import Dropped, Record, SourceConfig, SourceKind, need_folder, sources
@@ -218,7 +218,7 @@ def _objects(
         }  # fmt: skip
         members = {"lidar.npy": as_npy(own)}
         _LIDAR.decode({"json:lidar": fields["lidar"], **members})
-        yield Record(f"{view.path.stem}_{n}", {"cam.png": crop(picture, edges)}, fields=fields, members=members)
+        yield Record(f"{view.path.stem}_{n}", {"cam.png": cut_out(picture, edges)}, fields=fields, members=members)
 
 
 def _described(

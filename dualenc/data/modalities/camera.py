@@ -185,7 +185,7 @@ class CameraInput:
     @staticmethod
     def preview(raw: Any) -> dict[str, str]:
         """The first camera's picture."""
-        from dualenc.data.thumbnails import thumbnail_uri
+        from dualenc.data.show import thumbnail_uri
 
         if isinstance(raw, Mapping):
             raw = next((raw[v["member"]] for v in views_of(raw).values() if v["member"] in raw), b"")

@@ -1,11 +1,13 @@
-"""Pictures: JPEG, PNG, WebP, GIF, BMP → uint8 RGB; mean and std are kept here and applied on the device."""
+"""Pictures: JPEG, PNG, WebP, AVIF, TIFF … → uint8 RGB; mean and std are kept here and applied on the device."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import math
-import struct
+import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,7 +17,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dualenc.config import Positive, Section, Share
-from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.modality import DecodeError, modalities, reason_of
 from dualenc.data.modalities.naflex import cut, grid, stack
 
 if TYPE_CHECKING:
@@ -25,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 Triple = tuple[float, float, float]
 Byte = Annotated[int, Field(ge=0, le=255)]
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+_HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_WORST_ASPECT = 16
+"""Pictures that are longer than this in one direction are cropped before they are resized: of a line of 60,000 pixels
+one row is left, not 13 million."""
 _ORIENTATION = 0x0112
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -80,7 +86,7 @@ class ImageInput:
     """
 
     Config: ClassVar[type[BaseModel]] = ImageConfig
-    default_members: ClassVar[list[str]] = ["jpg", "jpeg", "png", "webp", "gif", "bmp"]
+    default_members: ClassVar[list[str]] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "tif", "tiff", "jp2"]
     prompt: ClassVar[str] = "a photo of a {}."
 
     def __init__(self, config: ImageConfig, base_dir: str | Path | None = None) -> None:
@@ -140,6 +146,8 @@ class ImageInput:
         else:
             ratio = max(w, h) / size
             wh = (max(round(w / ratio), 1), max(round(h / ratio), 1))
+        if max(wh) > _WORST_ASPECT * size:
+            return to_tensor(_resized_centre(image, wh, size, self._filter))
         if wh != image.size:
             image = image.resize(wh, self._filter)
         return to_tensor(_centre(image, size, self.config.pad))
@@ -229,7 +237,7 @@ class Picture:
         """
         if self._cached is not None and self._cached[0] == at_least:
             return self._cached[1]
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         image = self._opened if self._cached is None else self._open()
         try:
@@ -237,12 +245,19 @@ class Picture:
                 scale = at_least / min(image.size)
                 if scale < 1:
                     image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            if image.format == "PNG":
+                _check_png(self._raw)
+            orientation = _orientation(image)
             image.load()
-            if _orientation(image) != 1:
-                image = ImageOps.exif_transpose(image)
+            if orientation in _UPRIGHT:  # not ImageOps.exif_transpose, which writes all of the EXIF anew
+                image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
             image = _to_rgb(image, self._background)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-            raise DecodeError(f"the picture is damaged or cut short ({e})") from e
+        except DecodeError:
+            raise
+        except (
+            Exception
+        ) as e:  # Pillow's readers raise whatever their parsers do: struct.error, KeyError, MemoryError …
+            raise DecodeError(f"the picture is damaged or cut short ({reason_of(e)})") from e
         self._cached = (at_least, image)
         return image
 
@@ -250,23 +265,69 @@ class Picture:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            return Image.open(io.BytesIO(self._raw), formats=_FORMATS)
+            formats = readable()
+            if self._raw[4:8] == b"ftyp" and self._raw[8:12] in _HEIC and "HEIF" not in formats:
+                raise DecodeError("HEIC pictures need a package: pip install 'dualenc[heic]'")
+            return Image.open(io.BytesIO(self._raw), formats=formats)
+        except DecodeError:
+            raise
         except UnidentifiedImageError as e:
             raise DecodeError(f"no {', '.join(_FORMATS)} picture ({len(self._raw)} bytes)") from e
         except Image.DecompressionBombError as e:
             raise DecodeError(f"far too many pixels, refused before decoding ({e})") from e
-        except (OSError, ValueError, SyntaxError, EOFError) as e:
-            raise DecodeError(f"the picture's header is damaged ({e})") from e
+        except Exception as e:
+            raise DecodeError(f"the picture's header is damaged ({reason_of(e)})") from e
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 (upright) where it is absent or unreadable, as every viewer does."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as e:
-        logger.debug("unreadable EXIF: %s", e)
+    except Exception as e:  # noqa: BLE001 – whatever stands there, only this number matters
+        logger.debug("unreadable EXIF: %s", reason_of(e))
         return 1
-    return value if value in range(1, 9) else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""EXIF orientation (TIFF tag 274) → what makes it upright."""
+
+
+@lru_cache(maxsize=1)
+def readable() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read here: those its build has, and HEIF with the heic extra."""
+    from PIL import Image
+
+    if importlib.util.find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(f for f in (*_FORMATS, "HEIF") if f in Image.OPEN)
+
+
+def _check_png(raw: bytes) -> None:
+    """Raise DecodeError where a chunk's CRC is not that of its bytes: Pillow does not look at those of the pixels."""
+    at = 8
+    while at + 12 <= len(raw):
+        length = int.from_bytes(raw[at : at + 4], "big")
+        kind, end = raw[at + 4 : at + 8], at + 8 + length
+        if end + 4 > len(raw):
+            raise DecodeError(f"the picture is damaged or cut short in chunk {kind.decode('ascii', 'replace')}")
+        if zlib.crc32(raw[at + 4 : end]) != int.from_bytes(raw[end : end + 4], "big"):
+            raise DecodeError(f"the picture is damaged (checksum of chunk {kind.decode('ascii', 'replace')})")
+        if kind == b"IEND":
+            return
+        at = end + 4
+    raise DecodeError("the picture is damaged or cut short (no IEND chunk)")
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -306,6 +367,37 @@ def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.I
         return image
     left, top = round((w - size) / 2.0), round((h - size) / 2.0)
     return image.crop((left, top, left + size, top + size))
+
+
+def _resized_centre(image: Image.Image, wh: tuple[int, int], size: int, how: Any) -> Image.Image:
+    """The pixels of resizing to ``wh`` and cutting the centre, without making the rest; the shorter of wh is ``size``.
+
+    Pillow resamples one axis after the other, rounding to whole numbers in between: across first, but down first where
+    a tall picture shrinks. The same order gives the same pixels.
+    """
+    tall = wh[1] > wh[0]
+    if not tall:
+        image, wh = image.transpose(_image().Transpose.TRANSPOSE), (wh[1], wh[0])
+    scale = image.height / wh[1]
+    top = round((wh[1] - size) / 2.0)
+    reach = math.ceil(4 * max(scale, 1.0))  # beyond the support of every filter
+    first, last = top * scale, (top + size) * scale
+    low, high = max(math.floor(first) - reach, 0), min(math.ceil(last) + reach, image.height)
+    part = image.crop((0, low, image.width, high))
+    down = (first - low, last - low)
+    if not tall or scale > 1:
+        part = part.resize((part.width, size), how, box=(0, down[0], part.width, down[1]))
+        out = part.resize((size, size), how)
+    else:
+        part = part.resize((size, part.height), how)
+        out = part.resize((size, size), how, box=(0, down[0], size, down[1]))
+    return out if tall else out.transpose(_image().Transpose.TRANSPOSE)
+
+
+def _image() -> Any:
+    from PIL import Image
+
+    return Image
 
 
 def _random_crop(
@@ -348,3 +440,34 @@ def coloured(image: Image.Image, colour: Colour, rng: np.random.Generator) -> Im
     if rng.random() < colour.grayscale_p:
         image = image.convert("L").convert("RGB")
     return image
+
+
+# --- parts of pictures, for evaluations that look at labelled objects -----------------------------------------------
+
+
+def open_picture(raw: bytes) -> Picture:
+    """The picture with its ``size``; pixels are decoded once, when first cut. Raises DecodeError: not a picture."""
+    return Picture(raw, (255, 255, 255))
+
+
+def cut_out(picture: Picture, box: tuple[float, float, float, float]) -> bytes:
+    """The part inside ``box`` (left, top, right, bottom in pixels, whole pixels around it) as PNG.
+
+    Raises:
+        DecodeError: damaged pixels.
+    """
+    width, height = picture.size
+    left, top = max(0, int(box[0])), max(0, int(box[1]))
+    right, bottom = min(width, max(left + 1, round(box[2]))), min(height, max(top + 1, round(box[3])))
+    out = io.BytesIO()
+    picture.rgb().crop((left, top, right, bottom)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def black_picture(size: tuple[int, int]) -> bytes:
+    """A PNG of (width, height) black pixels: what a camera that failed shows."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", size).save(out, "PNG")
+    return out.getvalue()

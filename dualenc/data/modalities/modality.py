@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dualenc.config import Modality, settings_as
 from dualenc.errors import DecodeError as DecodeError
+from dualenc.errors import DualencError
 from dualenc.registry import Registry
 
 
@@ -76,6 +79,32 @@ class FromMemory(Protocol):
         Raises:
             DecodeError: for an array of another shape or type than the modality's.
         """
+
+
+@contextmanager
+def of_one_item() -> Iterator[None]:
+    """Reading, decoding, augmenting or tokenising one item: whatever its bytes make go wrong is that item's.
+
+    Raises:
+        DecodeError: for any exception that is not meant for the user already, with a reason that is the same in every
+            run. A decoder meets bytes that nobody thought of; none of them may end a run.
+    """
+    try:
+        yield
+    except DualencError:
+        raise
+    except Exception as e:
+        raise DecodeError(reason_of(e)) from e
+
+
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
+_REASON = 200
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what an exception says, without what differs from run to run (addresses of objects)."""
+    text = _ADDRESS.sub("0x…", " ".join(str(error).split()))[:_REASON]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 modalities: Registry[type[ModalityInput]] = Registry("modality")

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section
+from dualenc.data.modalities.byte_pairs import merged
 from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import ConfigError
 
@@ -28,6 +30,8 @@ _SYMBOLS = 512
 _SPECIAL = 2
 _REMEMBERED = 1 << 15
 _UNSET_LENGTH = 100_000
+_LONG_WORD = 256
+_MAX_BYTES = 1 << 20
 _FORMS = "clip, clip-bpe:SIZE, open_clip:MODEL or hf:FOLDER_OR_REPO"
 
 
@@ -123,6 +127,8 @@ class TextInput:
             DecodeError: if there is no text in it, or it is not UTF-8.
         """
         if isinstance(raw, bytes | bytearray | memoryview):
+            if len(raw) > _MAX_BYTES:
+                raise DecodeError(f"a text of {len(raw):,} bytes is more than {_MAX_BYTES:,}")
             try:
                 raw = bytes(raw).decode("utf-8-sig")
             except UnicodeDecodeError as e:
@@ -130,7 +136,9 @@ class TextInput:
         items = [raw] if isinstance(raw, str) else raw
         if not isinstance(items, list | tuple) or not all(isinstance(t, str) for t in items):
             raise DecodeError(f"a caption must be text or a list of texts, got {type(raw).__name__}")
-        texts = [t.strip() for t in items if t.strip()]
+        if sum(map(len, items)) > _MAX_BYTES:
+            raise DecodeError(f"captions of {sum(map(len, items)):,} letters are more than {_MAX_BYTES:,}")
+        texts = [whole(t).strip() for t in items if visible(t)]
         if not texts:
             raise DecodeError("the caption is empty")
         return texts
@@ -229,6 +237,20 @@ class TextInput:
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
 
 
+def visible(text: str) -> bool:
+    """Whether anything in it can be seen: not white space, control characters, or marks of no width alone."""
+    return any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf", "Cs") for c in text)
+
+
+def whole(text: str) -> str:
+    """The text with half characters (lone surrogates, as JSON of a caption cut inside an emoji has them) as U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 # --- tokenizers --------------------------------------------------------------------------------------------------
 
 
@@ -302,8 +324,18 @@ class ClipBPE:
         self.sot_id, self.eot_id = vocab_size - 2, vocab_size - 1
 
     def encode(self, text: str) -> list[int]:
-        ids = [self.sot_id, *self._bpe.encode(text)[: self.context_length - 2]]
-        return [*ids, self.eot_id]
+        room, bpe = self.context_length - _SPECIAL, self._bpe
+        ids: list[int] = []
+        for word in bpe.pat.finditer(bpe.clean_fn(text)):
+            symbols = "".join(bpe.byte_encoder[b] for b in word.group().encode("utf-8"))
+            if len(symbols) > _LONG_WORD:
+                pieces = merged([*symbols[:-1], symbols[-1] + "</w>"], bpe.bpe_ranks)
+            else:
+                pieces = bpe.bpe(symbols).split(" ")
+            ids += [bpe.encoder[piece] for piece in pieces]
+            if len(ids) >= room:  # what follows would be cut off
+                break
+        return [self.sot_id, *ids[:room], self.eot_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids (special tokens are left out)."""

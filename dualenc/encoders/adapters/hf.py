@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section
@@ -25,7 +25,7 @@ from dualenc.encoders.families import families
 from dualenc.encoders.own.transformer import end_of_text
 from dualenc.encoders.released.migrations import resize_positions
 from dualenc.encoders.released.weights import PACKAGE, load_exactly, no_scalars, package_folder, refusing_code
-from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
+from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head, with_batch_norms
 from dualenc.errors import ConfigError
 
 Pooling = Literal["mean", "cls", "eot", "model"]
@@ -42,6 +42,7 @@ class HFConfig(Section):
     projection: bool = False
     pooling: Pooling | None = None
     head: HeadKind = "linear"
+    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
     resize_positions: bool = False
     config: dict[str, Any] | None = None
 
@@ -98,7 +99,8 @@ class HF:
         pooling = config.pooling or (
             default_pooling(name, arch, kind) if config.config is None or kind == "audio" else "model"
         )
-        return wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
+        tower = wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
+        return with_batch_norms(tower, config.freeze_bn)
 
 
 class HFText(Tower):

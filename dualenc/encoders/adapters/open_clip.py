@@ -15,7 +15,7 @@ from dualenc.config import Component, Section
 from dualenc.encoders.families import families
 from dualenc.encoders.released.migrations import migrate_open_clip, resize_positions
 from dualenc.encoders.released.weights import load_exactly, no_scalars, read_weights, strip_prefix
-from dualenc.encoders.tower import ImageTower, Tower, build_head
+from dualenc.encoders.tower import ImageTower, Tower, build_head, with_batch_norms
 from dualenc.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class OpenClipConfig(Section):
     head: Literal["auto", "linear", "mlp", "none"] = Field(
         default="auto", description="auto: linear where the widths differ"
     )
+    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
     resize_positions: bool = Field(
         default=False, description="a size or context other than the weights' is meant: learned positions are resized"
     )
@@ -86,7 +87,7 @@ class OpenClip:
             if config.resize_positions:
                 part = resize_positions(part, net)
             load_exactly(net, part, f"{where}.pretrained: {config.pretrained}")
-        return tower
+        return with_batch_norms(tower, config.freeze_bn)
 
 
 class OpenClipText(Tower):

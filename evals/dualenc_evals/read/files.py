@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
+from dualenc.data.shards.index import expand as expand
 from dualenc.errors import DataError, did_you_mean
 
 MAX_BYTES = 256 * 2**20
@@ -53,38 +53,3 @@ def read_text(path: str) -> str:
             return f.read().decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise DataError(f"{path} is not UTF-8 text: {e}") from e
-
-
-def expand(pattern: str) -> list[str]:
-    """``x-{000..002}.tar`` and ``{a,b}`` in full, several in turn; ``*`` and ``?`` for local files.
-
-    Raises:
-        DataError: a wildcard that matches nothing.
-    """
-    found = list(_braces(pattern))
-    out: list[str] = []
-    for path in found:
-        if is_url(path) or not re.search(r"[*?]", path):
-            out.append(path)
-            continue
-        hits = sorted(str(p) for p in Path(path).parent.glob(Path(path).name))
-        if not hits:
-            raise DataError(f"No file matches {path}.")
-        out += hits
-    return out
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    m = re.search(r"\{([^{}]*)\}", pattern)
-    if m is None:
-        yield pattern
-        return
-    body = m.group(1)
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", body)
-    if span:
-        first, last = span.groups()
-        parts: list[Any] = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-    else:
-        parts = body.split(",")
-    for part in parts:
-        yield from _braces(pattern[: m.start()] + part + pattern[m.end() :])

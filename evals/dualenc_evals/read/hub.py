@@ -104,7 +104,7 @@ def _plain(task: Task, table: Any, columns: list[str]) -> dict[str, list[Any]]:
     for column in columns:
         values = list(table.select_columns([column])[:][column])
         feature = table.features[column]
-        if hasattr(feature, "int2str") and not isinstance(task.classes, list | str):
+        if hasattr(feature, "int2str") and not task.numbers_classes:
             values = [None if v is None or v < 0 else feature.int2str(v) for v in values]
         out[column] = values
     return out

@@ -115,8 +115,8 @@ def check_columns(task: Task, columns: list[str], first: Mapping[str, Any] | Non
     """Raises ConfigError (with the nearest name) when the task names a column that is not there."""
     source = task.source
     asked = [(f"source.where.{k}", k) for k in source.where]
-    key = "label" if task.label is not None else "same" if task.same is not None else "bags.by"
-    asked += [(key, c) for c in (label_spec(task) or "").split("+") if c]
+    key, spec = task.label_place() or ("", "")
+    asked += [(key, c) for c in spec.split("+") if c]
     asked += [("source.split", "split")] if source.split is not None and source.kind != "hf" else []
     asked += [("source.group", source.group)] if source.group is not None else []
     for key, column in asked:

@@ -84,7 +84,7 @@ def captions(row: str, value: Any) -> list[Content]:
 
 def needed(task: Task) -> list[str]:
     """Modalities read from the source: prompts are made, not read."""
-    return list(task.modalities) if task.kind in ("retrieval", "compositional") else [task.modalities[0]]
+    return task.read_modalities()
 
 
 def member_specs(task: Task, modality: str) -> list[str]:
@@ -111,9 +111,8 @@ def kept(task: Task, value: Callable[[str], Any]) -> bool:
 
 def label_spec(task: Task) -> str | None:
     """Where a row's label stands: the class, or what makes retrieval rows the same, or puts them in one bag."""
-    if task.kind == "retrieval":
-        return task.same or (task.bags.by if task.bags is not None and task.bags.by != "neighbours" else None)
-    return task.label if task.kind != "compositional" else None
+    place = task.label_place()
+    return place[1] if place is not None else None
 
 
 def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -> str | None:
@@ -121,11 +120,11 @@ def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -
 
     Where a task drops what belongs to no class, a row without a label is such a row.
     """
-    if task.kind in ("compositional", "multilabel") or spec is None:
+    if task.several_labels or spec is None:
         return None
     got = value(spec)
     if got is None:
-        if task.kind == "classification" and task.other_labels == "drop":
+        if task.drops_unlabelled:
             return None
         raise DataError(f"task {task.name}: label: {row} has no {spec!r}")
     return str(got).strip()
@@ -133,7 +132,7 @@ def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -
 
 def labels(task: Task, spec: str | None, value: Callable[[str], Any]) -> tuple[str, ...]:
     """All labels of a multi-label row: lists, or strings cut at ``source.separator``; ``a+b`` joins columns."""
-    if task.kind != "multilabel" or spec is None:
+    if not task.several_labels or spec is None:
         return ()
     out: list[str] = []
     for part in spec.split("+"):

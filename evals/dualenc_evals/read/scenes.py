@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dualenc.data.crops import black, crop, open_picture
-from dualenc.data.drawn import points_over, uri
 from dualenc.data.driving.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
 from dualenc.data.driving.keyframes import Box, Keyframe, View, kitti_object, nuscenes, part_seen
-from dualenc.data.modalities.image import Picture
+from dualenc.data.modalities.image import Picture, black_picture, cut_out, open_picture
+from dualenc.data.show import points_over, webp_uri
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc_evals.read import corruption
 from dualenc_evals.read.files import open_binary
@@ -100,7 +99,7 @@ def _row(task: Task, name: str, values: dict[str, str], make: dict[str, Content]
                 f"task {task.name}: modalities: {task.source.kind} has camera and lidar, not {m!r}. "
                 f"{did_you_mean(m, make)}"
             )
-    spec = label_spec(task) or ("class" if task.kind in ("classification", "probe") else None)
+    spec = label_spec(task) or ("class" if task.one_class else None)
     return [Row(name, {m: [make[m]] for m in needed(task)}, label(task, spec, get, name))]
 
 
@@ -108,7 +107,7 @@ def _frame_rows(task: Task, frame: Frame) -> list[Row]:
     values = {"frame": frame.id, "camera": frame.view.name}
     picture = Content(f"{frame.id}/camera", path=str(frame.view.path))
     if corruption.is_black(frame.corrupt.pictures, frame.id):
-        picture = Content(f"{frame.id}/camera", load=partial(black, frame.size))
+        picture = Content(f"{frame.id}/camera", load=partial(black_picture, frame.size))
     cloud = Content(f"{frame.id}/lidar", load=partial(_frame_points, frame), shown=partial(_frame_drawn, frame))
     return _row(task, frame.id, values, {"camera": picture, "lidar": cloud})
 
@@ -125,7 +124,7 @@ def _object_rows(task: Task, frame: Frame) -> list[Row]:
         values = {"frame": frame.id, "camera": frame.view.name, "class": box.cls, "instance": box.instance}
         picture = Content(f"{name}/camera", load=partial(_crop, str(frame.view.path), box2d))
         if corruption.is_black(frame.corrupt.pictures, frame.id):
-            picture = Content(f"{name}/camera", load=partial(black, frame.size))
+            picture = Content(f"{name}/camera", load=partial(black_picture, frame.size))
         cloud = Content(
             f"{name}/lidar", load=partial(_box_points, frame, box), shown=partial(_box_drawn, frame, box, box2d)
         )
@@ -160,13 +159,13 @@ def _box_points(frame: Frame, box: Box) -> bytes:
 
 
 def _crop(path: str, box: tuple[float, float, float, float]) -> bytes:
-    return crop(_picture(path), box)
+    return cut_out(_picture(path), box)
 
 
 def _frame_drawn(frame: Frame) -> dict[str, str]:
     points = _points(frame)
     image = points_over(_picture(str(frame.view.path)).rgb(), frame.pixels(points[:, :3]), points[:, 2], DRAWN_PX)
-    return {"picture": uri(image)}
+    return {"picture": webp_uri(image)}
 
 
 def _box_drawn(frame: Frame, box: Box, edges: tuple[float, float, float, float]) -> dict[str, str]:
@@ -178,7 +177,9 @@ def _box_drawn(frame: Frame, box: Box, edges: tuple[float, float, float, float])
     image = open_picture(_crop(str(frame.view.path), edges)).rgb()
     # What is near within the box is red: at its distance from the car all of it would have one colour.
     at = frame.pixels(points) - np.array(edges[:2])
-    return {"picture": uri(points_over(image, at, depth, DRAWN_PX // 2, far=max(float(depth.max()), 1.0), dot=1.5))}
+    return {
+        "picture": webp_uri(points_over(image, at, depth, DRAWN_PX // 2, far=max(float(depth.max()), 1.0), dot=1.5))
+    }
 
 
 def as_npy(points: F64) -> bytes:

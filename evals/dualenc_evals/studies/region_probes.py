@@ -22,6 +22,7 @@ from torch import Tensor
 from dualenc.data.driving.geometry import F64, ground_motion, moved
 from dualenc.data.driving.keyframes import Keyframe
 from dualenc.data.driving.regions import find_regions, ground
+from dualenc.encoders.own.bev import MapTower
 from dualenc.errors import ConfigError
 from dualenc.model import Embedder
 from dualenc_evals.metrics import linear
@@ -236,7 +237,7 @@ def occupancy(
             labels.append(said)
         if not items or not sum(map(len, labels)):
             return {}
-        values = torch.cat(embedder.at(m, items, places))
+        values = torch.cat(at(embedder, m, items, places))
         sets.append((torch.nn.functional.normalize(values, dim=-1), np.concatenate(labels)))
     weights = linear.fit(sets[0][0], sets[0][1], 2, 100.0)
     ranks, _ = linear.ranks_under(weights, sets[1][0], sets[1][1])
@@ -250,14 +251,62 @@ def pooled(
     embedder: Embedder, m: str, items: Sequence[Any], places: Sequence[Sequence[F64]], projected: bool | None = None
 ) -> Tensor:
     """[R, W] the mean of the map over each list of places, of length 1; through the projector where there is one."""
-    through = embedder.bundle.model.tower(m).local is not None if projected is None else projected
+    through = map_tower(embedder, m).projects if projected is None else projected
     flat = [np.concatenate(p) if len(p) else np.zeros((0, 3)) for p in places]
     rows = []
-    for values, parts in zip(embedder.at(m, items, flat, projected=through), places, strict=True):
+    for values, parts in zip(at(embedder, m, items, flat, through), places, strict=True):
         rows += [v.mean(0) for v in torch.split(values, [len(p) for p in parts])]
     if not rows:
         raise ConfigError("regions: there is no region and no box in these keyframes")
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+
+def at(
+    embedder: Embedder,
+    m: str,
+    items: Sequence[Any],
+    places: Sequence[Any],
+    projected: bool = False,
+    batch_size: int = 8,
+) -> list[Tensor]:
+    """What a bird's-eye-view tower's map says at places of the world.
+
+    Args:
+        items: raw items, as ``embedder.embed`` takes them.
+        places: for each item, x, y (and more, which is not looked at) in the ego frame, in metres: [k, ≥ 2].
+        projected: through the tower's projector (``local_dim``), L2-normalised; else the map itself.
+
+    Returns:
+        For each item [k, W], fp32, on the CPU; zero outside the map.
+
+    Raises:
+        ConfigError: a modality without such a tower or projector; in a training run.
+        DataError: an item that cannot be used.
+    """
+    tower = map_tower(embedder, m)
+    if projected and not tower.projects:
+        raise ConfigError(f"modalities.{m}.encoder.local_dim: the tower was trained without a projector")
+    if len(places) != len(items):
+        raise ConfigError(f"places: there are {len(places)} for {len(items)} items")
+    given = [torch.as_tensor(p, dtype=torch.float32, device=embedder.device) for p in places]
+    out: list[Tensor] = []
+    with torch.no_grad():
+        for x in embedder.batches(m, items, batch_size):
+            of_these = given[len(out) : len(out) + len(x["to_ego"])]
+            out += [values.float().cpu() for values in tower.at(x, of_these, projected)]
+    return out
+
+
+def map_tower(embedder: Embedder, m: str) -> MapTower:
+    """The tower of a modality, if it has a map to look into.
+
+    Raises:
+        ConfigError: it has none; or the model is in training, where an engine may hold its weights in pieces.
+    """
+    tower: Any = embedder.bundle.model.tower(m) if m in embedder.modalities else None
+    if embedder.training_run or not isinstance(tower, MapTower):
+        raise ConfigError(f"{m!r} has no bird's-eye-view map to look into (own/pillars, own/lift_splat have)")
+    return tower
 
 
 def _boxes(embedder: Embedder, m: str, frames: Sequence[Frame]) -> tuple[Tensor, Ints]:
@@ -316,6 +365,6 @@ def _some(rows: Ints, rng: np.random.Generator) -> Ints:
 
 def _modality(embedder: Embedder, kind: str) -> str | None:
     for m in embedder.modalities:
-        if embedder.bundle.parts[m].kind == kind and hasattr(embedder.bundle.model.tower(m), "bev"):
+        if embedder.bundle.parts[m].kind == kind and isinstance(embedder.bundle.model.tower(m), MapTower):
             return m
     return None

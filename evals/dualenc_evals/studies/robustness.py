@@ -8,8 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
+from dualenc.pages import write_page
 from dualenc_evals.harness import environment, evaluate, write_json
 from dualenc_evals.pages import page as pages
 from dualenc_evals.pages.svg import Chart, Series, legend, line_chart
@@ -37,7 +39,7 @@ def robustness(
     tasks: Sequence[Task],
     out: Path,
     kinds: Sequence[str] = tuple(LEVELS),
-    world: Any = None,
+    world: World | None = None,
     device: str = "cpu",
     batch_size: int = 64,
     cache_dir: Path | None = None,
@@ -60,7 +62,7 @@ def robustness(
     if not tasks:
         raise ConfigError("--tasks: name at least one task of kitti or nuscenes, such as kitti_frames")
     for t in tasks:
-        if t.source.kind not in ("kitti", "nuscenes"):
+        if not t.source.has_sensors:
             raise ConfigError(f"task {t.name}: its source is {t.source.kind}; sensors fail in kitti and nuscenes only")
     bundle = load_model(model, device=device)
 
@@ -84,7 +86,7 @@ def robustness(
     }
     if ranks_of(world).is_main:
         write_json(out / "robustness.json", result)
-        pages.write_page(out / "robustness.html", render(result))
+        write_page(out / "robustness.html", render(result))
     return result
 
 

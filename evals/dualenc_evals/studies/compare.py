@@ -17,8 +17,11 @@ import yaml
 from markupsafe import Markup
 
 from dualenc.data.batch import map_tensors
+from dualenc.data.modalities.text import TextInput
 from dualenc.errors import ConfigError
+from dualenc.files import write_atomically
 from dualenc.model import Bundle, load_model
+from dualenc.pages import write_page
 from dualenc_evals.harness import environment, evaluate
 from dualenc_evals.pages import page as pages
 from dualenc_evals.pages.run import column, json_lines
@@ -71,9 +74,8 @@ def compare(
         "groups": list(groups.values()),
         "environment": {**environment(0, batch_size), "threads": threads},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1, default=str), encoding="utf-8")
-    out.write_text(render(result), encoding="utf-8")
+    write_atomically(out.with_suffix(".json"), json.dumps(result, indent=1, default=str))
+    write_page(out, render(result))
     return result
 
 
@@ -145,11 +147,11 @@ def full_length(bundle: Bundle, m: str) -> Any:
     """One row of a modality; token ids are repeated up to the context, all real."""
     source = bundle.inputs[m]
     x = source.collate([source.dummy()])
-    length = getattr(source, "context_length", None)
-    if length is None or not isinstance(x, Mapping) or "ids" not in x:
+    if not isinstance(source, TextInput):
         return x
-    ids = x["ids"][:, :1].repeat(1, int(length))
-    ids[:, -1] = getattr(source, "eot_id", 0)
+    assert isinstance(x, dict)
+    ids = x["ids"][:, :1].repeat(1, source.context_length)
+    ids[:, -1] = source.eot_id
     return {"ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
 
 
@@ -232,7 +234,7 @@ def render(result: Mapping[str, Any]) -> str:
         tables.append({"head": lines[0], "rows": lines[2:]})
     return (
         pages.environment()
-        .get_template("distilled.html.j2")
+        .get_template("compare.html.j2")
         .render(
             teacher=result["teacher"],
             tables=tables,
