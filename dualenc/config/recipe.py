@@ -19,6 +19,7 @@ from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.errors import did_you_mean
+from dualenc.shipped import find_recipe
 
 
 class Unlocked(Section):
@@ -355,10 +356,15 @@ def pair_name(pair: tuple[str, str]) -> str:
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
 
+    Args:
+        path: a YAML file, or the name of a recipe that comes with the package, such as ``quickstart``.
+        overrides: values are read as YAML.
+
     Raises:
         ConfigError: naming the key, the file it came from, the value, and what to write instead.
     """
-    raw, origin = read_yaml(Path(path))
+    file = find_recipe(path)
+    raw, origin = read_yaml(file)
     for item in overrides:
         apply_override(raw, item, origin)
-    return parse(Recipe, raw, origin, str(path))
+    return parse(Recipe, raw, origin, str(file))

@@ -87,6 +87,7 @@ class ImageInput:
 
     Config: ClassVar[type[BaseModel]] = ImageConfig
     default_members: ClassVar[list[str]] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "tif", "tiff", "jp2"]
+    prompt: ClassVar[str] = "a photo of a {}."
 
     def __init__(self, config: ImageConfig, base_dir: str | Path | None = None) -> None:
         from PIL import Image
@@ -165,6 +166,10 @@ class ImageInput:
         """The settings; there is nothing else."""
         return {"kind": "image", "config": self.config.model_dump(mode="json")}
 
+    def as_raw(self, x: Any, rate: int | None = None) -> bytes | None:
+        """A PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4] → the bytes of a PNG."""
+        return png_of(x)
+
     def _pixels(self, width: float, height: float) -> tuple[int, int]:
         """(width, height) of the whole patches that a picture is resized to."""
         rows, columns = grid(int(width), int(height), self.config.patch, self.config.max_patches)
@@ -172,6 +177,38 @@ class ImageInput:
 
     def _row(self, image: Image.Image) -> Tensor:
         return cut(image, self.config.patch) if self._naflex else to_tensor(image)
+
+
+def png_of(x: Any) -> bytes | None:
+    """The bytes of a PNG with the same pixels; None where ``x`` is neither an array nor a PIL image.
+
+    Args:
+        x: a PIL image (its EXIF orientation goes with it), or a NumPy array or tensor uint8 [H, W], [H, W, 3] (RGB) or
+            [H, W, 4] (RGBA).
+
+    Raises:
+        DecodeError: an array of another shape or type.
+    """
+    from PIL import Image
+
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    if isinstance(x, np.ndarray):
+        if x.dtype != np.uint8 or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (3, 4))) or x.size == 0:
+            raise DecodeError(
+                f"an image array must be uint8 [H, W, 3], [H, W, 4] or [H, W], got {x.dtype} {list(x.shape)}; "
+                "give a batch as list(batch)"
+            )
+        x = Image.fromarray(np.ascontiguousarray(x))
+    if not isinstance(x, Image.Image):
+        return None
+    if x.mode == "F":
+        raise DecodeError("a floating-point image has no stated range; convert it to uint8 first")
+    if x.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") and not x.mode.startswith("I"):
+        x = x.convert("RGBA" if x.has_transparency_data else "RGB")
+    out = io.BytesIO()
+    x.save(out, "PNG", compress_level=1, exif=x.getexif())
+    return out.getvalue()
 
 
 class Picture:
