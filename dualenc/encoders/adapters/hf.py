@@ -273,7 +273,11 @@ def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     shortest = crop is not None or (isinstance(resize, dict) and "shortest_edge" in resize)
-    return {"size": int(size), "resize": "shortest" if shortest else "squash", **_pixel_defaults(pre)}
+    if not shortest:
+        return {"size": int(size), "resize": "squash", **_pixel_defaults(pre)}
+    edge = resize.get("shortest_edge") if isinstance(resize, dict) else resize
+    way = {"size": int(size), "resize": "shortest", "centre": "floor", **_pixel_defaults(pre)}
+    return way if edge is None or int(edge) == int(size) else {**way, "shortest_edge": int(edge)}
 
 
 def _pixel_defaults(pre: Mapping[str, Any]) -> dict[str, Any]:
