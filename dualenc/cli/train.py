@@ -24,7 +24,9 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a recipe; started again, it goes on from its newest save."""
-    loaded = load_recipe(recipe, overrides or [])
+    from dualenc.model.start_from import completed
+
+    loaded = load_recipe(recipe, overrides or [], completed)
     if dry_run:
         print_plan(loaded)
         return
@@ -136,8 +138,9 @@ def engine_json(
 ) -> None:
     """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
     from dualenc.engine.deepspeed_engine import deepspeed_json
+    from dualenc.model.start_from import completed
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [], completed)
     if loaded.engine.kind != "deepspeed":
         raise ConfigError(f"engine.kind is {loaded.engine.kind}, which has no such file; add engine.kind=deepspeed")
     print(json.dumps(deepspeed_json(loaded.engine, loaded.optim, ranks), indent=2))
