@@ -15,6 +15,7 @@ LAYERS = {
     "dualenc.registry": 0,
     "dualenc.shipped": 0,
     "dualenc.files": 0,
+    "dualenc.seeds": 0,
     "dualenc.config": 0,
     "dualenc": 0,
     "dualenc.distributed": 1,
@@ -32,7 +33,15 @@ LAYERS = {
     "benchmarks": 7,
     "dualenc.__main__": 8,
 }
-BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.shipped", "dualenc.files", "dualenc.config", "dualenc"}
+BOTTOM = {
+    "dualenc.errors",
+    "dualenc.registry",
+    "dualenc.shipped",
+    "dualenc.files",
+    "dualenc.seeds",
+    "dualenc.config",
+    "dualenc",
+}
 
 # Packages that may be imported below these folders only.
 ONLY_IN = {

@@ -204,7 +204,7 @@ class Budget(Section):
         return self
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """What runs the step. ``kind: deepspeed, zero_stage: 2`` is all that has to change."""
 
     kind: Literal["accelerate", "deepspeed"] = "accelerate"
@@ -289,7 +289,7 @@ class Recipe(Section):
     budget: Budget
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     checkpoint: Checkpoints = Checkpoints()
     eval: Evals = Evals()
     tracking: Tracking = Tracking()

@@ -23,8 +23,7 @@ import torch
 from _tiny import PAIRS, make_batch, naive_loss, share_of, tiny
 from torch import Tensor, nn
 
-from dualenc.config import Component, Optim
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, Optim
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
 from dualenc.losses import build_loss
