@@ -152,5 +152,5 @@ def test_every_recipe_in_the_repository_loads() -> None:
         if "modalities" in read_yaml(path)[0]:
             assert isinstance(load_recipe(path), Recipe)
         else:  # it fine-tunes whatever model the command line names
-            with pytest.raises(ConfigError, match="checkpoint.init_from"):
+            with pytest.raises(ConfigError, match=r"checkpoint\.init_from"):
                 load_recipe(path, complete=completed)
