@@ -26,7 +26,10 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a recipe; started again, it goes on from its newest save."""
-    loaded = load_recipe(recipe, [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])])
+    from dualenc.model.start_from import completed
+
+    said = [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])]
+    loaded = load_recipe(recipe, said, completed)
     if dry_run:
         print_plan(loaded)
     else:
@@ -38,7 +41,8 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.data.shards.index import samples_per_pass
     from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
-    from dualenc.train.loop import run_folder, total_steps
+    from dualenc.train.build import total_steps
+    from dualenc.train.loop import run_folder
 
     resolve_tasks([*recipe.eval.tasks, *(recipe.eval.guard.tasks if recipe.eval.guard else [])])
     console = Console()
@@ -125,8 +129,9 @@ def engine_json(
 ) -> None:
     """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
     from dualenc.engine.deepspeed_engine import deepspeed_json
+    from dualenc.model.start_from import completed
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [], completed)
     if loaded.engine.kind != "deepspeed":
         raise ConfigError(f"engine.kind is {loaded.engine.kind}, which has no such file; add engine.kind=deepspeed")
     print(json.dumps(deepspeed_json(loaded.engine, loaded.optim, ranks), indent=2))

@@ -9,7 +9,7 @@ Parts chosen by name (encoders, losses, a modality's input) carry settings that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -214,7 +214,7 @@ class Budget(Section):
         return self
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """What runs the step. ``kind: deepspeed, zero_stage: 2`` is all that has to change."""
 
     kind: Literal["accelerate", "deepspeed"] = "accelerate"
@@ -299,7 +299,7 @@ class Recipe(Section):
     budget: Budget
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     checkpoint: Checkpoints = Checkpoints()
     eval: Evals = Evals()
     tracking: Tracking = Tracking()
@@ -353,12 +353,17 @@ def pair_name(pair: tuple[str, str]) -> str:
     return "-".join(pair)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
 
     Args:
         path: a YAML file, or the name of a recipe that comes with the package, such as ``quickstart``.
         overrides: values are read as YAML.
+        complete: fills in what the recipe leaves out before it is checked, see :mod:`dualenc.model.start_from`.
 
     Raises:
         ConfigError: naming the key, the file it came from, the value, and what to write instead.
@@ -367,4 +372,4 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     raw, origin = read_yaml(file)
     for item in overrides:
         apply_override(raw, item, origin)
-    return parse(Recipe, raw, origin, str(file))
+    return parse(Recipe, raw if complete is None else complete(raw), origin, str(file))

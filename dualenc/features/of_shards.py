@@ -16,7 +16,7 @@ from dualenc.data.shards.reader import Found, SampleError, iter_samples
 from dualenc.distributed.world import World, agree, all_gather_object
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.features.store import Description, Lost, PartInfo, part_name, totals
-from dualenc.features.writer import FeatureWriter, Rows
+from dualenc.features.writer import FeatureWriter, PartRows
 from dualenc.model import Bundle, Embedder
 
 _CHUNK = 16
@@ -56,7 +56,7 @@ class Gathered:
         return len(self.ids) - 1
 
     def add(self, m: str, which: Sequence[int], x: Tensor) -> None:
-        """Rows [n, V, D] of a modality, of the samples ``which`` [n]."""
+        """PartRows [n, V, D] of a modality, of the samples ``which`` [n]."""
         self._which.setdefault(m, []).extend(which)
         self._rows.setdefault(m, []).append(x)
 
@@ -64,7 +64,7 @@ class Gathered:
         """A row that cannot be made."""
         self._lost.append((i, m, reason))
 
-    def rows(self) -> Rows:
+    def rows(self) -> PartRows:
         """As the writer takes them; every modality is there."""
         empty = {m: torch.zeros(0, *shape) for m, shape in self.shapes.items()}
         return {m: (self._which.get(m, []), torch.cat([x, *self._rows.get(m, [])])) for m, x in empty.items()}
@@ -135,8 +135,10 @@ def shard_jobs(
     for k, (name, info) in enumerate(zip(opened.names, opened.infos, strict=True)):
         said: dict[str, Any] = {} if source is None else {"source": source}
         said |= {"shard": name, "samples": info.samples, "bytes": info.bytes}
-        if info.digest is not None:
-            said["sha256"] = info.digest
+        # The digest of the shard's headers, from its index or from reading them: the same with an index or without.
+        headers = info.headers or (opened.memory[k].digest if k in opened.memory else "")
+        if headers:
+            said["headers"] = headers
         said["members"] = {m: list(e) for m, e in wanted.items()}
         words = (name,) if source is None else (source, name)
         jobs.append(ShardJob(part_name(*words), said, lambda k=k: samples(k)))  # type: ignore[misc]

@@ -95,7 +95,7 @@ class PartInfo:
     sha256: str
 
 
-class Part:
+class FeaturePart:
     """One part of a store. Features are mapped from the file, and read where they are used.
 
     Attributes:
@@ -120,7 +120,7 @@ class Part:
             ) from e
 
     @classmethod
-    def whole(cls, folder: Path, name: str, digest: str) -> Part | None:
+    def whole(cls, folder: Path, name: str, digest: str) -> FeaturePart | None:
         """The part of that name, where it stands there undamaged and belongs to the description of that digest."""
         if not (folder / f"{name}.json").is_file():
             return None
@@ -233,16 +233,16 @@ class FeatureStore:
             self.infos = [PartInfo(**x) for x in listed]
         except (KeyError, TypeError) as e:
             raise DataError(f"{self.folder / ABOUT} does not describe stored features ({e!r}); write them anew") from e
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, FeaturePart] = {}
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str) -> FeaturePart:
         """A part by name.
 
         Raises:
             DataError: it is not there, damaged, or was made under another description.
         """
         if name not in self._parts:
-            part = Part(self.folder, name)
+            part = FeaturePart(self.folder, name)
             if part.digest != self.digest:
                 raise DataError(
                     f"{self.folder}/{name}.json belongs to other features ({part.digest[:12]}…, {ABOUT} says "
@@ -252,7 +252,7 @@ class FeatureStore:
         return self._parts[name]
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[FeaturePart]:
         """All parts in order.
 
         Raises:

@@ -19,8 +19,8 @@ from dualenc.features.store import (
     DTYPES,
     FORMAT,
     Description,
+    FeaturePart,
     Lost,
-    Part,
     PartInfo,
     digest_of,
     read_about,
@@ -28,7 +28,7 @@ from dualenc.features.store import (
 )
 from dualenc.files import write_atomically
 
-Rows = Mapping[str, tuple[Sequence[int], Tensor]]
+PartRows = Mapping[str, tuple[Sequence[int], Tensor]]
 """Modality → which ids its rows are of [n], and the rows [n, V, D] fp32."""
 
 
@@ -67,15 +67,15 @@ class FeatureWriter:
         part = self.part(name)
         return part.info() if part is not None and part.data == dict(data) else None
 
-    def part(self, name: str) -> Part | None:
+    def part(self, name: str) -> FeaturePart | None:
         """The part of that name, where it stands there whole and of this description."""
-        return Part.whole(self.folder, name, self.digest)
+        return FeaturePart.whole(self.folder, name, self.digest)
 
     def write(
         self,
         name: str,
         ids: Sequence[str],
-        rows: Rows,
+        rows: PartRows,
         lost: Sequence[Lost] = (),
         data: Mapping[str, Any] | None = None,
     ) -> PartInfo:
@@ -103,9 +103,10 @@ class FeatureWriter:
             "sha256": sha,
             "ids": list(ids),
         }
+        (self.folder / f"{name}.parquet").unlink(missing_ok=True)  # a table of what stood here before
         self._put(f"{name}.safetensors", raw)
         self._put_json(f"{name}.json", said)
-        return Part(self.folder, name).info()
+        return FeaturePart(self.folder, name).info()
 
     def finish(self, mine: Iterable[PartInfo], order: Sequence[str]) -> list[PartInfo]:
         """List the parts of all ranks, in ``order`` of their names; the store is then finished.
@@ -154,8 +155,8 @@ class FeatureWriter:
         before = {str(x.get("name")) for x in read_about(self.folder)["parts"]}
         self._put_json(ABOUT, self._about([asdict(i) for i in infos], finished=True))
         for name in sorted(before - {i.name for i in infos}):  # of shards that are no longer among the data
-            for file in (f"{name}.json", f"{name}.safetensors"):
-                (self.folder / Path(file).name).unlink(missing_ok=True)
+            for ending in ("json", "safetensors", "parquet"):
+                (self.folder / f"{Path(name).name}.{ending}").unlink(missing_ok=True)
 
     def _about(self, parts: Sequence[Mapping[str, Any]], finished: bool) -> dict[str, Any]:
         return {

@@ -290,3 +290,41 @@ def test_every_modality_refuses_what_is_of_another(tmp_path: Path) -> None:
                 continue  # that is text
             with pytest.raises(DecodeError), of_one_item():
                 part.eval(part.decode(raw))
+
+
+# --- a batch -----------------------------------------------------------------------------------------------------
+
+
+class Ragged(TextInput):
+    """Rows of texts that begin with an x have a shape that no batch takes."""
+
+    def train(self, x: list[str], rng: np.random.Generator) -> Any:
+        row = super().train(x, rng)
+        return row[None, None] if x[0].startswith("x") else row
+
+
+def test_a_row_that_does_not_go_into_a_batch_costs_that_sample_only(tmp_path: Path) -> None:
+    import tarfile
+
+    from dualenc.config import Data
+    from dualenc.data.dataset import StepDataset
+    from dualenc.data.shards.index import build_plan, open_source
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(8):
+            for ending, raw in (("txt", b"x bad" if i == 3 else b"a dog"), ("png", encoded(NOISE))):
+                info = tarfile.TarInfo(f"s{i}.{ending}")
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+    data = Data.model_validate({"sources": [{"name": "a", "shards": str(tmp_path / "a.tar")}]})
+    sets = [open_source(data.sources[0])]
+    ragged = Ragged(TextInput.Config.model_validate({"tokenizer": "clip-bpe:8192"}))
+    inputs: dict[str, Any] = {"image": image(size=16), "text": ragged}
+    wanted = [{"image": ["png"], "text": ["txt"]}]
+    pairs = [("image", "text")]
+    dataset = StepDataset(build_plan(data, sets, 0), sets, inputs, pairs, wanted, 0, 8, 0, 1, None, data)
+    batch: Any = dataset[0]
+    assert [b.key for b in batch.bad] == ["s3"]
+    assert "batch" in batch.bad[0].reason
+    assert (batch.ids >= 0).sum() == 7
+    assert len(batch.rows["text"]) == len(batch.rows["image"]) == 7

@@ -13,8 +13,7 @@ from gradcheck import run, sweep
 from torch import Tensor
 
 from dualenc.checkpoint.ranges import InMemory
-from dualenc.config import Component, Optim
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, Optim
 from dualenc.distributed.failure import LostRankError, naming_missing_ranks
 from dualenc.distributed.gather import gather
 from dualenc.distributed.world import (
@@ -30,7 +29,7 @@ from dualenc.distributed.world import (
 from dualenc.engine import build_engine
 from dualenc.engine.ema import EMA
 from dualenc.errors import DualencError
-from dualenc.losses import build_loss
+from dualenc.losses import Loss, build_loss
 from dualenc.train.step import train_step
 
 __all__ = ["run", "sweep"]
@@ -105,7 +104,7 @@ def die(world: World, how: str) -> str:
     return "no error"
 
 
-class Detached(torch.nn.Module):
+class Detached(Loss):
     """The usual mistake, as a loss: gathered columns without the gradient that flows back to other ranks."""
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:
@@ -166,7 +165,7 @@ def train(
         r = train_step(built, batch, PAIRS, loss)
         if average:
             average.update(built.module, batch.size * world.world_size)
-        results.append([r.loss, r.grad_norm, float(r.skipped), r.metrics["logit_scale/image-text"]])
+        results.append([float(x) for x in (r.loss, r.grad_norm, r.skipped, r.metrics["logit_scale/image-text"])])
     tensors, info = built.optimizer_state()
     return {
         "model": built.model_state(),

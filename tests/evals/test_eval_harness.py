@@ -150,6 +150,15 @@ def test_too_many_broken_items_are_an_error(tmp_path: Path) -> None:
         go([small(tmp_path, members)])
 
 
+def test_a_pair_is_lost_with_either_of_its_sides(tmp_path: Path) -> None:
+    """2 of 10 pictures broken: a tenth of the items, a fifth of the pairs."""
+    members = pairs(10)
+    for i in (0, 2):
+        members[i] = (members[i][0], b"no picture")
+    with pytest.raises(DataError, match=r"task small: 2 of 10 pairs cannot be used \(max_skipped is 0\.1\); the first"):
+        go([small(tmp_path, members)], Pixels())
+
+
 def test_labels_that_are_no_class_and_classes_without_items(tmp_path: Path) -> None:
     members = [m for i in range(6) for m in ((f"{i}.png", picture((i, i, 9))), (f"{i}.cls", b"cat" if i else b"dgo"))]
     fields = {"kind": "classification", "label": "cls", "classes": ["cat", "dog"], "templates": ["{}"]}

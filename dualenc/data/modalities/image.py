@@ -49,7 +49,7 @@ class Colour(Section):
     grayscale_p: Share = 0.0
 
 
-class Augment(Section):
+class ImageAugment(Section):
     """Random resized crop (area share ``scale``, aspect ``ratio``), mirror, colour."""
 
     scale: tuple[_Fraction, _Fraction] = (0.9, 1.0)
@@ -71,10 +71,18 @@ class ImageConfig(Section):
     patch: Positive = 16
     max_patches: Positive = 256
     crop: Literal["center"] = "center"
+    shortest_edge: Positive | None = Field(
+        default=None,
+        description="shortest: that edge before the crop, where it is not size (DINOv2: 256 for 224)",
+    )
+    centre: Literal["round", "floor"] = Field(
+        default="round",
+        description="cut of an odd border: as torchvision and open_clip (half to even), or as transformers",
+    )
     background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="what transparent pixels stand on")
     pad: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), description="the border that resize: longest adds")
     max_pixels: Positive = Field(default=25_000_000, description="larger pictures are refused before they are decoded")
-    augment: Augment = Augment()
+    augment: ImageAugment = ImageAugment()
 
 
 @modalities.register("image")
@@ -82,7 +90,8 @@ class ImageInput:
     """Pictures as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S]. With ``resize: naflex`` rows are grids of
     patches and ``collate`` gives ``patches`` uint8 [B, max_patches, patch · patch · 3] and ``grid`` [B, 2].
 
-    ``eval`` is the resize and crop of torchvision and open_clip, pixel for pixel (PIL, antialiased).
+    ``eval`` is the resize and crop of torchvision and open_clip, or with ``centre: floor`` of transformers, pixel for
+    pixel (PIL, antialiased).
     """
 
     Config: ClassVar[type[BaseModel]] = ImageConfig
@@ -142,7 +151,8 @@ class ImageInput:
             return to_tensor(image.resize((size, size), self._filter))
         w, h = image.size
         if self.config.resize == "shortest":
-            wh = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+            edge = self.config.shortest_edge or size
+            wh = (edge, int(edge * h / w)) if w <= h else (int(edge * w / h), edge)
         else:
             ratio = max(w, h) / size
             wh = (max(round(w / ratio), 1), max(round(h / ratio), 1))
@@ -150,7 +160,7 @@ class ImageInput:
             return to_tensor(_resized_centre(image, wh, size, self._filter))
         if wh != image.size:
             image = image.resize(wh, self._filter)
-        return to_tensor(_centre(image, size, self.config.pad))
+        return to_tensor(_centre(image, size, self.config.pad, self.config.centre))
 
     def collate(self, rows: list[Tensor]) -> Tensor | dict[str, Tensor]:
         """→ uint8 [B, 3, S, S], or ``patches`` and ``grid``."""
@@ -354,7 +364,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.Image:
+def _centre(image: Image.Image, size: int, pad: tuple[int, int, int], centre: Literal["round", "floor"]) -> Image.Image:
     """Centre crop; where the picture is smaller, pad (an odd pixel goes right and below), as torchvision does."""
     from PIL import Image
 
@@ -365,7 +375,10 @@ def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.I
         image, (w, h) = ground, ground.size
     if (w, h) == (size, size):
         return image
-    left, top = round((w - size) / 2.0), round((h - size) / 2.0)
+    if centre == "floor":
+        left, top = (w - size) // 2, (h - size) // 2
+    else:
+        left, top = round((w - size) / 2.0), round((h - size) / 2.0)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -401,7 +414,7 @@ def _image() -> Any:
 
 
 def _random_crop(
-    w: int, h: int, augment: Augment, rng: np.random.Generator, own: float
+    w: int, h: int, augment: ImageAugment, rng: np.random.Generator, own: float
 ) -> tuple[float, float, float, float]:
     """A box of random area and aspect inside the picture (Szegedy et al. 2015); after ten misses the whole of it.
 

@@ -23,7 +23,7 @@ from dualenc.config import Recipe
 from dualenc.data.batch import map_tensors
 from dualenc.data.dataset import members_of, sample_rng, stable_id
 from dualenc.data.modalities import DecodeError, ModalityInput
-from dualenc.data.shards.index import ShardSet, open_source
+from dualenc.data.shards.index import ShardSet, open_sources
 from dualenc.data.shards.reader import Found, SampleError
 from dualenc.distributed.world import World, agree
 from dualenc.errors import ConfigError, DataError, did_you_mean
@@ -120,10 +120,9 @@ def write_cache(
 
 def _jobs(recipe: Recipe, student: Mapping[str, ModalityInput], chosen: Sequence[str]) -> list[ShardJob]:
     out = []
-    for i, source in enumerate(recipe.data.sources):
-        opened = open_source(source, recipe.data.retries)
+    for i, opened in enumerate(open_sources(recipe.data)):
         wanted = {m: e for m, e in members_of(recipe.data, i, student, recipe.pairs).items() if m in chosen}
-        out += shard_jobs(opened, wanted, recipe.data, source.name)
+        out += shard_jobs(opened, wanted, recipe.data, opened.source)
     return out
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dualenc.config import Section
+from dualenc.errors import DataError
 from dualenc_evals.features import Store, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
@@ -130,18 +131,20 @@ class Retrieval(Kind[RetrievalTask, Pairs]):
         pairs = Pairs([], [], [], [], [], skipped, len(a_all) + len(b_all), "", rows.notes)
         place: dict[str, int] = {}
         provenance: list[Any] = []
-        i = j = 0
+        i = j = asked = kept = 0
         for row in rows.rows:
             na, nb = len(row.contents[first][:1]), len(row.contents[second])
             good_a = [n for n in range(i, i + na) if n not in a_seen.bad]
             good_b = [n for n in range(j, j + nb) if n not in b_seen.bad]
             provenance.append([row.id, a_seen.digests[i : i + na], b_seen.digests[j : j + nb]])
             i, j = i + na, j + nb
+            asked += max(nb, 1)
             if not good_a or not good_b:
                 side = second if good_a else first
                 if (nb if good_a else na) == 0:
                     skipped.append({"id": row.id, "reason": f"has no {side}"})
                 continue
+            kept += len(good_b)
             pairs.a.append(a_all[good_a[0]])
             pairs.a_digests.append(a_seen.digests[good_a[0]])
             own = []
@@ -158,6 +161,11 @@ class Retrieval(Kind[RetrievalTask, Pairs]):
             pairs.right = joined(pairs.right, pairs.labels)
             provenance.append(pairs.labels)
         pairs.data_digest = digest_of(provenance)
+        if asked - kept > task.max_skipped * asked:  # one broken picture costs all its captions
+            raise DataError(
+                f"task {task.name}: {asked - kept} of {asked} pairs cannot be used (max_skipped is "
+                f"{task.max_skipped}); the first: {skipped[0]['id']}: {skipped[0]['reason']}"
+            )
         return pairs
 
     def evaluate(self, task: RetrievalTask, pairs: Pairs, store: Store, seed: int, details: bool) -> Measured:
