@@ -107,7 +107,7 @@ class CameraInput:
         self.config = config
         if config.places is not None:
             self.default_members = [f"{JSON}+cam*+{MEMBER}"]  # type: ignore[misc]
-        self._filter = getattr(Image.Resampling, config.interpolation.upper())
+        self._filter = Image.Resampling[config.interpolation.upper()]
 
     # --- the protocol -----------------------------------------------------------------------------------------
 

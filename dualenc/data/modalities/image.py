@@ -104,7 +104,7 @@ class ImageInput:
         self.config = config
         low, high = config.augment.ratio
         self._smallest = math.sqrt(max(config.augment.scale[0], 1e-3) * min(low, 1 / high, 1.0))
-        self._filter = getattr(Image.Resampling, config.interpolation.upper())
+        self._filter = Image.Resampling[config.interpolation.upper()]
         self._naflex = config.resize == "naflex"
 
     # --- the protocol -----------------------------------------------------------------------------------------
