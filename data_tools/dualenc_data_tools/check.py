@@ -17,8 +17,7 @@ from dualenc.data.dataset import members_of
 from dualenc.data.modalities import DecodeError, modalities
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
-from dualenc.data.modalities.modality import ModalityInput, build_inputs
-from dualenc.data.quarantine import item_is_to_blame
+from dualenc.data.modalities.modality import ModalityInput, build_inputs, of_one_item
 from dualenc.data.shards.index import expand, open_source, refuse_pipes, short_names
 from dualenc.data.shards.reader import REFUSED, Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local, local_path
@@ -406,7 +405,7 @@ def _look(raw: Any, modality: str, where: str, wanted: Wanted, stats: ShardStats
     """Decode one value of a sample and count what it is like."""
     kind = wanted.kind(modality)
     try:
-        with item_is_to_blame():
+        with of_one_item():
             try:
                 _decode(raw, modality, where, wanted, stats)
             except BadMedia as e:

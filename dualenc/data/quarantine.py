@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,33 +13,12 @@ import torch
 
 from dualenc.data.batch import BadSample, Batch
 from dualenc.distributed.world import World, all_reduce_sum
-from dualenc.errors import DataError, DecodeError, DualencError
+from dualenc.errors import DataError
 
 Counts = dict[str, tuple[int, int]]
 """Source → (samples seen, of these lost)."""
 
 _REMEMBERED = 200_000
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-
-
-def reason_of(error: BaseException) -> str:
-    """An error that an item's bytes caused, as one line that is the same from run to run."""
-    text = _ADDRESS.sub("", str(error).strip().split("\n", 1)[0])[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-@contextmanager
-def item_is_to_blame() -> Iterator[None]:
-    """Turn whatever an item's bytes cause inside into a :class:`DecodeError`, so that it costs that item only.
-
-    A fault of the code then loses every item, which stops the run at once and names the reason.
-    """
-    try:
-        yield
-    except DualencError:
-        raise
-    except Exception as e:
-        raise DecodeError(reason_of(e)) from e
 
 
 class Ledger:

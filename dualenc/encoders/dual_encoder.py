@@ -149,6 +149,10 @@ class DualEncoder(nn.Module):
         assert isinstance(tower, Tower)
         return tower
 
+    def trained_towers(self) -> dict[str, Tower]:
+        """Modality → tower, of those that are not locked; a shared tower stands under its owner."""
+        return {m: self.tower(m) for m in self.towers if m not in self.locked}
+
     def train(self, mode: bool = True) -> DualEncoder:
         """As ``nn.Module.train``; locked towers, and the locked part of others, stay in eval mode."""
         super().train(mode)
@@ -166,9 +170,8 @@ class DualEncoder(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in every tower that is trained."""
-        for m in self.towers:
-            if m not in self.locked:
-                self.tower(m).set_grad_checkpointing(enable)
+        for tower in self.trained_towers().values():
+            tower.set_grad_checkpointing(enable)
 
     def compile_towers(self) -> None:
         """torch.compile each tower in place; names in the state dict stay as they are."""
@@ -248,16 +251,18 @@ def decay_groups(module: nn.Module) -> tuple[list[str], list[str], list[str]]:
     """Names of trained parameters: (with weight decay, without, logit scale and bias).
 
     Weight decay is for matrices and convolutions only. Vectors (gains and biases of norms, layer scale) and learned
-    positions, class tokens and queries have none, as in CLIP's and timm's recipes; nor have the scale and bias, which
-    are a group of their own.
+    positions, class tokens and queries have none, as in CLIP's and timm's recipes; nor have the model's own scale and
+    bias, which are a group of their own (a tower may have parameters of that name too, as Swin v2's attention has).
+
+    Only names and shapes are looked at, so the groups are the same before and after an engine cuts the parameters.
     """
     decay, no_decay, scale = [], [], []
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        if any(part in ("logit_scale", "logit_bias") for part in name.split(".")):
+        if name.partition(".")[0] in ("logit_scale", "logit_bias"):
             scale.append(name)
-        elif p.ndim < 2 or p.squeeze().ndim < 2 or _is_embedding(name):
+        elif sum(length > 1 for length in p.shape) < 2 or _is_embedding(name):
             no_decay.append(name)
         else:
             decay.append(name)

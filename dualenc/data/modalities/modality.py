@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dualenc.config import Modality, settings_as
 from dualenc.errors import DecodeError as DecodeError
+from dualenc.errors import DualencError
 from dualenc.registry import Registry
 
 
@@ -55,6 +58,53 @@ class ModalityInput(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Everything needed to make the same input again: ``config`` plus identities (such as a vocabulary's hash)."""
+
+
+@runtime_checkable
+class FromMemory(Protocol):
+    """An input that also takes what a program holds in memory: arrays, tensors, PIL images, decoded audio.
+
+    Optional: a modality without it takes what its ``decode`` takes, and a string is a path or URL.
+    """
+
+    prompt: ClassVar[str]
+    """How a class name is worded where nothing else is said, with ``{}`` for the name."""
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """An object in memory → what ``decode`` takes, without loss; None if it is no object of this modality's.
+
+        Args:
+            rate: samples per second of waveforms that do not say it themselves.
+
+        Raises:
+            DecodeError: for an array of another shape or type than the modality's.
+        """
+
+
+@contextmanager
+def of_one_item() -> Iterator[None]:
+    """Reading, decoding, augmenting or tokenising one item: whatever its bytes make go wrong is that item's.
+
+    Raises:
+        DecodeError: for any exception that is not meant for the user already, with a reason that is the same in every
+            run. A decoder meets bytes that nobody thought of; none of them may end a run.
+    """
+    try:
+        yield
+    except DualencError:
+        raise
+    except Exception as e:
+        raise DecodeError(reason_of(e)) from e
+
+
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
+_REASON = 200
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what an exception says, without what differs from run to run (addresses of objects)."""
+    text = _ADDRESS.sub("0x…", " ".join(str(error).split()))[:_REASON]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 modalities: Registry[type[ModalityInput]] = Registry("modality")

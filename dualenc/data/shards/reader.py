@@ -330,28 +330,39 @@ def _read_whole(path: str, retries: int, bounds: Bounds | None) -> bytes:
 
 
 def iter_samples(
-    shards: str | Sequence[str] | Source, wanted: Mapping[str, Sequence[str]], data: Data | None = None
+    shards: str | Sequence[str] | Source | ShardSet,
+    wanted: Mapping[str, Sequence[str]],
+    data: Data | None = None,
+    only: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Found | SampleError]]:
     """Every sample of some shards once, in the order they lie: (key, raw values) or (key, why not).
 
     For evaluation and tools: keys are "shard/key"; nothing is shuffled, and an error is handed on, never skipped.
 
+    Args:
+        shards: what to open, or an opened source.
+        only: numbers of the shards to read; default: all.
+
     Raises:
         ConfigError: for ``pipe:`` shards of a recipe that does not allow them.
         DataError: as :func:`dualenc.data.shards.index.open_source`.
     """
-    source = shards if isinstance(shards, Source) else Source.model_validate({"name": "eval", "shards": shards})
     check_members(wanted, "members")
     retries = data.retries if data is not None else 3
     bounds = Bounds.of(data) if data is not None else None
-    if data is not None:
-        refuse_pipes(source.shards, data.allow_pipe, "data.allow_pipe=true (or add --allow-pipe)")
-    opened = open_source(source, retries, bounds=bounds)
+    if isinstance(shards, ShardSet):
+        opened = shards
+    else:
+        named = shards if isinstance(shards, Source) else Source.model_validate({"name": "eval", "shards": shards})
+        if data is not None:
+            refuse_pipes(named.shards, data.allow_pipe, "data.allow_pipe=true (or add --allow-pipe)")
+        opened = open_source(named, retries, bounds=bounds)
     needs_cache = not all(is_local(u) for u in opened.urls)
     cache = ShardCache.temporary(data.cache_gb if data is not None else 50.0, retries, bounds) if needs_cache else None
     reader = Reader([opened], cache, retries, bounds=bounds)
     try:
-        for shard, name in enumerate(opened.names):
+        for shard in range(len(opened.names)) if only is None else only:
+            name = opened.names[shard]
             for i in range(opened.infos[shard].samples):
                 key = f"{name}/#{i}"
                 try:

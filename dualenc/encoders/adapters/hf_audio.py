@@ -216,9 +216,6 @@ def cut_places(net: nn.Module, arch: Any, config: Mapping[str, Any]) -> None:
 class HFAudio(Tower):
     """Front-end, a transformers audio model, pooling, head.
 
-    Batch norms (HTSAT has one on its input) use their running statistics in training too: statistics of the batch
-    would make a gradient depend on how the batch is cut.
-
     Args:
         pooling: ``model``: what the model itself gives as one vector; ``mean``: of the frames that are sound.
     """
@@ -289,14 +286,6 @@ class HFAudio(Tower):
         hidden, _ = net.feature_projection(frames)
         states = net.encoder(hidden, attention_mask=real).last_hidden_state
         return states, real
-
-    def train(self, mode: bool = True) -> HFAudio:
-        """As ``nn.Module.train``; batch norms stay in eval mode (their gains and biases are trained)."""
-        super().train(mode)
-        for m in self.net.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.eval()
-        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """transformers' own switch; CLAP has none."""

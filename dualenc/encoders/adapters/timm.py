@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -21,8 +20,6 @@ from dualenc.encoders.released.weights import (
 )
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
 from dualenc.errors import ConfigError, did_you_mean
-
-logger = logging.getLogger(__name__)
 
 # Weights in Python packages, by package and what must be said for timm to compute what they were trained with. Lite0
 # comes from TensorFlow: with timm's own defaults (symmetric padding, eps 1e-5) every shape fits and its accuracy drops.
@@ -44,25 +41,6 @@ class TimmConfig(Section):
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
     head: HeadKind = "linear"
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
-
-
-class TimmImage(ImageTower):
-    """A timm trunk without classifier, and a projection.
-
-    Batch norm in eval mode is the default: statistics of the batch would make a gradient depend on how the global
-    batch is cut into ranks and micro-batches, and there are none to learn in a pretrained tower.
-    """
-
-    freeze_bn = True
-
-    def train(self, mode: bool = True) -> TimmImage:
-        """As ``nn.Module.train``; frozen batch norms stay in eval mode (their gains and biases are trained)."""
-        super().train(mode)
-        if self.freeze_bn:
-            for m in self.trunk.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    m.eval()
-        return self
 
 
 @families.register("timm")
@@ -120,14 +98,7 @@ class Timm:
         head_width = int(getattr(trunk, "head_hidden_size", None) or width)
         if config.head == "none" and head_width != embed_dim:
             raise ConfigError(f"{where}.head: none needs embed_dim: {head_width}, got {embed_dim}.")
-        has_bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trunk.modules())
-        if has_bn and not config.pretrained and "freeze_bn" not in config.model_fields_set:
-            logger.warning(
-                "%s starts from random weights with frozen batch norm, which learns poorly: set freeze_bn: false "
-                "(the gradient then depends on ranks and micro-batches) or pretrained.",
-                name,
-            )
-        tower = TimmImage(trunk, build_head(config.head, head_width, embed_dim), describe, channels_last=True)
+        tower = ImageTower(trunk, build_head(config.head, head_width, embed_dim), describe, channels_last=True)
         tower.freeze_bn, tower.embed_dim = config.freeze_bn, embed_dim
         kept = {"args": args, "freeze_bn": config.freeze_bn, "head": config.head}
         tower.component = Component.model_validate({"name": f"timm/{name}", **kept})
