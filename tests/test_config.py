@@ -148,4 +148,6 @@ def test_every_recipe_in_the_repository_loads() -> None:
     found = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if "launch" not in p.parts and p.name[0] != "_"]
     assert found
     for path in found:
+        if path.name in ("clip.yaml", "siglip.yaml", "clap.yaml"):  # tests/model/test_start_from.py gives them a model
+            continue
         assert isinstance(load_recipe(path), Recipe)

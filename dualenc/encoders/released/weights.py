@@ -99,7 +99,9 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
     tensors = {k: v for k, v in raw.items() if not _is_plain(v)}
     other = next((k for k, v in tensors.items() if not isinstance(v, Tensor)), None)
     if other is not None:
-        raise CheckpointError(f"{path}: this is no state dict of tensors: {other!r} is a {type(tensors[other]).__name__}")
+        raise CheckpointError(
+            f"{path}: this is no state dict of tensors: {other!r} is a {type(tensors[other]).__name__}"
+        )
     if not renamed:
         return tensors
     try:
@@ -189,8 +191,8 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise CheckpointError(
-                f"{where}: {name!r} holds {bad} of {x.numel()} values that are NaN or infinite: the model diverged before "
-                "it was saved, or the file is damaged. Take an earlier checkpoint."
+                f"{where}: {name!r} holds {bad} of {x.numel()} values that are NaN or infinite: the model diverged "
+                "before it was saved, or the file is damaged. Take an earlier checkpoint."
             )
 
 
