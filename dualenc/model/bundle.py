@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ _VERSIONS = (
     *("torch", "numpy", "pillow", "soundfile", "soxr", "safetensors"),
     *("open_clip_torch", "timm", "transformers", "tokenizers"),
 )
+
+
+@runtime_checkable
+class KeepsFiles(Protocol):
+    """An input that needs files of its own beside the weights (a tokenizer's)."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write them into ``folder``; returns ``describe()`` as it is to be read from there."""
 
 
 @dataclass
@@ -141,9 +149,8 @@ class Bundle:
             weights = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
         description = self.describe()
         for m, x in self.inputs.items():
-            write = getattr(x, "save", None)
-            if write is not None:
-                written = write(folder / "inputs" / m)
+            if isinstance(x, KeepsFiles):
+                written = x.save(folder / "inputs" / m)
                 if "tokenizer" in written:  # its name would be the folder it came from, on this machine
                     written["tokenizer"]["name"] = written["config"]["tokenizer"]
                 description["modalities"][m]["input"] = written
