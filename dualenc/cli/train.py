@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dualenc.cli.app import Debug, Overrides, app
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
-from dualenc.errors import ConfigError, DualencError
+from dualenc.errors import ConfigError
 
 
 @app.command()
@@ -25,13 +25,16 @@ def train(
 ) -> None:
     """Train a recipe; started again, it goes on from its newest save."""
     loaded = load_recipe(recipe, overrides or [])
+    from dualenc.train.check import check_recipe
+
+    check_recipe(loaded)
+    tasks = resolve_tasks(loaded.eval.tasks)
+    guarded = resolve_tasks(loaded.eval.guard.tasks) if loaded.eval.guard is not None else []
     if dry_run:
         print_plan(loaded)
         return
     from dualenc.train.loop import train as run
 
-    tasks = resolve_tasks(loaded.eval.tasks)
-    guarded = resolve_tasks(loaded.eval.guard.tasks) if loaded.eval.guard is not None else []
     run(loaded, evaluate_with(tasks) if tasks else None, evaluate_with(guarded) if guarded else None)
 
 
@@ -50,10 +53,15 @@ def evaluate_with(tasks: list[Any]) -> Any:
 
 
 def resolve_tasks(names: list[str]) -> list[Any]:
-    """Task names or YAML files → tasks; a wrong name is an error before the first step, not after the last."""
+    """Task names or YAML files → tasks; a wrong name or missing data is an error before the first step, not after the
+    last."""
+    from dualenc_evals.read.shards import read_rows
     from dualenc_evals.task import load_task
 
-    return [load_task(n) for n in names if n]
+    tasks = [load_task(n) for n in names if n]
+    for task in tasks:
+        read_rows(task)
+    return tasks
 
 
 def print_plan(recipe: Recipe) -> None:
@@ -61,9 +69,9 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.data.shards.index import samples_per_pass
     from dualenc.model import build_bundle
     from dualenc.train.build import total_steps
+    from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
 
-    resolve_tasks([*recipe.eval.tasks, *(recipe.eval.guard.tasks if recipe.eval.guard else [])])
     console = Console()
     console.print(dump_yaml(recipe), highlight=False, markup=False)
     bundle = build_bundle(recipe)
@@ -78,22 +86,26 @@ def print_plan(recipe: Recipe) -> None:
         table.add_row(name, f"{count:,}", f"{trained:,}")
     console.print(table)
     print_rates(console, bundle.model, recipe)
-    needs_index = recipe.budget.passes is not None
-    try:
-        per_pass = samples_per_pass(recipe.data)
-    except DualencError as e:
-        console.print(f"samples a pass: not known ({e})", highlight=False, markup=False)
-        per_pass = 0
-    if per_pass:
-        console.print(f"samples a pass: {per_pass:,}", highlight=False)
-    if per_pass or not needs_index:
-        steps = total_steps(recipe, per_pass)
-        seen = steps * recipe.batch.size
-        passes = f" ({seen / per_pass:.2f} passes)" if per_pass else ""
-        console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
+    per_pass = samples_per_pass(recipe.data)
+    console.print(f"samples a pass: {per_pass:,}", highlight=False)
+    steps = total_steps(recipe, per_pass)
+    seen = steps * recipe.batch.size
+    passes = f" ({seen / per_pass:.2f} passes)"
+    console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
+    check_length(recipe, steps)
+    check_data(recipe, bundle)
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
+
+
+def check_data(recipe: Recipe, bundle: Any) -> None:
+    """The settings of the sources as the loader checks them: members, pairs, what can be mixed."""
+    from dualenc.data.dataset import check_mix, members_of
+
+    for i in range(len(recipe.data.sources)):
+        members_of(recipe.data, i, bundle.inputs, recipe.pairs)
+    check_mix(recipe.data, bundle.inputs, recipe.pairs)
 
 
 def print_rates(console: Console, model: Any, recipe: Recipe) -> None:

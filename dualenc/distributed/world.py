@@ -178,11 +178,20 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     return int(text)
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+def check_device(name: str) -> None:
+    """Refuse ``engine.device: cuda`` where there is none.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device is cuda, but torch sees no CUDA device; write auto or cpu")
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    check_device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
