@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dualenc.api.runs import resolve_tasks
 from dualenc.cli.app import AllowPipe, Debug, app
-from dualenc.cli.train import resolve_tasks
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 

@@ -18,10 +18,15 @@ app.add_typer(shards_app, name="shards")
 
 @shards_app.command("build", context_settings={"ignore_unknown_options": True})
 def shards_build(
-    source: Annotated[str, typer.Argument(help="Layout of the source: folder, jsonl, csv, parquet, hf, quickstart.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="folder, jsonl, json, csv, parquet, hf, kitti, kitti_raw, nuscenes, quickstart, or a plugin's source."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the shards and their index.")],
     options: Annotated[
-        list[str] | None, typer.Argument(help="Settings of that layout, key=value: path=captions.jsonl split=train")
+        list[str] | None, typer.Argument(help="Settings of that source, key=value: path=captions.jsonl split=train")
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from dualenc.api.runs import resolve_tasks
+from dualenc.api.runs import train as run
 from dualenc.cli.app import AllowPipe, Debug, Overrides, app
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
 from dualenc.errors import ConfigError, DualencError
@@ -18,43 +19,21 @@ from dualenc.errors import ConfigError, DualencError
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; read no samples.")] = False,
     allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe; started again, it goes on from its newest save."""
-    loaded = load_recipe(recipe, [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])])
+    from dualenc.model.start_from import completed
+
+    said = [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])]
+    loaded = load_recipe(recipe, said, completed)
     if dry_run:
         print_plan(loaded)
-        return
-    from dualenc.train.loop import train as run
-
-    tasks = resolve_tasks(loaded.eval.tasks)
-    guarded = resolve_tasks(loaded.eval.guard.tasks) if loaded.eval.guard is not None else []
-    run(loaded, evaluate_with(tasks) if tasks else None, evaluate_with(guarded) if guarded else None)
-
-
-def evaluate_with(tasks: list[Any]) -> Any:
-    """The evaluation the loop calls: it knows tasks, the loop knows none."""
-
-    seen: dict[Any, Any] = {}  # a run evaluates the same files again and again
-
-    def evaluate(embedder: Any, world: Any) -> dict[str, float]:
-        from dualenc_evals.harness import evaluate as run_tasks
-
-        results = run_tasks(embedder, tasks, world=world, progress=False, details=False, seen=seen)
-        return {f"{name}/{k}": v for name, r in results["tasks"].items() for k, v in r["metrics"].items()}
-
-    return evaluate
-
-
-def resolve_tasks(names: list[str]) -> list[Any]:
-    """Task names or YAML files → tasks; a wrong name is an error before the first step, not after the last."""
-    from dualenc_evals.catalog import load_task
-
-    return [load_task(n) for n in names if n]
+    else:
+        run(loaded)
 
 
 def print_plan(recipe: Recipe) -> None:
@@ -142,15 +121,16 @@ def launch(
 
 @app.command("engine-json")
 def engine_json(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option("--ranks", help="Number of ranks over all machines.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
     from dualenc.engine.deepspeed_engine import deepspeed_json
+    from dualenc.model.start_from import completed
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [], completed)
     if loaded.engine.kind != "deepspeed":
         raise ConfigError(f"engine.kind is {loaded.engine.kind}, which has no such file; add engine.kind=deepspeed")
     print(json.dumps(deepspeed_json(loaded.engine, loaded.optim, ranks), indent=2))

@@ -9,7 +9,7 @@ Parts chosen by name (encoders, losses, a modality's input) carry settings that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.errors import did_you_mean
+from dualenc.shipped import find_recipe
 
 
 class Unlocked(Section):
@@ -352,13 +353,23 @@ def pair_name(pair: tuple[str, str]) -> str:
     return "-".join(pair)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
+
+    Args:
+        path: a YAML file, or the name of a recipe that comes with the package, such as ``quickstart``.
+        overrides: values are read as YAML.
+        complete: fills in what the recipe leaves out before it is checked, see :mod:`dualenc.model.start_from`.
 
     Raises:
         ConfigError: naming the key, the file it came from, the value, and what to write instead.
     """
-    raw, origin = read_yaml(Path(path))
+    file = find_recipe(path)
+    raw, origin = read_yaml(file)
     for item in overrides:
         apply_override(raw, item, origin)
-    return parse(Recipe, raw, origin, str(path))
+    return parse(Recipe, raw if complete is None else complete(raw), origin, str(file))

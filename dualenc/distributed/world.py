@@ -68,7 +68,7 @@ def init_world(device: str = "auto", timeout_s: float = 600.0, threads: int | No
     """
     place = _place(os.environ)
     _set_threads(threads, place.local_world_size)
-    where = _device(device, place.local_rank)
+    where = _device(device, place.local_rank, _bound_by_slurm(os.environ))
     if place.world_size == 1:
         return World(device=where, timeout_s=timeout_s)
     for key, value in _launcher_variables(os.environ, place).items():
@@ -178,12 +178,21 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     return int(text)
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _bound_by_slurm(env: Mapping[str, str]) -> bool:
+    """Whether srun (not torchrun inside a job) shows every task devices of its own: ``srun --gpus-per-task=1``."""
+    by_srun = "SLURM_STEP_NUM_TASKS" in env and "TORCHELASTIC_RUN_ID" not in env
+    return by_srun and ("SLURM_GPUS_PER_TASK" in env or "SLURM_TRES_PER_TASK" in env)
+
+
+def _device(name: str, local_rank: int, bound: bool = False) -> torch.device:
+    """Of what is visible: the first device where each task sees only its own (``bound``), else that of the rank."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("engine.device is cuda, but torch sees no CUDA device; write auto or cpu")
     count = torch.cuda.device_count()
+    if bound:
+        local_rank = 0
     if local_rank >= count:
         raise ConfigError(
             f"Local rank {local_rank} has no GPU: this machine shows {count}; start at most that many ranks"

@@ -1,7 +1,7 @@
 """An evaluation task is data: a YAML file that says what is read, which classes and prompts, what others measured.
 
-Here stands what every task has: its source and where that lies. Each kind of task (:mod:`dualenc_evals.kinds`) adds
-its own keys in a subclass of :class:`Task`; :mod:`dualenc_evals.catalog` finds and reads the files.
+Here stands what every task has (its source, and where that lies) and what all with classes have. Each kind of task
+(:mod:`dualenc_evals.kinds`) adds its own keys in a subclass; :mod:`dualenc_evals.catalog` finds and reads the files.
 """
 
 from __future__ import annotations
@@ -11,13 +11,23 @@ import os
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from dualenc.config import Positive, Section, Share
+from dualenc.data.driving.corruption import Corruption
+from dualenc.data.sources.opened import read_text
 from dualenc.errors import ConfigError, DataError, did_you_mean
-from dualenc_evals.read.files import read_text
 
-LISTS = ("jsonl", "json", "csv")
+LISTS = ("jsonl", "json", "csv", "parquet")
+SHARDS = ("shards", "clip_benchmark")
+"""Sources of evaluations alone: training reads shards by its recipe."""
+
+
+def _wrong(key: str, why: str, value: Any = None) -> ValidationError:
+    """The error of one key of a section, for a check that sees all keys."""
+    told = PydanticCustomError("value_error", why)  # type: ignore[arg-type]
+    return ValidationError.from_exception_data("source", [{"type": told, "loc": (key,), "input": value}])
 
 
 class Every(Section):
@@ -34,37 +44,26 @@ class Every(Section):
         return rows[self.offset :: self.step]
 
 
-class Corruption(Section):
-    """Sensors that fail; what is drawn depends on the picture's name only (:mod:`dualenc_evals.read.corruption`)."""
+class TaskSource(Section):
+    """What is read. ``path`` is a file, pattern, folder or name; see ``kind``.
 
-    beams: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share of the LiDAR's beams that are silent"
-    )
-    pictures: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0, description="share of the pictures that are black"
-    )
-    turned_deg: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
-        description="standard deviation of the error of the camera's calibration, about each axis, in degrees",
-    )
-    fog: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
-        description="how thick fog-like noise on the LiDAR is: 1 / the metres a beam goes before 63 % are lost",
-    )
+    ``kind`` is also any source that is registered in :data:`dualenc.data.sources.sources`; its own settings stand
+    beside the keys below.
+    """
 
+    model_config = ConfigDict(extra="allow", frozen=True)
 
-class Source(Section):
-    """What is read. ``path`` is a file, pattern, folder or name; see ``kind``."""
-
-    kind: Literal["shards", "clip_benchmark", "folder", "jsonl", "json", "csv", "hf", "kitti", "nuscenes"] = Field(
+    kind: str = Field(
         description="shards: webdataset tars; clip_benchmark: its exported folder (SPLIT/N.tar, classnames.txt); "
-        "folder: one folder a class; jsonl, json, csv: one row an item, files beside it; hf: a Hugging Face data set "
-        "by name, or a local folder; kitti, nuscenes: the folder as published (camera and lidar)"
+        "folder: one folder for each class, or texts beside the files; jsonl, json, csv, parquet: one row an item, "
+        "files beside it; hf: a Hugging Face data set by name, or a local folder; kitti, kitti_raw, nuscenes: the "
+        "folder as published (camera and lidar); or the name of a source that another package registers"
     )
-    path: str | list[str]
+    path: str | list[str] = ""
     split: str | None = Field(
         None,
-        description="hf: the split; jsonl, json, csv: rows whose 'split' is this; folder, clip_benchmark: subfolder",
+        description="hf: the split; tables: rows whose 'split' is this; folder, clip_benchmark: subfolder; nuscenes: "
+        "the folder of tables",
     )
     subset: str | None = Field(None, description="hf: the configuration, where a data set has several")
     revision: str | None = Field(None, description="hf: the commit or tag that is read")
@@ -88,24 +87,47 @@ class Source(Section):
     obtain: str = Field("", description="how a person gets this data")
 
     @model_validator(mode="after")
-    def _fits(self) -> Source:
+    def _fits(self) -> TaskSource:
+        own = self._own_settings()
         here = {
             "subset": ("hf",), "revision": ("hf",), "files": LISTS, "columns": ("csv",), "group": (*LISTS, "hf"),
-            "metadata": ("shards",), "corrupt": ("kitti", "nuscenes"),
+            "metadata": ("shards",), "corrupt": ("kitti", "kitti_raw", "nuscenes"),
         }  # fmt: skip
         for key, kinds in here.items():
-            if getattr(self, key) is not None and self.kind not in kinds:
+            if getattr(self, key) is not None and self.kind not in kinds and key not in own:
                 raise ValueError(f"{key}: belongs to {', '.join(kinds)}, this source is {self.kind}")
+        if not self.path and ("path" in own or self.kind in SHARDS):
+            raise _wrong("path", f"a source {self.kind} needs it: where do the data stand?")
         if self.kind == "hf" and self.split is None:
             raise ValueError("split: name the split of the Hugging Face data set, for example test")
         if self.kind == "hf" and not isinstance(self.path, str):
             raise ValueError("path: one data set, not a list of them")
         return self
 
+    def _own_settings(self) -> set[str]:
+        """Keys of the source's own settings. Raises ValidationError for an unknown source or key, with the nearest."""
+        from dualenc.data.sources import sources
+        from dualenc.data.sources.samples import accepted
+
+        own: set[str] = set()
+        if self.kind not in SHARDS:
+            try:
+                own = accepted(sources[self.kind].settings)
+            except ConfigError as e:
+                near = did_you_mean(self.kind, [*SHARDS, *sources])
+                raise _wrong("kind", f"there is no such source. {near}", self.kind) from e
+        for key in self.model_extra or {}:
+            if key not in own:
+                known = {*type(self).model_fields, *own}
+                raise _wrong(key, f"unknown key of this source. {did_you_mean(key, known)}")
+        return own
+
     @property
     def says_class(self) -> bool:
-        """Whether the data say by themselves which class an item is of."""
-        return self.kind in ("folder", "clip_benchmark", "kitti", "nuscenes")
+        """Whether the data say by themselves which class an item is of: tables do not, a column has to be named."""
+        from dualenc.data.sources import sources
+
+        return self.kind == "clip_benchmark" or (self.kind not in SHARDS and not sources[self.kind].table)
 
     @property
     def brings_prompts(self) -> bool:
@@ -115,7 +137,13 @@ class Source(Section):
     @property
     def has_sensors(self) -> bool:
         """Whether it is of cameras and LiDAR, which :class:`Corruption` can make fail."""
-        return self.kind in ("kitti", "nuscenes")
+        return "corrupt" in self._own_settings()
+
+    def settings(self) -> dict[str, Any]:
+        """What is set of the source's own settings, but for the path."""
+        own = self._own_settings() - {"path"}
+        given = {**{k: getattr(self, k) for k in type(self).model_fields}, **(self.model_extra or {})}
+        return {k: v for k, v in given.items() if k in own and k in self.model_fields_set and v is not None}
 
 
 class Reference(Section):
@@ -146,7 +174,7 @@ class Task(Section):
     version: Positive = 1
     kind: str
     description: str = ""
-    source: Source
+    source: TaskSource
     modalities: tuple[str, str] = ("image", "text")
     metrics: list[str] = Field(default_factory=list, description="default: those of the kind")
     max_skipped: Share = Field(0.1, description="refuse to give a number when more than this share could not be read")
@@ -216,6 +244,44 @@ class Task(Section):
     def numbers_classes(self) -> bool:
         """Whether class numbers of a table stay numbers, because the task lists the names in that order."""
         return False
+
+
+class ClassesTask(Task):
+    """What the tasks of all kinds with classes have."""
+
+    label: str | None = Field(
+        None,
+        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
+        "multilabel: a column of several labels, 'a+b' takes those of both",
+    )
+    classes: list[str] | dict[str, str | list[str]] | str | None = Field(
+        None,
+        description="names in label order; or label → name(s) shown to the model; or a .txt; default: the labels",
+    )
+    other_labels: Literal["error", "drop"] = Field("error", description="items whose label is in no class")
+
+    def check_keys(self) -> None:
+        """Where the data do not say it by themselves, the task says where a class stands."""
+        if self.label is None and not self.source.says_class:
+            raise ValueError(f"label: say where a {self.source.kind} row's class stands, for example label: json:class")
+
+    def read_modalities(self) -> list[str]:
+        """The items; what they are matched with is made of the classes' names."""
+        return [self.modalities[0]]
+
+    def label_place(self) -> tuple[str, str] | None:
+        """The class."""
+        return ("label", self.label) if self.label is not None else None
+
+    @property
+    def drops_unlabelled(self) -> bool:
+        """Where other labels are dropped, an item without one belongs to no class too."""
+        return self.other_labels == "drop"
+
+    @property
+    def numbers_classes(self) -> bool:
+        """With a list of names, numbers are places in it."""
+        return isinstance(self.classes, list | str)
 
 
 # --- what a task names outside itself -----------------------------------------------------------------------------

@@ -15,12 +15,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from dualenc.data.shards.index import expand
 from dualenc.errors import ConfigError, DataError
 from dualenc_evals.catalog import list_tasks, load_task, task_files
 from dualenc_evals.harness import definition, evaluate
 from dualenc_evals.kinds import Kind, Measured, kinds
 from dualenc_evals.kinds.classification import ClassificationTask, classes_of, templates_of
-from dualenc_evals.read.files import expand
 from dualenc_evals.read.shards import read_rows
 from dualenc_evals.task import Task, read_lines
 

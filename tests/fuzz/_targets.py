@@ -251,7 +251,7 @@ def recipe() -> tuple[list[bytes], Use]:
 
 @target
 def task() -> tuple[list[bytes], Use]:
-    from dualenc_evals.task import load_task, task_files
+    from dualenc_evals.catalog import load_task, task_files
 
     folder = Path(tempfile.mkdtemp())
     samples = [raw for p in task_files().values() if b"include:" not in (raw := p.read_bytes())]

@@ -30,7 +30,7 @@ from dualenc.data.driving.geometry import (
     seen,
 )
 from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
-from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, coloured, to_tensor
+from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, coloured, png_of, to_tensor
 from dualenc.data.modalities.lidar import Motion
 from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import DataError
@@ -99,6 +99,7 @@ class CameraInput:
 
     Config: ClassVar[type[BaseModel]] = CameraConfig
     default_members: ClassVar[list[str]] = [f"{JSON}+cam*", "jpg", "jpeg", "png", "webp"]
+    prompt: ClassVar[str] = "a photo of a {}."
 
     def __init__(self, config: CameraConfig, base_dir: str | Path | None = None) -> None:
         from PIL import Image
@@ -129,6 +130,10 @@ class CameraInput:
         if self.config.places is not None:
             shots.regions = read_regions(raw) if MEMBER in raw else None
         return shots
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """A mapping of pictures and calibration as it is; a PIL image or uint8 [H, W, 3] → the bytes of a PNG."""
+        return x if isinstance(x, Mapping) else png_of(x)
 
     def placed(self, x: Rig, rng: np.random.Generator) -> Rig:
         """The shots with places drawn, where the config asks for them."""

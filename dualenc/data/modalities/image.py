@@ -71,6 +71,14 @@ class ImageConfig(Section):
     patch: Positive = 16
     max_patches: Positive = 256
     crop: Literal["center"] = "center"
+    shortest_edge: Positive | None = Field(
+        default=None,
+        description="shortest: that edge before the crop, where it is not size (DINOv2: 256 for 224)",
+    )
+    centre: Literal["round", "floor"] = Field(
+        default="round",
+        description="cut of an odd border: as torchvision and open_clip (half to even), or as transformers",
+    )
     background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="what transparent pixels stand on")
     pad: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), description="the border that resize: longest adds")
     max_pixels: Positive = Field(default=25_000_000, description="larger pictures are refused before they are decoded")
@@ -82,11 +90,13 @@ class ImageInput:
     """Pictures as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S]. With ``resize: naflex`` rows are grids of
     patches and ``collate`` gives ``patches`` uint8 [B, max_patches, patch · patch · 3] and ``grid`` [B, 2].
 
-    ``eval`` is the resize and crop of torchvision and open_clip, pixel for pixel (PIL, antialiased).
+    ``eval`` is the resize and crop of torchvision and open_clip, or with ``centre: floor`` of transformers, pixel for
+    pixel (PIL, antialiased).
     """
 
     Config: ClassVar[type[BaseModel]] = ImageConfig
     default_members: ClassVar[list[str]] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "tif", "tiff", "jp2"]
+    prompt: ClassVar[str] = "a photo of a {}."
 
     def __init__(self, config: ImageConfig, base_dir: str | Path | None = None) -> None:
         from PIL import Image
@@ -141,7 +151,8 @@ class ImageInput:
             return to_tensor(image.resize((size, size), self._filter))
         w, h = image.size
         if self.config.resize == "shortest":
-            wh = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+            edge = self.config.shortest_edge or size
+            wh = (edge, int(edge * h / w)) if w <= h else (int(edge * w / h), edge)
         else:
             ratio = max(w, h) / size
             wh = (max(round(w / ratio), 1), max(round(h / ratio), 1))
@@ -149,7 +160,7 @@ class ImageInput:
             return to_tensor(_resized_centre(image, wh, size, self._filter))
         if wh != image.size:
             image = image.resize(wh, self._filter)
-        return to_tensor(_centre(image, size, self.config.pad))
+        return to_tensor(_centre(image, size, self.config.pad, self.config.centre))
 
     def collate(self, rows: list[Tensor]) -> Tensor | dict[str, Tensor]:
         """→ uint8 [B, 3, S, S], or ``patches`` and ``grid``."""
@@ -165,6 +176,10 @@ class ImageInput:
         """The settings; there is nothing else."""
         return {"kind": "image", "config": self.config.model_dump(mode="json")}
 
+    def as_raw(self, x: Any, rate: int | None = None) -> bytes | None:
+        """A PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4] → the bytes of a PNG."""
+        return png_of(x)
+
     def _pixels(self, width: float, height: float) -> tuple[int, int]:
         """(width, height) of the whole patches that a picture is resized to."""
         rows, columns = grid(int(width), int(height), self.config.patch, self.config.max_patches)
@@ -172,6 +187,38 @@ class ImageInput:
 
     def _row(self, image: Image.Image) -> Tensor:
         return cut(image, self.config.patch) if self._naflex else to_tensor(image)
+
+
+def png_of(x: Any) -> bytes | None:
+    """The bytes of a PNG with the same pixels; None where ``x`` is neither an array nor a PIL image.
+
+    Args:
+        x: a PIL image (its EXIF orientation goes with it), or a NumPy array or tensor uint8 [H, W], [H, W, 3] (RGB) or
+            [H, W, 4] (RGBA).
+
+    Raises:
+        DecodeError: an array of another shape or type.
+    """
+    from PIL import Image
+
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    if isinstance(x, np.ndarray):
+        if x.dtype != np.uint8 or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (3, 4))) or x.size == 0:
+            raise DecodeError(
+                f"an image array must be uint8 [H, W, 3], [H, W, 4] or [H, W], got {x.dtype} {list(x.shape)}; "
+                "give a batch as list(batch)"
+            )
+        x = Image.fromarray(np.ascontiguousarray(x))
+    if not isinstance(x, Image.Image):
+        return None
+    if x.mode == "F":
+        raise DecodeError("a floating-point image has no stated range; convert it to uint8 first")
+    if x.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") and not x.mode.startswith("I"):
+        x = x.convert("RGBA" if x.has_transparency_data else "RGB")
+    out = io.BytesIO()
+    x.save(out, "PNG", compress_level=1, exif=x.getexif())
+    return out.getvalue()
 
 
 class Picture:
@@ -317,7 +364,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.Image:
+def _centre(image: Image.Image, size: int, pad: tuple[int, int, int], centre: Literal["round", "floor"]) -> Image.Image:
     """Centre crop; where the picture is smaller, pad (an odd pixel goes right and below), as torchvision does."""
     from PIL import Image
 
@@ -328,7 +375,10 @@ def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.I
         image, (w, h) = ground, ground.size
     if (w, h) == (size, size):
         return image
-    left, top = round((w - size) / 2.0), round((h - size) / 2.0)
+    if centre == "floor":
+        left, top = (w - size) // 2, (h - size) // 2
+    else:
+        left, top = round((w - size) / 2.0), round((h - size) / 2.0)
     return image.crop((left, top, left + size, top + size))
 
 

@@ -117,6 +117,7 @@ class LidarInput:
 
     Config: ClassVar[type[BaseModel]] = LidarConfig
     default_members: ClassVar[list[str]] = ["json:lidar+lidar.npy", "lidar.npy", "npy", "npz", "pcd", "bin"]
+    prompt: ClassVar[str] = "a {}"
 
     def __init__(self, config: LidarConfig, base_dir: str | Path | None = None) -> None:
         self.config = config
@@ -208,6 +209,10 @@ class LidarInput:
         x = Cloud(points, np.zeros(3), np.eye(4), places=none)
         return {**_row(x, np.zeros(1, np.int64)), **self._named(x)}
 
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """Points float [n, ≥ 3] → the bytes of a ``.npy``; a mapping with a calibration as it is."""
+        return x if isinstance(x, Mapping) else npy_of(x)
+
     def describe(self) -> dict[str, Any]:
         """The settings; there is nothing else."""
         return {"kind": "lidar", "config": self.config.model_dump(mode="json")}
@@ -252,6 +257,17 @@ def _row(x: Cloud, keep: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         "to_ego": torch.from_numpy(x.to_ego.astype(np.float32)),
         "origin": torch.from_numpy(x.origin.astype(np.float32)),
     }
+
+
+def npy_of(x: Any) -> bytes | None:
+    """Points float [n, ≥ 3] as the bytes of a ``.npy``; None where ``x`` is no array."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    if not isinstance(x, np.ndarray):
+        return None
+    out = io.BytesIO()
+    np.save(out, x, allow_pickle=False)
+    return out.getvalue()
 
 
 def read_cloud(raw: Any, bin_columns: int | None = None) -> tuple[F32, list[str], F64]:

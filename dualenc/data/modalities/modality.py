@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
@@ -58,6 +58,27 @@ class ModalityInput(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Everything needed to make the same input again: ``config`` plus identities (such as a vocabulary's hash)."""
+
+
+@runtime_checkable
+class FromMemory(Protocol):
+    """An input that also takes what a program holds in memory: arrays, tensors, PIL images, decoded audio.
+
+    Optional: a modality without it takes what its ``decode`` takes, and a string is a path or URL.
+    """
+
+    prompt: ClassVar[str]
+    """How a class name is worded where nothing else is said, with ``{}`` for the name."""
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """An object in memory → what ``decode`` takes, without loss; None if it is no object of this modality's.
+
+        Args:
+            rate: samples per second of waveforms that do not say it themselves.
+
+        Raises:
+            DecodeError: for an array of another shape or type than the modality's.
+        """
 
 
 @contextmanager

@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dualenc.data.modalities.modality import DecodeError, reason_of
 from dualenc.data.modalities.sound_length import missing_bytes
@@ -22,6 +25,7 @@ _UNKNOWN = 1 << 40  # a header that does not know its length says something absu
 _LOUDEST = 1 << 16  # floating-point files may hold 16-bit counts, nothing larger; its square still fits fp32
 # MPEG and Ogg headers may be off by a codec frame or two, and some decoders drop the last one.
 _LOSSY_SLACK = 4 * 1152
+_CHANNELS = 64
 _AV_SECONDS = 600  # FFmpeg's containers are decoded whole: ten minutes at most
 
 
@@ -120,6 +124,38 @@ class Sound:
         if not got:
             raise DecodeError("no samples could be decoded")
         return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def wav_of(x: Any, rate: int | None) -> bytes | None:
+    """The bytes of a float WAV with the same samples; None where ``x`` is no waveform.
+
+    Args:
+        x: a NumPy array or tensor [T] or [channels, T], float with full scale ±1 or int16; or the mapping
+            ``{"array": …, "sampling_rate": …}`` of the Hugging Face datasets library.
+        rate: samples per second; a mapping says it itself.
+
+    Raises:
+        DecodeError: an array of another shape or type, or no rate.
+    """
+    import soundfile
+
+    if isinstance(x, Mapping) and "array" in x:
+        x, rate = x["array"], x.get("sampling_rate", rate)
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    if not isinstance(x, np.ndarray):
+        return None
+    if x.ndim not in (1, 2) or x.size == 0 or (x.ndim == 2 and x.shape[0] > min(x.shape[1], _CHANNELS)):
+        raise DecodeError(f"a waveform must be [T] or [channels, T], got {list(x.shape)}; give a batch as list(batch)")
+    if x.dtype == np.int16:
+        x = x.astype(np.float32) / 32768
+    if x.dtype.kind != "f":
+        raise DecodeError(f"a waveform must be float with full scale ±1, or int16, got {x.dtype}")
+    if rate is None:
+        raise DecodeError("a waveform needs its rate: add sample_rate=48000, or whatever it is")
+    out = io.BytesIO()
+    soundfile.write(out, x.T.astype(np.float32), int(rate), format="WAV", subtype="FLOAT")
+    return out.getvalue()
 
 
 def _said(e: BaseException) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
+import sys
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -99,6 +102,7 @@ class TextInput:
 
     Config: ClassVar[type[BaseModel]] = TextConfig
     default_members: ClassVar[list[str]] = ["txt", "text", "caption", "json:caption", "json:captions"]
+    prompt: ClassVar[str] = "{}"
 
     def __init__(self, config: TextConfig, base_dir: str | Path | None = None) -> None:
         self.config, self.base_dir = config, base_dir
@@ -169,6 +173,10 @@ class TextInput:
     def dummy(self) -> Tensor:
         """A caption of one word."""
         return self._row("a")
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """A string is the text itself, and a list of strings several captions of one item."""
+        return x if isinstance(x, str | list | tuple) else None
 
     def describe(self) -> dict[str, Any]:
         """Settings with the context resolved, and the tokenizer's identity."""
@@ -270,6 +278,25 @@ def build_tokenizer(
     raise ConfigError(f"tokenizer: {name!r} is unknown; write {_FORMS}.")
 
 
+@cache
+def _open_clip_tokenizers() -> Any:
+    """open_clip's file of tokenizers, without the rest of it: that imports torchvision, timm and transformers, which
+    takes longer than all else of a run of small towers does before its first step."""
+    if "open_clip" in sys.modules:
+        return importlib.import_module("open_clip.tokenizer")
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None
+    assert package.origin is not None
+    spec = importlib.util.spec_from_file_location(
+        "dualenc_open_clip_tokenizer", Path(package.origin).parent / "tokenizer.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class ClipBPE:
     """CLIP's byte-pair encoding (Radford et al. 2021) with the first merges only.
 
@@ -285,9 +312,7 @@ class ClipBPE:
         if context_length < 3:
             raise ConfigError(f"context_length ({context_length}) leaves no room between start and end of text.")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from open_clip.tokenizer import SimpleTokenizer
-
-        bpe = SimpleTokenizer(clean="whitespace" if lower is False else "lower")
+        bpe = _open_clip_tokenizers().SimpleTokenizer(clean="whitespace" if lower is False else "lower")
         merges = list(bpe.bpe_ranks)[: vocab_size - _SYMBOLS - _SPECIAL]
         vocab = [*list(bpe.encoder)[: _SYMBOLS + len(merges)], "<start_of_text>", "<end_of_text>"]
         bpe.bpe_ranks = {m: i for i, m in enumerate(merges)}

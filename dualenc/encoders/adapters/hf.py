@@ -8,6 +8,7 @@ Code in a repository is never run, and weights are read as safetensors or under 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,11 +25,22 @@ from dualenc.encoders.adapters.hf_naflex import NaflexTower
 from dualenc.encoders.families import families
 from dualenc.encoders.own.transformer import end_of_text
 from dualenc.encoders.released.migrations import resize_positions
-from dualenc.encoders.released.weights import PACKAGE, load_exactly, no_scalars, package_folder, refusing_code
+from dualenc.encoders.released.weights import (
+    PACKAGE,
+    load_exactly,
+    no_scalars,
+    package_folder,
+    refuse_nonfinite,
+    refusing_code,
+)
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head, with_batch_norms
 from dualenc.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 Pooling = Literal["mean", "cls", "eot", "model"]
+WHOLE_PROJECTED = ("clip", "altclip", "chinese_clip", "clap")
+"""transformers' model_type of dual encoders whose towers have a projection of their own."""
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -94,6 +106,7 @@ class HF:
             arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
             projected = config.projection
             net = released_model(folder, arch, where, projected) if config.pretrained else random_model(arch, projected)
+            _say_what_is_left(folder, config, where)
             if config.resize_positions:
                 net, arch = resized(net, arch, kind, describe, where)
         pooling = config.pooling or (
@@ -101,6 +114,23 @@ class HF:
         )
         tower = wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
         return with_batch_norms(tower, config.freeze_bn)
+
+
+def _say_what_is_left(folder: str, config: HFConfig, where: str) -> None:
+    """One tower of a whole CLIP is taken without its projection and temperature, which is seldom what is meant."""
+    whole = load_config(folder)
+    if not config.pretrained or "projection" in config.model_fields_set or whole.model_type not in WHOLE_PROJECTED:
+        return
+    logger.warning(
+        "%s: %s is a whole %s model; this takes one tower of it, without its projection and temperature. Write "
+        "projection: true, head: none (and embed_dim: %s) to keep the projection, projection: false to drop it without "
+        "this warning, or checkpoint.init_from=hf:%s to start from the whole model.",
+        where,
+        folder,
+        whole.model_type,
+        whole.projection_dim,
+        folder,
+    )
 
 
 class HFText(Tower):
@@ -273,7 +303,11 @@ def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     shortest = crop is not None or (isinstance(resize, dict) and "shortest_edge" in resize)
-    return {"size": int(size), "resize": "shortest" if shortest else "squash", **_pixel_defaults(pre)}
+    if not shortest:
+        return {"size": int(size), "resize": "squash", **_pixel_defaults(pre)}
+    edge = resize.get("shortest_edge") if isinstance(resize, dict) else resize
+    way = {"size": int(size), "resize": "shortest", "centre": "floor", **_pixel_defaults(pre)}
+    return way if edge is None or int(edge) == int(size) else {**way, "shortest_edge": int(edge)}
 
 
 def _pixel_defaults(pre: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,6 +403,7 @@ def released_model(where: str, arch: Any, field: str, projected: bool = False) -
             f"{field}: the weights of {where} lack {len(missing)} tensors of the model (first {missing[:1]}); "
             f"of another shape: {sorted(map(str, info['mismatched_keys']))[:1]}"
         )
+    refuse_nonfinite(dict(net.named_parameters()), f"{field}: hf/{where}")
     return without_pooler(net.get_encoder() if arch.model_type == "whisper" else net)
 
 

@@ -58,7 +58,10 @@ class OpenClip:
         cfg = architecture(name, config)
         if kind == "image":
             return image_defaults(cfg, preprocessing(name, config))
-        return text_defaults(cfg, f"open_clip:{name}")
+        out = text_defaults(cfg, f"open_clip:{name}")
+        if config.config is not None:  # the architecture itself: its name is anybody's, and says nothing of a tokenizer
+            del out["tokenizer"]
+        return out
 
     def demands(self, kind: str, name: str, config: OpenClipConfig) -> dict[str, Any]:
         if not config.pretrained:

@@ -22,43 +22,10 @@ from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Content, Row, Rows
-from dualenc_evals.task import Task, paths_of, read_lines
+from dualenc_evals.task import ClassesTask, paths_of, read_lines
 
 MAX_CONFUSION = 64
 """A confusion matrix is kept up to this many classes; beyond, only the most frequent confusions are."""
-
-
-class ClassesTask(Task):
-    """What all tasks with classes have."""
-
-    label: str | None = Field(
-        None,
-        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
-        "multilabel: a column of several labels, 'a+b' takes those of both",
-    )
-    classes: list[str] | dict[str, str | list[str]] | str | None = Field(
-        None,
-        description="names in label order; or label → name(s) shown to the model; or a .txt; default: the labels",
-    )
-    other_labels: Literal["error", "drop"] = Field("error", description="items whose label is in no class")
-
-    def check_keys(self) -> None:
-        """Where the data do not say it by themselves, the task says where a class stands."""
-        if self.label is None and not self.source.says_class:
-            raise ValueError(f"label: say where a {self.source.kind} row's class stands, for example label: json:class")
-
-    def read_modalities(self) -> list[str]:
-        """The items; what they are matched with is made of the classes' names."""
-        return [self.modalities[0]]
-
-    def label_place(self) -> tuple[str, str] | None:
-        """The class."""
-        return ("label", self.label) if self.label is not None else None
-
-    @property
-    def numbers_classes(self) -> bool:
-        """With a list of names, numbers are places in it."""
-        return isinstance(self.classes, list | str)
 
 
 class PromptedTask(ClassesTask):
@@ -86,11 +53,6 @@ class ClassificationTask(PromptedTask):
     def known(self) -> tuple[str, ...]:
         """Of each item: is its class the best, among the five best; of each class; of the confidences."""
         return ("top1", "top5", "mean_per_class_recall", "calibration_error")
-
-    @property
-    def drops_unlabelled(self) -> bool:
-        """Where other labels are dropped, an item without one belongs to no class too."""
-        return self.other_labels == "drop"
 
 
 def check_templates(templates: list[str]) -> None:
@@ -299,7 +261,13 @@ def _scored(
 
 
 def _details(
-    task: Task, data: Labelled, x: Tensor, weights: Tensor, scored: tuple[Ints, Ints], shown: Shown, seed: int
+    task: ClassificationTask,
+    data: Labelled,
+    x: Tensor,
+    weights: Tensor,
+    scored: tuple[Ints, Ints],
+    shown: Shown,
+    seed: int,
 ) -> dict[str, Any]:
     ranks, predicted = scored
     names = data.titles

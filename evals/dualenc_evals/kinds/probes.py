@@ -19,14 +19,14 @@ from torch import Tensor
 
 from dualenc.config import Positive, Section
 from dualenc_evals.features import Store, digest_of
-from dualenc_evals.kinds.classification import ClassesTask, Labelled, labelled
+from dualenc_evals.kinds.classification import Labelled, labelled
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import fewshot, linear
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Rows
 from dualenc_evals.read.shards import read_rows
-from dualenc_evals.task import Every, Source
+from dualenc_evals.task import ClassesTask, Every, TaskSource
 
 
 class Train(Section):
@@ -77,7 +77,7 @@ class ProbeTask(ClassesTask):
     def training(self) -> ProbeTask:
         """This task with the source of its training items."""
         source = {**self.source.model_dump(), **self.train.model_dump(exclude_unset=True)}
-        return self.model_copy(update={"source": Source.model_validate(source)})
+        return self.model_copy(update={"source": TaskSource.model_validate(source)})
 
 
 @dataclass(slots=True)

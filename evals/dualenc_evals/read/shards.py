@@ -18,10 +18,9 @@ from dualenc.data.shards.index import expand, open_source
 from dualenc.data.shards.reader import Reader, SampleError, check_members
 from dualenc.data.shards.remote import is_pipe
 from dualenc.data.shards.tar import Sample, unsafe
+from dualenc.data.sources.opened import MAX_BYTES, is_url, open_binary, read_text
 from dualenc.errors import ConfigError, DataError
-from dualenc_evals.read.files import MAX_BYTES, is_url, open_binary, read_text
-from dualenc_evals.read.hub import read_hub
-from dualenc_evals.read.lists import read_csv, read_json, read_jsonl
+from dualenc_evals.read.items import read_items
 from dualenc_evals.read.rows import (
     Content,
     Row,
@@ -35,7 +34,6 @@ from dualenc_evals.read.rows import (
     needed,
     require_some,
 )
-from dualenc_evals.read.scenes import read_driving
 from dualenc_evals.task import Task, locate, paths_of
 
 __all__ = ["Content", "Row", "Rows", "read_rows", "tar_samples"]
@@ -48,7 +46,7 @@ def read_rows(task: Task) -> Rows:
         DataError: files missing or broken, or nothing left.
         ConfigError: a column, member or split that is not there.
     """
-    got = READERS[task.source.kind](task)
+    got = READERS.get(task.source.kind, read_items)(task)
     rows = got.rows
     if task.source.every is not None:
         rows = task.source.every.of(rows)
@@ -157,6 +155,8 @@ class _Sample:
             return self.extra.get(key)
         if kind == "json":
             return self.json().get(key)
+        if spec.rpartition(".")[2] == "npy" and spec in self.members:
+            return self.sample.read(spec)
         return self.text(spec) if spec in self.members else None
 
     def json(self) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _rows_of_shards(task: Task, shards: list[str], spec: str | None, lines: bool
             continue
         contents = {m: sample.contents(s, lines) for m, s in specs.items()}
         own = label(task, spec, sample.value, found.key)
-        rows.append(Row(sample.name, contents, own, labels(task, spec, sample.value)))
+        rows.append(Row(sample.name, contents, own, labels(task, spec, sample.value, found.key)))
     require_some(task, rows, member_specs)
     return Rows(rows)
 
@@ -248,45 +248,5 @@ def _metadata(task: Task) -> dict[str, dict[str, Any]]:
         raise DataError(f"{path} must hold one JSON object with a 'key' a line: {e!r}") from e
 
 
-def _read_folder(task: Task) -> Rows:
-    rows: list[Row] = []
-    notes: list[str] = []
-    item = task.modalities[0]
-    endings = tuple(f".{e}" for e in task.source.members.get(item, []))
-    if not task.one_class:
-        raise ConfigError(f"task {task.name}: source.kind: a folder a class is for classification, got {task.kind!r}")
-    for base in paths_of(task):
-        root = Path(base, task.source.split) if task.source.split else Path(base)
-        if not root.is_dir():
-            how = f" How to get it: {task.source.obtain}" if task.source.obtain else ""
-            raise DataError(f"task {task.name}: there is no folder {root}.{how}")
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not folders:
-            raise DataError(
-                f"task {task.name}: {root} has no class folders in it (one folder a class, its files inside)"
-            )
-        for folder in folders:
-            files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-            files = [p for p in files if not endings or p.name.lower().endswith(endings)]
-            if not files:
-                notes.append(
-                    f"The class folder {folder.name!r} is empty: the class stays a wrong answer to choose from."
-                )
-                continue
-            for p in files:
-                name = f"{folder.name}/{p.name}"
-                rows.append(Row(name, {item: [Content(name, path=str(p))]}, folder.name))
-    return Rows(rows, notes)
-
-
-READERS: dict[str, Callable[[Task], Rows]] = {
-    "shards": _read_shards,
-    "clip_benchmark": _read_clip_benchmark,
-    "folder": _read_folder,
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "hf": read_hub,
-    "kitti": read_driving,
-    "nuscenes": read_driving,
-}
+READERS: dict[str, Callable[[Task], Rows]] = {"shards": _read_shards, "clip_benchmark": _read_clip_benchmark}
+"""Sources that are shards; every other kind is a layout in :data:`dualenc.data.sources.sources`."""

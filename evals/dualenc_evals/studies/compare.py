@@ -147,7 +147,7 @@ def full_length(bundle: Bundle, m: str) -> Any:
     """One row of a modality; token ids are repeated up to the context, all real."""
     source = bundle.inputs[m]
     x = source.collate([source.dummy()])
-    if not isinstance(source, TextInput):
+    if not (isinstance(source, TextInput) and isinstance(x, Mapping)):
         return x
     assert isinstance(x, dict)
     ids = x["ids"][:, :1].repeat(1, source.context_length)

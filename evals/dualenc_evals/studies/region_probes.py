@@ -47,7 +47,7 @@ CLASSES = {
 
 
 @dataclass
-class Frame:
+class RegionFrame:
     """One keyframe: its cloud in ego, and the regions and labelled boxes that have enough points above the ground."""
 
     key: Keyframe
@@ -58,7 +58,7 @@ class Frame:
     boxes: list[tuple[str, str, Ints]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, key: Keyframe, rng: np.random.Generator) -> Frame:
+    def of(cls, key: Keyframe, rng: np.random.Generator) -> RegionFrame:
         raw = key.points()
         points = moved(raw[:, :3], key.lidar_to_ego)
         out = cls(key, points, raw[:, 3:], ~ground(points))
@@ -115,7 +115,7 @@ def evaluate_regions(
     lidar, camera = (_modality(embedder, kind) for kind in ("lidar", "camera"))
     if lidar is None and camera is None:
         raise ConfigError("regions: the model has no bird's-eye-view tower (own/pillars, own/voxels, own/lift_splat)")
-    frames, learned = [Frame.of(k, rng) for k in test], [Frame.of(k, rng) for k in train]
+    frames, learned = [RegionFrame.of(k, rng) for k in test], [RegionFrame.of(k, rng) for k in train]
     out: dict[str, float] = {}
     if lidar is not None:
         out |= view_to_view(embedder, lidar, frames, rng)
@@ -133,7 +133,9 @@ def evaluate_regions(
 # --- the parts ----------------------------------------------------------------------------------------------------
 
 
-def view_to_view(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.random.Generator) -> dict[str, float]:
+def view_to_view(
+    embedder: Embedder, m: str, frames: Sequence[RegionFrame], rng: np.random.Generator
+) -> dict[str, float]:
     """R@1 and R@5 of regions between two views, among the regions of all frames; then a harder form of it."""
     out: dict[str, float] = {}
     for name, scale, kept_share in (("view", (0.9, 1.1), 0.8), ("hard_view", (0.8, 1.25), 0.5)):
@@ -153,7 +155,7 @@ def view_to_view(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.ra
     return out
 
 
-def instances(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.random.Generator) -> dict[str, float]:
+def instances(embedder: Embedder, m: str, frames: Sequence[RegionFrame], rng: np.random.Generator) -> dict[str, float]:
     """R@1 of labelled objects in the next keyframe, among all objects of that keyframe; then with every keyframe turned
     and mirrored on its own, so that nothing is found again for standing where it stood."""
     out: dict[str, float] = {}
@@ -181,7 +183,7 @@ def instances(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.rando
     return out
 
 
-def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[Frame]) -> dict[str, float]:
+def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[RegionFrame]) -> dict[str, float]:
     """R@1 and R@5, a region's camera features → its LiDAR features: with its own pictures, with another frame's, and
     with its own under the poses of other cameras (which lowers it only where the calibration is used)."""
     places = [[f.points[r] for r in f.regions] for f in frames]
@@ -201,7 +203,9 @@ def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[Frame])
     return out
 
 
-def classes(embedder: Embedder, m: str, test: Sequence[Frame], train: Sequence[Frame], seed: int) -> dict[str, float]:
+def classes(
+    embedder: Embedder, m: str, test: Sequence[RegionFrame], train: Sequence[RegionFrame], seed: int
+) -> dict[str, float]:
     """Linear probe: the class of a labelled box from the frozen map at its points."""
     x, y = (_boxes(embedder, m, frames) for frames in (train, test))
     known = np.flatnonzero(np.isin(y[1], x[1]))
@@ -219,7 +223,7 @@ def classes(embedder: Embedder, m: str, test: Sequence[Frame], train: Sequence[F
 
 
 def occupancy(
-    embedder: Embedder, m: str, test: Sequence[Frame], train: Sequence[Frame], rng: np.random.Generator
+    embedder: Embedder, m: str, test: Sequence[RegionFrame], train: Sequence[RegionFrame], rng: np.random.Generator
 ) -> dict[str, float]:
     """Linear probe: is there something above the ground in a cell of which nothing was measured?
 
@@ -309,7 +313,7 @@ def map_tower(embedder: Embedder, m: str) -> MapTower:
     return tower
 
 
-def _boxes(embedder: Embedder, m: str, frames: Sequence[Frame]) -> tuple[Tensor, Ints]:
+def _boxes(embedder: Embedder, m: str, frames: Sequence[RegionFrame]) -> tuple[Tensor, Ints]:
     chosen = [[(c, b) for cls, _, b in f.boxes if (c := _class(cls)) is not None] for f in frames]
     places = [[f.points[b] for _, b in boxes] for f, boxes in zip(frames, chosen, strict=True)]
     x = pooled(embedder, m, [f.lidar() for f in frames], places, projected=False)
@@ -320,7 +324,7 @@ def _class(name: str) -> int | None:
     return next((i for i, begins in enumerate(CLASSES.values()) if name.startswith(begins)), None)
 
 
-def _cells(f: Frame, kept: npt.NDArray[np.bool_], rng: np.random.Generator) -> tuple[F64, Ints]:
+def _cells(f: RegionFrame, kept: npt.NDArray[np.bool_], rng: np.random.Generator) -> tuple[F64, Ints]:
     def cells(rows: npt.NDArray[Any]) -> set[tuple[int, int]]:
         return {(int(x), int(y)) for x, y in np.floor(f.points[rows, :2] / CELL)}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dualenc.data.driving.corruption import Corruption
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
@@ -17,7 +18,7 @@ from dualenc_evals.pages import page as pages
 from dualenc_evals.pages.svg import Chart, Series, legend, line_chart
 from dualenc_evals.ranks import ranks_of
 from dualenc_evals.studies.interpolation import headlines, named
-from dualenc_evals.task import Corruption, Task
+from dualenc_evals.task import Task
 
 LEVELS: dict[str, tuple[float, ...]] = {
     "beams": (0.25, 0.5, 0.75),
@@ -50,7 +51,7 @@ def robustness(
     Args:
         model: a MODEL as in ``dualenc eval``.
         tasks: of kitti or nuscenes.
-        kinds: fields of :class:`dualenc_evals.task.Corruption`.
+        kinds: fields of :class:`dualenc.data.driving.corruption.Corruption`.
 
     Returns:
         ``{"model", "tasks", "clean": {task/metric: value}, "chance": likewise, "curves": {kind: [{"level", "metrics":

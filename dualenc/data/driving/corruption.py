@@ -8,17 +8,38 @@ failures whenever it is asked, and another model meets the same ones.
 from __future__ import annotations
 
 import hashlib
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
+from dualenc.config import Section
 from dualenc.data.driving.geometry import F64
-from dualenc_evals.task import Corruption
 
 BEAMS = 64
 """Beams of a sweep whose points do not say theirs: bands of equal height between its lowest and highest direction."""
 BACKSCATTER = 0.5
 """Share of the beams lost in fog that come back from the fog itself."""
 _NEAR, _THICK = 1.0, 20.0
+
+
+class Corruption(Section):
+    """Sensors that fail; what is drawn depends on the picture's name only."""
+
+    beams: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the LiDAR's beams that are silent"
+    )
+    pictures: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="share of the pictures that are black"
+    )
+    turned_deg: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="standard deviation of the error of the camera's calibration, about each axis, in degrees",
+    )
+    fog: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="how thick fog-like noise on the LiDAR is: 1 / the metres a beam goes before 63 % are lost",
+    )
 
 
 def rng_of(name: str, kind: str) -> np.random.Generator:

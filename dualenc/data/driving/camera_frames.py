@@ -12,32 +12,32 @@ KITTI: Geiger et al. 2012. nuScenes: Caesar et al. 2020, arXiv 1903.11027. Objec
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from dualenc.data.driving import corruption
+from dualenc.data.driving.corruption import Corruption
 from dualenc.data.driving.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
-from dualenc.data.driving.keyframes import Box, Keyframe, View, kitti_object, nuscenes, part_seen
+from dualenc.data.driving.keyframes import Box, CameraView, Keyframe, part_seen
 from dualenc.data.modalities.image import Picture, black_picture, cut_out, open_picture
 from dualenc.data.show import points_over, webp_uri
-from dualenc.errors import ConfigError, DataError, did_you_mean
-from dualenc_evals.read import corruption
-from dualenc_evals.read.files import open_binary
-from dualenc_evals.read.rows import Content, Row, Rows, kept, label, label_spec, needed
-from dualenc_evals.task import Corruption, Task, paths_of
+from dualenc.data.sources.item import Content, Item
+from dualenc.data.sources.opened import open_binary
+from dualenc.errors import DataError
 
 DRAWN_PX = 480
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class CameraFrame:
     """One picture with the sweep around it; boxes are in the camera's frame."""
 
     id: str
-    view: View
+    view: CameraView
     key: Keyframe
     size: tuple[int, int]
     boxes: tuple[Box, ...]
@@ -64,56 +64,63 @@ class Frame:
         return part_seen(box, points, self.view.intrinsics, self.size)
 
 
-def read_driving(task: Task) -> Rows:
-    """Rows of frames or objects.
+def frames_of(keys: Iterable[Keyframe], corrupt: Corruption) -> Iterator[CameraFrame]:
+    """Every picture of every keyframe.
 
     Raises:
-        DataError: a folder, table or file that is missing or broken.
+        DataError: a picture or calibration that is missing or broken.
     """
-    rows: list[Row] = []
-    for root in paths_of(task):
-        if not Path(root).is_dir():
-            how = f" How to get it: {task.source.obtain}" if task.source.obtain else ""
-            raise DataError(f"task {task.name}: there is no folder {root}.{how}")
-        for frame in _frames(root, task):
-            rows += _frame_rows(task, frame) if task.source.unit == "frames" else _object_rows(task, frame)
-    return Rows(rows)
+    return (frame_of(key, view, corrupt) for key in keys for view in key.views)
 
 
-def _value(task: Task, values: dict[str, str]) -> Callable[[str], str]:
-    def get(column: str) -> str:
-        if column not in values:
-            raise ConfigError(f"task {task.name}: there is no column {column!r}. {did_you_mean(column, values)}")
-        return values[column]
+def frame_of(key: Keyframe, view: CameraView, corrupt: Corruption) -> CameraFrame:
+    """One picture of a keyframe.
 
-    return get
-
-
-def _row(task: Task, name: str, values: dict[str, str], make: dict[str, Content]) -> list[Row]:
-    get = _value(task, values)
-    if not kept(task, get):
-        return []
-    for m in needed(task):
-        if m not in make:
-            raise ConfigError(
-                f"task {task.name}: modalities: {task.source.kind} has camera and lidar, not {m!r}. "
-                f"{did_you_mean(m, make)}"
-            )
-    spec = label_spec(task) or ("class" if task.one_class else None)
-    return [Row(name, {m: [make[m]] for m in needed(task)}, label(task, spec, get, name))]
+    Raises:
+        DataError: the picture or its calibration is missing or broken.
+    """
+    checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
+    try:
+        size = view.size or open_picture(view.path.read_bytes()).size
+    except OSError as e:
+        raise DataError(f"camera {view.name} has no picture: {view.path.name} ({e.strerror})") from e
+    boxes = tuple(b.moved(inverse(view.to_ego)) for b in key.boxes)
+    return CameraFrame(view.path.stem, view, key, size, boxes, corrupt)
 
 
-def _frame_rows(task: Task, frame: Frame) -> list[Row]:
-    values = {"frame": frame.id, "camera": frame.view.name}
+def items_of(keys: Iterable[Keyframe], corrupt: Corruption, unit: Literal["frames", "objects"]) -> Iterator[Item]:
+    """Every frame, or every labelled object that is seen well enough.
+
+    A frame with a broken picture is an item that cannot be read, so it is counted and named. Which objects a broken
+    frame shows is not known: it ends the reading of objects.
+    """
+    for key in keys:
+        for view in key.views:
+            try:
+                frame = frame_of(key, view, corrupt)
+            except DataError as e:
+                if unit == "objects":
+                    raise
+                name = view.path.stem
+                contents = {m: [Content(f"{name}/{m}", error=str(e))] for m in ("camera", "lidar")}
+                yield Item(name, contents, {"frame": name, "camera": view.name})
+                continue
+            yield from _items(frame, unit)
+
+
+def _items(frame: CameraFrame, unit: Literal["frames", "objects"]) -> Iterator[Item]:
+    if unit == "objects":
+        yield from _objects(frame)
+        return
+    fields = {"frame": frame.id, "camera": frame.view.name}
     picture = Content(f"{frame.id}/camera", path=str(frame.view.path))
     if corruption.is_black(frame.corrupt.pictures, frame.id):
         picture = Content(f"{frame.id}/camera", load=partial(black_picture, frame.size))
     cloud = Content(f"{frame.id}/lidar", load=partial(_frame_points, frame), shown=partial(_frame_drawn, frame))
-    return _row(task, frame.id, values, {"camera": picture, "lidar": cloud})
+    yield Item(frame.id, {"camera": [picture], "lidar": [cloud]}, fields)
 
 
-def _object_rows(task: Task, frame: Frame) -> list[Row]:
-    rows: list[Row] = []
+def _objects(frame: CameraFrame) -> Iterator[Item]:
     # Which objects are asked about does not depend on what fails.
     points = _points(replace(frame, corrupt=Corruption()))
     for n, box in enumerate(frame.boxes):
@@ -121,20 +128,19 @@ def _object_rows(task: Task, frame: Frame) -> list[Row]:
         if box2d is None:
             continue
         name = f"{frame.id}/{n}"
-        values = {"frame": frame.id, "camera": frame.view.name, "class": box.cls, "instance": box.instance}
+        fields = {"frame": frame.id, "camera": frame.view.name, "class": box.cls, "instance": box.instance}
         picture = Content(f"{name}/camera", load=partial(_crop, str(frame.view.path), box2d))
         if corruption.is_black(frame.corrupt.pictures, frame.id):
             picture = Content(f"{name}/camera", load=partial(black_picture, frame.size))
         cloud = Content(
             f"{name}/lidar", load=partial(_box_points, frame, box), shown=partial(_box_drawn, frame, box, box2d)
         )
-        rows += _row(task, name, values, {"camera": picture, "lidar": cloud})
-    return rows
+        yield Item(name, {"camera": [picture], "lidar": [cloud]}, fields, label=box.cls)
 
 
 # The objects of a frame follow each other: without these its sweep and picture would be read again for each.
 @lru_cache(maxsize=2)
-def _points(frame: Frame) -> F64:
+def _points(frame: CameraFrame) -> F64:
     """[n, 4]: the points inside the picture."""
     points = frame.points()
     return points[frame.seen(points)]
@@ -146,11 +152,11 @@ def _picture(path: str) -> Picture:
         return open_picture(f.read())
 
 
-def _frame_points(frame: Frame) -> bytes:
+def _frame_points(frame: CameraFrame) -> bytes:
     return as_npy(_points(frame))
 
 
-def _box_points(frame: Frame, box: Box) -> bytes:
+def _box_points(frame: CameraFrame, box: Box) -> bytes:
     points = _points(frame)
     inside = points[box.inside(points[:, :3])]
     if not len(inside):  # of an object that failing sensors lost, only where it should be is known
@@ -162,13 +168,13 @@ def _crop(path: str, box: tuple[float, float, float, float]) -> bytes:
     return cut_out(_picture(path), box)
 
 
-def _frame_drawn(frame: Frame) -> dict[str, str]:
+def _frame_drawn(frame: CameraFrame) -> dict[str, str]:
     points = _points(frame)
     image = points_over(_picture(str(frame.view.path)).rgb(), frame.pixels(points[:, :3]), points[:, 2], DRAWN_PX)
     return {"picture": webp_uri(image)}
 
 
-def _box_drawn(frame: Frame, box: Box, edges: tuple[float, float, float, float]) -> dict[str, str]:
+def _box_drawn(frame: CameraFrame, box: Box, edges: tuple[float, float, float, float]) -> dict[str, str]:
     points = _points(frame)[:, :3]
     points = points[box.inside(points)]
     if not len(points):
@@ -188,23 +194,3 @@ def as_npy(points: F64) -> bytes:
     out = io.BytesIO()
     np.save(out, turned, allow_pickle=False)
     return out.getvalue()
-
-
-# --- frames -------------------------------------------------------------------------------------------------------
-
-
-def _frames(root: str, task: Task) -> Iterator[Frame]:
-    objects = task.source.unit == "objects"
-    if task.source.kind == "kitti":
-        keys = kitti_object(Path(root, task.source.split or "training"), objects)
-    else:
-        keys = nuscenes(root, task.source.split, objects)
-    try:
-        for key in keys:
-            for view in key.views:
-                checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
-                size = view.size or open_picture(view.path.read_bytes()).size
-                boxes = tuple(b.moved(inverse(view.to_ego)) for b in key.boxes)
-                yield Frame(view.path.stem, view, key, size, boxes, task.source.corrupt or Corruption())
-    except DataError as e:
-        raise DataError(f"task {task.name}: {e}") from e

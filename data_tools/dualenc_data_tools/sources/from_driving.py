@@ -33,15 +33,18 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dualenc.data.driving.geometry import F64, inverse, moved, project, seen
-from dualenc.data.driving.keyframes import Keyframe, View, kitti_object, kitti_raw, nuscenes, part_seen
+from dualenc.data.driving.keyframes import CameraView, Keyframe, kitti_object, kitti_raw, nuscenes, part_seen
 from dualenc.data.driving.places import MEMBER
 from dualenc.data.driving.regions import region_places
 from dualenc.data.modalities import DecodeError
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.image import cut_out, open_picture
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.sources import sources as layouts
+from dualenc.data.sources.driving import kitti_drives, kitti_folder
+from dualenc.data.sources.opened import need_folder
 from dualenc.errors import ConfigError, DataError
-from dualenc_data_tools.sources.source import Dropped, Record, SourceConfig, SourceKind, need_folder, sources
+from dualenc_data_tools.sources.source import Dropped, Record, SourceConfig, SourceKind, sources
 
 MAX_BASELINE = 10.0
 """Metres between a car's camera and its LiDAR; more, and the two poses are of different moments or drives."""
@@ -92,17 +95,13 @@ class NuScenesConfig(DrivingConfig):
 
 def kitti_records(cfg: KittiConfig) -> Iterator[Record | Dropped]:
     """Records of KITTI's 3D object set."""
-    yield from to_records(cfg, kitti_object(need_folder(cfg.path, "kitti.path"), cfg.boxes))
+    yield from to_records(cfg, kitti_object(kitti_folder(cfg.path), cfg.boxes))
 
 
 def kitti_raw_records(cfg: KittiRawConfig) -> Iterator[Record | Dropped]:
     """Records of one drive of KITTI's raw data, or of all of a day."""
-    folder = need_folder(cfg.path, "kitti_raw.path")
-    drives = [folder] if (folder / "velodyne_points").is_dir() else sorted(p for p in folder.glob("*_sync"))
-    if not drives:
-        raise DataError(f"kitti_raw.path: {folder} is no drive (velodyne_points) and holds none (*_sync)")
     numbers = tuple(c.removeprefix("image_") for c in cfg.cameras) if cfg.cameras else ("02", "03")
-    for drive in drives:
+    for drive in kitti_drives(cfg.path):
         yield from to_records(cfg, kitti_raw(drive, numbers))
 
 
@@ -114,11 +113,14 @@ def nuscenes_records(cfg: NuScenesConfig) -> Iterator[Record | Dropped]:
 def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record | Dropped]:
     """Every keyframe, or every picture of it, as a record; what training would refuse as a Dropped."""
     if cfg.regions and cfg.unit != "keyframes":
-        raise ConfigError("regions: only keyframes have a whole sweep; leave out unit, or regions")
+        raise ConfigError("regions: only whole keyframes have regions; leave out either unit or regions")
     if cfg.unit == "objects" and not cfg.boxes:
         raise ConfigError("boxes: unit=objects needs the labelled boxes; leave out boxes=false")
     if cfg.size is not None or cfg.encode != "keep":
-        raise ConfigError("size, encode: pictures of driving data are kept as they are: their calibration is of them")
+        raise ConfigError(
+            "size, encode: leave them out; driving pictures are kept as they are, because their calibration is for "
+            "these pixels"
+        )
     sizes: dict[tuple[float, ...], tuple[int, int]] = {}
     for key in keys:
         views = [v for v in key.views if cfg.cameras is None or v.name in cfg.cameras]
@@ -129,7 +131,7 @@ def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record 
         try:
             points = key.points()
             if not len(views):
-                raise DataError("it has no picture")
+                raise DataError("the keyframe has no picture")
             if cfg.unit == "keyframes":
                 yield _keyframe(cfg, key, views, points, sizes)
                 continue
@@ -151,7 +153,11 @@ def _dropped(name: str, e: DataError) -> Dropped:
 
 
 def _keyframe(
-    cfg: DrivingConfig, key: Keyframe, views: list[View], points: F64, sizes: dict[tuple[float, ...], tuple[int, int]]
+    cfg: DrivingConfig,
+    key: Keyframe,
+    views: list[CameraView],
+    points: F64,
+    sizes: dict[tuple[float, ...], tuple[int, int]],
 ) -> Record:
     media = {f"cam_{_slug(v.name)}{v.path.suffix.lower()}": _picture_bytes(v) for v in views}
     described = [_described(key, v, m, raw, sizes) for v, (m, raw) in zip(views, media.items(), strict=True)]
@@ -172,7 +178,7 @@ def _keyframe(
 
 
 def _picture(
-    cfg: DrivingConfig, key: Keyframe, view: View, points: F64, sizes: dict[tuple[float, ...], tuple[int, int]]
+    cfg: DrivingConfig, key: Keyframe, view: CameraView, points: F64, sizes: dict[tuple[float, ...], tuple[int, int]]
 ) -> Record:
     raw = _picture_bytes(view)
     described = _described(key, view, f"cam{view.path.suffix.lower()}", raw, sizes)
@@ -192,7 +198,7 @@ def _picture(
     return _checked(Record(view.path.stem, {described["member"]: raw}, fields=fields, members=members), cfg.verify)
 
 
-def _inside(key: Keyframe, view: View, points: F64, size: tuple[int, int]) -> F64:
+def _inside(key: Keyframe, view: CameraView, points: F64, size: tuple[int, int]) -> F64:
     """The points inside the picture, in the camera's frame."""
     to_camera = inverse(view.to_ego) @ key.lidar_to_ego
     inside = points[seen(*project(points[:, :3], to_camera, view.intrinsics), size)]
@@ -201,7 +207,7 @@ def _inside(key: Keyframe, view: View, points: F64, size: tuple[int, int]) -> F6
 
 
 def _objects(
-    cfg: DrivingConfig, key: Keyframe, view: View, points: F64, sizes: dict[tuple[float, ...], tuple[int, int]]
+    cfg: DrivingConfig, key: Keyframe, view: CameraView, points: F64, sizes: dict[tuple[float, ...], tuple[int, int]]
 ) -> Iterator[Record]:
     raw = _picture_bytes(view)
     size = _described(key, view, "", raw, sizes)["size"]
@@ -222,14 +228,16 @@ def _objects(
 
 
 def _described(
-    key: Keyframe, view: View, member: str, raw: bytes, sizes: dict[tuple[float, ...], tuple[int, int]]
+    key: Keyframe, view: CameraView, member: str, raw: bytes, sizes: dict[tuple[float, ...], tuple[int, int]]
 ) -> dict[str, Any]:
     size = open_picture(raw).size
     # A calibration that says no size of its own is of the size it was first seen with.
     expected = view.size or sizes.setdefault(tuple(view.intrinsics.ravel()), size)
     apart = float(np.linalg.norm(view.to_ego[:3, 3] - key.lidar_to_ego[:3, 3]))
     if apart > MAX_BASELINE:
-        raise DataError(f"camera {view.name} and the LiDAR are {apart:.0f} m apart: their poses are of other moments")
+        raise DataError(
+            f"camera {view.name} and the LiDAR are {apart:.0f} m apart: their poses belong to different moments"
+        )
     return {
         "name": view.name, "member": member, "size": list(expected), "intrinsics": view.intrinsics.tolist(),
         "to_ego": view.to_ego.tolist(), "drive": view.drive,
@@ -253,7 +261,7 @@ def _checked(record: Record, verify: bool) -> Record:
     return record
 
 
-def _picture_bytes(view: View) -> bytes:
+def _picture_bytes(view: CameraView) -> bytes:
     try:
         return view.path.read_bytes()
     except OSError as e:
@@ -271,7 +279,8 @@ def as_npy(points: npt.NDArray[Any]) -> bytes:
     return out.getvalue()
 
 
-_FORM = "camera and LiDAR keyframes with calibration and boxes"
-sources.register("kitti")(SourceKind(KittiConfig, kitti_records, f"KITTI's 3D object set: {_FORM}"))
-sources.register("kitti_raw")(SourceKind(KittiRawConfig, kitti_raw_records, f"drives of KITTI's raw data: {_FORM}"))
-sources.register("nuscenes")(SourceKind(NuScenesConfig, nuscenes_records, f"nuScenes: {_FORM}"))
+for _name, _config, _records in (
+    ("kitti", KittiConfig, kitti_records), ("kitti_raw", KittiRawConfig, kitti_raw_records),
+    ("nuscenes", NuScenesConfig, nuscenes_records),
+):  # fmt: skip
+    sources.register(_name)(SourceKind(_config, _records, layouts[_name].about))
