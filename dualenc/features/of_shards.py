@@ -122,8 +122,8 @@ def embed_shards(
     if not any(done["embedded"].values()):
         looked = "; ".join(f"{m}: {', '.join(e)}" for m, e in wanted.items())
         raise DataError(
-            f"None of the {done['samples']} samples of {shards} has anything to embed: {sum(done['lost'].values())} rows "
-            f"could not be used, the other members are missing (looked for {looked})"
+            f"None of the {done['samples']} samples of {shards} could be embedded: {sum(done['lost'].values())} rows "
+            f"are damaged, the other members are missing (looked for {looked})"
         )
     return done
 
