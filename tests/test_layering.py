@@ -18,6 +18,7 @@ LAYERS = {
     "dualenc.shipped": 0,
     "dualenc.files": 0,
     "dualenc.versions": 0,
+    "dualenc.seeds": 0,
     "dualenc.config": 0,
     "dualenc": 0,
     "dualenc.distributed": 1,

@@ -13,6 +13,7 @@ import bisect
 import json
 import math
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ from dualenc.errors import CheckpointError
 
 INDEX = "pieces"
 _FILE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+class WriteError(OSError):
+    """safetensors could not write a file; it says the reason, usually a full disk, in words only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +94,30 @@ def write(path: Path, pieces: Iterable[Piece]) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     # copies, because safetensors refuses tensors that share memory, such as views into ZeRO's flat buffers
     tensors, index = {}, {}
     for p in pieces:
         tensors[p.name] = p.data.detach().to("cpu", copy=True)
         index[p.name] = {"shape": list(p.shape), "start": p.start, "end": p.end}
+    write_tensors(path, tensors, {INDEX: json.dumps(index)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode that the umask gives (safetensors itself gives 600).
+
+    Raises:
+        WriteError: the disk is full or cannot be written to.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
-        save_file(tensors, str(path), metadata={INDEX: json.dumps(index)})
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(tensors, str(path), metadata=metadata)
+        path.chmod(mode)
     except SafetensorError as e:
-        raise OSError(f"{path} cannot be written ({e})") from e
+        raise WriteError(f"{path} cannot be written ({e})") from e
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

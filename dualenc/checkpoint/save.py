@@ -28,10 +28,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dualenc.checkpoint.ranges import Files, Joined, Piece, file_name, find, stored, write
+from dualenc.checkpoint.ranges import Files, Joined, Piece, file_name, find, stored, write, write_tensors
 from dualenc.config import Recipe
 from dualenc.distributed.world import World, all_gather_object, broadcast_object
 from dualenc.errors import CheckpointError, DualencError
@@ -45,7 +45,7 @@ SHARDED_FROM = 8 * 2**30
 Below that (about 700 M parameters under AdamW) one file is what people want to copy and open, and rank 0 collects,
 hashes and writes it in seconds. Where every rank holds everything (DDP, ZeRO 0) nothing is collected at any size.
 """
-_STEP = re.compile(r"step-(\d{10})$")
+_STEP = re.compile(r"step-(\d{10})")
 _STATES = {"adamw": 2, "muon": 2, "sgd": 1}  # of a parameter's size; Muon has one for matrices and AdamW's for the rest
 
 
@@ -64,9 +64,55 @@ class TrainState:
     guard: dict[str, Any] = field(default_factory=dict)
 
 
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Counted(_Strict):
+    counts: dict[str, list[int]] = {}
+
+
+class _OptimizerScalars(_Strict):
+    name: str = ""
+    scalars: dict[str, dict[str, float]] = {}
+
+
+class _Watched(_Strict):
+    before: dict[str, float] = {}
+    step: int = 0
+    fallen: bool = False
+
+
+class _SavedState(_Strict):
+    """What state.json may hold: :class:`TrainState` with the types of what is inside."""
+
+    step: int = Field(default=0, ge=0)
+    samples_seen: int = Field(default=0, ge=0)
+    nonfinite_steps: int = Field(default=0, ge=0)
+    ledger: _Counted = _Counted()
+    optimizer: _OptimizerScalars = _OptimizerScalars()
+    fingerprint: dict[str, Any] = {}
+    data: dict[str, str] = {}
+    guard: _Watched = _Watched()
+
+
 def folder_of(run_dir: Path, step: int) -> Path:
     """Where the save of ``step`` stands."""
     return run_dir / "checkpoints" / f"step-{step:010d}"
+
+
+def step_of(save: Path) -> int:
+    """The step of a save, from its name; saves elsewhere have none: −1."""
+    found = _STEP.search(save.name)
+    return int(found[1]) if found else -1
+
+
+def set_aside(save: Path, name: str) -> None:
+    """Give a save a name under which :func:`newest_good` does not find it; an older one of that name goes."""
+    if save.is_dir():
+        target = save.with_name(name)
+        shutil.rmtree(target, ignore_errors=True)
+        save.rename(target)
 
 
 def is_sharded(recipe: Recipe, parameters: int, trained: int, world_size: int) -> bool:
@@ -109,7 +155,7 @@ class Saver:
         error: OSError | None = None
         if self.world.rank == 0:
             try:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                sweep(self.final.parent)  # before writing: a killed save may have filled the disk
                 self.folder.mkdir(parents=True)
             except OSError as e:
                 error = e
@@ -121,7 +167,7 @@ class Saver:
 
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a safetensors file (rank 0)."""
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(self.folder / name))
+        write_tensors(self.folder / name, {k: v.detach().cpu().contiguous() for k, v in tensors.items()})
 
     def pieces(self, stem: str, pieces: Iterable[Piece]) -> None:
         """Write this rank's file of ``stem`` (every rank)."""
@@ -201,19 +247,25 @@ class Saver:
             raise DualencError(self._given_up or f"The save {self.final.name} was given up")
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Keep the newest ``keep`` saves; also sweep what a killed writer left staged."""
+def prune(run_dir: Path, keep: int, proven: int | None = None) -> None:
+    """Keep the newest ``keep`` saves, and the newest up to step ``proven``."""
     saves = list_saves(run_dir)
+    good = [p for p in saves if proven is not None and step_of(p) <= proven]
     for path in saves[:-keep]:
-        shutil.rmtree(path)
-    for path in (run_dir / "checkpoints").glob(".writing-*"):
+        if path not in good[-1:]:
+            shutil.rmtree(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left staged in ``folder``, the one with the saves."""
+    for path in folder.glob(".writing-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def list_saves(run_dir: Path) -> list[Path]:
     """Finished saves, oldest first."""
     folder = run_dir / "checkpoints"
-    found = [p for p in folder.iterdir() if _STEP.search(p.name)] if folder.is_dir() else []
+    found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(p for p in found if (p / MANIFEST).is_file())
 
 
@@ -241,8 +293,8 @@ def damaged(save: Path, world: World | None = None) -> str | None:
 
 def _damaged(save: Path, rank: int, world_size: int) -> str | None:
     try:
-        files = json.loads((save / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
+        files = _manifest(save)
+    except (OSError, ValueError, RecursionError) as e:
         return f"its manifest cannot be read ({e})"
     by_size = sorted(files.items(), key=lambda item: (-item[1][0], item[0]))
     for name, digest in by_size[rank::world_size]:
@@ -252,6 +304,24 @@ def _damaged(save: Path, rank: int, world_size: int) -> str | None:
         if _digest(path) != digest:
             return f"{name} is not what was written (size or sha256 differs)"
     return None
+
+
+def _manifest(save: Path) -> dict[str, list[Any]]:
+    """File name → [size, sha256].
+
+    Raises:
+        ValueError: it is not that, or names a file outside the save.
+        OSError: it cannot be read.
+    """
+    files = json.loads((save / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(files, dict):
+        raise ValueError(f"it holds a {type(files).__name__}")
+    for name, entry in files.items():
+        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"it names {name!r}, which is not a file in the save")
+        if not (isinstance(entry, list) and [type(x) for x in entry] == [int, str]):
+            raise ValueError(f"its entry of {name!r} is not [size, sha256]")
+    return files
 
 
 def refuse_damaged(save: Path, world: World | None = None) -> None:
@@ -268,8 +338,22 @@ def refuse_damaged(save: Path, world: World | None = None) -> None:
 
 
 def load_state(save: Path) -> TrainState:
-    """Read state.json of a save that was found good."""
-    return TrainState(**json.loads((save / "state.json").read_text(encoding="utf-8")))
+    """Read state.json of a save that was found good.
+
+    Raises:
+        CheckpointError: naming the field that is not what a training run writes.
+    """
+    path = save / "state.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        _SavedState.model_validate(raw)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise CheckpointError(f"{path} cannot be used: {where}: {first['msg']}") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} cannot be read ({e})") from e
+    return TrainState(**raw)
 
 
 def optimizer_state(save: Path) -> Files:

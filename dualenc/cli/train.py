@@ -41,7 +41,8 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.data.shards.index import samples_per_pass
     from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
-    from dualenc.train.loop import run_folder, total_steps
+    from dualenc.train.build import total_steps
+    from dualenc.train.loop import run_folder
 
     resolve_tasks([*recipe.eval.tasks, *(recipe.eval.guard.tasks if recipe.eval.guard else [])])
     console = Console()

@@ -214,7 +214,7 @@ class Budget(Section):
         return self
 
 
-class Engine(Section):
+class EngineConfig(Section):
     """What runs the step. ``kind: deepspeed, zero_stage: 2`` is all that has to change."""
 
     kind: Literal["accelerate", "deepspeed"] = "accelerate"
@@ -299,7 +299,7 @@ class Recipe(Section):
     budget: Budget
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
     checkpoint: Checkpoints = Checkpoints()
     eval: Evals = Evals()
     tracking: Tracking = Tracking()

@@ -37,15 +37,25 @@ def gather_ids(ids: Tensor) -> Tensor:
     return ids if world_size() == 1 else all_gather(ids)
 
 
+_equal: set[tuple[int, ...]] = set()
+"""Shapes that all ranks had together once, with the number of ranks in front."""
+
+
 def check_equal_shapes(x: Tensor) -> None:
-    """Raise on all ranks alike if ``x`` has another shape on some rank."""
-    if world_size() == 1:
+    """Raise on all ranks alike if ``x`` has another shape on some rank.
+
+    Ranks ask each other once for each shape: batches have one size on all ranks, so a shape that is new is new on all
+    of them, and a step on known ones asks nothing and waits for nothing.
+    """
+    known = (world_size(), *x.shape)
+    if world_size() == 1 or known in _equal:
         return
     mine = torch.tensor(x.shape, dtype=torch.int64, device=x.device)
     shapes = all_gather(mine).view(-1, x.ndim).tolist()
     if any(s != shapes[0] for s in shapes):
         listed = ", ".join(f"rank {r}: {s}" for r, s in enumerate(shapes))
         raise DualencError(f"Features must have one shape on all ranks, got {listed}; give every rank the same batch")
+    _equal.add(known)
 
 
 class _AllGather(torch.autograd.Function):

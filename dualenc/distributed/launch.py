@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-FINAL = frozenset({0, 2, 3, 4, 5, 130})
-"""Exit codes that a new start would give again: done, wrong recipe, data, checkpoint, diverged, stopped and saved."""
+FINAL = frozenset({0, 2, 3, 4, 5, 6, 130})
+"""Exit codes that a new start would give again: done, wrong recipe, data, checkpoint, diverged, stopped by the guard,
+stopped and saved."""
 
 GRACE_S = 20.0
 """How long the other ranks may take to say what they lost once one has ended; longer than ``naming_missing_ranks``."""
@@ -107,7 +108,7 @@ class RankProcesses:
 
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
-        """SIGTERM and SIGINT go to every rank, which saves and ends; the launcher waits for that."""
+        """SIGTERM, SIGINT and SIGHUP go to every rank, which saves and ends; the launcher waits for that."""
 
         def forward(number: int, _: FrameType | None) -> None:
             self.signalled = True
@@ -115,7 +116,8 @@ class RankProcesses:
                 if p.poll() is None:
                     p.send_signal(number)
 
-        old = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+        wanted = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        old = {s: signal.signal(s, forward) for s in wanted}
         try:
             yield
         finally:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dualenc.config import Engine as EngineConfig
-from dualenc.config import Optim
+from dualenc.config import EngineConfig, Optim
 from dualenc.distributed.world import World
 from dualenc.engine.protocol import Engine, Stepped
 from dualenc.engine.schedule import lr_factor

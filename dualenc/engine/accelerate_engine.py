@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dualenc.checkpoint.ranges import Piece, Stored
-from dualenc.config import Engine as EngineConfig
-from dualenc.config import Optim
+from dualenc.config import EngineConfig, Optim
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import held as shards
 from dualenc.engine import state
-from dualenc.engine.optim import build_optimizers, set_lr_factor
+from dualenc.engine.optim import build_optimizers, set_lr_factor, stepping_if
 from dualenc.engine.protocol import (
     Outputs,
     Stepped,
@@ -58,7 +57,8 @@ class AccelerateEngine:
         apply_memory_and_compile(model, config)
         self._wrapped = self._shard() if config.parallel == "fsdp2" else self._prepare()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        fused = world.device.type == "cuda"
+        # torch has no fused SGD for FSDP2's tensors
+        fused = world.device.type == "cuda" and not (config.parallel == "fsdp2" and optim.name == "sgd")
         self.optimizers = build_optimizers(model, optim, fused=fused)
         model.train()
 
@@ -138,16 +138,16 @@ class AccelerateEngine:
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        value = float(norm)
-        skipped = not torch.isfinite(norm).item()
-        if not skipped:
-            if self.optim.clip_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip_grad_norm, norm)
-            for optimizer in self.optimizers:
-                optimizer.step()
+        if self.optim.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip_grad_norm, norm)
+        finite = torch.isfinite(norm)
+        with stepping_if(finite, self.optimizers) as step:
+            if step:
+                for optimizer in self.optimizers:
+                    optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return Stepped(value, skipped)
+        return Stepped(norm.detach(), ~finite)
 
     def set_lr_factor(self, factor: float) -> None:
         """Set every group's learning rate to ``factor`` times its peak."""

@@ -27,12 +27,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualenc.checkpoint.ranges import Piece, Stored
-from dualenc.config import Engine as EngineConfig
-from dualenc.config import Optim
+from dualenc.config import EngineConfig, Optim
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import held as shards
 from dualenc.engine import state
-from dualenc.engine.optim import build_optimizers, set_lr_factor
+from dualenc.engine.optim import build_optimizers, set_lr_factor, stepping_if
 from dualenc.engine.protocol import (
     Outputs,
     Stepped,
@@ -102,22 +101,24 @@ class DeepSpeedEngine:
         if self.stage == 0:
             return self._step_unsharded()
         self._engine.step()
-        skipped = bool(self._engine.optimizer.overflow)  # set for a norm that is not finite, in fp32 too
-        return Stepped(float(self._engine.get_global_grad_norm()), skipped)
+        overflow = self._engine.optimizer.overflow  # set for a norm that is not finite, in fp32 too
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        return Stepped(norm.detach(), torch.as_tensor(overflow, dtype=torch.bool, device=self.device))
 
     def _step_unsharded(self) -> Stepped:
         """ZeRO 0 keeps no norm and checks nothing: both are done here, and its own clipping is off."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
-        skipped = not bool(torch.isfinite(norm))
-        if skipped:
-            self._engine.zero_grad()
-            self._engine.optimizer.zero_grad()
-        else:
-            if self.optim.clip_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip_grad_norm, norm)
-            self._engine.step()
-        return Stepped(float(norm), skipped)
+        if self.optim.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip_grad_norm, norm)
+        finite = torch.isfinite(norm)
+        with stepping_if(finite, [self._torch_optimizer]) as step:
+            if step:
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+                self._engine.optimizer.zero_grad()
+        return Stepped(norm.detach(), ~finite)
 
     def set_lr_factor(self, factor: float) -> None:
         """Set every group's learning rate to ``factor`` times its peak."""

@@ -24,20 +24,23 @@ class Average:
         self._model = model
         self._average = {name: shards.local(x).clone() for name, x in _tensors(model).items()}
 
-    def update(self, model: nn.Module, samples: int, skipped: bool = False) -> None:
-        """Take in ``model``'s weights after a step on ``samples`` samples; ``skipped``: the step changed nothing."""
+    def update(self, model: nn.Module, samples: int, skipped: Tensor | None = None) -> None:
+        """Take in ``model``'s weights after a step on ``samples`` samples.
+
+        ``skipped`` (a scalar bool tensor): the step changed nothing. It is not read by the host.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
-    def _move(self, model: nn.Module, share: float) -> None:
-        """average ← average + share · (weights − average)."""
+    def _move(self, model: nn.Module, share: float, skipped: Tensor | None = None) -> None:
+        """average ← average + share · (weights − average); unchanged where ``skipped``."""
         self._model = model
         for name, x in _tensors(model).items():
-            now = shards.local(x)
+            average = self._average[name]
+            now = shards.local(x).to(average.device)
             if x.requires_grad and now.is_floating_point():
-                self._average[name].lerp_(now.to(self._average[name].device), share)
-            else:
-                self._average[name].copy_(now)
+                now = average.lerp(now, share)
+            average.copy_(now if skipped is None else torch.where(skipped.to(average.device), average, now))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole averaged tensors by name, on the CPU. All ranks must call it: sharded weights are collected."""
@@ -69,10 +72,9 @@ class EMA(Average):
         super().__init__(model)
         self.half_life = half_life
 
-    def update(self, model: nn.Module, samples: int, skipped: bool = False) -> None:
+    def update(self, model: nn.Module, samples: int, skipped: Tensor | None = None) -> None:
         """Move towards ``model``'s weights: decay = 2^(−samples / half_life)."""
-        if not skipped:
-            self._move(model, 1 - 0.5 ** (samples / self.half_life))
+        self._move(model, 1 - 0.5 ** (samples / self.half_life), skipped)
 
 
 class Trajectory(Average):
@@ -94,7 +96,7 @@ class Trajectory(Average):
         # In logarithms: far from the mean the weights themselves are too small for a float.
         self._log_sum = _log_sum([self._log(k) for k in range(step, seen + 1, step)])
 
-    def update(self, model: nn.Module, samples: int, skipped: bool = False) -> None:
+    def update(self, model: nn.Module, samples: int, skipped: Tensor | None = None) -> None:
         """Take in ``model``'s weights with this step's weight."""
         self.seen += samples
         now = self._log(self.seen)

@@ -49,6 +49,13 @@ def gather_partitions(p: Any, part: Tensor) -> Tensor:
     return out[: p.ds_numel].view(p.ds_shape)
 
 
+@torch.no_grad()
+def all_finite(model: nn.Module) -> bool:
+    """Whether every trained parameter is finite, as far as this rank holds it."""
+    found = [torch.isfinite(local(p)).all() for p in model.parameters() if p.requires_grad]
+    return not found or bool(torch.stack(found).all())
+
+
 def is_cut(p: Tensor) -> bool:
     """Whether ranks hold different parts of it."""
     return isinstance(p.detach(), DTensor) or getattr(p, "ds_tensor", None) is not None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dualenc.config import Optim
 from dualenc.encoders.dual_encoder import decay_groups
@@ -113,3 +115,38 @@ def set_lr_factor(groups: list[dict[str, Any]], factor: float) -> None:
     """Set every group's learning rate to ``factor`` times its peak."""
     for group in groups:
         group["lr"] = group[BASE_LR] * factor
+
+
+@contextmanager
+def stepping_if(finite: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[bool]:
+    """Around ``optimizer.step()``: gives whether to call it at all.
+
+    Fused optimizers are always to be called: they are told on the device to change nothing where ``finite`` (a scalar
+    bool tensor) is false, as ``torch.amp.GradScaler`` tells them, so the host waits for nothing. The others (on the
+    CPU, where nothing is waited for, and Muon, which has no fused form) ask for the value.
+    """
+    if not all(group.get("fused") for o in optimizers for group in o.param_groups):
+        yield bool(finite)
+        return
+    for optimizer in map(_as_amp_takes_it, optimizers):
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        _begin_momentum(optimizer)
+    try:
+        yield True
+    finally:
+        for optimizer in map(_as_amp_takes_it, optimizers):
+            del optimizer.grad_scale, optimizer.found_inf
+
+
+def _as_amp_takes_it(optimizer: torch.optim.Optimizer) -> Any:
+    """torch reads ``grad_scale`` and ``found_inf`` from optimizers, whose class does not declare them."""
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where fused SGD has no momentum yet: were the first step left out, it would keep memory it never wrote."""
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for p in group["params"] if group["momentum"] else []:
+                if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

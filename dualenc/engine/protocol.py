@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.checkpoint.ranges import Piece, Stored
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import EngineConfig
 from dualenc.distributed.world import World
 from dualenc.encoders.tower import repeated as repeated
 from dualenc.errors import ConfigError
@@ -24,12 +24,12 @@ Outputs = Mapping[str, Mapping[str, Tensor]]
 class Stepped:
     """One optimizer step: the norm of the averaged gradient before clipping, and whether the step was left out.
 
-    A step is left out when that norm is not finite. It is a norm of reduced gradients, the same number on all ranks,
-    so the decision is one of all ranks.
+    Both are scalar tensors on the device, ``skipped`` a bool. A step is left out when that norm is not finite. It is
+    a norm of reduced gradients, the same number on all ranks, so the decision is one of all ranks.
     """
 
-    grad_norm: float
-    skipped: bool
+    grad_norm: Tensor
+    skipped: Tensor
 
 
 class Engine(Protocol):

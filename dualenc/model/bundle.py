@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dualenc.checkpoint.ranges import write_tensors
 from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
 from dualenc.data.modalities import ModalityInput, modalities
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
+from dualenc.model.mixing import check_trained_towers
 from dualenc.model.record import record
-from dualenc.model.rows import check_trained_towers
+from dualenc.seeds import derive_seed
 from dualenc.versions import versions
 
 if TYPE_CHECKING:
@@ -155,8 +157,6 @@ class Bundle:
         return folder
 
     def _save_weights(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
-        from safetensors.torch import save_file
-
         own = self.model.state_dict()
         tensors = self.model.plain(state if state is not None else own)
         wrong = set(tensors) ^ set(self.model.plain(own))
@@ -164,7 +164,7 @@ class Bundle:
             raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
         # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
         flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        save_file(flat, str(path), metadata=record(self))
+        write_tensors(path, flat, record(self))
 
 
 # --- building ----------------------------------------------------------------------------------------------------
@@ -230,8 +230,7 @@ class seeded:  # noqa: N801 – reads as a context
     """Draw from torch's generator at a seed made of ``parts``; the generator's state is restored after."""
 
     def __init__(self, *parts: Any) -> None:
-        text = "/".join(map(str, parts))
-        self.seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+        self.seed = derive_seed(*parts)
 
     def __enter__(self) -> None:
         self.state = torch.get_rng_state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dualenc.config import Recipe, Tracking
 from dualenc.errors import ConfigError
+from dualenc.files import write_atomically
 from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -52,10 +54,7 @@ class JsonlSink:
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines of steps after ``step`` from a JSON lines file, and the torn one that a kill may leave."""
-    kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    tmp.replace(path)
+    write_atomically(path, "".join(line + "\n" for line in _lines(path) if _step_of(line) <= step))
 
 
 def keep_rank_files_until(run_dir: Path, step: int, rank: int, world_size: int) -> None:
@@ -70,11 +69,20 @@ def keep_rank_files_until(run_dir: Path, step: int, rank: int, world_size: int) 
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole JSON lines of a file that a kill may have cut in the middle of the last one."""
+    """Whole lines of a file that a kill may have cut in the middle of the last one."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [line for line in lines[:-1] if line.startswith("{") and line.endswith("}")]
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
+def _step_of(line: str) -> float:
+    """The step a line is about; infinite for one that a damaged disk or an editor left without."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return math.inf
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) else math.inf
 
 
 class TensorBoardSink:
@@ -123,6 +131,19 @@ class WandbSink:
         self._run.finish()
 
 
+class PatientConsole(Console):
+    """A console that falls silent when nobody reads it any more (a closed pipe, a terminal that is gone)."""
+
+    def print(self, *args: Any, **more: Any) -> None:
+        try:
+            super().print(*args, **more)
+        except (OSError, ValueError):
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Tracker:
     """Rank 0's book: fans numbers out to the sinks and draws the progress line. Other ranks hold a silent one."""
 
@@ -130,7 +151,7 @@ class Tracker:
         self.is_main = is_main
         self.sinks: list[Sink] = []
         self._progress: Progress | None = None
-        self.console = Console(stderr=True, quiet=not is_main)
+        self.console = PatientConsole(stderr=True, quiet=not is_main)
         if not is_main:
             return
         self.sinks = sinks_of(run_dir, recipe.tracking, recipe, start_step)

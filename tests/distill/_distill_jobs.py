@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _distill_naive import CASES, Sides, naive
 from _tiny import PAIRS, TinyDualEncoder, make_batch, share_of
 
-from dualenc.config import Component, Distill, Optim, Teacher
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, Distill, EngineConfig, Optim, Teacher
 from dualenc.data.batch import Batch, TeacherRows, map_tensors
 from dualenc.distill.objective import Distillation, TeacherInfo, head_name
 from dualenc.distributed.world import World

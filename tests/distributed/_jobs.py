@@ -13,8 +13,7 @@ from gradcheck import run, sweep
 from torch import Tensor
 
 from dualenc.checkpoint.ranges import InMemory
-from dualenc.config import Component, Optim
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, Optim
 from dualenc.distributed.failure import LostRankError, naming_missing_ranks
 from dualenc.distributed.gather import gather
 from dualenc.distributed.world import (
@@ -166,7 +165,7 @@ def train(
         r = train_step(built, batch, PAIRS, loss)
         if average:
             average.update(built.module, batch.size * world.world_size)
-        results.append([r.loss, r.grad_norm, float(r.skipped), r.metrics["logit_scale/image-text"]])
+        results.append([float(x) for x in (r.loss, r.grad_norm, r.skipped, r.metrics["logit_scale/image-text"])])
     tensors, info = built.optimizer_state()
     return {
         "model": built.model_state(),

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from _tiny import naive_info_nce, naive_sigmoid
 
-from dualenc.config import Component, LogitScale, Optim
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, LogitScale, Optim
 from dualenc.data.batch import Batch
 from dualenc.data.modalities import ModalityInput, modalities
 from dualenc.distributed.world import World

@@ -29,8 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dualenc.config import Component, Optim
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, Optim
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
 from dualenc.losses import build_loss

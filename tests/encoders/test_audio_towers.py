@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _shared import DATA as SHARED_DATA
 from _spawn import spawn
 
-from dualenc.config import Component, LogitScale, Optim
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, LogitScale, Optim
 from dualenc.data.batch import Batch, map_tensors
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
 from dualenc.distributed.world import World

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from dualenc.checkpoint.ranges import InMemory
-from dualenc.config import Engine as EngineConfig
-from dualenc.config import Optim
+from dualenc.config import Component, EngineConfig, Optim
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
+from dualenc.engine.accelerate_engine import AccelerateEngine
 from dualenc.engine.deepspeed_engine import deepspeed_json
 from dualenc.engine.ema import EMA
 from dualenc.engine.optim import build_optimizers, parameters_by_role, set_lr_factor
 from dualenc.engine.protocol import repeated
 from dualenc.errors import CheckpointError, ConfigError
+from dualenc.losses import build_loss
+from dualenc.train.step import train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import _jobs
@@ -151,7 +153,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted() -> None:
 
 
 def test_batch_norm_statistics_move_once_with_micro_batches() -> None:
-    from dualenc.train.step import kept_running_statistics
+    from dualenc.train.grad_cache import kept_running_statistics
 
     norm = torch.nn.BatchNorm1d(3)
     with kept_running_statistics(norm):
@@ -162,10 +164,6 @@ def test_batch_norm_statistics_move_once_with_micro_batches() -> None:
 
 
 def test_micro_batches_bound_what_is_encoded_at_once() -> None:
-    from dualenc.config import Component
-    from dualenc.losses import build_loss
-    from dualenc.train.step import train_step
-
     seen: list[int] = []
     model = tiny()
     model.towers["text"].register_forward_hook(lambda m, i, o: seen.append(len(o)))
@@ -190,3 +188,25 @@ def test_state_of_another_optimizer_or_model_is_refused() -> None:
     wide = build_engine(EngineConfig(), Optim(), tiny(width=24), World())
     with pytest.raises(CheckpointError, match=r"has shape \["):
         wide.load_optimizer_state(InMemory(saved["tensors"]), saved["info"])
+
+
+@pytest.mark.parametrize(("name", "parallel"), [("adamw", "auto"), ("sgd", "auto"), ("adamw", "fsdp2")])
+def test_fused_optimizers_leave_a_step_out_on_the_device(name: str, parallel: str) -> None:
+    """As on CUDA, where the host does not read whether the gradient was finite: the same as asking for it."""
+    optim = Optim(name=name, lr=1e-2, momentum=0.9, weight_decay=0.1)  # type: ignore[arg-type]
+    asked, told = (build_engine(EngineConfig(parallel=parallel), optim, tiny(), World()) for _ in range(2))  # type: ignore[arg-type]
+    assert isinstance(told, AccelerateEngine)
+    told.optimizers = build_optimizers(told.module, optim, fused=True)
+    for step in range(4):
+        for engine in (asked, told):
+            batch = make_batch(step)
+            if step in (0, 2):
+                batch.inputs["image"][0] = float("nan")
+            before = engine.model_state()
+            done = train_step(engine, batch, PAIRS, build_loss(Component(name="info_nce")))
+            assert bool(done.skipped) is (step in (0, 2))
+            after = engine.model_state()
+            assert bool(done.skipped) is all(torch.equal(before[k], after[k]) for k in before)
+    for k, x in asked.model_state().items():
+        assert torch.allclose(told.model_state()[k], x, atol=1e-5), k
+    assert told.optimizer_state()[0].keys() == asked.optimizer_state()[0].keys()

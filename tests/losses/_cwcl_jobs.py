@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _tiny import PAIRS, Block, make_batch, naive_info_nce, share_of
 from gradcheck import CLIP, ENGINES, LR, MOMENTUM, OPTIM, SIZE, STEPS
 
-from dualenc.config import Component, LogitScale, pair_name
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, LogitScale, pair_name
 from dualenc.data.batch import Batch
 from dualenc.distributed.world import World
 from dualenc.encoders import DualEncoder, Tower

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _tiny import Block
 from gradcheck import CLIP, ENGINES, LR, MOMENTUM, OPTIM
 
-from dualenc.config import Component, LogitScale
-from dualenc.config import Engine as EngineConfig
+from dualenc.config import Component, EngineConfig, LogitScale
 from dualenc.data.batch import ABSENT, Batch
 from dualenc.data.driving.places import POOR
 from dualenc.distributed.world import World

@@ -41,9 +41,9 @@ def train(world: World, shards: str, overrides: list[str]) -> dict[str, Any]:
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     barrier(world)
-    run = Run(loaded, folder, world, None)
-    before = {k: v.clone() for k, v in run.engine.model_state().items()}
+    run = Run(loaded, folder, world)
+    before = {k: v.clone() for k, v in run.parts.engine.model_state().items()}
     run.train()
-    after = run.engine.model_state()
+    after = run.parts.engine.model_state()
     run.close()
     return {k: float((after[k] - v).abs().max()) for k, v in before.items()}

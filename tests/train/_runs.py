@@ -71,10 +71,10 @@ def segments(world: World, parts: list[list[str]]) -> list[dict[str, Any]]:
     out = []
     for overrides in parts:
         run = build(world, overrides)
-        began = run.state.step
+        began = run.parts.state.step
         run.train()
         run.close()
-        out.append({"began": began, "ended": run.state.step, "lr": run.engine.lr})
+        out.append({"began": began, "ended": run.parts.state.step, "lr": run.parts.engine.lr})
     return out
 
 
@@ -84,7 +84,7 @@ def build(world: World, overrides: list[str]) -> Run:
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     barrier(world)
-    return Run(recipe, folder, world, None)
+    return Run(recipe, folder, world)
 
 
 def spoilt(world: World, parts: list[list[str]], steps: list[int]) -> list[dict[str, Any]]:
@@ -94,20 +94,20 @@ def spoilt(world: World, parts: list[list[str]], steps: list[int]) -> list[dict[
         run = build(world, overrides)
 
         def poison(_: nn.Module, __: Any, said: dict[str, torch.Tensor], run: Run = run) -> dict[str, torch.Tensor]:
-            if run.state.step not in steps or world.rank != world.world_size - 1:
+            if run.parts.state.step not in steps or world.rank != world.world_size - 1:
                 return said
             row = torch.arange(len(said["features"]), device=said["features"].device)[:, None] == 0
             return {**said, "features": torch.where(row, float("nan"), said["features"])}
 
-        run.bundle.model.towers["image"].register_forward_hook(poison)
+        run.parts.bundle.model.towers["image"].register_forward_hook(poison)
         message, code = "", 0
         try:
             run.train()
         except DivergenceError as e:
             message, code = str(e), e.exit_code
         run.close()
-        skipped = run.state.nonfinite_steps
-        out.append({"message": message, "code": code, "skipped": skipped, "step": run.state.step})
+        skipped = run.parts.state.nonfinite_steps
+        out.append({"message": message, "code": code, "skipped": skipped, "step": run.parts.state.step})
     return out
 
 

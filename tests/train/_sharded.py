@@ -51,15 +51,15 @@ def chained(world: World, parts: list[list[str]]) -> list[dict[str, Any]]:
     out = []
     for overrides in parts:
         run = build(world, overrides)
-        loaded = differences(run, run.resumed_from) if run.resumed_from else {}
+        loaded = differences(run, run.parts.resumed_from) if run.parts.resumed_from else {}
         run.train()
-        saved = ckpt.folder_of(run.run_dir, run.state.step)
-        row = {"step": run.state.step, "loaded": loaded, "saved": differences(run, saved)}
+        saved = ckpt.folder_of(run.parts.run_dir, run.parts.state.step)
+        row = {"step": run.parts.state.step, "loaded": loaded, "saved": differences(run, saved)}
         row["files"] = sorted(str(p.relative_to(saved)) for p in saved.rglob("*.safetensors"))
         for sharded in (False, True):
-            run.sharded = sharded
+            run.parts.sharded = sharded
             with Allocations() as seen:
-                run._save()
+                run.save.write()
             row["sharded" if sharded else "whole"] = {"bytes": seen.bytes, "largest": seen.largest}
         row["own"] = own(run)
         run.close()
@@ -69,9 +69,9 @@ def chained(world: World, parts: list[list[str]]) -> list[dict[str, Any]]:
 
 def differences(run: Run, save: Path) -> dict[str, int]:
     """How many tensors of a save are not bit for bit what all ranks collect from the engine (rank 0 compares)."""
-    weights, (optimizer, _) = run.engine.model_state(), run.engine.optimizer_state()
-    average = run.ema.state_dict() if run.ema else {}
-    if run.world.rank != 0:
+    weights, (optimizer, _) = run.parts.engine.model_state(), run.parts.engine.optimizer_state()
+    average = run.parts.average.state_dict() if run.parts.average else {}
+    if run.parts.world.rank != 0:
         return {}
     pairs: list[tuple[dict[str, Tensor], Files]] = [
         (weights, ckpt.trained_weights(save)),
@@ -89,9 +89,9 @@ def own(run: Run) -> dict[str, int]:
     def size(pieces: Iterable[Piece]) -> int:
         return sum(p.data.numel() * p.data.element_size() for p in pieces)
 
-    assert run.ema is not None
-    all_pieces = [*run.engine.model_pieces(), *run.engine.optimizer_pieces()[0]]
-    all_pieces += run.ema.pieces(run.world.rank, run.world.world_size)
+    assert run.parts.average is not None
+    all_pieces = [*run.parts.engine.model_pieces(), *run.parts.engine.optimizer_pieces()[0]]
+    all_pieces += run.parts.average.pieces(run.parts.world.rank, run.parts.world.world_size)
     return {"bytes": size(all_pieces), "largest": max(p.data.numel() for p in all_pieces)}
 
 
@@ -122,7 +122,7 @@ def failing(world: World, overrides: list[str], out: str) -> None:
         message = f"{type(e).__name__}: {e}"
     run.close()
     barrier(world)
-    left = [p.name for p in (run.run_dir / "checkpoints").iterdir()]
+    left = [p.name for p in (run.parts.run_dir / "checkpoints").iterdir()]
     (Path(out) / f"said-{world.rank}").write_text(f"{message}; left: {left}")
     ckpt.write, ckpt._digest = original_write, digest
     build(world, overrides).train()

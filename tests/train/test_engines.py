@@ -54,7 +54,7 @@ def before_training(tmp_path: Path) -> dict[str, torch.Tensor]:
     """The weights before the first step."""
     run = _runs.build(World(), ["budget.steps=1", f"out={tmp_path}/start"])
     run.close()
-    return {k: x.clone() for k, x in run.bundle.model.state_dict().items()}
+    return {k: x.clone() for k, x in run.parts.bundle.model.state_dict().items()}
 
 
 def test_a_save_goes_on_under_any_engine_and_number_of_ranks(tmp_path: Path) -> None:

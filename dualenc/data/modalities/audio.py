@@ -64,7 +64,7 @@ class SpecAugment(Section):
     p: Share = 1.0
 
 
-class Augment(Section):
+class AudioAugment(Section):
     """In training only. ``gain_db``: the range of a random change of loudness; ``mix_db``: how much louder than the
     second the first of two mixed clips is (``data.mix`` says how many are mixed)."""
 
@@ -95,7 +95,7 @@ class AudioConfig(Section):
         description="how samples leave the workers; int16: half the memory, noise at −98 dB of full scale",
     )
     features: Features = Features()
-    augment: Augment = Augment()
+    augment: AudioAugment = AudioAugment()
 
     @model_validator(mode="after")
     def _fits(self) -> AudioConfig:

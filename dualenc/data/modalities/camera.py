@@ -39,7 +39,7 @@ JSON = "json:cameras"
 Edges = tuple[float, float, float, float]
 
 
-class Augment(Section):
+class CameraAugment(Section):
     """In training only. ``zoom``: how much further each picture is enlarged before it is cut, anywhere; ``scene``: a
     motion of the whole scene, which changes extrinsics alone."""
 
@@ -64,7 +64,7 @@ class CameraConfig(Section):
     cut: Literal["top", "middle"] = Field(default="top", description="where a picture that is too high loses rows")
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     max_pixels: Positive = 25_000_000
-    augment: Augment = Augment()
+    augment: CameraAugment = CameraAugment()
     places: PlacesConfig | None = Field(
         default=None, description="places of the scene that rows name, for losses on regions (rad)"
     )

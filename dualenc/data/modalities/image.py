@@ -49,7 +49,7 @@ class Colour(Section):
     grayscale_p: Share = 0.0
 
 
-class Augment(Section):
+class ImageAugment(Section):
     """Random resized crop (area share ``scale``, aspect ``ratio``), mirror, colour."""
 
     scale: tuple[_Fraction, _Fraction] = (0.9, 1.0)
@@ -82,7 +82,7 @@ class ImageConfig(Section):
     background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="what transparent pixels stand on")
     pad: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), description="the border that resize: longest adds")
     max_pixels: Positive = Field(default=25_000_000, description="larger pictures are refused before they are decoded")
-    augment: Augment = Augment()
+    augment: ImageAugment = ImageAugment()
 
 
 @modalities.register("image")
@@ -414,7 +414,7 @@ def _image() -> Any:
 
 
 def _random_crop(
-    w: int, h: int, augment: Augment, rng: np.random.Generator, own: float
+    w: int, h: int, augment: ImageAugment, rng: np.random.Generator, own: float
 ) -> tuple[float, float, float, float]:
     """A box of random area and aspect inside the picture (Szegedy et al. 2015); after ten misses the whole of it.
 

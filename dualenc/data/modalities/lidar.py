@@ -48,7 +48,7 @@ class Motion(Section):
         return ground_motion(rng, self.rotate_deg, self.scale, self.flip_x, self.flip_y)
 
 
-class Augment(Motion):
+class LidarAugment(Motion):
     """In training only: the motion, then up to ``drop`` of the points left out."""
 
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -78,7 +78,7 @@ class LidarConfig(Section):
     not_finite: Literal["refuse", "drop"] = Field(
         default="refuse", description="a sweep with NaN or infinite points is refused, or loses them"
     )
-    augment: Augment = Augment()
+    augment: LidarAugment = LidarAugment()
     places: PlacesConfig | None = Field(
         default=None, description="places of the scene that rows name, for losses on regions (prc, rad)"
     )

@@ -191,8 +191,8 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise CheckpointError(
-                f"{where}: {name!r} holds {bad} of {x.numel()} values that are NaN or infinite: the model diverged before "
-                "it was saved, or the file is damaged. Take an earlier checkpoint."
+                f"{where}: {name!r} holds {bad} of {x.numel()} values that are NaN or infinite: the model diverged "
+                "before it was saved, or the file is damaged. Take an earlier checkpoint."
             )
 
 

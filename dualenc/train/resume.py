@@ -1,0 +1,88 @@
+"""What a run goes on from, and what must not have changed since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dualenc.checkpoint import save as ckpt
+from dualenc.config import Recipe
+from dualenc.distributed.world import World
+from dualenc.errors import CheckpointError
+
+
+def find_save(recipe: Recipe, run_dir: Path, world: World) -> Path | None:
+    """The save that ``checkpoint.resume`` means; None: the run begins anew. All ranks call it.
+
+    Raises:
+        CheckpointError: there is no such folder, or it holds no finished, undamaged save.
+    """
+    resume = recipe.checkpoint.resume
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return ckpt.newest_good(run_dir, world)
+    path = Path(resume)
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint.resume: there is no folder {resume}; write auto, none, or a save's folder")
+    if not (path / "checkpoints").is_dir():
+        ckpt.refuse_damaged(path, world)
+        return path
+    save = ckpt.newest_good(path, world)
+    if save is None:
+        raise CheckpointError(f"checkpoint.resume: {resume} holds no finished save")
+    return save
+
+
+def fingerprint(recipe: Recipe) -> dict[str, Any]:
+    """What must stay the same for a resumed run to be the run that was saved."""
+    full = recipe.model_dump(mode="json")
+    data = {k: full["data"][k] for k in ("sampling", "lanes", "window")}
+    sources = [{k: s[k] for k in ("name", "weight", "members")} for s in full["data"]["sources"]]
+    keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
+    distill = full["distill"]
+    if distill is not None:  # where a teacher lies may change; what it is, is compared by its hash
+        where = ("model", "cache", "precision", "max_missing")
+        distill["teachers"] = [{k: v for k, v in t.items() if k not in where} for t in distill["teachers"]]
+    return {k: full[k] for k in keys} | {
+        "data": data | {"sources": sources},
+        "distill": distill,
+        "batch.size": full["batch"]["size"],
+        "optim.name": full["optim"]["name"],
+    }
+
+
+def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path) -> None:
+    """Raise CheckpointError naming the first field that differs: a silent change would make another run of it."""
+    for key, value in json.loads(json.dumps(dict(now))).items():
+        if saved.get(key) != value:
+            where, old, new = first_difference(key, saved.get(key), value)
+            raise CheckpointError(
+                f"{save} was written with {where} = {old!r}, the recipe now says {new!r}. Change it back, or start "
+                "anew: checkpoint.resume=none, or checkpoint.init_from=SAVE to take over the weights only."
+            )
+
+
+def check_data(state: ckpt.TrainState, digest: str, save: Path | None) -> None:
+    """Remember what data the run reads; refuse to resume on other counts of samples: it would be another order."""
+    saved = state.data.setdefault("plan", digest)
+    if saved != digest:
+        raise CheckpointError(
+            f"{save} was written on other data: names, weights or sample counts of the shards differ. Give the run the "
+            "shards it began with, or start anew: checkpoint.init_from=SAVE takes over the weights only."
+        )
+
+
+def first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The dotted key where two nested values first differ, and both values there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for k in [*new, *(k for k in old if k not in new)]:
+            if old.get(k) != new.get(k):
+                return first_difference(f"{key}.{k}", old.get(k), new.get(k))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
+            if a != b:
+                return first_difference(f"{key}.{i}", a, b)
+    return key, old, new
