@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test test-all test-fast check format gradcheck bench distill clean
+.PHONY: help setup quickstart test test-all test-fast check format gradcheck gradcheck-all bench distill clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,8 +44,11 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, micro-batch against one process: a table
+gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, real small towers against one process: tables
 	PYTHONPATH=tests $(PY) tests/distributed/gradcheck.py
+
+gradcheck-all: $(STAMP) ## gradcheck with every combination of tower, loss, engine, micro-batch and world size (hours)
+	PYTHONPATH=tests $(PY) tests/distributed/gradcheck.py --all
 
 bench: $(STAMP) ## time and memory of the losses, plain and tiled, up to N = 32k
 	$(PY) -m benchmarks.losses loss

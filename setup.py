@@ -20,9 +20,9 @@ setup(
         "dualenc.recipes": "recipes",
     },
     package_data={
-        "dualenc": ["py.typed"],
+        "dualenc": ["py.typed", "pages/templates/*"],
         "dualenc_evals": ["py.typed", "tasks/**/*", "pages/templates/*"],
-        "dualenc_data_tools": ["py.typed"],
+        "dualenc_data_tools": ["py.typed", "templates/*"],
         "dualenc.recipes": ["**/*"],
     },
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from dualenc.errors import ConfigError, did_you_mean
 
 
 def recipes_folder() -> Path:
@@ -10,3 +13,33 @@ def recipes_folder() -> Path:
     package = Path(__file__).resolve().parent
     checkout = package.parent / "recipes"
     return checkout if (checkout / "quickstart").is_dir() else package / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name → file of every recipe that comes with the package: ``quickstart``, ``finetune/fashion_lora`` …"""
+    root = recipes_folder()
+    out = {}
+    for path in sorted(root.rglob("*.yaml")):
+        folder, name = path.parent.relative_to(root), path.stem
+        if "launch" not in folder.parts:  # launchers' own files
+            # recipes/quickstart/quickstart.yaml is called once what both are called
+            out[name if folder.name == name else (folder / name).as_posix()] = path
+    return out
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package.
+
+    Raises:
+        ConfigError: there is neither, with the nearest name.
+    """
+    path, text = Path(name), os.fspath(name)
+    if path.is_file() or path.is_absolute() or path.suffix in (".yaml", ".yml"):
+        return path  # one that is not there is refused where it is read, with the nearest file beside it
+    known = shipped_recipes()
+    if text not in known:
+        raise ConfigError(
+            f"There is no recipe {text!r}. {did_you_mean(text, known)} dualenc list recipes shows them; "
+            "your own recipe: give its .yaml file."
+        )
+    return known[text]

@@ -1,35 +1,36 @@
-"""Read and decode every sample of some shards once, and say what is wrong with them."""
+"""Read and decode every sample of some shards once, by training's own reader, and say what is wrong with them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dualenc.data.modalities import DecodeError
-from dualenc.data.modalities.audio import AudioInput
+from dualenc.config import Recipe, Source
+from dualenc.data.dataset import members_of
+from dualenc.data.modalities import DecodeError, modalities
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
-from dualenc.data.shards.index import expand, short_names
-from dualenc.data.shards.reader import REFUSED
-from dualenc.data.shards.remote import ReadFailed, ShardCache, is_local, local_path
-from dualenc.data.shards.tar import Sample, index_tar, unsafe
+from dualenc.data.modalities.modality import ModalityInput, build_inputs, of_one_item
+from dualenc.data.shards.index import expand, open_source, refuse_pipes, short_names
+from dualenc.data.shards.reader import REFUSED, Reader, SampleError
+from dualenc.data.shards.remote import ShardCache, is_local, local_path
+from dualenc.data.shards.tar import Sample, ends_properly, unsafe
 from dualenc.errors import DataError
 from dualenc_data_tools import sounds
 from dualenc_data_tools.images import MAX_PIXELS, decode, open_picture
 from dualenc_data_tools.sources.source import BadMedia
 
-IMAGE = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-AUDIO = tuple(AudioInput.default_members)
+IMAGE = tuple(modalities["image"].default_members)
+AUDIO = tuple(modalities["audio"].default_members)
+TEXT = tuple(modalities["text"].default_members)
 CAPTIONS = ("captions", "caption", "text")
-_CAMERAS, _LIDAR = CameraInput(CameraConfig()), LidarInput(LidarConfig(features=[]))
 SHOWN = 8
 _WORTH_A_PROCESS = 64_000_000
 """Bytes of shards: a new process needs seconds before it reads its first."""
@@ -40,11 +41,14 @@ WORD_BINS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 PROBLEMS = (
     "broken shard",
+    "no pair",
     "missing member",
+    "scattered members",
     "broken image",
     "broken sound",
     "broken camera",
     "broken lidar",
+    "broken item",
     "too large",
     "broken text",
     "empty caption",
@@ -53,6 +57,67 @@ PROBLEMS = (
     "pickled member",
 )
 """What makes shards not ok; each is counted and its first cases are named."""
+_BROKEN = {
+    "image": "broken image",
+    "audio": "broken sound",
+    "text": "broken text",
+    "camera": "broken camera",
+    "lidar": "broken lidar",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What training looks for in a shard.
+
+    Attributes:
+        members: modality → endings tried in turn.
+        kinds: modality → kind, where that is not its own name.
+        pairs: the pairs of which a sample needs one; None: any two modalities.
+        inputs: modality → what decodes it, for kinds other than pictures, sounds and text.
+        max_pixels: larger pictures are refused by their header.
+    """
+
+    members: Mapping[str, Sequence[str]]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    pairs: Sequence[tuple[str, str]] | None = None
+    inputs: Mapping[str, ModalityInput] = field(default_factory=dict)
+    max_pixels: int = MAX_PIXELS
+
+    def kind(self, modality: str) -> str:
+        """Which kind of bytes a modality is."""
+        return self.kinds.get(modality, modality)
+
+    def paired(self, found: set[str]) -> bool:
+        """Whether training can use a sample that has these modalities."""
+        if self.pairs is None:
+            return len(found) > 1
+        return any(a in found and b in found for a, b in self.pairs)
+
+
+def usual(max_pixels: int = MAX_PIXELS) -> Wanted:
+    """What a recipe that names no members looks for, whatever modalities it is of."""
+    sensors: dict[str, ModalityInput] = {
+        "camera": CameraInput(CameraConfig()),
+        "lidar": LidarInput(LidarConfig(features=[])),
+    }
+    # Pictures and arrays alone are also cameras' and sweeps'; only with a calibration are they surely meant as such.
+    members = {"image": IMAGE, "audio": AUDIO, "text": TEXT, **{m: x.default_members[:1] for m, x in sensors.items()}}
+    return Wanted(members, inputs=sensors, max_pixels=max_pixels)
+
+
+def of_recipe(recipe: Recipe, source: int) -> Wanted:
+    """What a recipe looks for in one of its sources.
+
+    Raises:
+        ConfigError: as when it is trained.
+    """
+    inputs = build_inputs(recipe.modalities)
+    kinds = {m: part.kind or m for m, part in recipe.modalities.items()}
+    pairs = [(a, b) for a, b in recipe.pairs]
+    members = members_of(recipe.data, source, inputs, pairs)
+    other = {m: inputs[m] for m in members if kinds[m] not in ("image", "audio", "text")}
+    return Wanted(members, kinds, pairs, other)
 
 
 @dataclass(slots=True)
@@ -73,6 +138,8 @@ class ShardStats:
     keys: set[bytes] = field(default_factory=set)
     kinds: Counter[str] = field(default_factory=Counter)
     lacking: dict[str, list[str]] = field(default_factory=dict)
+    paired: int = 0
+    unpaired: dict[str, str] = field(default_factory=dict)
 
     def problem(self, what: str, where: str) -> None:
         """Count a problem and keep its first cases."""
@@ -85,6 +152,8 @@ class ShardStats:
         """Add another shard's numbers; keys that are in both count as duplicates."""
         self.samples += other.samples
         self.size += other.size
+        self.paired += other.paired
+        self.unpaired |= other.unpaired
         for mine, theirs in (
             (self.members, other.members),
             (self.problems, other.problems),
@@ -144,14 +213,20 @@ class CheckReport:
 
 
 def check(
-    shards: str | Sequence[str], *, max_pixels: int = MAX_PIXELS, workers: int | None = None, progress: bool = True
+    shards: str | Sequence[str],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    workers: int | None = None,
+    progress: bool = True,
+    wanted: Wanted | None = None,
 ) -> CheckReport:
-    """Read every sample of ``shards`` once, decode its picture and sound, and look at its texts and names.
+    """Read every sample of ``shards`` once as training would, decode what it would use, and look at texts and names.
 
     Args:
         shards: paths, brace patterns, ``pipe:`` commands, URLs; remote shards are fetched whole, one after the other.
         max_pixels: larger pictures are a problem (found by their header, never decoded).
         workers: processes; default: one for every 64 MB, at most the CPUs and the shards.
+        wanted: members and pairs, as :func:`of_recipe` gives them; default: those of recipes that name none.
 
     Raises:
         DataError: no shard is named, or a local one is not there. A shard that is there but broken is counted.
@@ -161,26 +236,84 @@ def check(
     if missing is not None:
         raise DataError(f"There is no shard {missing}.")
     names = short_names(urls)
+    wanted = wanted or usual(max_pixels)
     total = ShardStats()
     if workers is None:
         size = sum(os.path.getsize(local_path(u)) if is_local(u) else _WORTH_A_PROCESS for u in urls)
         workers = min(os.cpu_count() or 1, 1 + size // _WORTH_A_PROCESS)
     count = min(workers, len(urls))
     by_number: dict[int, ShardStats] = {}
-    for i, stats in _run(urls, names, max_pixels, count, progress):
+    for i, stats in _run(urls, names, wanted, count, progress):
         by_number[i] = stats
     for i in sorted(by_number):  # in the order of the shards, so that the report is the same every time
         total.add(by_number[i], names[i])
-    # Only the whole says which members a sample should have: what most samples have.
-    for kind, lacking in sorted(total.lacking.items()):
-        if 2 * total.kinds[kind] > total.samples:
-            for key in lacking:
-                total.problem("missing member", f"{key}: no {kind}")
+    _judge_pairs(total, wanted)
     return CheckReport(len(urls), total)
 
 
+def check_recipe(recipe: Recipe, *, workers: int | None = None, progress: bool = True) -> CheckReport:
+    """Check every source of a recipe by its own members and pairs.
+
+    Raises:
+        ConfigError: what training would refuse too, such as ``pipe:`` shards that are not allowed.
+        DataError: as :func:`check`.
+    """
+    total, shards = ShardStats(), 0
+    for i, source in enumerate(recipe.data.sources):
+        refuse_pipes(source.shards, recipe.data.allow_pipe, "data.allow_pipe=true")
+        one = check(source.shards, workers=workers, progress=progress, wanted=of_recipe(recipe, i))
+        shards += one.shards
+        total.add(one.stats, source.name)
+    return CheckReport(shards, total)
+
+
+def _judge_pairs(total: ShardStats, wanted: Wanted) -> None:
+    """Problems that only the whole shows: members most samples have and some lack, samples and shards without pairs."""
+    flagged = set()
+    for m, lacking in sorted(total.lacking.items()):
+        if 2 * total.kinds[m] > total.samples:
+            for key in lacking:
+                total.problem("missing member", f"{key}: no {m}")
+            flagged.update(lacking)
+    total.lacking.clear()
+    unpaired, total.unpaired = total.unpaired, {}
+    if total.samples and not total.paired and unpaired:
+        total.problem("no pair", f"training would use none of {total.samples:,} samples: {advice(total, wanted)}")
+        return
+    for key, there in unpaired.items():
+        if key not in flagged:
+            total.problem("missing member", f"{key}: no pair (it has {there})")
+
+
+def advice(total: ShardStats, wanted: Wanted) -> str:
+    """Which endings there are where training finds no pair, and what to write."""
+    some = total.members.most_common(6)
+    more = f" and {len(total.members) - len(some):,} more" if len(total.members) > len(some) else ""
+    there = ", ".join(f".{e} ({n:,})" for e, n in some) + more
+    named = [m for m in wanted.members if wanted.pairs is None or any(m in p for p in wanted.pairs)]
+    last = {e: e.rsplit(".", 1)[-1] for e in total.members}
+    fitting = {m: [e for e in last if last[e] in wanted.members[m] and last[e] != e] for m in named}
+    fitting = {m: e for m, e in fitting.items() if e}
+    shown = named if wanted.pairs is not None else [m for m in named if m in fitting or m in ("image", "text")]
+    looked = "; ".join(f"{m}: {', '.join(wanted.members[m])}" for m in shown)
+    said = f"they end in {there}, and it looks for {looked}. "
+    if not fitting:
+        entry = "json:KEY" if "json" in total.members else "ENDING"
+        written = ", ".join(f"{m}: [{'ENDING' if m != 'text' else entry}]" for m in shown)
+        return said + f"Name what there is in the recipe's source, as members: {{{written}}}"
+    if all(len(e) <= 4 for e in fitting.values()):
+        have = {m: e or [x for x in wanted.members[m] if x in total.members] for m, e in fitting.items()}
+        have |= {m: [x for x in wanted.members[m] if x in total.members] for m in named if m not in have}
+        written = ", ".join(f"{m}: [{', '.join(e)}]" for m, e in have.items() if e)
+        return said + f"Write in the recipe's source: members: {{{written}}}"
+    return said + (
+        "A key ends at the first dot of its name, so names with dots in them have an ending each: pack them again with "
+        "other names ('_' for '.'), or with: dualenc shards build"
+    )
+
+
 def _run(
-    urls: list[str], names: list[str], max_pixels: int, count: int, progress: bool
+    urls: list[str], names: list[str], wanted: Wanted, count: int, progress: bool
 ) -> Iterator[tuple[int, ShardStats]]:
     from rich.console import Console
     from rich.progress import Progress
@@ -190,143 +323,132 @@ def _run(
         task = bar.add_task("checking shards", total=len(urls))
         if count == 1:
             for i, url in enumerate(urls):
-                yield i, check_shard(url, names[i], max_pixels)
+                yield i, check_shard(url, names[i], wanted)
                 bar.advance(task)
             return
         # spawn: torch and Pillow's threads do not survive a fork.
         with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-            jobs = {pool.submit(check_shard, url, names[i], max_pixels): i for i, url in enumerate(urls)}
+            jobs = {pool.submit(check_shard, url, names[i], wanted): i for i, url in enumerate(urls)}
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
                 bar.advance(task)
 
 
-def check_shard(url: str, name: str, max_pixels: int = MAX_PIXELS) -> ShardStats:
-    """One shard's numbers. A shard that cannot be read as a tar counts as one broken shard."""
+def check_shard(url: str, name: str, wanted: Wanted) -> ShardStats:
+    """One shard's numbers. A shard that training could not read, or would stop at, counts as one broken shard."""
     stats = ShardStats()
     cache = None if is_local(url) else ShardCache.temporary(50.0, 3)
+    reader = None
     try:
         path = local_path(url) if cache is None else str(cache.get(url))
         stats.size = os.path.getsize(path)
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            index = index_tar(lambda at, n: os.pread(fd, n, at), stats.size, name)
-            for i in range(len(index)):
-                _check_sample(fd, index.sample(i), name, max_pixels, stats)
-        finally:
-            os.close(fd)
-    except (DataError, ReadFailed, OSError) as e:
+        opened = open_source(Source(name="check", shards=[path]), scan_remote=True)
+        with open(path, "rb") as f:
+            if not ends_properly(lambda at, n: os.pread(f.fileno(), n, at), stats.size):
+                stats.problem("broken shard", f"{name} has no end mark: it was cut short, or its writer was stopped")
+        reader = Reader([opened], None, retries=0)
+        apart = set(reader.index(0, 0).scattered())
+        for key in sorted(apart):
+            stats.problem("scattered members", f"{name}/{key}: its members do not stand next to each other")
+        for i in range(opened.infos[0].samples):
+            _check_sample(reader, reader.locate(0, 0, i), name, wanted, apart, stats)
+    except (DataError, SampleError, OSError) as e:
         stats.problem("broken shard", str(e))
     finally:
+        if reader is not None:
+            reader.close()
         if cache is not None:
             cache.remove()
     return stats
 
 
-def _check_sample(fd: int, sample: Sample, shard: str, max_pixels: int, stats: ShardStats) -> None:
+def _check_sample(
+    reader: Reader, sample: Sample, shard: str, wanted: Wanted, apart: set[str], stats: ShardStats
+) -> None:
     where = f"{shard}/{sample.key}"
     stats.samples += 1
     stats.members.update(list(sample.members))
-    if unsafe(sample.key):
-        stats.problem("unsafe name", where)
     digest = hashlib.blake2b(sample.key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    if digest in stats.keys:
+    if digest in stats.keys and sample.key not in apart:
         stats.problem("duplicate key", where)
     stats.keys.add(digest)
     for ending in sample.members:
         if ending.rsplit(".", 1)[-1] in REFUSED:
             stats.problem("pickled member", f"{where}.{ending}")
-
-    def read(ending: str) -> bytes:
-        offset, size = sample.members[ending]
-        return os.pread(fd, size, offset)
-
-    picture = next((e for e in IMAGE if e in sample.members), None)
-    if picture is None:
-        stats.lacking.setdefault("image", []).append(where)
-    else:
-        stats.kinds["image"] += 1
-        try:
-            opened = open_picture(read(picture), max_pixels)
-            stats.pixels[max(opened.size)] += 1
-            decode(opened)
-        except BadMedia as e:
-            stats.problem(e.reason, f"{where}.{picture}: {e.detail}")
-    _check_sound(sample, read, where, stats)
-    _check_sensors(sample, read, where, stats)
-    texts = _texts(sample, read, where, stats)
-    if texts is None:
-        stats.lacking.setdefault("text", []).append(where)
+    if unsafe(sample.key):
+        stats.problem("unsafe name", where)
         return
-    stats.kinds["text"] += 1
+    found = set()
+    for m, endings in wanted.members.items():
+        kind = wanted.kind(m)
+        # Pictures, sounds and text may stand with a json that is not meant for sensors: then it is not read for them.
+        if wanted.pairs is None and kind in ("camera", "lidar") and "lidar.npy" not in sample.members:
+            continue
+        try:
+            got = reader.find(0, 0, sample, {m: endings})
+            if m in got.values:
+                found.add(m)
+                _look(got.values[m], m, f"{where}.{got.members[m]}", wanted, stats)
+            elif sample.key not in apart and kind in ("image", "audio", "text"):
+                stats.lacking.setdefault(m, []).append(where)
+        except SampleError as e:
+            found.add(m)
+            stats.problem(_BROKEN.get(kind, "broken item"), f"{where}.{e}")
+    stats.kinds.update(found)
+    if wanted.paired(found):
+        stats.paired += 1
+    elif sample.key not in apart:
+        stats.unpaired[where] = ", ".join(f".{e}" for e in list(sample.members)[:4])
+
+
+def _look(raw: Any, modality: str, where: str, wanted: Wanted, stats: ShardStats) -> None:
+    """Decode one value of a sample and count what it is like."""
+    kind = wanted.kind(modality)
+    try:
+        with of_one_item():
+            try:
+                _decode(raw, modality, where, wanted, stats)
+            except BadMedia as e:
+                stats.problem(e.reason, f"{where}: {e.detail}")
+    except DecodeError as e:
+        stats.problem(_BROKEN.get(kind, "broken item"), f"{where}: {e}")
+
+
+def _decode(raw: Any, modality: str, where: str, wanted: Wanted, stats: ShardStats) -> None:
+    kind = wanted.kind(modality)
+    if kind == "text":
+        _look_at_text(raw, where, stats)
+    elif kind == "image":
+        opened = open_picture(raw, wanted.max_pixels)
+        stats.pixels[max(opened.size)] += 1
+        decode(opened)
+    elif kind == "audio":
+        sound = sounds.open_sound(raw)
+        sounds.decode(sound)
+        stats.rates[sound.rate] += 1
+        if sound.frames is not None:
+            stats.tenths[round(10 * sound.seconds)] += 1
+    else:
+        part = wanted.inputs[modality]
+        part.eval(part.decode(raw))  # decoders may put work off until the row is made
+
+
+def _look_at_text(raw: Any, where: str, stats: ShardStats) -> None:
+    if isinstance(raw, bytes):
+        try:
+            raw = raw.decode("utf-8")
+        except UnicodeDecodeError as e:
+            stats.problem("broken text", f"{where}: not UTF-8 ({e.reason})")
+            raw = "?"
+    texts = [str(t) for t in raw] if isinstance(raw, list) else [str(raw)]
     stats.per_sample[len(texts)] += 1
     for text in texts or [""]:
         folded = " ".join(text.split()).lower()
-        if not folded:
+        if not any(c.isprintable() and not c.isspace() for c in folded):
             stats.problem("empty caption", where)
             continue
         stats.words[len(folded.split())] += 1
-        stats.captions[hashlib.blake2b(folded.encode(), digest_size=8).digest()] += 1
-
-
-def _check_sound(sample: Sample, read: Any, where: str, stats: ShardStats) -> None:
-    ending = next((e for e in AUDIO if e in sample.members), None)
-    if ending is None:
-        stats.lacking.setdefault("audio", []).append(where)
-        return
-    stats.kinds["audio"] += 1
-    try:
-        sound = sounds.open_sound(read(ending))
-        sounds.decode(sound)
-    except BadMedia as e:
-        stats.problem(e.reason, f"{where}.{ending}: {e.detail}")
-        return
-    stats.rates[sound.rate] += 1
-    if sound.frames is not None:
-        stats.tenths[round(10 * sound.seconds)] += 1
-
-
-def _check_sensors(sample: Sample, read: Any, where: str, stats: ShardStats) -> None:
-    """Calibrated cameras and sweeps, as training would read them."""
-    if "lidar.npy" not in sample.members or "json" not in sample.members:
-        return
-    try:
-        doc = json.loads(read("json"))
-        sweep = {"json:lidar": doc.get("lidar"), "lidar.npy": read("lidar.npy")}
-        rig = {"json:cameras": doc.get("cameras"), **{e: read(e) for e in sample.members if e.startswith("cam")}}
-    except (ValueError, AttributeError):
-        return  # the text's check says so
-    try:
-        _LIDAR.decode(sweep)
-    except DecodeError as e:
-        stats.problem("broken lidar", f"{where}: {e}")
-    try:
-        for shot in _CAMERAS.decode(rig):
-            if shot.picture is not None:
-                shot.picture.rgb()
-    except DecodeError as e:
-        stats.problem("broken camera", f"{where}: {e}")
-
-
-def _texts(sample: Sample, read: Any, where: str, stats: ShardStats) -> list[str] | None:
-    """The captions of a sample; None when it has no text member."""
-    if "txt" in sample.members:
-        try:
-            return [read("txt").decode("utf-8")]
-        except UnicodeDecodeError as e:
-            stats.problem("broken text", f"{where}.txt: not UTF-8 ({e.reason})")
-            return ["?"]
-    if "json" not in sample.members:
-        return None
-    try:
-        doc = json.loads(read("json"))
-    except ValueError as e:
-        stats.problem("broken text", f"{where}.json: {e}")
-        return ["?"]
-    value = next((doc[k] for k in CAPTIONS if k in doc), None) if isinstance(doc, dict) else None
-    if value is None:
-        return None
-    return [value] if isinstance(value, str) else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        stats.captions[hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()] += 1
 
 
 # --- printing ----------------------------------------------------------------------------------------------------
@@ -357,6 +479,7 @@ def print_check(report: CheckReport) -> None:
             f"{report.duplicate_share:.1%} stand more than once (positives of each other need equal pair ids)",
             highlight=False,
         )
+    console.print(f"training finds a pair in {stats.paired:,} of {stats.samples:,} samples", highlight=False)
     if report.ok:
         console.print("[bold green]ok[/]")
         return

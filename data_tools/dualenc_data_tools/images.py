@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_PIXELS: int = ImageInput.Config.model_fields["max_pixels"].default
 """What the trainer accepts by default; larger pictures are dropped, or made smaller where ``size`` is given."""
 _HARD_LIMIT = 8 * MAX_PIXELS
-_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif", "JPEG2000": "jp2"}
 _WHITE = (255, 255, 255)
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dualenc.data.drawn import colours, points_over, uri
 from dualenc.data.driving.geometry import F64, inverse, moved, project, seen
 from dualenc.data.driving.keyframes import Box
 from dualenc.data.driving.places import MEMBER, read_regions
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot, views_of
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.show import colours, points_over, webp_uri
 from dualenc.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def overlay_uri(
         places = read_regions({MEMBER: regions})
         tops.append(_from_above(*_in_regions(points, places), shots, solid, px))
         about += f"; {len(set(places[places[:, 3] >= 0, 3])):,} regions of {int((places[:, 3] >= 0).sum()):,} places"
-    return uri(_pasted([[pictures, *tops]])), about
+    return webp_uri(_pasted([[pictures, *tops]])), about
 
 
 def _in_regions(points: F64, places: npt.NDArray[np.float32]) -> tuple[F64, npt.NDArray[np.uint8]]:

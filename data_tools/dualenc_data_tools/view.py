@@ -4,7 +4,6 @@ file."""
 from __future__ import annotations
 
 import base64
-import html
 import json
 import random
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ from dualenc.data.modalities import DecodeError, modalities
 from dualenc.data.shards.index import ShardSet, expand, open_source
 from dualenc.data.shards.reader import Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local
-from dualenc.data.thumbnails import thumbnail_uri
+from dualenc.data.show import thumbnail_uri
 from dualenc.errors import DataError
+from dualenc.pages import environment, write_page
 from dualenc_data_tools.check import AUDIO, CAPTIONS, IMAGE
 from dualenc_data_tools.overlay import overlay_uri
 
@@ -31,44 +31,11 @@ _SENSORS = {m: modalities[m].default_members[:1] for m in ("lidar", "camera")} |
     "regions": [MEMBER],
 }
 _MIME = {"flac": "audio/flac", "wav": "audio/wav", "ogg": "audio/ogg", "opus": "audio/ogg", "mp3": "audio/mpeg"}
-
-_STYLE = """
-:root { --ground:#f6f7f9; --card:#fff; --ink:#1c2430; --soft:#667085; --line:#e4e7ec; --bad:#b42318 }
-@media (prefers-color-scheme: dark) {
-  :root { --ground:#12161c; --card:#1b212a; --ink:#e8ebf0; --soft:#98a2b3; --line:#2c3440; --bad:#f97066 }
-}
-* { box-sizing:border-box }
-body { margin:0; background:var(--ground); color:var(--ink);
-  font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif }
-header { padding:28px 32px 18px }
-h1 { margin:0 0 4px; font-size:22px; letter-spacing:-.01em }
-header p { margin:0; color:var(--soft) }
-main { display:grid; gap:16px; padding:0 32px 40px; grid-template-columns:repeat(auto-fill,minmax(210px,1fr)) }
-article { background:var(--card); border:1px solid var(--line); border-radius:12px; overflow:hidden;
-  display:flex; flex-direction:column }
-.pic { position:relative; aspect-ratio:1; display:grid; place-items:center; background:#fff;
-  border-bottom:1px solid var(--line) }
-.pic img { position:absolute; inset:10px; width:calc(100% - 20px); height:calc(100% - 20px); object-fit:contain }
-.pic img.small { image-rendering:pixelated }
-.wide { grid-column:1/-1 } .wide .pic { aspect-ratio:auto; display:block; background:#121212 }
-.wide .pic img { position:static; width:100%; height:auto; display:block }
-.none { color:#98a2b3 }
-audio { width:100%; height:32px; margin-bottom:8px }
-.bad { color:var(--bad); padding:0 8px; text-align:center; overflow-wrap:anywhere }
-.text { padding:12px 14px; flex:1 }
-.text p { margin:0 0 6px } .text p:last-child { margin:0 }
-ol { margin:0; padding-left:20px } ol li { margin-bottom:4px } ol li::marker { color:var(--soft) }
-dl { display:flex; flex-wrap:wrap; gap:4px; margin:10px 0 0 }
-dl div { font-size:12px; background:var(--ground); border-radius:6px; padding:1px 7px; color:var(--soft);
-  max-width:100%; overflow-wrap:anywhere }
-footer { padding:8px 14px; border-top:1px solid var(--line); color:var(--soft);
-  font:12px/1.5 ui-monospace,"DejaVu Sans Mono",monospace; overflow-wrap:anywhere }
-footer span { white-space:nowrap }
-"""
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(slots=True)
-class Shown:
+class Card:
     """What one card of the page shows."""
 
     key: str
@@ -76,7 +43,7 @@ class Shown:
     size: str
     small: bool
     captions: list[str]
-    fields: dict[str, Any]
+    fields: dict[str, str]
     members: list[str]
     problem: str = ""
     sound: str = ""
@@ -107,10 +74,8 @@ def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: i
     title = opened.names[0] if len(opened.names) == 1 else f"{opened.names[0]} … {opened.names[-1]}"
     plural = "s" if len(opened.names) > 1 else ""
     about = f"{len(cards):,} of {total:,} samples in {len(opened.names):,} shard{plural}, drawn with seed {seed}"
-    out = Path(out_html)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_page(title, about, cards), encoding="utf-8")
-    return out
+    page = environment(TEMPLATES).get_template("view.html.j2").render(title=title, about=about, cards=cards)
+    return write_page(Path(out_html), page)
 
 
 def _place(counts: Sequence[int], i: int) -> tuple[int, int]:
@@ -122,9 +87,9 @@ def _place(counts: Sequence[int], i: int) -> tuple[int, int]:
     raise IndexError(i)
 
 
-def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
+def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
     name = opened.names[shard]
-    card = Shown(f"{name}/#{place}", "", "", False, [], {}, [])
+    card = Card(f"{name}/#{place}", "", "", False, [], {}, [])
     try:
         sample = reader.locate(0, shard, place)
         card.key = f"{name.removesuffix('.tar')}/{sample.key}"
@@ -163,7 +128,7 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Shown:
     return card
 
 
-def _overlay(card: Shown, values: dict[str, Any]) -> None:
+def _overlay(card: Card, values: dict[str, Any]) -> None:
     """The calibrated pictures with the points over them."""
     try:
         card.picture, card.size = overlay_uri(
@@ -174,11 +139,12 @@ def _overlay(card: Shown, values: dict[str, Any]) -> None:
         card.problem = str(e)
 
 
-def _short(value: Any) -> Any:
-    """Calibrations and boxes are drawn: of those only the number is told."""
+def _short(value: Any) -> str:
+    """A field as text of at most 80 characters; of long ones (calibrations and boxes, which are drawn) the size."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict | list) and len(json.dumps(value)) > 80:
-        return f"{len(value)} {'keys' if isinstance(value, dict) else 'items'}"
-    return value
+        text = f"{len(value)} {'keys' if isinstance(value, dict) else 'items'}"
+    return text[:80]
 
 
 def _size(raw: bytes) -> tuple[int, int]:
@@ -189,49 +155,3 @@ def _size(raw: bytes) -> tuple[int, int]:
 
 def _bytes(n: int) -> str:
     return f"{n} B" if n < 1000 else f"{n / 1000:.1f} kB" if n < 1e6 else f"{n / 1e6:.1f} MB"
-
-
-def _page(title: str, about: str, cards: list[Shown]) -> str:
-    body = "\n".join(map(_card, cards))
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><header><h1>{html.escape(title)}</h1><p>{html.escape(about)}</p></header>\n<main>\n{body}\n</main></body></html>\n"
-    )
-
-
-def _card(card: Shown) -> str:
-    if card.picture:
-        small = " class='small'" if card.small else ""
-        picture = f"<img{small} loading='lazy' alt='' src='{card.picture}'>"
-    else:
-        picture = (
-            f"<span class='none'>{'sound' if card.sound else 'no picture'}</span>"
-            if not card.problem
-            else f"<span class='bad'>{html.escape(card.problem)}</span>"
-        )
-    if len(card.captions) > 1:
-        text = "<ol>" + "".join(f"<li>{html.escape(c)}</li>" for c in card.captions) + "</ol>"
-    else:
-        text = (
-            f"<p>{html.escape(card.captions[0])}</p>"
-            if card.captions
-            else ""
-            if card.wide
-            else "<p class='none'>no text</p>"
-        )
-    if card.sound:
-        text = f"<audio controls preload='none' src='{card.sound}'></audio>{text}"
-    if card.picture and card.problem:
-        text += f"<p class='bad'>{html.escape(card.problem)}</p>"
-    rows = [(k, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for k, v in card.fields.items()]
-    fields = "".join(f"<div>{html.escape(k)}: {html.escape(v[:80])}</div>" for k, v in rows)
-    sizes = " · ".join(f"<span>{html.escape(x)}</span>" for x in (card.size, *card.members) if x)
-    details = f"{html.escape(card.key)}<br>{sizes}"
-    text += f"<dl>{fields}</dl>" if fields else ""
-    wide = " class='wide'" if card.wide else ""
-    return (
-        f"<article{wide}><div class='pic'>{picture}</div><div class='text'>{text}</div>"
-        f"<footer>{details}</footer></article>"
-    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 import string
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import IO, Any
 
 from dualenc.data.shards.index import INDEX_NAME, SIDECAR, build_index, load_index
 from dualenc.data.shards.reader import REFUSED
@@ -24,9 +23,10 @@ _NAME_BYTES = 100
 class ShardWriter:
     """Writes samples into ``split-000000.tar``, ``split-000001.tar``, … of one folder.
 
-    Headers hold nothing that changes from run to run (mtime 0, uid and gid 0, mode 644, ustar); samples and members
-    stand in the order they are given. Until :meth:`close` the shards have hidden names, then all of them appear and
-    what they replace goes; an exception inside ``with`` leaves the folder as it was.
+    webdataset's writer writes them, with headers that hold nothing that changes from run to run (mtime 0, uid and gid
+    0, no names, mode 644); samples and members stand in the order they are given. Until :meth:`close` the shards have
+    hidden names, then all of them appear and what they replace goes; an exception inside ``with`` leaves the folder as
+    it was.
 
     Args:
         out_dir: the folder; made if it is not there.
@@ -59,8 +59,9 @@ class ShardWriter:
             left.unlink()
         self.samples = 0
         self._paths: list[Path] = []
-        self._tar: tarfile.TarFile | None = None
-        self._in_shard = 0
+        self._file: IO[bytes] | None = None
+        self._tar: Any = None
+        self._in_shard = self._bytes = 0
         self._last = ""
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -74,16 +75,14 @@ class ShardWriter:
             raise DataError(f"The key {key!r} is given twice in a row: readers would take both samples for one")
         self._last = key
         added = sum(512 + -(-len(raw) // 512) * 512 for raw in members.values())
-        if self._tar is not None and (self._in_shard >= self.max_samples or self._tar.offset + added > self.max_bytes):
+        if self._in_shard >= self.max_samples or (self._in_shard and self._bytes + added > self.max_bytes):
             self._end_shard()
         if self._tar is None:
-            path = self.out / self._name(len(self._paths))
-            self._paths.append(path)
-            self._tar = tarfile.open(_partial(path), "w", format=tarfile.USTAR_FORMAT)
+            self._begin_shard()
         for ending, raw in members.items():
-            info = tarfile.TarInfo(f"{key}.{ending}")
-            info.size = len(raw)
-            self._tar.addfile(info, io.BytesIO(raw))
+            # One call a member: webdataset sorts the endings of a sample, and here they stand as they were given.
+            self._tar.write({"__key__": key, ending: raw})
+        self._bytes += added
         self._in_shard += 1
         self.samples += 1
 
@@ -122,10 +121,20 @@ class ShardWriter:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
+    def _begin_shard(self) -> None:
+        from webdataset import TarWriter
+
+        path = self.out / self._name(len(self._paths))
+        self._paths.append(path)
+        self._file = _partial(path).open("wb")
+        self._tar = TarWriter(self._file, user="", group="", mode=0o644, encoder=False, keep_meta=True, mtime=0)
+
     def _end_shard(self) -> None:
-        if self._tar is not None:
+        if self._file is not None:
             self._tar.close()
-            self._tar, self._in_shard = None, 0
+            self._file.close()
+            self._file = self._tar = None
+            self._in_shard = self._bytes = 0
 
     def _name(self, shard: int | str) -> str:
         if isinstance(shard, int):

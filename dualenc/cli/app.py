@@ -16,4 +16,7 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, dotted: optim.lr=1e-3 data.sources.0.shards=my-{000..009}.tar")
 ]
+AllowPipe = Annotated[
+    bool, typer.Option("--allow-pipe", help="Run the shell commands that pipe:COMMAND shards name; else refused.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dualenc.cli.app import Debug, app
-from dualenc.cli.train import resolve_tasks
+from dualenc.api.runs import resolve_tasks
+from dualenc.cli.app import AllowPipe, Debug, app
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 
@@ -96,36 +96,66 @@ def embed(
     plain: Annotated[
         str, typer.Option("--plain", help="With --recipe: modalities without augmentation, comma between.")
     ] = "",
-    dtype: Annotated[str, typer.Option("--dtype", help="With --recipe: fp16, int8 or fp32.")] = "fp16",
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16 or int8. Default: fp32, with --recipe fp16.")] = "",
+    layout: Annotated[
+        str, typer.Option("--format", help="safetensors, or parquet: a table beside every safetensors file.")
+    ] = "safetensors",
     modalities: Annotated[
         str, typer.Option("--modalities", help="Which to embed, comma between; default: all the model has.")
     ] = "",
-    batch_size: Annotated[int, typer.Option("--batch-size")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features that stand in --out.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
-    """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data."""
+    """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data.
+
+    Started again after a kill it keeps the shards that are finished. Several ranks share the shards:
+    dualenc launch --nproc 2 embed MODEL SHARDS.
+    """
+    from dualenc.data.shards.index import refuse_pipes
+    from dualenc.distributed.world import close_world, init_world
+    from dualenc.features.arrow import write_parquet
+    from dualenc.features.of_shards import embed_shards
+    from dualenc.features.store import FeatureStore
     from dualenc.model import load_model
 
     if (recipe is None) == (not shards):
         raise ConfigError("dualenc embed: name shards, or --recipe RECIPE for a teacher's cache, not both")
-    if recipe is None:
-        from dualenc.model.embed_shards import embed_shards
+    if layout not in ("safetensors", "parquet"):
+        raise ConfigError(f"--format: {layout!r} is unknown; write safetensors or parquet")
+    world = init_world(device, _PATIENCE_S, None)
+    try:
+        bundle = load_model(model, device=str(world.device))
+        if recipe is None:
+            refuse_pipes(shards, allow_pipe, "--allow-pipe")
+            chosen = words(modalities)
+            done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite)
+        else:
+            from dualenc.distill.teachers.cache import write_cache
 
-        done = embed_shards(load_model(model, device=device), shards, out, words(modalities), batch_size)
-    else:
-        from dualenc.distill.teachers.cache import write_cache
+            done = write_cache(
+                bundle,
+                load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
+                out,
+                views,
+                words(plain),
+                dtype=dtype or "fp16",
+                batch_size=batch_size,
+                world=world,
+                overwrite=overwrite,
+            )
+        if layout == "parquet":
+            write_parquet(FeatureStore(out), world)
+        if world.rank == 0:
+            print(json.dumps(done, indent=1))
+    finally:
+        close_world(world)
 
-        done = write_cache(
-            load_model(model, device=device),
-            load_recipe(recipe),
-            out,
-            views,
-            words(plain),
-            dtype=dtype,
-            batch_size=batch_size,
-        )
-    print(json.dumps(done, indent=1))
+
+_PATIENCE_S = 7 * 86400.0
+"""A rank that is done with its shards waits for the others: until their last one."""
 
 
 def words(text: str) -> list[str]:
@@ -144,8 +174,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
-    from dualenc_evals.studies.teacher_students import compare as run
-    from dualenc_evals.studies.teacher_students import markdown
+    from dualenc_evals.studies.compare import compare as run
+    from dualenc_evals.studies.compare import markdown
 
     print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
     Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
@@ -282,9 +312,7 @@ def report(
         list[Path],
         typer.Argument(help="A run folder; or several results.json (or folders that hold one) to compare."),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Default: report.html in the run, else compare.html")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: report.html in the run, else models.html")] = None,
     debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page: about a run (its curves too), or comparing several models.
@@ -300,7 +328,7 @@ def report(
     if len(runs) == 1 and runs[0].is_dir():
         page = write_report(runs[0], out)
     else:
-        page = write_comparison(runs, out or Path("compare.html"))
+        page = write_comparison(runs, out or Path("models.html"))
     Console().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 

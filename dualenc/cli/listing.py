@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,10 +13,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dualenc.cli.app import Debug, app
-from dualenc.config import load_recipe
+from dualenc.config import read_yaml
 from dualenc.errors import ConfigError, did_you_mean
-
-RECIPES = Path("recipes")
+from dualenc.shipped import shipped_recipes
 
 
 @app.command("list")
@@ -29,16 +30,12 @@ def list_(
 
 
 def _recipes() -> None:
-    if not RECIPES.is_dir():
-        raise ConfigError(
-            f"There is no folder {RECIPES} here; recipes stand in the repository: run this at its top level"
-        )
     table = Table(Column("recipe", overflow="fold"), "what it trains")
-    for path in sorted(p for p in RECIPES.rglob("*.yaml") if "launch" not in p.parts):  # launchers' own files there
+    for name, path in shipped_recipes().items():
         try:
-            table.add_row(str(path), load_recipe(path).description)
+            table.add_row(name, str(read_yaml(path)[0].get("description", "")))
         except ConfigError as e:
-            table.add_row(str(path), f"[red]cannot be used:[/] {escape(str(e))}")
+            table.add_row(name, f"[red]cannot be used:[/] {escape(str(e))}")
     Console().print(table)
 
 
@@ -50,26 +47,44 @@ def _encoders() -> None:
 
 
 def _losses() -> None:
-    from dualenc.losses import losses
-
-    _classes("loss", losses)
+    _registered("loss", "losses", Path("losses"))
 
 
 def _terms() -> None:
-    from dualenc.distill import terms
-
-    _classes("distillation term", terms)
+    _registered("distillation term", "terms", Path("distill") / "terms")
 
 
-def _classes(what: str, known: Any) -> None:
+def _registered(what: str, registry: str, folder: Path) -> None:
     table = Table(what, "what it is")
-    for name in known:
-        table.add_row(name, (known[name].__doc__ or "").strip().split("\n")[0])
+    known = declared(registry, Path(__file__).parents[1] / folder)
+    known |= {e.name: f"from {e.value}" for e in entry_points(group=f"dualenc.{registry}")}
+    for name, doc in sorted(known.items()):
+        table.add_row(name, escape(doc))
     Console().print(table)
 
 
+def declared(registry: str, folder: Path) -> dict[str, str]:
+    """Name → first line of the docstring of every class below ``folder`` that ``@REGISTRY.register("NAME")`` decorates.
+
+    Read from the source: importing it would import torch, and a list need not wait seconds for that.
+    """
+    out = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            for decorator in node.decorator_list:
+                match decorator:
+                    case ast.Call(
+                        func=ast.Attribute(value=ast.Name(id=owner), attr="register"),
+                        args=[ast.Constant(value=str(name))],
+                    ) if owner == registry:
+                        out[name] = (ast.get_docstring(node) or "").split("\n")[0]
+    return out
+
+
 def _tasks() -> None:
-    from dualenc_evals.task import list_tasks
+    from dualenc_evals.catalog import list_tasks
 
     table = Table("task", "kind", "what it measures")
     for task in list_tasks():

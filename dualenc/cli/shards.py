@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from dualenc.cli.app import Debug, app
+from dualenc.config import load_recipe
+from dualenc.errors import ConfigError
 
 shards_app = typer.Typer(help="Build, index, check and look at webdataset shards.", no_args_is_help=True)
 app.add_typer(shards_app, name="shards")
@@ -16,10 +18,15 @@ app.add_typer(shards_app, name="shards")
 
 @shards_app.command("build", context_settings={"ignore_unknown_options": True})
 def shards_build(
-    source: Annotated[str, typer.Argument(help="Layout of the source: folder, jsonl, csv, parquet, hf, quickstart.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="folder, jsonl, json, csv, parquet, hf, kitti, kitti_raw, nuscenes, quickstart, or a plugin's source."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the shards and their index.")],
     options: Annotated[
-        list[str] | None, typer.Argument(help="Settings of that layout, key=value: path=captions.jsonl split=train")
+        list[str] | None, typer.Argument(help="Settings of that source, key=value: path=captions.jsonl split=train")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -43,6 +50,9 @@ def key_values(items: list[str]) -> dict[str, Any]:
 def shards_index(
     shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
     out: Annotated[Path | None, typer.Option("--out", help="Default: index.json beside local shards.")] = None,
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Take no checksums of members: faster, and training checks less.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Count the samples of every shard and write the index that training reads."""
@@ -53,20 +63,32 @@ def shards_index(
     urls = expand(shards)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("indexing", total=len(urls))
-        path = build_index(urls, out, progress=lambda done, total: bar.update(task, completed=done, total=total))
+        path = build_index(
+            urls,
+            out,
+            contents=not headers_only,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     index = load_index(str(path))
     Console().print(f"{index.total:,} samples in {len(index.shards)} shards: {path}", highlight=False, soft_wrap=True)
 
 
 @shards_app.command("check")
 def shards_check(
-    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    shards: Annotated[
+        list[str] | None, typer.Argument(help="Shards: paths, brace patterns, URLs; none with --recipe.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Check this recipe's sources by its own members and pairs.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Read and decode every sample once; exit code 3 if something is broken."""
-    from dualenc_data_tools.check import check, print_check
+    """Read and decode every sample once as training would; exit code 3 if something is broken or cannot be used."""
+    from dualenc_data_tools.check import check, check_recipe, print_check
 
-    result = check(shards)
+    if (recipe is None) == (not shards):
+        raise ConfigError("dualenc shards check: name shards, or --recipe RECIPE for those of its sources, not both")
+    result = check_recipe(load_recipe(recipe)) if recipe is not None else check(shards or [])
     print_check(result)
     if not result.ok:
         raise typer.Exit(3)

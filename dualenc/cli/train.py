@@ -4,69 +4,45 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualenc.cli.app import Debug, Overrides, app
+from dualenc.api.runs import tasks_of
+from dualenc.api.runs import train as run
+from dualenc.cli.app import AllowPipe, Debug, Overrides, app
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
 from dualenc.errors import ConfigError
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; read no samples.")] = False,
+    allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
     """Train a recipe; started again, it goes on from its newest save."""
-    loaded = load_recipe(recipe, overrides or [])
+    from dualenc.model.start_from import completed
     from dualenc.train.check import check_recipe
 
-    check_recipe(loaded)
-    tasks = resolve_tasks(loaded.eval.tasks)
-    guarded = resolve_tasks(loaded.eval.guard.tasks) if loaded.eval.guard is not None else []
+    said = [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])]
+    loaded = load_recipe(recipe, said, completed)
     if dry_run:
+        check_recipe(loaded)
+        tasks_of(loaded)
         print_plan(loaded)
-        return
-    from dualenc.train.loop import train as run
-
-    run(loaded, evaluate_with(tasks) if tasks else None, evaluate_with(guarded) if guarded else None)
-
-
-def evaluate_with(tasks: list[Any]) -> Any:
-    """The evaluation the loop calls: it knows tasks, the loop knows none."""
-
-    seen: dict[Any, Any] = {}  # a run evaluates the same files again and again
-
-    def evaluate(embedder: Any, world: Any) -> dict[str, float]:
-        from dualenc_evals.harness import evaluate as run_tasks
-
-        results = run_tasks(embedder, tasks, world=world, progress=False, details=False, seen=seen)
-        return {f"{name}/{k}": v for name, r in results["tasks"].items() for k, v in r["metrics"].items()}
-
-    return evaluate
-
-
-def resolve_tasks(names: list[str]) -> list[Any]:
-    """Task names or YAML files → tasks; a wrong name or missing data is an error before the first step, not after the
-    last."""
-    from dualenc_evals.read.shards import read_rows
-    from dualenc_evals.task import load_task
-
-    tasks = [load_task(n) for n in names if n]
-    for task in tasks:
-        read_rows(task)
-    return tasks
+    else:
+        run(loaded)
 
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
     from dualenc.data.shards.index import samples_per_pass
+    from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
     from dualenc.train.build import total_steps
     from dualenc.train.check import check_length
@@ -85,7 +61,10 @@ def print_plan(recipe: Recipe) -> None:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         table.add_row(name, f"{count:,}", f"{trained:,}")
     console.print(table)
+    for note in batch_norm_notes(bundle.model.trained_towers()):
+        console.print(note, highlight=False, markup=False)
     print_rates(console, bundle.model, recipe)
+    print_pipes(console, recipe)
     per_pass = samples_per_pass(recipe.data)
     console.print(f"samples a pass: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
@@ -97,6 +76,17 @@ def print_plan(recipe: Recipe) -> None:
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
+
+
+def print_pipes(console: Console, recipe: Recipe) -> None:
+    """The shell commands that reading the data would run."""
+    from dualenc.data.shards.remote import is_pipe
+
+    for source in recipe.data.sources:
+        for url in [source.shards] if isinstance(source.shards, str) else source.shards:
+            if is_pipe(url.strip()):
+                state = "runs" if recipe.data.allow_pipe else "would run, and is refused without data.allow_pipe=true:"
+                console.print(f"source {source.name} {state} {url.strip()[5:]!r}", highlight=False, markup=False)
 
 
 def check_data(recipe: Recipe, bundle: Any) -> None:
@@ -139,15 +129,16 @@ def launch(
 
 @app.command("engine-json")
 def engine_json(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option("--ranks", help="Number of ranks over all machines.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
     from dualenc.engine.deepspeed_engine import deepspeed_json
+    from dualenc.model.start_from import completed
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [], completed)
     if loaded.engine.kind != "deepspeed":
         raise ConfigError(f"engine.kind is {loaded.engine.kind}, which has no such file; add engine.kind=deepspeed")
     print(json.dumps(deepspeed_json(loaded.engine, loaded.optim, ranks), indent=2))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -152,7 +152,7 @@ def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
 
 
 def _leaves(annotation: Any) -> list[Any]:
-    args = getattr(annotation, "__args__", ())
+    args = get_args(annotation)
     return [leaf for a in args for leaf in _leaves(a)] if args else [annotation]
 
 

@@ -9,7 +9,7 @@ Parts chosen by name (encoders, losses, a modality's input) carry settings that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.errors import did_you_mean
+from dualenc.shipped import find_recipe
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -117,6 +118,15 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3
+    connect_s: Annotated[float, Field(gt=0)] = Field(
+        default=15.0, description="seconds to wait for a connection to a server of shards, before the next try"
+    )
+    idle_s: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="seconds a server of shards may send nothing, before the next try; no limit in all"
+    )
+    allow_pipe: bool = Field(
+        default=False, description="run the shell commands of pipe:COMMAND shards; otherwise they are refused"
+    )
     mix: Share = Field(
         default=0.0,
         description="share of samples that another of their shard is mixed into: sounds added, captions joined",
@@ -354,13 +364,23 @@ def pair_name(pair: tuple[str, str]) -> str:
     return "-".join(pair)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
+
+    Args:
+        path: a YAML file, or the name of a recipe that comes with the package, such as ``quickstart``.
+        overrides: values are read as YAML.
+        complete: fills in what the recipe leaves out before it is checked, see :mod:`dualenc.model.start_from`.
 
     Raises:
         ConfigError: naming the key, the file it came from, the value, and what to write instead.
     """
-    raw, origin = read_yaml(Path(path))
+    file = find_recipe(path)
+    raw, origin = read_yaml(file)
     for item in overrides:
         apply_override(raw, item, origin)
-    return parse(Recipe, raw, origin, str(path))
+    return parse(Recipe, raw if complete is None else complete(raw), origin, str(file))

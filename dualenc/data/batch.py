@@ -24,6 +24,23 @@ class BadSample:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class TeacherRows:
+    """What one teacher says of a batch, by slot, without gradient.
+
+    Attributes:
+        has: modality → bool [B]: the slots it knows the item of.
+        features: modality → [B, D_t] L2-normalised fp32, zero where it has none; empty for a teacher that has only
+            scores.
+        scores: (first, second) modality → [B, N] logits of this rank's items of the first against the second's items of
+            the global batch; pairs that it did not score are −inf. Empty for a teacher with features.
+    """
+
+    has: dict[str, Tensor]
+    features: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Batch:
     """One rank's share of a global batch of N = W · B slots.
@@ -42,8 +59,9 @@ class Batch:
         passes: LongTensor [B]: which pass over its source each slot's sample was drawn in; augmentation follows it.
         views: name → collated rows of one modality as another model takes them (a teacher's picture size or tokenizer):
             as many rows, in the same slots, as ``inputs`` of that modality.
-        extras: name → modality (or pair) → [B, …] by slot, without gradient: what else a loss is given, such as a
-            teacher's features. The loader makes it of the ``labels`` that a modality's rows have.
+        extras: name → modality (or pair) → [B, …] by slot, without gradient: what else a loss is given. The loader
+            makes it of the ``labels`` that a modality's rows have.
+        teachers: name → what a teacher says of these samples; distillation adds it on the device.
     """
 
     size: int
@@ -57,6 +75,7 @@ class Batch:
     passes: Tensor | None = None
     views: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    teachers: dict[str, TeacherRows] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to ``device`` (non-blocking where the memory is pinned)."""
@@ -74,6 +93,10 @@ class Batch:
             ids=move(self.ids),
             views=map_tensors(self.views, move),
             extras=map_tensors(self.extras, move),
+            teachers={
+                name: TeacherRows(*(map_tensors(x, move) for x in (t.has, t.features, t.scores)))
+                for name, t in self.teachers.items()
+            },
         )
 
     def chunks(self, size: int) -> list[Batch]:

@@ -18,11 +18,11 @@ from torch.utils.data import Dataset, Sampler
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, BadSample, Batch
 from dualenc.data.driving.places import by_slot
-from dualenc.data.modalities.modality import DecodeError, ModalityInput
+from dualenc.data.modalities.modality import DecodeError, Mixes, ModalityInput, NamesPlaces, of_one_item
 from dualenc.data.order import Plan, Refs
 from dualenc.data.shards.index import ShardSet
 from dualenc.data.shards.reader import Reader, SampleError, check_members
-from dualenc.data.shards.remote import ShardCache
+from dualenc.data.shards.remote import Bounds, ShardCache
 from dualenc.data.shards.tar import Sample
 from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 
@@ -41,7 +41,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TeacherView:
     """A modality's item once more, as another model takes it: a teacher's picture size or tokenizer.
 
     Attributes:
@@ -72,7 +72,7 @@ class StepDataset(Dataset[Any]):
         world: int,
         cache: ShardCache | None,
         data: Data,
-        views: Mapping[str, View] | None = None,
+        views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self.views, self.redraw = dict(views or {}), dict(redraw or {})
@@ -103,8 +103,7 @@ class StepDataset(Dataset[Any]):
     def make(self, refs: Refs, step: int) -> Batch:
         """Read, decode and collate the samples of ``refs``."""
         reader = self._open()
-        rows: dict[str, list[Any]] = {m: [] for m in (*self.modalities, *self.views)}
-        slots: dict[str, list[int]] = {m: [] for m in self.modalities}
+        made: dict[int, dict[str, Any]] = {}  # slot → its rows, by modality and by view
         ids, keys, bad = [ABSENT] * len(refs), [], []
         at = zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), refs.passes.tolist(), strict=True)
         for slot, (source, shard, i, one) in enumerate(at):
@@ -114,23 +113,34 @@ class StepDataset(Dataset[Any]):
                 sample = reader.locate(source, shard, i)
                 key = sample.key
                 pair = _pair(reader, source, shard, sample, same) if same else None
-                made = self._rows(reader, source, shard, sample, one)
+                made[slot] = self._rows(reader, source, shard, sample, one)
             except SampleError as e:
                 bad.append(BadSample(self.sets[source].source, name, key, e.member, e.reason))
                 self._lost[source] += 1
-                made = {}
             full = f"{self.sets[source].source}/{name}/{key}"
             keys.append(full)
-            if made:
+            if slot in made:
                 self._used[source] += 1
                 ids[slot] = stable_id(full if pair is None else f"{self.sets[source].source}\0{pair}")
-            for m, row in made.items():
-                rows[m].append(row)
-                if m in slots:
-                    slots[m].append(slot)
+        try:
+            collated = self._collated(made)
+        except Exception:
+            spoiled = self._uncollatable(made)
+            if not spoiled:  # not a row's fault
+                raise
+            for slot, (m, reason) in spoiled.items():
+                source, shard = int(refs.source[slot]), int(refs.shard[slot])
+                name = self.sets[source].names[shard]
+                key = keys[slot].removeprefix(f"{self.sets[source].source}/{name}/")
+                bad.append(BadSample(self.sets[source].source, name, key, m, reason))
+                self._lost[source] += 1
+                self._used[source] -= 1
+                ids[slot] = ABSENT
+                del made[slot]
+            collated = self._collated(made)
         self._refuse_hopeless(bad)
-        inputs = {m: self.inputs[m].collate(rows[m] or [self.inputs[m].dummy()]) for m in self.modalities}
-        places = {m: torch.tensor(slots[m], dtype=torch.long) for m in self.modalities}
+        inputs = {m: collated[m] for m in self.modalities}
+        places = {m: torch.tensor([s for s, rows in made.items() if m in rows]).long() for m in self.modalities}
         extras: dict[str, dict[str, torch.Tensor]] = {}
         for m, x in inputs.items():
             labels: dict[str, torch.Tensor] = x.pop("labels", {}) if isinstance(x, dict) else {}  # type: ignore[assignment]
@@ -145,9 +155,35 @@ class StepDataset(Dataset[Any]):
             step=step,
             bad=bad,
             passes=torch.from_numpy(refs.passes.astype(np.int64)),
-            views={n: v.input.collate(rows[n] or [v.input.dummy()]) for n, v in self.views.items()},
+            views={n: collated[n] for n in self.views},
             extras=extras,
         )
+
+    def _collated(self, made: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+        """The rows of all slots as tensors, by modality and by view; a dummy where nothing has one."""
+        out = {}
+        for name, part in self._parts().items():
+            rows = [rows[name] for rows in made.values() if name in rows]
+            out[name] = part.collate(rows or [part.dummy()])
+        return out
+
+    def _uncollatable(self, made: Mapping[int, Mapping[str, Any]]) -> dict[int, tuple[str, str]]:
+        """Slots with a row that does not go into a batch, be it alone or beside a dummy: modality and reason."""
+        out = {}
+        for slot, rows in made.items():
+            for name, part in self._parts().items():
+                try:
+                    if name in rows:
+                        with of_one_item():
+                            part.collate([rows[name]])
+                            part.collate([rows[name], part.dummy()])
+                except DecodeError as e:
+                    out[slot] = (name, f"does not go into a batch: {e}")
+        return out
+
+    def _parts(self) -> dict[str, ModalityInput]:
+        """How rows of each modality and view are made."""
+        return {m: self.inputs[m] for m in self.modalities} | {n: v.input for n, v in self.views.items()}
 
     def _rows(self, reader: Reader, source: int, shard: int, sample: Sample, one: int) -> dict[str, Any]:
         """The rows of one sample, by modality and by view."""
@@ -155,7 +191,8 @@ class StepDataset(Dataset[Any]):
         found = reader.find(source, shard, sample, wanted)
         if not any(a in found.values and b in found.values for a, b in self.pairs):
             m, looked = next((m, e) for m, e in wanted.items() if m not in found.values)
-            raise SampleError("", f"no member for {m} (looked for {', '.join(looked)})")
+            there = ", ".join(list(sample.members)[:4])
+            raise SampleError("", f"no member for {m} (looked for {', '.join(looked)}); the sample has {there}")
         full = f"{self.sets[source].source}/{self.sets[source].names[shard]}/{sample.key}"
         partner = self._partner(reader, source, shard, full, one)
         out: dict[str, Any] = {}
@@ -163,18 +200,19 @@ class StepDataset(Dataset[Any]):
             part: Any = self.inputs[m]
             seed, passes = self.redraw.get(m, (self.seed, one + 1))
             try:
-                item = part.decode(raw)
-                if getattr(part, "placed", None) is not None:
-                    item = part.placed(item, sample_rng(self.seed, full, one, "places"))
-                rng = sample_rng(seed, full, one % passes, m)
-                if partner.keys() >= found.values.keys():
-                    item = part.mix(item, partner[m], rng)
-                out[m] = part.train(item, rng)
-                for name, view in self.views.items():
-                    if view.modality == m:
-                        item = view.input.decode(raw)
-                        draw = sample_rng(seed, full, one % passes, m)
-                        out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
+                with of_one_item():
+                    item = part.decode(raw)
+                    if isinstance(part, NamesPlaces):
+                        item = part.placed(item, sample_rng(self.seed, full, one, "places"))
+                    rng = sample_rng(seed, full, one % passes, m)
+                    if partner.keys() >= found.values.keys():
+                        item = part.mix(item, partner[m], rng)
+                    out[m] = part.train(item, rng)
+                    for name, view in self.views.items():
+                        if view.modality == m:
+                            item = view.input.decode(raw)
+                            draw = sample_rng(seed, full, one % passes, m)
+                            out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:
                 raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
         return out
@@ -190,7 +228,8 @@ class StepDataset(Dataset[Any]):
         try:
             other = reader.locate(source, shard, int(rng.integers(self.sets[source].infos[shard].samples)))
             found = reader.find(source, shard, other, self.wanted[source])
-            return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
+            with of_one_item():
+                return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
         except (SampleError, DecodeError) as e:
             logger.debug("nothing is mixed into %s: %s", full, e)
             return {}
@@ -207,7 +246,8 @@ class StepDataset(Dataset[Any]):
     def _open(self) -> Reader:
         if self._reader is None or self._owner != os.getpid():
             # After a fork the parent's file offsets and connections are not ours.
-            self._reader = Reader(self.sets, self.cache, self.data.retries, self.data.window * self.data.lanes)
+            span = self.data.window * self.data.lanes
+            self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
         return self._reader
 
@@ -261,7 +301,7 @@ def check_mix(data: Data, inputs: Mapping[str, ModalityInput], pairs: Sequence[t
     Raises:
         ConfigError: naming it.
     """
-    rigid = sorted({m for pair in pairs for m in pair if not hasattr(inputs[m], "mix")})
+    rigid = sorted({m for pair in pairs for m in pair if not isinstance(inputs[m], Mixes)})
     if data.mix and rigid:
         raise ConfigError(
             f"data.mix: {data.mix:g} needs modalities that can be mixed; {rigid[0]!r} cannot: leave it out."

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 
 from dualenc.config import Data
 from dualenc.data.batch import Batch
-from dualenc.data.dataset import Failure, StepDataset, StepSampler, View, check_mix, members_of
+from dualenc.data.dataset import Failure, StepDataset, StepSampler, TeacherView, check_mix, members_of
 from dualenc.data.modalities.modality import ModalityInput
 from dualenc.data.order import Plan
-from dualenc.data.shards.index import ShardSet, build_plan, open_source
-from dualenc.data.shards.remote import ShardCache, is_local
+from dualenc.data.shards.index import ShardSet, build_plan, open_sources
+from dualenc.data.shards.remote import Bounds, ShardCache, is_local
 from dualenc.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class Loader:
         last_wait_s, data_wait: seconds the consumer waited for the last batch, and for all of them.
 
     Raises:
-        ConfigError: for a batch that cannot be split, an unknown modality in a source's ``members``.
+        ConfigError: for a batch that cannot be split, an unknown modality in a source's ``members``, ``pipe:`` shards
+            without ``data.allow_pipe``.
         DataError: for missing or broken shards; while iterating, for a source of which nothing can be used.
     """
 
@@ -71,14 +72,14 @@ class Loader:
         start_step: int = 0,
         pin_memory: bool = False,
         start_method: str | None = None,
-        views: Mapping[str, View] | None = None,
+        views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         if batch_size % world:
             raise ConfigError(f"batch.size ({batch_size}) must be a multiple of the {world} ranks.")
         wanted = [members_of(data, i, inputs, pairs) for i in range(len(data.sources))]
         check_mix(data, inputs, pairs)
-        self.sets = [open_source(s, data.retries) for s in data.sources]
+        self.sets = open_sources(data)
         self.plan: Plan = build_plan(data, self.sets, seed)
         self.rank, self.world, self.batch_size = rank, world, batch_size
         self.start_step = start_step
@@ -233,8 +234,8 @@ def _open_cache(data: Data, sets: Sequence[ShardSet]) -> ShardCache | None:
     if all(is_local(u) for s in sets for u in s.urls):
         return None
     if data.cache_dir is not None:
-        return ShardCache(data.cache_dir, data.cache_gb, data.retries)
-    return ShardCache.temporary(data.cache_gb, data.retries)
+        return ShardCache(data.cache_dir, data.cache_gb, data.retries, Bounds.of(data))
+    return ShardCache.temporary(data.cache_gb, data.retries, Bounds.of(data))
 
 
 def _as_it_is(item: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How one raw item is shown on a page: what a report embeds in itself.
+"""How one raw item is shown on a page: what a report embeds in itself, as small pictures, short sounds, or text.
 
 A modality says so with a static method ``preview(raw) -> dict``; without one its bytes are looked at. A preview has
 one of ``picture`` (a ``data:`` address), ``sound`` (likewise) or ``text``; a page shows it by what it is, never by the
@@ -9,14 +9,40 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
+from dualenc.data.driving.geometry import F64
 from dualenc.data.modalities import DecodeError, modalities
-from dualenc.data.thumbnails import thumbnail_uri
+from dualenc.data.modalities.image import Picture
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SOUND_BYTES = 400_000
 """Longer recordings are cut: a page holds dozens of them."""
 SECONDS = 8.0
+WHITE = (255, 255, 255)
+MAX_PIXELS = 100_000_000
+"""Larger pictures are not decoded for a thumbnail."""
+SHOWN = 5000
+"""Points drawn over a picture, about."""
+FAR = 60.0
+"""Metres at which the colours end."""
+_STOPS = np.array([[255, 70, 40], [255, 200, 40], [80, 220, 100], [60, 170, 255], [90, 70, 220]], float)
 _SOUNDS = ((b"OggS", "ogg"), (b"fLaC", "flac"), (b"RIFF", "wav"), (b"ID3", "mpeg"), (b"\xff\xfb", "mpeg"))
+
+
+@runtime_checkable
+class Previews(Protocol):
+    """A modality that knows how its items are shown."""
+
+    @staticmethod
+    def preview(raw: Any) -> dict[str, str]:
+        """``picture``, ``sound`` or ``text`` of a raw item. Raises DecodeError: it is damaged."""
+        ...
 
 
 def preview(raw: bytes | str, kind: str = "") -> dict[str, str]:
@@ -25,14 +51,16 @@ def preview(raw: bytes | str, kind: str = "") -> dict[str, str]:
     Raises:
         DecodeError: neither the modality nor the bytes say how it can be shown.
     """
-    own = getattr(modalities[kind], "preview", None) if kind in modalities else None
-    if own is not None:
-        return dict(own(raw))
+    if kind in modalities and isinstance(shows := modalities[kind], Previews):
+        return dict(shows.preview(raw))
     if isinstance(raw, str):
         return {"text": raw}
     if sound_kind(raw):
         return {"sound": sound_uri(raw)}
     return {"picture": thumbnail_uri(raw)}
+
+
+# --- sounds ----------------------------------------------------------------------------------------------------------
 
 
 def sound_kind(raw: bytes) -> str:
@@ -73,3 +101,66 @@ def _excerpt(raw: bytes) -> bytes:
     out = io.BytesIO()
     soundfile.write(out, wave, rate, format="FLAC", subtype="PCM_16")
     return out.getvalue()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def thumbnail(raw: bytes, px: int = 96) -> bytes:
+    """``raw`` upright, flattened on white, as WebP whose longer side is at most ``px`` pixels.
+
+    Raises:
+        DecodeError: not a picture, damaged, or with too many pixels to be decoded for a thumbnail.
+    """
+    from PIL import Image
+
+    picture = Picture(raw, WHITE)
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width}×{height} pixels are too many for a thumbnail")
+    image = picture.rgb(at_least=px).copy()
+    image.thumbnail((px, px), Image.Resampling.LANCZOS)
+    return _webp(image, quality=82, method=4)
+
+
+def thumbnail_uri(raw: bytes, px: int = 96) -> str:
+    """:func:`thumbnail` as a ``data:`` address that a page can hold."""
+    return _data_uri(thumbnail(raw, px))
+
+
+def colours(metres: F64, far: float = FAR) -> npt.NDArray[np.uint8]:
+    """Colour of each distance: [n] metres → [n, 3] RGB, red where near, blue at ``far`` and beyond."""
+    place = np.clip(metres / far, 0, 1) * (len(_STOPS) - 1)
+    return np.stack([np.interp(place, range(len(_STOPS)), _STOPS[:, c]) for c in range(3)], 1).astype(np.uint8)
+
+
+def points_over(image: Image.Image, uv: F64, depth: F64, width: int, far: float = FAR, dot: float = 0.6) -> Image.Image:
+    """The picture at ``width`` pixels with a dot for every point: ``uv [n, 2]`` in its own pixels, ``depth [n]`` in m.
+
+    Near points are drawn last, over far ones. A dense sweep is thinned to about ``SHOWN`` points, so that the picture
+    can still be seen.
+    """
+    from PIL import Image, ImageDraw
+
+    scale = width / image.width
+    image = image.resize((width, max(1, round(image.height * scale))), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(image)
+    order = np.argsort(-depth)[:: 1 + len(depth) // SHOWN]
+    for (u, v), colour in zip((uv * scale)[order], colours(depth, far)[order], strict=True):
+        draw.rectangle([u - dot, v - dot, u + dot, v + dot], fill=tuple(colour))
+    return image
+
+
+def webp_uri(image: Image.Image) -> str:
+    """A picture as a ``data:`` address of a WebP."""
+    return _data_uri(_webp(image, quality=85, method=2))
+
+
+def _webp(image: Image.Image, quality: int, method: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=quality, method=method)
+    return out.getvalue()
+
+
+def _data_uri(webp: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(webp).decode("ascii")

@@ -6,16 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualenc.config import Distill, settings_as
 from dualenc.data.batch import ABSENT
 from dualenc.distill.terms.term import Columns, PairInputs, TeacherSide, Term, terms
 from dualenc.losses import Extras, Loss, LossOutput
-
-HAS = ".has"
-"""Beside a teacher's features: which slots it has them of, bool [B]."""
-SCORES = ("scores_ab", "scores_ba")
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class TeacherInfo:
     """What the loss has to know of a teacher.
 
     Attributes:
-        name: of its features in the batch's extras.
+        name: of its rows in :attr:`dualenc.data.batch.Batch.teachers`.
         weight: relative, among the teachers of a pair.
         scale, bias: by pair of the student: of its logits.
         fusion: it gives scores, not features.
@@ -36,7 +32,7 @@ class TeacherInfo:
     fusion: bool = False
 
 
-class Distillation(nn.Module):
+class Distillation(Loss):
     """``hard`` · loss + Σ weight · (mean over teachers of a term).
 
     It has no parameters: heads are the model's (see :func:`head_name`), and reach it among the extras.
@@ -59,10 +55,10 @@ class Distillation(nn.Module):
         *,
         extras: Extras,
     ) -> LossOutput:
-        """As :class:`dualenc.losses.Loss`; ``extras`` brings the teachers' features."""
+        """As :class:`dualenc.losses.Loss`; ``extras`` brings what the teachers say and the projected features."""
         value, metrics = logit_scale.new_zeros(()), {}
         if self.weight:
-            more = {"extras": extras} if getattr(self.hard, "takes_extras", False) else {}
+            more = {"extras": extras} if self.hard.takes_extras else {}
             out = self.hard(a, b, ids, logit_scale, logit_bias, **more)
             value = value + self.weight * out.value
             metrics = {**out.metrics, "hard": out.value.detach()}
@@ -85,12 +81,11 @@ class Distillation(nn.Module):
     def _side(self, t: TeacherInfo, extras: Extras, ids: Tensor) -> tuple[TeacherSide, Tensor]:
         """The teacher's features of a pair, and the ids with the slots it has nothing of marked absent."""
         scale, bias = t.scale[extras.pair], t.bias.get(extras.pair, 0.0)
-        known = extras.a[t.name + HAS] & extras.b[t.name + HAS]
-        kept = torch.where(known, ids, ABSENT)
+        (a, b), said = extras.pair, extras.teachers[t.name]
+        kept = torch.where(said.has[a] & said.has[b], ids, ABSENT)
         if t.fusion:
-            ab, ba = (extras.both[f"{t.name}.{s}"] for s in SCORES)
-            return TeacherSide(None, None, scale, bias, ab, ba), kept
-        return TeacherSide(extras.a[t.name], extras.b[t.name], scale, bias), kept
+            return TeacherSide(None, None, scale, bias, said.scores[a, b], said.scores[b, a]), kept
+        return TeacherSide(said.features[a], said.features[b], scale, bias), kept
 
 
 def build_terms(config: Distill) -> list[tuple[str, Term]]:

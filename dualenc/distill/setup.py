@@ -10,11 +10,11 @@ from torch import nn
 
 from dualenc.config import Recipe, pair_name
 from dualenc.data.batch import Batch
-from dualenc.data.dataset import View
+from dualenc.data.dataset import TeacherView
 from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import Distillation, build_terms, head_name
 from dualenc.distill.teachers.look_ahead import LookAheadTeacher
-from dualenc.distill.teachers.teacher import TeacherSource, build_teacher, with_extras
+from dualenc.distill.teachers.teacher import TeacherSource, build_teacher, with_teachers
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses import Loss
 from dualenc.model import Bundle
@@ -40,10 +40,10 @@ class Distiller:
         if self.config.look_ahead is not None:
             self.follower = LookAheadTeacher(self.config.look_ahead, recipe, bundle, device)
             self.teachers.append(self.follower)
-        self.views: dict[str, View] = {name: v for t in self.teachers for name, v in t.views.items()}
+        self.views: dict[str, TeacherView] = {name: v for t in self.teachers for name, v in t.views.items()}
         self.redraw = self._redraw()
         self._check_pairs()
-        self._check_anchors()
+        self._check_modalities()
         self._add_heads(bundle)
         if self.follower is not None:
             self.follower.attach(bundle.model)
@@ -59,10 +59,10 @@ class Distiller:
 
     def prepare(self, batch: Batch, module: nn.Module, loss: Loss) -> Batch:
         """The batch with every teacher's features. A teacher that follows the student looks at ``module`` first."""
-        batch = with_extras(batch, [t for t in self.teachers if t is not self.follower])
+        batch = with_teachers(batch, [t for t in self.teachers if t is not self.follower])
         if self.follower is not None:
             self.follower.follow(module, batch, loss)
-            batch = with_extras(batch, [self.follower])
+            batch = with_teachers(batch, [self.follower])
         return batch
 
     def describe(self) -> list[dict[str, Any]]:
@@ -97,35 +97,34 @@ class Distiller:
                     "pair; raise distill.hard or name a teacher of it"
                 )
 
-    def _check_anchors(self) -> None:
+    def _check_modalities(self) -> None:
         for k, (_, term) in enumerate(build_terms(self.config)):
-            for m in getattr(term.config, "feature", {}):
-                if m not in self.recipe.modalities:
-                    raise ConfigError(
-                        f"distill.terms.{k}.feature: there is no modality {m!r}. "
-                        f"{did_you_mean(m, self.recipe.modalities)}"
-                    )
+            for setting, named in term.names_modalities.items():
+                for m in named:
+                    if m not in self.recipe.modalities:
+                        raise ConfigError(
+                            f"distill.terms.{k}.{setting}: there is no modality {m!r}. "
+                            f"{did_you_mean(m, self.recipe.modalities)}"
+                        )
 
     def _add_heads(self, bundle: Bundle) -> None:
         """A linear map to each teacher's space for every term that compares there."""
         dim = bundle.embed_dim
         for k, (_, term) in enumerate(build_terms(self.config)):
-            project = getattr(term.config, "project", None)
             for t in self.teachers:
-                heads = getattr(term, "uses_heads", False)
-                if t.info.fusion and (heads or getattr(term, "needs_features", False)):
+                if t.info.fusion and term.needs_features:
                     raise ConfigError(
                         f"distill.terms.{k}: {self.config.terms[k].name} compares features, and {t.name} is a fusion "
                         "teacher, which has only scores; write dcd or soft_labels"
                     )
-                if not heads:
+                if not term.uses_heads:
                     continue
-                if project is False and t.embed_dim != dim:
+                if term.project is False and t.embed_dim != dim:
                     raise ConfigError(
                         f"distill.terms.{k}.project: false needs equal dimensions, the student has {dim}, {t.name} "
                         f"{t.embed_dim}; leave it out"
                     )
-                if project is False or (project is None and t.embed_dim == dim):
+                if term.project is False or (term.project is None and t.embed_dim == dim):
                     continue
                 name = head_name(k, t.name)
                 head = {}

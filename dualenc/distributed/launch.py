@@ -39,7 +39,7 @@ def launch(command: Sequence[str], nproc: int, max_restarts: int = 0, grace_s: f
         The exit code of the rank that ended first in another way than 0 (128 + N if signal N ended it), else 0.
     """
     for attempt in range(max_restarts + 1):
-        ranks = Ranks(command, nproc, grace_s)
+        ranks = RankProcesses(command, nproc, grace_s)
         code = ranks.run()
         if code in FINAL or ranks.signalled or attempt == max_restarts:
             break
@@ -47,7 +47,7 @@ def launch(command: Sequence[str], nproc: int, max_restarts: int = 0, grace_s: f
     return code
 
 
-class Ranks:
+class RankProcesses:
     """One start of all ranks, with a store of its own: gloo would find the addresses of the dead in an old one."""
 
     def __init__(self, command: Sequence[str], nproc: int, grace_s: float) -> None:

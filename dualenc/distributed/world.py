@@ -10,7 +10,7 @@ import datetime
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from dualenc.errors import ConfigError, DualencError
+from dualenc.errors import ConfigError, DataError, DualencError
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ def init_world(device: str = "auto", timeout_s: float = 600.0, threads: int | No
     """
     place = _place(os.environ)
     _set_threads(threads, place.local_world_size)
-    where = _device(device, place.local_rank)
+    where = _device(device, place.local_rank, _bound_by_slurm(os.environ))
     if place.world_size == 1:
         return World(device=where, timeout_s=timeout_s)
     for key, value in _launcher_variables(os.environ, place).items():
@@ -178,6 +178,12 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     return int(text)
 
 
+def _bound_by_slurm(env: Mapping[str, str]) -> bool:
+    """Whether srun (not torchrun inside a job) shows every task devices of its own: ``srun --gpus-per-task=1``."""
+    by_srun = "SLURM_STEP_NUM_TASKS" in env and "TORCHELASTIC_RUN_ID" not in env
+    return by_srun and ("SLURM_GPUS_PER_TASK" in env or "SLURM_TRES_PER_TASK" in env)
+
+
 def check_device(name: str) -> None:
     """Refuse ``engine.device: cuda`` where there is none.
 
@@ -188,11 +194,14 @@ def check_device(name: str) -> None:
         raise ConfigError("engine.device is cuda, but torch sees no CUDA device; write auto or cpu")
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _device(name: str, local_rank: int, bound: bool = False) -> torch.device:
+    """Of what is visible: the first device where each task sees only its own (``bound``), else that of the rank."""
     check_device(name)
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if bound:
+        local_rank = 0
     if local_rank >= count:
         raise ConfigError(
             f"Local rank {local_rank} has no GPU: this machine shows {count}; start at most that many ranks"
@@ -221,6 +230,20 @@ def _silence_renamed_collectives() -> None:
 def world_size() -> int:
     """Number of ranks in the process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def current_world() -> World:
+    """The process group that there is, as a world; a world of one without one. It starts nothing."""
+    if world_size() == 1:
+        return World()
+    backend = dist.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    return World(rank(), world_size(), int(os.environ.get("LOCAL_RANK", rank())), device, backend)
 
 
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
@@ -261,6 +284,29 @@ def broadcast_object(value: T, world: World, source: int = 0) -> T:
     dist.broadcast_object_list(box, src=source, device=world.device)
     result: T = box[0]
     return result
+
+
+def agree(make: Callable[[], T], world: World) -> T:
+    """Run ``make`` on every rank; an error meant for the user on any rank is raised on all.
+
+    Without this one rank would leave (a file missing on its machine) and the others wait for it until timeout.
+
+    Raises:
+        DualencError: this rank's own; on the others a DataError that names the rank.
+    """
+    result: list[T] = []
+    error: DualencError | None = None
+    try:
+        result.append(make())
+    except DualencError as e:
+        error = e
+    messages = all_gather_object(None if error is None else str(error), world)
+    if error is not None:
+        raise error
+    for other, message in enumerate(messages):
+        if message is not None:
+            raise DataError(f"rank {other}: {message}")
+    return result[0]
 
 
 def barrier(world: World) -> None:

@@ -11,12 +11,14 @@ from dualenc.encoders.adapters.hf_naflex import check_grid
 from dualenc.encoders.dual_encoder import DualEncoder, decay_groups
 from dualenc.encoders.families import families, find, own_towers
 from dualenc.encoders.tower import Tower, activations
+from dualenc.encoders.trainable.rows import batch_norm_notes, refuse_mixing, warn_of_untrained_norms
 from dualenc.errors import ConfigError
 
 __all__ = [
     "DualEncoder",
     "Tower",
     "activations",
+    "batch_norm_notes",
     "build_tower",
     "check_input",
     "decay_groups",
@@ -24,6 +26,8 @@ __all__ = [
     "input_defaults",
     "list_encoders",
     "own_towers",
+    "refuse_mixing",
+    "warn_of_untrained_norms",
 ]
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
 from dualenc.encoders.tower import Tower
+from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
-from dualenc.errors import ConfigError
 
 
 class DualEncoder(nn.Module):
@@ -58,12 +58,12 @@ class DualEncoder(nn.Module):
         self.logit_bias = _Biases(bias)
         self.heads = nn.ModuleDict()
         for m in self.locked:
-            self.tower(m).requires_grad_(False).eval()
+            locking.lock(self.tower(m))
         for m in heads:
             self.tower(m).head.requires_grad_(True)
         self.unlocked = dict(unlocked or {})
         for m, groups in self.unlocked.items():
-            self._unlock(m, groups)
+            locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
 
     @property
@@ -121,15 +121,6 @@ class DualEncoder(nn.Module):
         """
         return normalised(self.tower(modality)(x))
 
-    def _unlock(self, m: str, groups: int) -> None:
-        tower = self.tower(m)
-        n = len(tower.blocks())
-        if groups > n:
-            raise ConfigError(f"modalities.{m}.lock.unlocked_groups: {groups} is more than the tower's {n} blocks")
-        levels = tower.levels()
-        for name, p in tower.named_parameters():
-            p.requires_grad_(levels[name] > n - groups)
-
     def add_adapters(self, m: str, config: Lora) -> None:
         """Train low-rank adapters in the tower of ``m`` instead of its weights; :meth:`plain` merges them.
 
@@ -149,26 +140,23 @@ class DualEncoder(nn.Module):
         assert isinstance(tower, Tower)
         return tower
 
+    def trained_towers(self) -> dict[str, Tower]:
+        """Modality → tower, of those that are not locked; a shared tower stands under its owner."""
+        return {m: self.tower(m) for m in self.towers if m not in self.locked}
+
     def train(self, mode: bool = True) -> DualEncoder:
         """As ``nn.Module.train``; locked towers, and the locked part of others, stay in eval mode."""
         super().train(mode)
         for m, groups in self.unlocked.items():
-            tower = self.tower(m)
-            frozen = [x for x in tower.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm) and not x.training]
-            tower.eval()
-            for part in [*tower.blocks()[-groups:], tower.head]:
-                part.train(mode)
-            for norm in frozen:
-                norm.eval()
+            locking.train_last(self.tower(m), groups, mode)
         for m in self.locked:
             self.tower(m).eval()
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in every tower that is trained."""
-        for m in self.towers:
-            if m not in self.locked:
-                self.tower(m).set_grad_checkpointing(enable)
+        for tower in self.trained_towers().values():
+            tower.set_grad_checkpointing(enable)
 
     def compile_towers(self) -> None:
         """torch.compile each tower in place; names in the state dict stay as they are."""
@@ -248,16 +236,18 @@ def decay_groups(module: nn.Module) -> tuple[list[str], list[str], list[str]]:
     """Names of trained parameters: (with weight decay, without, logit scale and bias).
 
     Weight decay is for matrices and convolutions only. Vectors (gains and biases of norms, layer scale) and learned
-    positions, class tokens and queries have none, as in CLIP's and timm's recipes; nor have the scale and bias, which
-    are a group of their own.
+    positions, class tokens and queries have none, as in CLIP's and timm's recipes; nor have the model's own scale and
+    bias, which are a group of their own (a tower may have parameters of that name too, as Swin v2's attention has).
+
+    Only names and shapes are looked at, so the groups are the same before and after an engine cuts the parameters.
     """
     decay, no_decay, scale = [], [], []
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue
-        if any(part in ("logit_scale", "logit_bias") for part in name.split(".")):
+        if name.partition(".")[0] in ("logit_scale", "logit_bias"):
             scale.append(name)
-        elif p.ndim < 2 or p.squeeze().ndim < 2 or _is_embedding(name):
+        elif sum(length > 1 for length in p.shape) < 2 or _is_embedding(name):
             no_decay.append(name)
         else:
             decay.append(name)

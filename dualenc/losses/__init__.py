@@ -1,7 +1,10 @@
 """Contrastive losses on features: one file per loss, a pure function and a thin module.
 
+In your own training loop: :func:`info_nce`, :func:`sigmoid`, :func:`cwcl`, :func:`mse` (see
+:mod:`dualenc.losses.functional`).
+
 A recipe's ``loss: {name: …}`` is looked up in ``losses`` and built by :func:`build_loss`. To add a loss: write
-``losses/yours.py`` with a registered class (see ``base.losses``), import it here, and write its test.
+``losses/yours.py`` with a registered subclass of :class:`Loss`, import it here, and write its test.
 
 The losses here have no parameters: logit scale and bias are the model's. A loss with parameters must have them reduced
 over ranks and stepped like every other: it has to be a submodule of the module that the engine wraps, so such a
@@ -10,14 +13,26 @@ loss reads its parameters from ``outputs`` of the model's forward, as scale and 
 
 from __future__ import annotations
 
-from torch import nn
-
 from dualenc.config import Component, settings_as
-from dualenc.losses import cwcl, info_nce, mse, regions, sigmoid  # noqa: F401  (they register themselves)
+from dualenc.losses import regions  # noqa: F401  (it registers its losses, as the files of the functions below do)
+
+# These are the functions; the files of the same names are reached as modules, dualenc.losses.info_nce and so on.
+from dualenc.losses.functional import cwcl, info_nce, mse, sigmoid
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.objective import objective
 
-__all__ = ["Extras", "Loss", "LossOutput", "build_loss", "losses", "objective"]
+__all__ = [
+    "Extras",
+    "Loss",
+    "LossOutput",
+    "build_loss",
+    "cwcl",
+    "info_nce",
+    "losses",
+    "mse",
+    "objective",
+    "sigmoid",
+]
 
 
 def build_loss(component: Component) -> Loss:
@@ -27,7 +42,9 @@ def build_loss(component: Component) -> Loss:
         ConfigError: for an unknown name (with the nearest known one) or setting.
     """
     factory = losses[component.name]
-    loss: Loss = factory(settings_as(factory.Config, component.settings, "loss"))
-    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+    loss = factory(settings_as(factory.Config, component.settings, "loss"))
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss {component.name!r}: {factory.__name__} is not a subclass of dualenc.losses.Loss")
+    if any(True for _ in loss.parameters()):
         raise TypeError(f"loss {component.name!r} has parameters outside the wrapped module; see dualenc.losses")
     return loss

@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dualenc.config import Section
@@ -28,7 +28,7 @@ from dualenc.distributed.gather import gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.info_nce import info_nce_rows
-from dualenc.losses.loss import Extras, LossOutput, losses
+from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 
 
 def cwcl(
@@ -128,7 +128,7 @@ def rows_of(strip_mb: float, columns: Tensor) -> int:
 
 
 @losses.register("cwcl")
-class CWCL(nn.Module):
+class CWCL(Loss):
     """CWCL as a recipe's ``loss: {name: cwcl}``, with ``lock: true`` (or ``trunk``) on one tower of each pair.
 
     It has no parameters. Strips are recomputed in the backward, so nothing of size B·N is kept.

@@ -14,12 +14,12 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.losses.blockwise.sweeps import How, sweep_info_nce
-from dualenc.losses.loss import LossOutput, TiledConfig, losses
+from dualenc.losses.loss import Loss, LossOutput, TiledConfig, losses
 
 
 def info_nce(
@@ -78,7 +78,7 @@ def hits(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 @losses.register("info_nce")
-class InfoNCE(nn.Module):
+class InfoNCE(Loss):
     """InfoNCE as a recipe's ``loss: {name: info_nce}``. It has no parameters; a logit bias would cancel out."""
 
     class Config(TiledConfig):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualenc.config import Section
+from dualenc.data.batch import TeacherRows
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
 from dualenc.registry import Registry
@@ -37,35 +39,41 @@ class Extras:
 
     Attributes:
         pair: the two modalities.
-        a, b: name → rows of either side: the batch's ``extras`` (a teacher's features, without gradient) and the
-            model's further outputs (projections of the features, with gradient).
-        both: name → rows of the pair as a whole (a fusion teacher's scores).
+        a, b: name → rows of either side: the batch's ``extras`` (without gradient) and the model's further outputs
+            (projections of the features, with gradient).
+        both: name → rows of the pair as a whole.
+        teachers: name → what a teacher says of the batch.
     """
 
     pair: tuple[str, str]
     a: dict[str, Tensor]
     b: dict[str, Tensor]
     both: dict[str, Tensor] = field(default_factory=dict)
+    teachers: Mapping[str, TeacherRows] = field(default_factory=dict)
 
 
-class Loss(Protocol):
+class Loss(nn.Module):
     """A contrastive loss between two sets of features: what ``losses.build_loss`` returns.
 
-    A loss with a true attribute ``takes_extras`` is also given ``extras``, an :class:`Extras`.
+    A subclass is registered in :data:`losses`, is built from its ``Config``, and has a ``forward`` that compares the
+    local rows with the columns of all ranks and returns a :class:`LossOutput`::
+
+        def forward(self, a, b, ids, logit_scale, logit_bias=None)                  # takes_extras = False
+        def forward(self, a, b, ids, logit_scale, logit_bias=None, extras=None)     # takes_extras = True
+
+    ``a, b``: [B, D] L2-normalised fp32 features of this rank's slots; B is equal on all ranks. ``ids``: [B] int64 pair
+    ids: slots with equal ids, here or on another rank, are positives of each other, −1 marks a slot that takes part in
+    nothing. ``logit_scale, logit_bias``: [1]; logits are ``logit_scale · cosine + logit_bias``.
     """
 
-    def __call__(
-        self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
-    ) -> LossOutput:
-        """Compare the local rows with the columns of all ranks.
+    Config: ClassVar[type[Section]] = Section
+    """Its settings in a recipe."""
+    takes_extras: ClassVar[bool] = False
+    """Whether ``forward`` is also given :class:`Extras`: a teacher's features, further outputs of the model."""
 
-        Args:
-            a, b: [B, D] L2-normalised fp32 features of this rank's slots; B is equal on all ranks.
-            ids: [B] int64 pair ids. Slots with equal ids, here or on another rank, are positives of each other;
-                −1 marks a slot that takes part in nothing.
-            logit_scale, logit_bias: [1]; logits are ``logit_scale · cosine + logit_bias``.
-        """
-        ...
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> LossOutput: ...
 
 
 class TiledConfig(Section):
@@ -110,4 +118,4 @@ def why_no_triton(device: torch.device) -> str | None:
 
 
 losses: Registry[type[Any]] = Registry("loss")
-"""Name → a class with a pydantic ``Config`` that is built from one instance of it and is a :class:`Loss`."""
+"""Name → a :class:`Loss`, built from one instance of its ``Config``."""

@@ -9,12 +9,12 @@ D times that, on directions alone. One tower has to be locked: both would agree 
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualenc.config import Section
 from dualenc.distributed.gather import check_equal_shapes, gather_ids
 from dualenc.distributed.world import world_size
-from dualenc.losses.loss import LossOutput, losses
+from dualenc.losses.loss import Loss, LossOutput, losses
 
 
 def mse(a: Tensor, b: Tensor, ids: Tensor) -> LossOutput:
@@ -37,10 +37,8 @@ def mse(a: Tensor, b: Tensor, ids: Tensor) -> LossOutput:
 
 
 @losses.register("mse")
-class MSE(nn.Module):
+class MSE(Loss):
     """As a recipe's ``loss: {name: mse}``, with one tower locked. It has no parameters and uses no temperature."""
-
-    Config = Section
 
     def __init__(self, config: Section) -> None:
         super().__init__()

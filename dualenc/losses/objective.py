@@ -25,8 +25,8 @@ def objective(
     Args:
         outputs: what the model's forward returns: ``features`` {m: [n_m, D]}, ``logit_scale`` and ``logit_bias``
             {pair: [1]}. Every other group is rows by modality like ``features``, for losses that take extras.
-        batch: gives ``rows`` {m: [n_m]} (empty for a dummy row), ``ids`` [B], ``size`` B, and ``extras`` for
-            losses that take them.
+        batch: gives ``rows`` {m: [n_m]} (empty for a dummy row), ``ids`` [B], ``size`` B, and ``extras`` and
+            ``teachers`` for losses that take them.
         pairs: (modality, modality).
 
     Returns:
@@ -41,7 +41,7 @@ def objective(
     for a, b in pairs:
         key = pair_name((a, b))
         ids = torch.where(has[a] & has[b], batch.ids, ABSENT)
-        more = {"extras": extras_of(outputs, batch, (a, b))} if getattr(loss, "takes_extras", False) else {}
+        more = {"extras": extras_of(outputs, batch, (a, b))} if loss.takes_extras else {}
         out = loss(slots[a], slots[b], ids, scales[key], biases.get(key), **more)
         value = value + out.value / len(pairs)
         metrics[f"loss/{key}"] = out.value.detach()
@@ -58,7 +58,7 @@ SHARED = ("features", "logit_scale", "logit_bias")
 
 def extras_of(outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pair: tuple[str, str]) -> Extras:
     """What the batch and the model's further outputs say of a pair."""
-    out = Extras(pair, {}, {})
+    out = Extras(pair, {}, {}, teachers=batch.teachers)
     for group, rows in outputs.items():
         for side, m in zip((out.a, out.b), pair, strict=True):
             if group not in SHARED and m in rows:

@@ -26,16 +26,16 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualenc.config import Section, Share
 from dualenc.data.batch import ABSENT
 from dualenc.data.driving.places import POOR
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
-from dualenc.distributed.world import world_size
+from dualenc.distributed.world import rank, world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.strips import strip_sum
-from dualenc.losses.loss import Extras, LossOutput, losses
+from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 
 _MIX = -7046029254386353131
 """An odd multiplier (2^64 / golden ratio) that spreads region numbers over 64 bits."""
@@ -135,7 +135,7 @@ class Sides:
         # Region 3 of one sample is not region 3 of another; 63 bits, so that a region's number is never negative.
         named = torch.where(ra >= 0, (ids[:, None] ^ ((ra + 1) * _MIX)) & _POSITIVE, POOR)
         region = torch.where(there, named, ABSENT)
-        first = ids.new_tensor(_rank() * ra.numel())
+        first = ids.new_tensor(rank() * ra.numel())
         place = first + torch.arange(ra.numel(), device=ra.device)
         flat = region.flatten()
         return cls(a.flatten(0, 1), b.flatten(0, 1), flat, place, gather_ids(flat), gather_ids(place))
@@ -181,10 +181,6 @@ class Sides:
         return torch.stack(hits).sum().to(q.dtype) if hits else q.new_zeros(())
 
 
-def _rank() -> int:
-    return torch.distributed.get_rank() if world_size() > 1 else 0
-
-
 class RegionConfig(Section):
     """What these losses share."""
 
@@ -204,13 +200,11 @@ def both_ways(s: Sides, parts: list[Part], logit_scale: Tensor, poor: bool, stri
     return LossOutput(value / (2 * share), metrics)
 
 
-class _Regions(nn.Module):
-    takes_extras = True
-
-
 @losses.register("prc")
-class PRC(_Regions):
+class PRC(Loss):
     """CALICO's stage 1 on two views of one sweep: ``loss: {name: prc}``; the temperature is ``logit_scale`` (1 / τ)."""
+
+    takes_extras = True
 
     class Config(RegionConfig):
         """Settings."""
@@ -238,8 +232,10 @@ class PRC(_Regions):
 
 
 @losses.register("point_contrast")
-class PointContrast(_Regions):
+class PointContrast(Loss):
     """PointContrast on the same places, regions unused: the control of ``prc``."""
+
+    takes_extras = True
 
     Config = RegionConfig
 
@@ -262,8 +258,10 @@ class PointContrast(_Regions):
 
 
 @losses.register("rad")
-class RAD(_Regions):
+class RAD(Loss):
     """CALICO's stage 2: the first modality of the pair learns from the second, whose tower is locked."""
+
+    takes_extras = True
 
     class Config(RegionConfig):
         """Settings."""

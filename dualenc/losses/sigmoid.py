@@ -14,7 +14,7 @@ from dualenc.distributed.world import world_size
 from dualenc.losses.blockwise.sweeps import How, merge_stats, sweep_sigmoid
 from dualenc.losses.blockwise.tiled import Stats
 from dualenc.losses.info_nce import hits
-from dualenc.losses.loss import LossOutput, TiledConfig, losses
+from dualenc.losses.loss import Loss, LossOutput, TiledConfig, losses
 
 
 def sigmoid_loss(
@@ -76,7 +76,7 @@ def plain_sigmoid(
 
 
 @losses.register("sigmoid")
-class Sigmoid(nn.Module):
+class Sigmoid(Loss):
     """The sigmoid loss as a recipe's ``loss: {name: sigmoid}``. Give ``logit_scale: {init: 10, bias: -10}`` with it.
 
     It has no parameters: scale and bias are the model's.

@@ -8,7 +8,6 @@ FOLDER/inputs/MODALITY/       files an input needs (a tokenizer's)
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -22,11 +21,14 @@ from torch import Tensor
 from dualenc.checkpoint.ranges import write_tensors
 from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
 from dualenc.data.modalities import ModalityInput, modalities
+from dualenc.data.modalities.modality import SavesFiles
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
+from dualenc.model.mixing import check_trained_towers
 from dualenc.model.record import record
 from dualenc.seeds import derive_seed
+from dualenc.versions import versions
 
 if TYPE_CHECKING:
     from dualenc.model.embedder import Embedder
@@ -36,10 +38,11 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "dualenc.json"
-_VERSIONS = (
-    *("torch", "numpy", "pillow", "soundfile", "soxr", "safetensors"),
+LIBRARIES = (
+    *("dualenc", "torch", "numpy", "pillow", "soundfile", "soxr", "safetensors"),
     *("open_clip_torch", "timm", "transformers", "tokenizers"),
 )
+"""Whose versions a model's numbers depend on."""
 
 
 @dataclass
@@ -93,7 +96,7 @@ class Bundle:
             "pairs": [list(p) for p in self.model.pairs],
             "logit_scale": self.scale.model_dump(mode="json"),
             "modalities": {m: self._describe_part(m, self.inputs[m].describe()) for m in self.parts},
-            "versions": versions(),
+            "versions": versions(LIBRARIES, "absent"),
             "provenance": self.provenance,
         }
 
@@ -142,9 +145,8 @@ class Bundle:
             weights = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
         description = self.describe()
         for m, x in self.inputs.items():
-            write = getattr(x, "save", None)
-            if write is not None:
-                written = write(folder / "inputs" / m)
+            if isinstance(x, SavesFiles):
+                written = x.save(folder / "inputs" / m)
                 if "tokenizer" in written:  # its name would be the folder it came from, on this machine
                     written["tokenizer"]["name"] = written["config"]["tokenizer"]
                 description["modalities"][m]["input"] = written
@@ -190,6 +192,8 @@ def build_bundle(recipe: Recipe) -> Bundle:
                 kind_of(m, part), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
             )
     model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
+    begins_elsewhere = recipe.checkpoint.init_from is not None
+    check_trained_towers(model, inputs, {m for m, p in parts.items() if begins_elsewhere or p.init_from})
     return Bundle(recipe.name, model, inputs, parts, recipe.logit_scale, recipe.embed_dim)
 
 
@@ -306,19 +310,6 @@ def resolve_device(device: torch.device | str) -> torch.device:
         raise ConfigError(f"device: {device!r} is none; write auto, cpu or cuda") from e
     if out.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: there is no CUDA device here; write auto or cpu")
-    return out
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that numbers depend on; read without importing them."""
-    from dualenc import __version__
-
-    out = {"dualenc": __version__}
-    for name in _VERSIONS:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            out[name] = "absent"
     return out
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,12 +13,10 @@ from dualenc.data.modalities import DecodeError
 from dualenc.encoders import activations
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.model.bundle import Bundle, state_digest
+from dualenc.model.decoding import collate_usable, read_ahead
 
 Forward = Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Tensor]]]
 """As DualEncoder.forward: collated inputs → features, scale, bias."""
-
-_AHEAD = 2
-"""Batches decoded while another is on the device."""
 
 
 class Embedder:
@@ -61,10 +56,11 @@ class Embedder:
 
         Args:
             modality: one of ``modalities``.
-            items: bytes of pictures, strings, … as the modality's ``decode`` takes them.
+            items: bytes of pictures, strings, … as the modality's ``decode`` takes them; one string, or the bytes of
+                one item, are one item.
             batch_size: items on the device at once.
-            bad: filled with position → reason of items that cannot be used; they get no row. None: such an item is
-                an error.
+            bad: filled with position → reason of items that cannot be used, whatever went wrong with their bytes; they
+                get no row. None: such an item is an error.
 
         Returns:
             [n, D], L2-normalised, fp32, on the CPU.
@@ -73,86 +69,40 @@ class Embedder:
             ConfigError: for an unknown modality or a batch size below 1.
             DataError: naming the position of the first item that cannot be used, without ``bad``.
         """
+        out = []
+        with torch.no_grad():
+            for x in self.batches(modality, items, batch_size, bad):
+                out.append(self._forward({modality: x})["features"][modality].float().cpu())
+        return torch.cat(out) if out else torch.zeros(0, self.embed_dim)
+
+    def batches(
+        self, modality: str, items: Sequence[Any], batch_size: int = 64, bad: dict[int, str] | None = None
+    ) -> Iterator[Any]:
+        """The items as the tower takes them: collated, on the device, in order, ``batch_size`` at a time.
+
+        Args and errors: as of :meth:`embed`.
+        """
         if modality not in self.bundle.inputs:
             raise ConfigError(f"There is no modality {modality!r}. {did_you_mean(modality, self.bundle.inputs)}")
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} must be at least 1")
-        out = []
-        with torch.no_grad():
-            for x in self._batches(modality, items, batch_size, bad):
-                moved = map_tensors(x, lambda t: t.to(self.device))
-                out.append(self._forward({modality: moved})["features"][modality].float().cpu())
-        return torch.cat(out) if out else torch.zeros(0, self.embed_dim)
-
-    def at(
-        self, modality: str, items: Sequence[Any], places: Sequence[Any], projected: bool = False, batch_size: int = 8
-    ) -> list[Tensor]:
-        """What a bird's-eye-view tower's map says at places of the world.
-
-        Args:
-            items: raw items, as in :meth:`embed`.
-            places: for each item, x, y (and more, which is not looked at) in the ego frame, in metres: [k, ≥ 2].
-            projected: through the tower's projector (``local_dim``), L2-normalised; else the map itself.
-
-        Returns:
-            For each item [k, W], fp32, on the CPU; zero outside the map.
-
-        Raises:
-            ConfigError: a modality without such a tower or projector; in a training run.
-            DataError: an item that cannot be used.
-        """
-        tower: Any = self.bundle.model.tower(modality) if modality in self.modalities else None
-        if not hasattr(tower, "bev") or self.training_run:
-            raise ConfigError(
-                f"{modality!r} has no bird's-eye-view map to look into (own/pillars, own/lift_splat have)"
-            )
-        if projected and tower.local is None:
-            raise ConfigError(f"modalities.{modality}.encoder.local_dim: the tower was trained without a projector")
-        if len(places) != len(items):
-            raise ConfigError(f"places: there are {len(places)} for {len(items)} items")
-        out: list[Tensor] = []
-        with torch.no_grad():
-            for x in self._batches(modality, items, batch_size, None):
-                moved = map_tensors(x, lambda t: t.to(self.device))
-                maps = tower.bev(moved)
-                for row, to_ego in enumerate(moved["to_ego"]):
-                    given = torch.as_tensor(places[len(out)], dtype=torch.float32, device=self.device)
-                    xyz = torch.nn.functional.pad(given[:, :3], (0, 3 - min(given.shape[1], 3)))
-                    back = torch.linalg.inv(to_ego)
-                    xy = (xyz @ back[:3, :3].T + back[:3, 3])[None, :, :2]
-                    values = tower.grid.sample(maps[row : row + 1], xy)
-                    out.append((tower.projected(values) if projected else values)[0].float().cpu())
-        return out
-
-    def _batches(
-        self, modality: str, items: Sequence[Any], batch_size: int, bad: dict[int, str] | None
-    ) -> Iterator[Any]:
-        """Collated batches in order; the pool decodes the next ones meanwhile (PIL and tokenizers free the GIL)."""
+        if isinstance(items, str | bytes):  # one item, not its letters
+            items = [items]
         source = self.bundle.inputs[modality]
         # Fast tokenizers keep their truncation as state: set here once, not by several threads at a time.
         source.dummy()
-
-        def read(i: int) -> Any:
-            try:
-                return source.eval(source.decode(items[i]))
-            except DecodeError as e:
-                if bad is not None:
-                    bad[i] = str(e)
-                    return None
-                raise DataError(f"{modality} item {i} of {len(items)} cannot be embedded: {e}") from e
-
-        starts = iter(range(0, len(items), batch_size))
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-
-            def ask(start: int) -> list[Any]:
-                return [pool.submit(read, i) for i in range(start, min(start + batch_size, len(items)))]
-
-            waiting = [ask(s) for s in islice(starts, _AHEAD)]
-            while waiting:
-                rows = [row for future in waiting.pop(0) if (row := future.result()) is not None]
-                waiting += [ask(s) for s in islice(starts, 1)]
-                if rows:
-                    yield source.collate(rows)
+        start = 0
+        for got in read_ahead(lambda i: source.eval(source.decode(items[i])), len(items), batch_size):
+            unusable = {start + k: x for k, x in enumerate(got) if isinstance(x, DecodeError)}
+            rows = {start + k: [x] for k, x in enumerate(got) if not isinstance(x, DecodeError)}
+            collated = collate_usable(source, rows, batch_size, unusable)
+            for i, why in sorted(unusable.items()):
+                if bad is None:
+                    raise DataError(f"{modality} item {i} of {len(items)} cannot be embedded: {why}") from why
+                bad[i] = str(why)
+            start += len(got)
+            for x in collated:
+                yield map_tensors(x, lambda t: t.to(self.device))
 
     def logit_scale(self, pair: str) -> float:
         """The bounded factor of the cosines of a pair, such as ``image-text``."""

@@ -26,6 +26,7 @@ from dualenc.errors import CheckpointError, ConfigError, did_you_mean
 from dualenc.model.bundle import (
     DESCRIPTION,
     FORMAT,
+    LIBRARIES,
     WEIGHTS,
     Bundle,
     assemble,
@@ -33,9 +34,9 @@ from dualenc.model.bundle import (
     file_digest,
     part_of,
     pieces_digest,
-    versions,
 )
 from dualenc.model.record import check_activations, check_inputs, read_record
+from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ def _same(saved: Any, now: Any, where: str, skip: tuple[str, ...] = ()) -> None:
 
 
 def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
-    now = versions()
+    now = versions(LIBRARIES, "absent")
     other = [f"{k} {saved[k]} → {now[k]}" for k in _NOTED if k in saved and saved[k] != now[k]]
     if other:
         logger.info("%s was saved with other versions: %s", folder, ", ".join(other))
@@ -213,8 +214,12 @@ def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
 
 def _released(found: Released, spec: str) -> Bundle:
     first, second = found.inputs
-    inputs = {m: build_input(m, found.inputs[m], f"{spec}: input of {m}") for m in (first, second)}
     made = read_record(found.file) if found.file is not None else {}
+    # Neither library's layout has a word for how an odd border is cut: a file of ours keeps what it was made with.
+    centres = {m: {"centre": facts["input"]["centre"]} for m, facts in made.items() if "centre" in facts["input"]}
+    inputs = {
+        m: build_input(m, {**found.inputs[m], **centres.get(m, {})}, f"{spec}: input of {m}") for m in (first, second)
+    }
     check_inputs(made, inputs, spec)
     parts = {m: part_of(m, inputs[m].describe()["config"], found.encoders[m]) for m in (first, second)}
     bundle = assemble(found.name, parts, inputs, [(first, second)], found.scale, found.embed_dim, found.tensors, spec)

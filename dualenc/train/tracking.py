@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dualenc.config import Recipe, Tracking
 from dualenc.errors import ConfigError
 from dualenc.files import write_atomically
+from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -243,12 +243,6 @@ def git_hash() -> str | None:
 
 def environment(world_size: int) -> dict[str, Any]:
     """What a reader needs to know to run it again."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -259,7 +253,7 @@ def environment(world_size: int) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "world_size": world_size,
         "threads_per_process": torch.get_num_threads(),
-        "packages": versions,
+        "packages": versions(PACKAGES, "not installed"),
         "git": git_hash(),
         "command": " ".join(["dualenc", *sys.argv[1:]]),
     }

@@ -5,8 +5,9 @@ to rank k % W. So one and two ranks embed the very same batches and give the sam
 ``embed`` equally often (a sharded model needs all of them): a rank without a batch left embeds the last one again and
 drops it. Strings are embedded by length, short ones together: a batch is padded to its longest.
 
-Features are kept in chunks of ``TOGETHER`` batches as they come, each under the digest of the model and of the
-chunk's contents: a run that was killed goes on at the first chunk that is not there.
+Features are kept in chunks of ``TOGETHER`` batches as they come, each a part of a store of features that grows
+(:mod:`dualenc.features.store`): a folder for the model, a part named by the digest of the chunk's contents. A run that
+was killed goes on at the first chunk that is not there.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dualenc.errors import DataError, DivergenceError
+from dualenc.features.store import Description
+from dualenc.features.writer import FeatureWriter
 from dualenc_evals.ranks import Ranks
 from dualenc_evals.read.rows import Content
 
@@ -37,7 +39,7 @@ Seen = dict[tuple[str, bool, Content], tuple[str, str | None]]
 """(modality, checked, content) → its digest and why it cannot be used."""
 
 
-class Embedder(Protocol):
+class EvalModel(Protocol):
     """What is evaluated: any object with these two methods and ``modalities``, ours or not.
 
     ``embed`` takes raw items (the bytes of a picture or a sound, a string) and gives L2-normalised fp32 features [n, D]
@@ -52,6 +54,14 @@ class Embedder(Protocol):
     def embed(self, modality: str, items: Sequence[Any], batch_size: int = 64) -> Tensor: ...
 
     def describe(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A model that says where it computes; one that does not is taken to compute on the CPU."""
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +95,7 @@ class Store:
         seen: what :meth:`inspect` found of files in earlier evaluations of the same data, see ``evaluate``.
     """
 
-    embedder: Embedder
+    embedder: EvalModel
     ranks: Ranks
     check: Callable[[str, bytes | str], str | None]
     batch_size: int = 64
@@ -95,7 +105,8 @@ class Store:
     seen: Seen = field(default_factory=dict)
     strict: bool = field(init=False)
     """Check every item before embedding any: always on several ranks, else once an item turned out to be broken."""
-    _model: str | None = field(default=None, init=False)
+    _keeps: bool | None = field(default=None, init=False)
+    _writer: FeatureWriter | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.strict = self.ranks.size > 1
@@ -154,10 +165,10 @@ class Store:
         """[n, D]: the chunks that are kept are read, the others embedded and kept."""
         size, n = TOGETHER * self.batch_size, len(contents)
         spans = [(s, min(s + size, n)) for s in range(0, n, size)]
-        files = self._files(modality, [digests[s:e] for s, e in spans])
+        chunks = [digests[s:e] for s, e in spans]
         kept: list[Tensor | None] = [None] * len(spans)
-        if any(files):  # read by rank 0 (the folder may be on its machine only) and given to all
-            kept = self.ranks.share(lambda: [None if f is None else _read_kept(f) for f in files])
+        if self._keeping():  # read by rank 0 (the folder may be on its machine only) and given to all
+            kept = self.ranks.share(lambda: [self._read(modality, ids) for ids in chunks])
         missing = [c for c, x in enumerate(kept) if x is None]
         done = n - sum(spans[c][1] - spans[c][0] for c in missing)
         # A chunk for each rank at a time: everyone has as many batches as one call of ``embed`` likes.
@@ -174,7 +185,7 @@ class Store:
             for c, x in zip(window, rows, strict=True):
                 _check_features(x, len(x), modality)
                 kept[c] = x
-                self._keep(files[c], x)
+                self._keep(modality, chunks[c], x)
                 done += len(x)
             if self.advance is not None:
                 self.advance(modality, done, n)
@@ -195,43 +206,47 @@ class Store:
 
     # --- kept features ---
 
-    def _files(self, modality: str, chunks: Sequence[Sequence[str]]) -> list[Path | None]:
-        """Where the features of each chunk (the digests of its contents) are kept."""
-        if self._model is None:
+    def _keeping(self) -> bool:
+        """Whether features are kept; the same on every rank, and rank 0 then has a writer."""
+        if self._keeps is None:
             said = self.embedder.describe()
             # A model in training, or one that does not say which weights it has, cannot be told from another one.
             weights = [v for k, v in said.items() if k.startswith("weights")]
             known = bool(weights) and all(v and v != "in training" for v in weights)
-            # The same weights give slightly other features on another kind of device.
-            device = torch.device(getattr(self.embedder, "device", "cpu")).type
-            self._model = digest_of([said, device]) if known else ""
-        if self.cache_dir is None or not self._model:
-            return [None] * len(chunks)
-        head = [self._model, modality, self.batch_size, torch.__version__]
-        return [self.cache_dir / f"{digest_of([*head, list(c)])}.safetensors" for c in chunks]
+            self._keeps = known and self.cache_dir is not None
+            if self._keeps and self.ranks.is_main:
+                self._open(said)
+        return self._keeps
 
-    def _keep(self, file: Path | None, x: Tensor) -> None:
-        if file is None or not self.ranks.is_main:
+    def _open(self, said: dict[str, Any]) -> None:
+        assert self.cache_dir is not None
+        # The same weights give slightly other features on another kind of device, or in batches of another size.
+        device = self.embedder.device.type if isinstance(self.embedder, OnDevice) else "cpu"
+        made = {"batch_size": self.batch_size, "device": device, "torch": str(torch.__version__)}
+        names = list(self.embedder.modalities)
+        description = Description(said, {m: m for m in names}, dict.fromkeys(names, 1), "fp32", made)
+        try:
+            self._writer = FeatureWriter(self.cache_dir / description.digest, description, growing=True)
+        except DataError as e:
+            logger.warning("Features are not kept: %s", e)
+
+    def _read(self, modality: str, ids: Sequence[str]) -> Tensor | None:
+        part = self._writer.part(_chunk_name(modality, ids)) if self._writer is not None else None
+        return part.features(modality)[:, 0] if part is not None else None
+
+    def _keep(self, modality: str, ids: Sequence[str], x: Tensor) -> None:
+        if self._writer is None:
             return
-        from safetensors.torch import save
+        rows = {modality: (range(len(ids)), x[:, None])}
+        try:
+            self._writer.write(_chunk_name(modality, ids), ids, rows)
+        except DataError as e:
+            logger.warning("From here on features are not kept: %s", e)
+            self._writer = None
 
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        tmp.write_bytes(save({"features": x.clone()}))
-        tmp.replace(file)
 
-
-def _read_kept(file: Path) -> Tensor | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if not file.is_file():
-        return None
-    try:
-        return load(file.read_bytes())["features"]
-    except (SafetensorError, KeyError) as e:
-        logger.warning("%s is damaged (%s): embedding again", file, e)
-        return None
+def _chunk_name(modality: str, ids: Sequence[str]) -> str:
+    return digest_of([modality, *ids])
 
 
 def _check_features(x: Tensor, n: int, modality: str) -> None:

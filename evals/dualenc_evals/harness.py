@@ -18,40 +18,43 @@ number is given. Shares are between 0 and 1. The same command gives the same num
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dualenc.data.modalities import DecodeError, ModalityInput, modalities
+from dualenc.data.modalities.modality import of_one_item
+from dualenc.distributed.world import World
 from dualenc.errors import ConfigError, DataError
-from dualenc_evals.features import Embedder, Seen, Store, digest_of
-from dualenc_evals.kinds import classification, compositional, multilabel, probes, retrieval
+from dualenc.files import write_atomically
+from dualenc.model import Bundle
+from dualenc.versions import versions
+from dualenc_evals.features import EvalModel, Seen, Store, digest_of
+from dualenc_evals.kinds import Collected, Measured, kinds
 from dualenc_evals.pages.table import print_table
 from dualenc_evals.ranks import ranks_of
 from dualenc_evals.read.shards import Rows, read_rows
 from dualenc_evals.task import Task
 
-PACKAGES = ("torch", "numpy", "open_clip_torch", "timm", "transformers", "pillow")
+PACKAGES = ("dualenc", "torch", "numpy", "open_clip_torch", "timm", "transformers", "pillow")
 SHOWN_SKIPPED = 100
-KINDS: dict[str, Any] = {
-    "classification": classification,
-    "multilabel": multilabel,
-    "retrieval": retrieval,
-    "compositional": compositional,
-    "probe": probes,
+OTHER_KINDS_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("label", "classes", "templates", "same", "bags", "train")),
+    "other_labels": "error",
+    "identical": "distinct",
+    "probe": {"k": 20, "temperature": 0.07, "ways": 5, "queries": 15, "episodes": 600},
 }
+"""Results written when all kinds of task shared one set of keys count these in a task's ``definition``."""
 
-__all__ = ["Embedder", "environment", "evaluate", "print_table", "run_task", "write_json"]
+__all__ = ["EvalModel", "environment", "evaluate", "print_table", "run_task", "write_json"]
 
 
 def evaluate(
-    embedder: Embedder,
+    embedder: EvalModel,
     tasks: Sequence[Task],
-    world: Any = None,
+    world: World | None = None,
     out: Path | None = None,
     cache_dir: Path | None = None,
     batch_size: int = 64,
@@ -65,7 +68,7 @@ def evaluate(
 
     Args:
         embedder: any object with ``embed(modality, items, batch_size) → [n, D]`` and ``describe() → dict``, see
-            :class:`dualenc_evals.features.Embedder`.
+            :class:`dualenc_evals.features.EvalModel`.
         world: the ranks that share the work; default: the process group if there is one.
         out: where rank 0 writes the results; written after each task, so a kill loses one task at most.
         cache_dir: features are kept here by content (model, data, batch size) and found by the next run.
@@ -98,12 +101,12 @@ def evaluate(
         "run": {"date": datetime.now(UTC).isoformat(timespec="seconds"), "ranks": ranks.size},
     }
     done = ranks.share(lambda: finished(out, results, tasks) if resume else {})
-    bundle = getattr(embedder, "bundle", None)
-    kinds = {m: str(part.kind) for m, part in getattr(bundle, "parts", {}).items()}
+    shown_as = (
+        {m: part.kind or m for m, part in embedder.bundle.parts.items()} if isinstance(embedder, OfBundle) else {}
+    )
     with Progress(progress and ranks.is_main) as bar:
-        store = Store(
-            embedder, ranks, Checker(embedder), batch_size, cache_dir, bar.advance, kinds, {} if seen is None else seen
-        )
+        known = {} if seen is None else seen
+        store = Store(embedder, ranks, Checker(embedder), batch_size, cache_dir, bar.advance, shown_as, known)
         for task in tasks:
             bar.begin(task.name)
             kept = done.get(task.name)
@@ -146,7 +149,10 @@ def finished(out: Path | None, now: dict[str, Any], tasks: Sequence[Task]) -> di
 
 
 def definition(task: Task) -> str:
-    """Digest of all that a task says; of absolute paths only the last part, so that it is the same on every machine."""
+    """Digest of all that a task says; of absolute paths only the last part, so that it is the same on every machine.
+
+    It is taken over the keys of all built-in kinds, those that the task's own kind lacks with their defaults.
+    """
 
     def plain(x: Any) -> Any:
         if isinstance(x, dict):
@@ -155,7 +161,7 @@ def definition(task: Task) -> str:
             return [plain(v) for v in x]
         return Path(x).name if isinstance(x, str) and x.startswith("/") else x
 
-    return digest_of(plain(task.model_dump(mode="json")))
+    return digest_of(plain(OTHER_KINDS_KEYS | task.model_dump(mode="json")))
 
 
 def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, Any]:
@@ -172,7 +178,7 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
         # second decoding, so one process does it only once something is wrong.
         store.strict = True
         data, got = _measure(task, rows, store, seed, details)
-    notes = [*getattr(data, "notes", rows.notes), *got.get("notes", [])]
+    notes = [*data.notes, *got.get("notes", [])]
     if data.skipped:
         first = data.skipped[0]
         notes.append(
@@ -194,12 +200,12 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
         "skipped": {"count": len(data.skipped), "of": data.asked, "items": data.skipped[:SHOWN_SKIPPED]},
         "notes": notes,
     }
-    result |= {k: got[k] for k in ("largest_class_share", "settings", "details") if k in got}
+    result |= {k: v for k, v in got.items() if k in ("largest_class_share", "settings", "details")}
     return result
 
 
-def _measure(task: Task, rows: Rows, store: Store, seed: int, details: bool) -> tuple[Any, dict[str, Any]]:
-    kind = KINDS[task.kind]
+def _measure(task: Task, rows: Rows, store: Store, seed: int, details: bool) -> tuple[Collected, Measured]:
+    kind = kinds[task.kind]()
     data = kind.collect(task, rows, store)
     refuse_too_many(task, data.skipped, data.asked)
     return data, kind.evaluate(task, data, store, seed, details)
@@ -215,17 +221,28 @@ def refuse_too_many(task: Task, skipped: Sequence[dict[str, str]], asked: int) -
         )
 
 
+@runtime_checkable
+class OfBundle(Protocol):
+    """An embedder of a bundle, which knows how each modality's items are decoded and shown."""
+
+    @property
+    def bundle(self) -> Bundle:
+        """The model with its inputs."""
+        ...
+
+
 class Checker:
     """(modality, raw) → why an item cannot be embedded, or None: what the model's own decoder says of it.
 
     An embedder without a bundle is asked through the modality's decoder with its default settings.
     """
 
-    def __init__(self, embedder: Embedder) -> None:
-        self._inputs: dict[str, ModalityInput] = dict(getattr(getattr(embedder, "bundle", None), "inputs", {}))
+    def __init__(self, embedder: EvalModel) -> None:
+        self._inputs: dict[str, ModalityInput] = dict(embedder.bundle.inputs) if isinstance(embedder, OfBundle) else {}
+        self._own = frozenset(self._inputs)
 
     def __call__(self, modality: str, raw: bytes | str) -> str | None:
-        if isinstance(raw, str):
+        if isinstance(raw, str) and modality not in self._own:
             return None
         if modality not in self._inputs and modality in modalities:
             cls = modalities[modality]
@@ -233,7 +250,8 @@ class Checker:
         decoder = self._inputs.get(modality)
         try:
             if decoder is not None:
-                decoder.eval(decoder.decode(raw))
+                with of_one_item():
+                    decoder.eval(decoder.decode(raw))
         except DecodeError as e:
             return str(e)
         return None
@@ -241,29 +259,18 @@ class Checker:
 
 def environment(seed: int, batch_size: int) -> dict[str, Any]:
     """What else a number depends on. World size and date are not in it: they change nothing."""
-    import dualenc
-
-    versions = {"dualenc": getattr(dualenc, "__version__", "unknown")}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # an optional part that is not there took no part
     return {
         "seed": seed,
         "batch_size": batch_size,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": versions(PACKAGES),  # an optional part that is not there took no part
     }
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    tmp.replace(path)
+    """Write the results, so that a reader finds the old file or the new one, never half of it."""
+    write_atomically(path, json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
 class Progress:
@@ -287,9 +294,11 @@ class Progress:
         self._bar.stop()
 
     def begin(self, name: str) -> None:
+        """The task that the next bars are of."""
         self._name, self._what = name, ""
 
     def advance(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` items of the modality ``what`` are embedded."""
         if what != self._what:
             self._what = what
             self._id = self._bar.add_task(f"{self._name}: {what}", total=total)

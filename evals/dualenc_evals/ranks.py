@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-import torch.distributed as dist
-
-from dualenc.errors import DataError, DualencError
+from dualenc.distributed.world import World, agree, all_gather_object, current_world
 
 T = TypeVar("T")
 
@@ -17,50 +15,38 @@ T = TypeVar("T")
 class Ranks:
     """This process among those that evaluate together."""
 
-    rank: int = 0
-    size: int = 1
+    world: World = field(default_factory=World)
+
+    @property
+    def rank(self) -> int:
+        """0 ≤ rank < size."""
+        return self.world.rank
+
+    @property
+    def size(self) -> int:
+        """How many evaluate together."""
+        return self.world.world_size
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        """Whether this rank writes files and prints."""
+        return self.world.rank == 0
 
     def gather(self, obj: T) -> list[T]:
         """Every rank's object, in rank order, on every rank."""
-        if self.size == 1:
-            return [obj]
-        out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, obj)
-        return out
+        return all_gather_object(obj, self.world)
 
     def share(self, make: Callable[[], T]) -> T:
         """What rank 0's ``make()`` returns, on every rank; an error of rank 0 is raised on every rank."""
-        got = self.agree(lambda: make() if self.is_main else None)
-        return self.gather(got)[0]  # type: ignore[return-value]
+        got = agree(lambda: make() if self.is_main else None, self.world)
+        shared = self.gather(got)[0]
+        return shared  # type: ignore[return-value]  # rank 0 made it
 
     def agree(self, make: Callable[[], T]) -> T:
-        """Run ``make`` on every rank; an error meant for the user on any rank is raised on all.
-
-        Without this one rank would leave (a file missing on its machine) and the others wait for it until timeout.
-        """
-        result: T | None = None
-        error: DualencError | None = None
-        try:
-            result = make()
-        except DualencError as e:
-            error = e
-        messages = self.gather(None if error is None else str(error))
-        if error is not None:
-            raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise DataError(f"rank {rank}: {message}")
-        return result  # type: ignore[return-value]
+        """Run ``make`` on every rank; an error on any is raised on all (:func:`dualenc.distributed.world.agree`)."""
+        return agree(make, self.world)
 
 
-def ranks_of(world: Any) -> Ranks:
-    """From a :class:`dualenc.distributed.world.World`, or from the process group when there is one and no world."""
-    if world is not None:
-        return Ranks(int(world.rank), int(world.world_size))
-    if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size())
-    return Ranks()
+def ranks_of(world: World | None) -> Ranks:
+    """Of a world, or of the process group when there is one and no world is given."""
+    return Ranks(current_world() if world is None else world)

@@ -1,7 +1,7 @@
 """An evaluation task is data: a YAML file that says what is read, which classes and prompts, what others measured.
 
-``include:`` names a task it starts from. Paths that begin with ``./`` or ``../`` are relative to the file;
-``${DUALENC_DATA}/…`` is the folder where a person keeps data sets that cannot be shipped.
+Here stands what every task has (its source, and where that lies) and what all with classes have. Each kind of task
+(:mod:`dualenc_evals.kinds`) adds its own keys in a subclass; :mod:`dualenc_evals.catalog` finds and reads the files.
 """
 
 from __future__ import annotations
@@ -9,38 +9,25 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from dualenc.config import Positive, Section, Share, parse, read_yaml
+from dualenc.config import Positive, Section, Share
+from dualenc.data.driving.corruption import Corruption
+from dualenc.data.sources.opened import read_text
 from dualenc.errors import ConfigError, DataError, did_you_mean
-from dualenc_evals.read.files import read_text
 
-TASKS = Path(__file__).parent / "tasks"
-DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
-    "classification": ("top1", "top5", "mean_per_class_recall", "calibration_error"),
-    "retrieval": ("R@1", "R@5", "R@10", "MRR", "median_rank", "mean_rank"),
-    "multilabel": ("mAP",),
-    "probe": (
-        "knn_top1",
-        "linear_top1",
-        "fewshot5_top1",
-        "prototype1_top1",
-        "opta1_top1",
-        "prototype5_top1",
-        "opta5_top1",
-    ),
-}
-METRIC_PATTERNS = {
-    "retrieval": r"(R|mAP|nDCG)@[1-9]\d*",
-    "probe": r"(fewshot|prototype|opta)[1-9]\d*_top1",
-}
-"""Metrics with a number in their name, beside the default ones."""
-NAMED = ("classification", "multilabel")
-"""Kinds whose classes are shown to the model by name, in prompts."""
-LISTS = ("jsonl", "json", "csv")
+LISTS = ("jsonl", "json", "csv", "parquet")
+SHARDS = ("shards", "clip_benchmark")
+"""Sources of evaluations alone: training reads shards by its recipe."""
+
+
+def _wrong(key: str, why: str, value: Any = None) -> ValidationError:
+    """The error of one key of a section, for a check that sees all keys."""
+    told = PydanticCustomError("value_error", why)  # type: ignore[arg-type]
+    return ValidationError.from_exception_data("source", [{"type": told, "loc": (key,), "input": value}])
 
 
 class Every(Section):
@@ -57,37 +44,26 @@ class Every(Section):
         return rows[self.offset :: self.step]
 
 
-class Corruption(Section):
-    """Sensors that fail; what is drawn depends on the picture's name only (:mod:`dualenc_evals.read.corruption`)."""
+class TaskSource(Section):
+    """What is read. ``path`` is a file, pattern, folder or name; see ``kind``.
 
-    beams: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share of the LiDAR's beams that are silent"
-    )
-    pictures: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0, description="share of the pictures that are black"
-    )
-    turned_deg: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
-        description="standard deviation of the error of the camera's calibration, about each axis, in degrees",
-    )
-    fog: Annotated[float, Field(ge=0)] = Field(
-        default=0.0,
-        description="how thick fog-like noise on the LiDAR is: 1 / the metres a beam goes before 63 % are lost",
-    )
+    ``kind`` is also any source that is registered in :data:`dualenc.data.sources.sources`; its own settings stand
+    beside the keys below.
+    """
 
+    model_config = ConfigDict(extra="allow", frozen=True)
 
-class Source(Section):
-    """What is read. ``path`` is a file, pattern, folder or name; see ``kind``."""
-
-    kind: Literal["shards", "clip_benchmark", "folder", "jsonl", "json", "csv", "hf", "kitti", "nuscenes"] = Field(
+    kind: str = Field(
         description="shards: webdataset tars; clip_benchmark: its exported folder (SPLIT/N.tar, classnames.txt); "
-        "folder: one folder a class; jsonl, json, csv: one row an item, files beside it; hf: a Hugging Face data set "
-        "by name, or a local folder; kitti, nuscenes: the folder as published (camera and lidar)"
+        "folder: one folder for each class, or texts beside the files; jsonl, json, csv, parquet: one row an item, "
+        "files beside it; hf: a Hugging Face data set by name, or a local folder; kitti, kitti_raw, nuscenes: the "
+        "folder as published (camera and lidar); or the name of a source that another package registers"
     )
-    path: str | list[str]
+    path: str | list[str] = ""
     split: str | None = Field(
         None,
-        description="hf: the split; jsonl, json, csv: rows whose 'split' is this; folder, clip_benchmark: subfolder",
+        description="hf: the split; tables: rows whose 'split' is this; folder, clip_benchmark: subfolder; nuscenes: "
+        "the folder of tables",
     )
     subset: str | None = Field(None, description="hf: the configuration, where a data set has several")
     revision: str | None = Field(None, description="hf: the commit or tag that is read")
@@ -111,50 +87,63 @@ class Source(Section):
     obtain: str = Field("", description="how a person gets this data")
 
     @model_validator(mode="after")
-    def _fits(self) -> Source:
+    def _fits(self) -> TaskSource:
+        own = self._own_settings()
         here = {
             "subset": ("hf",), "revision": ("hf",), "files": LISTS, "columns": ("csv",), "group": (*LISTS, "hf"),
-            "metadata": ("shards",), "corrupt": ("kitti", "nuscenes"),
+            "metadata": ("shards",), "corrupt": ("kitti", "kitti_raw", "nuscenes"),
         }  # fmt: skip
         for key, kinds in here.items():
-            if getattr(self, key) is not None and self.kind not in kinds:
+            if getattr(self, key) is not None and self.kind not in kinds and key not in own:
                 raise ValueError(f"{key}: belongs to {', '.join(kinds)}, this source is {self.kind}")
+        if not self.path and ("path" in own or self.kind in SHARDS):
+            raise _wrong("path", f"a source {self.kind} needs it: where do the data stand?")
         if self.kind == "hf" and self.split is None:
             raise ValueError("split: name the split of the Hugging Face data set, for example test")
         if self.kind == "hf" and not isinstance(self.path, str):
             raise ValueError("path: one data set, not a list of them")
         return self
 
+    def _own_settings(self) -> set[str]:
+        """Keys of the source's own settings. Raises ValidationError for an unknown source or key, with the nearest."""
+        from dualenc.data.sources import sources
+        from dualenc.data.sources.samples import accepted
 
-class Train(Section):
-    """Where a probe's training items stand: the task's source, but for these keys."""
+        own: set[str] = set()
+        if self.kind not in SHARDS:
+            try:
+                own = accepted(sources[self.kind].settings)
+            except ConfigError as e:
+                near = did_you_mean(self.kind, [*SHARDS, *sources])
+                raise _wrong("kind", f"there is no such source. {near}", self.kind) from e
+        for key in self.model_extra or {}:
+            if key not in own:
+                known = {*type(self).model_fields, *own}
+                raise _wrong(key, f"unknown key of this source. {did_you_mean(key, known)}")
+        return own
 
-    path: str | list[str] | None = None
-    split: str | None = None
-    where: dict[str, str | list[str]] | None = None
-    every: Every | None = None
-    limit: Positive | None = None
+    @property
+    def says_class(self) -> bool:
+        """Whether the data say by themselves which class an item is of: tables do not, a column has to be named."""
+        from dualenc.data.sources import sources
 
+        return self.kind == "clip_benchmark" or (self.kind not in SHARDS and not sources[self.kind].table)
 
-class Probe(Section):
-    """How features are probed. Defaults: k-NN of DINO (arXiv 2104.14294), 5-way episodes with 15 queries a class."""
+    @property
+    def brings_prompts(self) -> bool:
+        """Whether class names and prompts lie beside the data."""
+        return self.kind == "clip_benchmark"
 
-    k: Positive = 20
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    ways: Annotated[int, Field(ge=2)] = 5
-    queries: Positive = 15
-    episodes: Positive = 600
+    @property
+    def has_sensors(self) -> bool:
+        """Whether it is of cameras and LiDAR, which :class:`Corruption` can make fail."""
+        return "corrupt" in self._own_settings()
 
-
-class Bags(Section):
-    """Hard-bag retrieval (TrueMatch): R@1 inside small bags of look-alikes.
-
-    ``by``: a column whose equal values make items look alike, or ``neighbours``: those whose features of the evaluated
-    model are nearest, which is hardest for that model and does not compare between models.
-    """
-
-    by: str
-    sizes: list[Annotated[int, Field(ge=2)]] = Field(default_factory=lambda: [3, 5, 7], min_length=1)
+    def settings(self) -> dict[str, Any]:
+        """What is set of the source's own settings, but for the path."""
+        own = self._own_settings() - {"path"}
+        given = {**{k: getattr(self, k) for k in type(self).model_fields}, **(self.model_extra or {})}
+        return {k: v for k, v in given.items() if k in own and k in self.model_fields_set and v is not None}
 
 
 class Reference(Section):
@@ -167,41 +156,26 @@ class Reference(Section):
 
 
 class Task(Section):
-    """One evaluation.
+    """One evaluation: what every kind of task has, and what the readers of sources ask of one.
 
     ``modalities`` are (what is looked at, what it is matched with): for classification and multilabel the items and
     the prompts, for retrieval the two sides (both directions are measured), for compositional the two sides of a small
     puzzle (which caption belongs to which picture); a probe uses the first alone.
     """
 
+    several_labels: ClassVar[bool] = False
+    """An item may belong to several classes."""
+    one_class: ClassVar[bool] = False
+    """Every item belongs to one class, which some sources say by themselves."""
+    metric_pattern: ClassVar[str] = r"(?!)"
+    """Metrics with a number in their name, beside the default ones."""
+
     name: str
     version: Positive = 1
-    kind: Literal["classification", "multilabel", "retrieval", "compositional", "probe"]
+    kind: str
     description: str = ""
-    source: Source
+    source: TaskSource
     modalities: tuple[str, str] = ("image", "text")
-    label: str | None = Field(
-        None,
-        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
-        "multilabel: a column of several labels, 'a+b' takes those of both",
-    )
-    classes: list[str] | dict[str, str | list[str]] | str | None = Field(
-        None,
-        description="names in label order; or label → name(s) shown to the model; or a .txt; default: the labels",
-    )
-    templates: list[str] | str | None = Field(None, description="prompts with {} for the name; or a .txt, one a line")
-    other_labels: Literal["error", "drop"] = Field("error", description="items whose label is in no class")
-    identical: Literal["distinct", "merge"] = Field(
-        "distinct",
-        description="retrieval, equal captions: each owns its copy (as published protocols have it), or both are right",
-    )
-    same: str | None = Field(
-        None,
-        description="retrieval: a column; items with equal values are right for each other (one object seen twice)",
-    )
-    bags: Bags | None = Field(None, description="retrieval: also R@1 inside bags of look-alikes")
-    train: Train | None = Field(None, description="probe: where its training items stand")
-    probe: Probe = Field(default_factory=Probe)
     metrics: list[str] = Field(default_factory=list, description="default: those of the kind")
     max_skipped: Share = Field(0.1, description="refuse to give a number when more than this share could not be read")
     reference: list[Reference] = Field(default_factory=list)
@@ -219,55 +193,30 @@ class Task(Section):
     def _fits(self) -> Task:
         known = self.known()
         for m in self.metrics:
-            if m not in known and not re.fullmatch(METRIC_PATTERNS.get(self.kind, r"(?!)"), m):
+            if m not in known and not re.fullmatch(self.metric_pattern, m):
                 raise ValueError(f"metrics: a {self.kind} task has no metric {m!r}. {did_you_mean(m, known)}")
         for r in self.reference:
-            if self.kind != "retrieval" and r.metric not in self.wanted():
+            if not self.may_state(r.metric):
                 raise ValueError(f"reference: {r.model}'s {r.metric!r} is no metric of this task ({self.wanted()})")
-        if isinstance(self.templates, list):
-            check_templates(self.templates)
         if self.modalities[0] == self.modalities[1]:
             raise ValueError(f"modalities: two different ones, got {list(self.modalities)}")
-        self._keys_of_the_kind()
+        self.check_keys()
         return self
 
-    def _keys_of_the_kind(self) -> None:
-        """Raises ValueError for a key that the kind lacks, or needs."""
-        owners = {
-            "label": (*NAMED, "probe"), "classes": (*NAMED, "probe"), "templates": NAMED, "same": ("retrieval",),
-            "bags": ("retrieval",), "train": ("probe",),
-        }  # fmt: skip
-        for key, kinds in owners.items():
-            if getattr(self, key) is not None and self.kind not in kinds:
-                raise ValueError(f"{key}: a {self.kind} task has no {key}; kind: {' or '.join(kinds)} has")
-        own = self.source.kind
-        says_itself = own in ("folder", "clip_benchmark", "kitti", "nuscenes")
-        if self.kind in NAMED and self.templates is None and own != "clip_benchmark":
-            raise ValueError(
-                "templates: give the prompts, for example ['a photo of a {}.'], or ['{}'] for the bare name"
-            )
-        if self.label is None and self.kind in (*NAMED, "probe") and not says_itself:
-            raise ValueError(f"label: say where a {own} row's class stands, for example label: json:class")
-        if self.label is None and self.kind == "multilabel":
-            raise ValueError("label: name the column that lists an item's classes")
-        if self.kind == "probe" and self.train is None:
-            raise ValueError("train: say where the training items stand, for example train: {split: train}")
-        if self.same is not None and self.bags is not None and self.bags.by not in ("neighbours", self.same):
-            raise ValueError(f"bags.by: with same: {self.same} bags are made by that column or by neighbours")
+    def check_keys(self) -> None:
+        """Raises ValueError for keys of the kind that do not fit together, or lack something."""
 
     def known(self) -> tuple[str, ...]:
-        """Metrics of the kind; those of a compositional task are called after what is to be chosen."""
-        if self.kind == "compositional":
-            return (f"{self.modalities[1]}_score", f"{self.modalities[0]}_score", "group_score")
-        return DEFAULT_METRICS[self.kind]
+        """The metrics given where a task names none."""
+        raise NotImplementedError
+
+    def may_state(self, metric: str) -> bool:
+        """Whether a published number may be of this metric."""
+        return metric in self.wanted()
 
     def wanted(self) -> list[str]:
         """The metrics asked for; default: those of the kind."""
         return list(self.metrics or self.known())
-
-    def recall_ks(self) -> list[int]:
-        """The k of every R@k asked for."""
-        return self.numbers(r"R@(\d+)")
 
     def numbers(self, pattern: str) -> list[int]:
         """The number in every wanted metric that ``pattern`` matches whole."""
@@ -276,58 +225,63 @@ class Task(Section):
 
     def needed(self) -> list[str]:
         """The modalities a model must have."""
-        return [self.modalities[0]] if self.kind == "probe" else list(self.modalities)
+        return list(self.modalities)
 
-    def training(self) -> Task:
-        """A probe's task with the source of its training items."""
-        assert self.train is not None, "Task._fits sees to it"
-        source = {**self.source.model_dump(), **self.train.model_dump(exclude_unset=True)}
-        return self.model_copy(update={"source": Source.model_validate(source)})
+    def read_modalities(self) -> list[str]:
+        """The modalities that come from the source (prompts are made, not read)."""
+        return list(self.modalities)
 
+    def label_place(self) -> tuple[str, str] | None:
+        """(key of the task, where in a row) of a row's label; None where rows have none that is read."""
+        return None
 
-def check_templates(templates: list[str]) -> None:
-    """Raises ValueError for a prompt that does not have exactly one place for the class name."""
-    if not templates:
-        raise ValueError("templates: give at least one, for example 'a photo of a {}.'")
-    for t in templates:
-        if t.count("{}") != 1:
-            raise ValueError(f"templates: {t!r} needs exactly one {{}} where the class name goes")
+    @property
+    def drops_unlabelled(self) -> bool:
+        """Whether an item without a label is left out; else it is an error."""
+        return False
 
-
-# --- finding ------------------------------------------------------------------------------------------------------
-
-
-def task_files(root: Path = TASKS) -> dict[str, Path]:
-    """Name → file of every built-in task; files that begin with ``_`` are shared parts."""
-    return {p.stem: p for p in sorted(root.rglob("*.yaml")) if not p.name.startswith("_")}
+    @property
+    def numbers_classes(self) -> bool:
+        """Whether class numbers of a table stay numbers, because the task lists the names in that order."""
+        return False
 
 
-def load_task(name: str | Path) -> Task:
-    """A built-in task by name, or a YAML file by path.
+class ClassesTask(Task):
+    """What the tasks of all kinds with classes have."""
 
-    Raises:
-        ConfigError: an unknown name or key (with the nearest), a wrong value.
-    """
-    text = str(name)
-    if text.endswith((".yaml", ".yml")) or os.sep in text:
-        path = Path(text)
-    else:
-        files = task_files()
-        if text not in files:
-            raise ConfigError(
-                f"There is no task {text!r}. {did_you_mean(text, files)} Your own task: give its .yaml file."
-            )
-        path = files[text]
-    raw, origin = read_yaml(path, key="include")
-    # A name in an included file is that file's: a task is called what its own file is called, unless it says otherwise.
-    if origin.get("name") != str(path):
-        raw["name"] = path.stem
-    return parse(Task, raw, origin, str(path))
+    label: str | None = Field(
+        None,
+        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
+        "multilabel: a column of several labels, 'a+b' takes those of both",
+    )
+    classes: list[str] | dict[str, str | list[str]] | str | None = Field(
+        None,
+        description="names in label order; or label → name(s) shown to the model; or a .txt; default: the labels",
+    )
+    other_labels: Literal["error", "drop"] = Field("error", description="items whose label is in no class")
 
+    def check_keys(self) -> None:
+        """Where the data do not say it by themselves, the task says where a class stands."""
+        if self.label is None and not self.source.says_class:
+            raise ValueError(f"label: say where a {self.source.kind} row's class stands, for example label: json:class")
 
-def list_tasks() -> list[Task]:
-    """Every built-in task, by name."""
-    return [load_task(n) for n in sorted(task_files())]
+    def read_modalities(self) -> list[str]:
+        """The items; what they are matched with is made of the classes' names."""
+        return [self.modalities[0]]
+
+    def label_place(self) -> tuple[str, str] | None:
+        """The class."""
+        return ("label", self.label) if self.label is not None else None
+
+    @property
+    def drops_unlabelled(self) -> bool:
+        """Where other labels are dropped, an item without one belongs to no class too."""
+        return self.other_labels == "drop"
+
+    @property
+    def numbers_classes(self) -> bool:
+        """With a list of names, numbers are places in it."""
+        return isinstance(self.classes, list | str)
 
 
 # --- what a task names outside itself -----------------------------------------------------------------------------
@@ -379,19 +333,3 @@ def read_lines(path: str, task: Task, key: str) -> list[str]:
         return got
     # A blank line in between is a class without a name (CLEVR's middle distance); it must not move the others.
     return [line.strip() for line in text.rstrip().splitlines()]
-
-
-def templates_of(task: Task) -> list[str]:
-    """The prompts of a classification task, ``{}`` for the class name; CLIP_benchmark's ``{c}`` is read too."""
-    if isinstance(task.templates, list):
-        return task.templates
-    path = task.templates
-    if path is None and task.source.kind == "clip_benchmark":
-        path = f"{paths_of(task)[0]}/zeroshot_classification_templates.txt"
-    assert path is not None, "Task._fits sees to it"
-    lines = [line.replace("{c}", "{}") for line in read_lines(path, task, "templates")]
-    try:
-        check_templates(lines)
-    except ValueError as e:
-        raise ConfigError(f"task {task.name}: {e} (in {path})") from e
-    return lines

@@ -19,9 +19,7 @@ if [ ! -d "data/$set_name" ]; then
   dualenc shards build jsonl "path=$DUALENC_DATA/image_text/$set_name/captions.jsonl" "${build[@]}" --out "data/$set_name"
 fi
 dualenc train "recipes/distill/${set_name}_teacher.yaml"
-if [ ! -f "$runs/${set_name}_features/teacher.json" ]; then
-  dualenc embed "$runs/${set_name}_teacher" --recipe "recipes/distill/$set_name.yaml" "${views[@]}" --out "$runs/${set_name}_features"
-fi
+dualenc embed "$runs/${set_name}_teacher" --recipe "recipes/distill/$set_name.yaml" "${views[@]}" --out "$runs/${set_name}_features"
 done=()
 for seed in $seeds; do
   for variant in "${variants[@]}"; do

@@ -106,16 +106,16 @@ def broken(samples: Any) -> dict[str, tuple[bytes, str]]:
     slow = bytearray(write(samples, 44_100))
     slow[24:28] = struct.pack("<I", 3)
     return {
-        "garbage": (bytes(range(256)) * 40, "no sound file that libsndfile reads"),
-        "text": (b"The file you asked for is not here.", "no sound file"),
+        "garbage": (bytes(range(256)) * 40, "not a sound file that libsndfile reads"),
+        "text": (b"The file you asked for is not here.", "not a sound file"),
         "nothing": (b"", "empty (0 bytes)"),
         "no_samples": (write(samples[:0], 44_100), "holds no samples"),
-        "no_channel": (bytes(header), "no sound file"),
+        "no_channel": (bytes(header), "not a sound file"),
         "one_sample": (write(samples[:1], 44_100), "1 samples at 44100 Hz are shorter than min_s"),
         "nan": (write(nan, 44_100, subtype="FLOAT"), "NaN or infinite"),
         "infinite": (write(np.where(np.isnan(nan), np.inf, nan), 44_100, subtype="FLOAT"), "NaN or infinite"),
-        "too_loud": (write(big, 44_100, subtype="DOUBLE"), "1e+30 is no sound"),
-        "slow": (bytes(slow), "3 Hz is none of sound"),
+        "too_loud": (write(big, 44_100, subtype="DOUBLE"), "1e+30, far beyond full scale"),
+        "slow": (bytes(slow), "3 Hz is not between"),
         "flac_cut": (whole[: len(whole) // 2], "cut short"),
         "flac_hole": (whole[:9_000] + b"\0" * 30_000 + whole[39_000:], "damaged|cut short"),
     }

@@ -201,7 +201,7 @@ def broken(key: Keyframe) -> dict[str, tuple[dict[str, Any], str]]:
             "its calibration is of drive 'scene-0001', the sample of 'scene-0523'",
         ),
         "size": (sample({"size": [1224, 370]}), "1600×900 pixels, its calibration is of 1224×370"),
-        "pose": (sample({"to_ego": tilted}), "the pose is no rotation with a translation"),
+        "pose": (sample({"to_ego": tilted}), "the pose must be a rotation and a translation"),
     }
 
 

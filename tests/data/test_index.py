@@ -89,14 +89,19 @@ def test_building_keeps_other_shards_and_takes_digests(tmp_path: Path) -> None:
     assert isinstance(load_index(str(tmp_path / "index.json")), ShardIndex)
 
 
-def test_a_stale_index_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_of_another_size_than_indexed_is_refused(tmp_path: Path) -> None:
     (path,) = numbered(tmp_path, [3])
     build_index([str(path)])
     write_tar(path, [(f"{i}.a", b"x" * 5000) for i in range(9)])
-    opened = open_source(source(str(path)))
-    assert opened.counts == [9]
-    assert 0 in opened.memory
-    assert "stale" in caplog.text
+    with pytest.raises(DataError, match=r"61,440 bytes and its index says 10,240, so it was changed or replaced"):
+        open_source(source(str(path)))
+    write_tar(path, [(f"{i}.a", b"x" * 5000) for i in range(1)])
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"was cut short or replaced .* run: dualenc shards index"):
+        open_source(source(str(path)))
+    write_tar(path, [(f"{i}.a", b"x" * 5000) for i in range(9)])
+    build_index([str(path)])
+    assert open_source(source(str(path))).counts == [9]
 
 
 def test_shards_of_two_folders_have_two_indexes(tmp_path: Path) -> None:

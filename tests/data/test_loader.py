@@ -369,7 +369,7 @@ def test_a_stall_names_what_is_awaited(
     from dualenc.data.shards.index import build_index
 
     index = build_index([slow], tmp_path / "index")
-    d = data({"shards": slow, "index": str(index), "members": AB}, stall_s=0.2, workers=1)
+    d = data({"shards": slow, "index": str(index), "members": AB}, stall_s=0.2, workers=1, allow_pipe=True)
     with caplog.at_level(logging.WARNING):
         loader = Loader(d, texts, TWO, seed=0, batch_size=8)
         (batch,) = take(loader, 1)
@@ -392,7 +392,10 @@ def test_a_dead_source_is_counted_then_stopped(texts: dict[str, ModalityInput], 
     url = f"pipe:if [ -e {flag} ]; then head -c 700 {path}; echo no route >&2; exit 7; else cat {path}; fi"
     index = build_index([url], tmp_path / "index")
     flag.touch()
-    d = data({"name": "net", "shards": [url], "index": str(index), "members": AB}, retries=0)
+    net = {"name": "net", "shards": [url], "index": str(index), "members": AB}
+    with pytest.raises(ConfigError, match=r"would run that command in a shell; .* data\.allow_pipe=true"):
+        Loader(data(net, retries=0), texts, TWO, seed=0, batch_size=32)
+    d = data(net, retries=0, allow_pipe=True)
     with pytest.raises(DataError, match=r"source 'net'.*exited with status 7: no route"):
         take(Loader(d, texts, TWO, seed=0, batch_size=32), 1)
 

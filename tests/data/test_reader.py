@@ -7,6 +7,7 @@ import http.server
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dualenc.config import Source
 from dualenc.data.shards import remote
 from dualenc.data.shards.index import build_index, open_source
 from dualenc.data.shards.reader import Found, Reader, SampleError, check_members, iter_samples
-from dualenc.data.shards.remote import ReadFailed, ShardCache
+from dualenc.data.shards.remote import Bounds, ReadFailed, ShardCache
 from dualenc.errors import ConfigError, DataError
 
 WANTED = {"image": ["jpg", "webp"], "text": ["txt", "json:caption", "json:captions"]}
@@ -38,12 +39,12 @@ class Server(http.server.SimpleHTTPRequestHandler):
         if not path.is_file():
             return self.send_error(404)
         raw = path.read_bytes()
-        match = re.match(r"bytes=(\d+)-(\d+)", span or "") if cls.ranges else None
-        part = raw[int(match[1]) : int(match[2]) + 1] if match else raw
+        match = re.match(r"bytes=(\d+)-(\d*)", span or "") if cls.ranges else None
+        part = raw[int(match[1]) : int(match[2] or len(raw)) + 1] if match else raw
         self.send_response(206 if match else 200)
         self.send_header("Content-Length", str(len(part)))
         if match:
-            self.send_header("Content-Range", f"bytes {match[1]}-{match[2]}/{len(raw)}")
+            self.send_header("Content-Range", f"bytes {match[1]}-{int(match[1]) + len(part) - 1}/{len(raw)}")
         self.end_headers()
         if cls.cut > 0:
             cls.cut -= 1
@@ -72,7 +73,7 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path, type[Server]]]:
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     pauses: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote, "pause", pauses.append)
     return pauses
 
 
@@ -183,12 +184,72 @@ def test_a_broken_connection_is_retried_then_counted(
     handler.cut = 3
     with pytest.raises(SampleError, match="tried 3 times"):
         fresh.find(0, 0, sample, {"a": ["a"]})
-    # The shard is left alone for a while: its other samples fail at once, without asking again.
+    # One failed read costs that sample only.
+    assert fresh.find(0, 0, sample, {"a": ["a"]}).values == {"a": b"0 1"}
+    # After three in a row the shard is left alone for a while: its samples fail at once, without asking again.
+    third = Reader([opened], ShardCache(tmp_path / "third", gb, 2), 2, window=1000)
+    sample = third.locate(0, 0, 1)
+    handler.cut = 9
+    for _ in range(3):
+        with pytest.raises(SampleError, match="tried 3 times"):
+            third.find(0, 0, sample, {"a": ["a"]})
+    assert handler.cut == 0
     asked = len(handler.asked)
     with pytest.raises(SampleError, match="tried 3 times"):
-        fresh.find(0, 0, sample, {"a": ["a"]})
+        third.find(0, 0, sample, {"a": ["a"]})
     assert len(handler.asked) == asked
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_retry_goes_on_where_the_last_one_stopped(
+    served: tuple[str, Path, type[Server]], tmp_path: Path, no_pauses: list[float]
+) -> None:
+    url, folder, handler = served
+    path = write_tar(folder / "s-000.tar", [(f"{i}.a", bytes([i]) * 700_000) for i in range(20)])
+    build_index([str(path)])
+    handler.cut = 3  # each answer is half of what is missing: more failures than tries, and every one brings data
+    got = ShardCache(tmp_path / "cache", 1.0, 1).get(f"{url}/s-000.tar", path.stat().st_size)
+    assert got.read_bytes() == path.read_bytes()
+    spans = [span for p, span in handler.asked if p == "/s-000.tar"]
+    assert spans[0] is None
+    starts = [int(span.removeprefix("bytes=").rstrip("-")) for span in spans[1:] if span]
+    assert len(starts) == 3
+    assert starts == sorted(set(starts))
+    assert starts[0] >= 7_000_000
+
+
+def test_a_server_that_falls_silent_is_given_up(tmp_path: Path, no_pauses: list[float]) -> None:
+    """Connected, and then nothing: bounded by data.idle_s, whatever the length of the whole."""
+    release = threading.Event()
+
+    class Silent(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x" * 1000)
+            self.wfile.flush()
+            release.wait(20)
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/s.tar"
+    begin = time.monotonic()
+    try:
+        with pytest.raises(ReadFailed, match="tried 2 times"):
+            ShardCache(tmp_path / "cache", 1.0, 1, Bounds(connect_s=2.0, idle_s=0.5)).get(url)
+        with pytest.raises(ReadFailed, match="tried 1 times"):
+            remote.fetch_bytes(url, 0, 0, 5000, Bounds(connect_s=2.0, idle_s=0.5))
+    finally:
+        release.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert time.monotonic() - begin < 10
 
 
 def test_a_missing_remote_shard_is_an_error_at_once(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _shared import PYTHONPATH
 from conftest import read_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,3 +213,23 @@ def test_wrong_names() -> None:
             make(tokenizer=name)
     with pytest.raises(ConfigError, match="no room"):
         make(context_length=2)
+
+
+def test_clip_s_vocabulary_is_read_without_open_clip_and_gives_its_ids() -> None:
+    """open_clip imports for seconds; its file of tokenizers alone gives the same ids."""
+    code = """
+import sys
+from dualenc.data.modalities.text import PROBES, ClipBPE
+bpe = ClipBPE(49408, 77)
+ids = [bpe.encode(t) for t in PROBES]
+print("open_clip" in sys.modules, "transformers" in sys.modules, "torchvision" in sys.modules)
+import open_clip
+theirs = open_clip.get_tokenizer("ViT-B-32")(list(PROBES))
+assert [row[: len(i)].tolist() for row, i in zip(theirs, ids, strict=True)] == ids
+assert all(not row[len(i) :].any() for row, i in zip(theirs, ids, strict=True))
+assert ClipBPE(8192, 77).digest() and [ClipBPE(49408, 77).encode(t) for t in PROBES] == ids
+"""
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False False False"

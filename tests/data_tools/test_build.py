@@ -212,7 +212,7 @@ def test_overwrite_replaces_shards_and_index(small: Path, tmp_path: Path) -> Non
         ("jsonl", {"caption": "captions"}, r"jsonl.caption: .* 'captions'. Did you mean 'caption'\?"),
         ("jsonl", {"template": "{colur} {type}"}, r"jsonl.template: .* 'colur'. Did you mean 'colour'\?"),
         ("jsonl", {"template": "{caption.__class__}"}, "must be the plain name of a field"),
-        ("jsonl", {"template": "{caption"}, "is no template"),
+        ("jsonl", {"template": "{caption"}, "is not a valid template"),
         ("jsonl", {"quality": 0}, "jsonl.quality"),
         ("jsonl", {"keep": ["usge"]}, r"jsonl.keep: .* 'usge'. Did you mean 'usage'\?"),
     ],

@@ -16,10 +16,10 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from _rigs import FOLDER, KITTI, NUSCENES, golden, here
 
-from dualenc.data.crops import open_picture
 from dualenc.data.driving.geometry import project, seen
 from dualenc.data.driving.places import read_regions
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
+from dualenc.data.modalities.image import open_picture
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
 from dualenc.data.shards.reader import iter_samples
 from dualenc.errors import ConfigError, DataError
@@ -130,7 +130,7 @@ def another_drive(folder: Path) -> None:
     ("spoil", "reason", "detail"),
     [
         (empty, "broken sensor", "has 0 bytes"),
-        (half, "broken sensor", "no whole number of points"),
+        (half, "broken sensor", "not a whole number of points"),
         (not_finite, "numbers not finite", "1 of "),
         (singular, "singular intrinsics", "camera image_2: singular intrinsics (focal lengths 0"),
         (no_sweep, "file missing", "There is no file"),
@@ -245,7 +245,7 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         build("kitti", tmp_path, path=str(KITTI), cameras=["image_3"], progress=False)
     with pytest.raises(DataError, match="has 0 folders of tables"):
         build("nuscenes", tmp_path, path=str(KITTI), progress=False)
-    with pytest.raises(DataError, match=r"is no drive \(velodyne_points\)"):
+    with pytest.raises(DataError, match=r"contains no drive \(a folder with velodyne_points\)"):
         build("kitti_raw", tmp_path, path=str(FOLDER), progress=False)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualenc.data.shards.index import load_index
+from dualenc.data.shards.reader import Found, iter_samples
 from dualenc.errors import ConfigError, DataError
 from dualenc_data_tools.sources import Keys
 from dualenc_data_tools.sources.source import fill
@@ -43,6 +44,31 @@ def test_webdataset_reads_what_was_written(tmp_path: Path) -> None:
     urls = sorted(map(str, tmp_path.glob("*.tar")))
     read = [(s["__key__"], s["txt"]) for s in webdataset.WebDataset(urls, shardshuffle=False)]
     assert read == [(f"k{i}", f"text {i}".encode()) for i in range(8)]
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.tar")), ids=lambda p: p.name)
+def test_webdataset_reads_every_shard_of_ours_back(path: Path) -> None:
+    """The same keys and bytes as our own reader gives, in the same order."""
+    ours = [
+        (key.removeprefix(f"{path.name}/"), found.values)
+        for key, found in iter_samples(str(path), {"webp": ["webp"], "txt": ["txt"]})
+        if isinstance(found, Found)
+    ]
+    theirs = [
+        (s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")})
+        for s in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
+    assert ours == theirs
+    assert len(ours) > 50
+
+
+def test_an_ending_with_an_underscore_in_front_is_written(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write("k", {"_meta.json": b"{}", "txt": b"x"})
+    (_, found), *rest = iter_samples(str(tmp_path / "train-000000.tar"), {"m": ["_meta.json"], "t": ["txt"]})
+    assert isinstance(found, Found)
+    assert found.values == {"m": b"{}", "t": b"x"}
+    assert not rest
 
 
 def test_bytes_bound_a_shard(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from _distill_naive import CASES, Sides, naive
 from _tiny import PAIRS, TinyDualEncoder, make_batch, share_of
 
 from dualenc.config import Component, Distill, EngineConfig, Optim, Teacher
-from dualenc.data.batch import Batch
-from dualenc.distill.objective import HAS, Distillation, TeacherInfo, head_name
+from dualenc.data.batch import Batch, TeacherRows, map_tensors
+from dualenc.distill.objective import Distillation, TeacherInfo, head_name
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
 from dualenc.losses import build_loss
@@ -65,12 +65,13 @@ def taught(step: int) -> Batch:
             known[1] = False
         x = nn.functional.normalize(torch.randn(SIZE, T_DIM, generator=g), dim=-1)
         features[m], has[m] = torch.where(known[:, None], x, 0.0), known
-    return replace(batch, extras={"teacher0": features, "teacher0" + HAS: has})
+    return replace(batch, teachers={"teacher0": TeacherRows(has, features)})
 
 
 def shared(batch: Batch, rank: int, world: int) -> Batch:
-    extras = {n: {m: x[rank::world] for m, x in v.items()} for n, v in batch.extras.items()}
-    return replace(share_of(batch, rank, world), extras=extras)
+    said = batch.teachers["teacher0"]
+    has, features = (map_tensors(x, lambda t: t[rank::world]) for x in (said.has, said.features))
+    return replace(share_of(batch, rank, world), teachers={"teacher0": TeacherRows(has, features)})
 
 
 def distillation(case: str) -> Distillation:
@@ -117,11 +118,11 @@ def reference(case: str) -> dict[str, Tensor]:
         keep = [s for s in range(SIZE) if there[s]]
         hard = naive_info_nce(a[keep], b[keep], [int(batch.ids[s]) for s in keep], scale)
         head = out[head_name(0, "teacher0")]
-        known = batch.extras["teacher0" + HAS]
+        known = batch.teachers["teacher0"].has
         ids = torch.tensor(
             [int(batch.ids[s]) if there[s] and known[m1][s] and known[m2][s] else -1 for s in range(SIZE)]
         )
-        t = batch.extras["teacher0"]
+        t = batch.teachers["teacher0"].features
         sides = Sides(
             a, b, slots(head[m1], m1), slots(head[m2], m2), t[m1].double(), t[m2].double(), ids, scale, bias,
             SCALE[pair], BIAS,

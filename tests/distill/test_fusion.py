@@ -58,8 +58,8 @@ def test_scores_are_the_networks_and_reach_the_candidates(shards: str, vilt: str
     batch = next(iter(loader))
     loader.close()
     batch.ids[3], batch.ids[7] = batch.ids[2], -1
-    extras = teacher.features(batch)
-    ab, ba = extras["teacher0.scores_ab"]["image-text"], extras["teacher0.scores_ba"]["image-text"]
+    scores = teacher.features(batch).scores
+    ab, ba = scores["image", "text"], scores["text", "image"]
     pictures = teacher.scorer.encode("image", batch.views["teacher0/image"])
     captions = teacher.scorer.encode("text", batch.views["teacher0/text"])
     for i in range(12):

@@ -43,7 +43,7 @@ def followed(world: World, shards: str, out: str, steps: int, lr: float) -> dict
     loss = distiller.loss(build_loss(recipe.loss))
     loader = Loader(recipe.data, bundle.inputs, recipe.pairs, 0, 20, world.rank, world.world_size)
     for _, batch in zip(range(2), loader, strict=False):
-        features = distiller.prepare(batch, bundle.model, loss).extras["look_ahead"]
+        features = distiller.prepare(batch, bundle.model, loss).teachers["look_ahead"].features
         with torch.no_grad():
             for p in bundle.model.parameters():
                 p.mul_(1.01)

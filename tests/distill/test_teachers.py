@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _distill_runs import loss_rows, modalities, shards_fixture, student_recipe, teacher_fixture  # noqa: F401
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent))
+from _distill_runs import loss_rows, modalities, shards_fixture, student_recipe, teacher_fixture  # noqa: F401
+from _spawn import spawn
 
 from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe
@@ -77,7 +82,7 @@ def test_views_come_again(shards: str, caches: Path, tmp_path: Path) -> None:
     for step, batch in zip(range(3), loader, strict=False):
         assert batch.passes is not None
         assert set(batch.passes.tolist()) == {step}
-        extras = distiller.prepare(batch, bundle.model, None).extras["teacher0"]  # type: ignore[arg-type]
+        extras = distiller.prepare(batch, bundle.model, None).teachers["teacher0"].features  # type: ignore[arg-type]
         order = sorted(range(200), key=lambda i: batch.keys[i])
         passes[step] = (batch.inputs["image"][order], extras["image"][order], extras["text"][order])
     loader.close()
@@ -87,14 +92,13 @@ def test_views_come_again(shards: str, caches: Path, tmp_path: Path) -> None:
 
 def test_int8_is_near_and_smaller(caches: Path) -> None:
     exact, small = Cache(caches / "fp32"), Cache(caches / "int8")
-    keys = json.loads((caches / "fp32" / "000000.json").read_text())["keys"]
+    part, other = exact.parts[0], small.parts[0]
+    keys = [f"flickr8k/{part.data['shard']}/{key}" for key in part.ids]
     x, has = exact.rows("image", keys, [1] * len(keys))
     y, _ = small.rows("image", keys, [1] * len(keys))
     assert bool(has.all())
     assert float((x * y).sum(1).min()) > 0.9999
-    assert (caches / "int8" / "000000.safetensors").stat().st_size < 0.45 * (
-        caches / "fp32" / "000000.safetensors"
-    ).stat().st_size
+    assert other.path.stat().st_size < 0.45 * part.path.stat().st_size
 
 
 def test_only_the_student_is_saved(shards: str, teacher: Path, tmp_path: Path) -> None:
@@ -125,6 +129,24 @@ def test_two_teachers_and_the_mean_of_their_terms(shards: str, teacher: Path, ca
         twice[-1]["distill_soft_labels/image-text"], rel=1e-5
     )
     assert all(float((w2[n] - x).abs().max()) <= 1e-5 for n, x in w1.items())
+
+
+@pytest.mark.dist
+def test_two_ranks_write_the_cache_of_one(teacher: Path, shards: str, caches: Path, tmp_path: Path) -> None:
+    """A shard each: the very files that one process wrote."""
+    done = spawn(__file__, "write_on_ranks", 2, {"shards": shards, "teacher": str(teacher), "out": str(tmp_path / "a")})
+    assert done[0] == done[1]
+    assert (done[0]["shards"], done[0]["kept"]) == (2, 0)
+    assert done[0]["embedded"] == {"image": 200, "text": 200}
+    one, two = (sorted(p for p in folder.iterdir()) for folder in (caches / "int8", tmp_path / "a"))
+    assert [(p.name, p.read_bytes()) for p in one] == [(p.name, p.read_bytes()) for p in two]
+
+
+def write_on_ranks(world: Any, shards: str, teacher: str, out: str) -> dict[str, Any]:
+    done = write_cache(
+        load_model(teacher), student_recipe(shards, Path(out)), Path(out), views=2, dtype="int8", world=world
+    )
+    return {k: done[k] for k in ("shards", "kept", "samples", "embedded", "lost")}
 
 
 # --- what does not fit -------------------------------------------------------------------------------------------
@@ -161,14 +183,20 @@ def test_a_cache_that_lacks_one_percent(shards: str, caches: Path, tmp_path: Pat
     """Two of 200 rows taken out, in a way that leaves a well-formed cache."""
     folder = tmp_path / "cache"
     shutil.copytree(caches / "fp32", folder)
-    said = json.loads((folder / "000001.json").read_text())
-    gone, said["keys"] = said["keys"][-2:], said["keys"][:-2]
-    (folder / "000001.json").write_text(json.dumps(said))
-    save_file({k: v[:-2] for k, v in load_file(folder / "000001.safetensors").items()}, folder / "000001.safetensors")
+    about = json.loads((folder / "features.json").read_text())
+    name = about["parts"][1]["name"]
+    said = json.loads((folder / f"{name}.json").read_text())
+    gone, said["ids"] = [f"flickr8k/{said['data']['shard']}/{key}" for key in said["ids"][-2:]], said["ids"][:-2]
+    tensors = {k: v[:-2].clone() for k, v in load_file(folder / f"{name}.safetensors").items()}
+    save_file(tensors, folder / f"{name}.safetensors")
+    said |= {
+        "rows": {m: n - 2 for m, n in said["rows"].items()},
+        "bytes": (folder / f"{name}.safetensors").stat().st_size,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(said))
     refused(shards, tmp_path / "a", DataError, "was changed after it was written", cache=str(folder))
-    about = json.loads((folder / "teacher.json").read_text())
-    about["shards"][1]["rows"] -= 2
-    (folder / "teacher.json").write_text(json.dumps(about))
+    about["parts"][1] |= {"ids": len(said["ids"]), "rows": said["rows"]}
+    (folder / "features.json").write_text(json.dumps(about))
     refused(shards, tmp_path / "b", DataError, r"lacks 2 of 200 samples \(1\.0 %\)", cache=str(folder))
     assert Cache(folder).missing(gone) == gone
     rows, _ = run(shards, tmp_path / "c", steps=10, distill=distill(cache=str(folder), max_missing=0.02))
@@ -178,11 +206,13 @@ def test_a_cache_that_lacks_one_percent(shards: str, caches: Path, tmp_path: Pat
 def test_a_stale_cache(shards: str, caches: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     shutil.copytree(caches / "fp32", folder)
-    about = json.loads((folder / "teacher.json").read_text())
-    about["shards"][0]["bytes"] -= 512
-    (folder / "teacher.json").write_text(json.dumps(about))
+    about = json.loads((folder / "features.json").read_text())
+    part = folder / f"{about['parts'][0]['name']}.json"
+    about["parts"][0]["data"]["bytes"] -= 512
+    part.write_text(json.dumps(json.loads(part.read_text()) | {"data": about["parts"][0]["data"]}))
+    (folder / "features.json").write_text(json.dumps(about))
     refused(shards, tmp_path / "a", DataError, "is stale: shard flickr8k/", cache=str(folder))
-    refused(shards, tmp_path / "b", DataError, "holds no teacher features", cache=str(tmp_path))
+    refused(shards, tmp_path / "b", DataError, "holds no features", cache=str(tmp_path))
     recipe = student_recipe(shards, tmp_path / "c", distill=distill(cache=str(caches / "fp32")))
     gentle = recipe.modalities["image"].model_copy(update={"input": {"size": 32}})
     with pytest.raises(DataError, match="the views of image in"):

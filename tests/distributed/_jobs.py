@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from dualenc.distributed.world import (
 from dualenc.engine import build_engine
 from dualenc.engine.ema import EMA
 from dualenc.errors import DualencError
-from dualenc.losses import build_loss, info_nce
+from dualenc.losses import Loss, build_loss
 from dualenc.train.step import train_step
 
 __all__ = ["run", "sweep"]
@@ -103,16 +104,17 @@ def die(world: World, how: str) -> str:
     return "no error"
 
 
-class Detached(torch.nn.Module):
+class Detached(Loss):
     """The usual mistake, as a loss: gathered columns without the gradient that flows back to other ranks."""
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:
-        original = info_nce.gather
-        info_nce.gather = lambda x: original(x).detach()
+        module: Any = import_module("dualenc.losses.info_nce")
+        original = module.gather
+        module.gather = lambda x: original(x).detach()
         try:
-            return info_nce.info_nce(a, b, ids, scale)
+            return module.info_nce(a, b, ids, scale)
         finally:
-            info_nce.gather = original
+            module.gather = original
 
 
 def averaged_gradients(world: World, detached: bool) -> dict[str, Tensor]:

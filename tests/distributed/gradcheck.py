@@ -1,13 +1,16 @@
 """Every engine, world size, loss, micro-batch and dropout against one process on the whole batch.
 
-    PYTHONPATH=tests python tests/distributed/gradcheck.py [--ranks 1,2,4] [--columns ring]
+    PYTHONPATH=tests python tests/distributed/gradcheck.py [--ranks 1,2,4] [--columns ring] [--all]
 
-prints a table and ends with 1 if a cell is above the limit. Each cell is the largest relative difference of any
-parameter (temperature and bias included) after 3 SGD steps with momentum and clipping. SGD, because Adam hides a wrong
-scale of the gradient.
+prints tables and ends with 1 if a cell is above the limit. Each cell is the largest relative difference of any
+parameter (temperature and bias included) after some SGD steps with momentum and clipping. SGD, because Adam hides a
+wrong scale of the gradient.
 
-The reference knows nothing of engines, gathers or caches: it encodes every rank's every chunk with that rank's random
-numbers in one graph, takes the naive fp64 loss of the whole batch, and steps torch's SGD.
+The first table is of a toy with dropout. Its reference knows nothing of engines, gathers or caches: it encodes every
+rank's every chunk with that rank's random numbers in one graph, takes the naive fp64 loss of the whole batch, and steps
+torch's SGD. The second is of small real towers (``_real_towers.py``) against one process that encodes the whole batch
+at once; the third of the losses on regions. By default every tower meets every engine, and the losses take turns;
+``--all`` takes every combination, on 1, 2 and 4 ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _spawn import spawn
 from _tiny import PAIRS, make_batch, naive_loss, share_of, tiny
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from dualenc.config import Component, EngineConfig, Optim
@@ -117,31 +123,89 @@ def sweep(world: World, engines: list[str], columns: str = "gathered") -> dict[s
     return out
 
 
-def main() -> int:
-    from _spawn import spawn
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(description="N ranks against one process: parameters after 3 SGD steps.")
-    parser.add_argument("--ranks", default="1,2,4")
-    parser.add_argument("--columns", default="gathered", choices=["gathered", "ring"])
-    arguments = parser.parse_args()
+def toy_table(arguments: argparse.Namespace, console: Console) -> list[float]:
+    """The toy on all world sizes, printed; returns its cells."""
     kinds = [(x, c, d) for x in ("info_nce", "sigmoid") for c in (1, 4) for d in (0.0, 0.3)]
     table = Table(title=f"Largest relative difference of any parameter from one process ({arguments.columns} columns)")
     for head in ("engine", "ranks"):
         table.add_column(head)
     for loss, chunks, dropout in kinds:
         table.add_column(f"{loss}\n{'whole' if chunks == 1 else 'batch/4'}{', dropout' if dropout else ''}")
-    began, cells = time.monotonic(), []
-    for world_size in map(int, arguments.ranks.split(",")):
+    cells = []
+    for world_size in ranks_of(arguments):
         given = {"engines": list(ENGINES), "columns": arguments.columns}
         found = spawn(Path(__file__), "sweep", world_size, given, timeout_s=900)[0]
-        print(f"{world_size} rank(s): {len(found)} cells after {time.monotonic() - began:.0f} s", file=sys.stderr)
         for engine in ENGINES if world_size == 1 else list(ENGINES)[1:]:
             row = [found[f"{engine}/{loss}/{chunks}/{dropout}"][0] for loss, chunks, dropout in kinds]
             cells += row
-            table.add_row(engine, str(world_size), *(f"{'' if x <= LIMIT else '[red]'}{x:.1e}" for x in row))
-    Console(width=120).print(table)
+            table.add_row(engine, str(world_size), *map(shown, row))
+    console.print(table)
+    return cells
+
+
+def real_table(arguments: argparse.Namespace, console: Console) -> list[float]:
+    """Small real towers, printed; returns their cells."""
+    import _real_towers
+
+    engines = {name: config for name, config in ENGINES.items() if name != "single"}
+    table = Table(title="Real towers: largest relative difference of any parameter from one process")
+    for head in ("towers", "ranks", *engines):
+        table.add_column(head)
+    cells = []
+    for world_size in ranks_of(arguments) if arguments.all else [2]:
+        given = {"engines": engines, "every": arguments.all}
+        found = spawn(Path(_real_towers.__file__), "sweep", world_size, given, timeout_s=7200)[0]
+        by_row: dict[str, dict[str, list[str]]] = {}
+        for case, (x, _) in _real_towers.differences(found).items():
+            name, engine, loss, chunks = case.split("/")
+            cells.append(x)
+            text = f"{shown(x)} [dim]{'' if arguments.all else loss}{'/2' if chunks == '2' else ''}[/]"
+            by_row.setdefault(f"{name} {loss}" if arguments.all else name, {}).setdefault(engine, []).append(text)
+        for name, row in by_row.items():
+            table.add_row(name, str(world_size), *(" ".join(row[e]) for e in engines))
+    console.print(table)
+    return cells
+
+
+def region_table(arguments: argparse.Namespace, console: Console) -> list[float]:
+    """The losses on regions of two views, on a toy whose towers speak of places; printed; returns their cells."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
+    import _region_jobs
+
+    engines = list(ENGINES)[1:] if arguments.all else ["DDP", "FSDP2", "ZeRO 3"]
+    table = Table(title="Losses on regions, 2 ranks: whole batch, micro-batches of 1")
+    found = spawn(Path(_region_jobs.__file__), "sweep", 2, {"engines": engines}, timeout_s=900)[0]
+    kinds = list(dict.fromkeys(case.split("/")[1] for case in found))
+    for head in ("engine", *kinds):
+        table.add_column(head)
+    for engine in engines:
+        table.add_row(
+            engine, *(" ".join(shown(found[f"{engine}/{k}/{micro}"][0]) for micro in (None, 1)) for k in kinds)
+        )
+    console.print(table)
+    return [x for x, _ in found.values()]
+
+
+def shown(x: float) -> str:
+    """A cell; red above the limit."""
+    return f"{x:.1e}" if x <= LIMIT else f"[red]{x:.1e}[/]"
+
+
+def ranks_of(arguments: argparse.Namespace) -> list[int]:
+    """World sizes that the command line names."""
+    return [int(n) for n in arguments.ranks.split(",")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="N ranks against one process: parameters after some SGD steps.")
+    parser.add_argument("--ranks", default="1,2,4")
+    parser.add_argument("--columns", default="gathered", choices=["gathered", "ring"])
+    parser.add_argument("--all", action="store_true", help="every tower, loss, engine, micro-batch and world size")
+    arguments = parser.parse_args()
+    console, began, cells = Console(width=140), time.monotonic(), []
+    for part in (toy_table, region_table, real_table):
+        cells += part(arguments, console)
+        print(f"{part.__name__}: {len(cells)} cells after {time.monotonic() - began:.0f} s", file=sys.stderr)
     wrong = sum(not x <= LIMIT for x in cells)
     verdict = f"{wrong} WRONG" if wrong else "exact"
     print(

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import _real_towers
 import gradcheck
 from _jobs import whole_batch_gradients
 from _spawn import spawn
 
 from dualenc.distributed.world import World
+from dualenc.losses import losses
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
@@ -50,6 +52,42 @@ def test_ddp_and_fsdp2(ranks: int) -> None:
 def test_zero_0_to_3(ranks: int) -> None:
     engines = [f"ZeRO {z}" for z in range(4)]
     check(spawn(HERE / "gradcheck.py", "sweep", ranks, {"engines": engines}, timeout_s=280)[0], 32)
+
+
+REAL = ["own vit", "open_clip RN50", "timm ViT", "HF SigLIP"]
+"""Of the real towers. ViT's and SigLIP's have parameters [1, 1, D], of which FSDP2 gives one rank nothing; the ResNet
+has batch norms."""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_real_towers_on_two_ranks() -> None:
+    """FSDP2 and ZeRO 3 on some; `make gradcheck` has every family, loss and engine."""
+    engines = {e: gradcheck.ENGINES[e] for e in ("FSDP2", "ZeRO 3")}
+    found = spawn(_real_towers.__file__, "sweep", 2, {"engines": engines, "models": REAL}, timeout_s=280)[0]
+    check(_real_towers.differences(found), len(REAL) * len(engines))
+
+
+@pytest.mark.dist
+@pytest.mark.extra
+@pytest.mark.slow
+def test_every_real_tower_and_engine() -> None:
+    engines = {e: config for e, config in gradcheck.ENGINES.items() if e != "single"}
+    found = spawn(_real_towers.__file__, "sweep", 2, {"engines": engines}, timeout_s=900)[0]
+    check(_real_towers.differences(found), len(_real_towers.MODELS) * len(engines))
+
+
+def test_statistics_of_the_batch_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check has teeth: batch norms that take each micro-batch's own statistics are far off."""
+    free = {**_real_towers.MODELS["open_clip RN50"]}
+    free["image"] = ({**free["image"][0], "freeze_bn": False}, free["image"][1])
+    monkeypatch.setitem(_real_towers.MODELS, "free", free)
+    got = _real_towers.run(World(), {}, "free", "info_nce", 2)
+    assert _real_towers.differences({"free/single/info_nce/2": got})["free/single/info_nce/2"][0] > 1e-2
+
+
+def test_every_loss_is_in_the_table() -> None:
+    assert {*_real_towers.LOSSES, "prc", "point_contrast", "rad"} == set(losses)
 
 
 @pytest.mark.dist

@@ -143,6 +143,19 @@ def test_weight_decay_of_other_people_s_towers() -> None:
     assert "trunk.patch_embed.proj.weight" in decay
 
 
+def test_only_the_model_s_own_temperature_is_in_its_group() -> None:
+    """Swin v2's attention has a parameter called logit_scale in every block; it is a gain like others."""
+    image = modalities["image"](modalities["image"].Config(size=32)).describe()
+    small = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "img_size": 32}
+    swin = build_tower(
+        "image", Component.model_validate({"name": "timm/swinv2_tiny_window8_256", "args": small}), image, 16
+    )
+    model = DualEncoder({"image": swin, "text": build().tower("text")}, [("image", "text")], LogitScale(bias=0.0))
+    _, no_decay, scale = decay_groups(model)
+    assert scale == ["logit_scale.image-text", "logit_bias.image-text"]
+    assert len([k for k in no_decay if k.endswith("attn.logit_scale")]) == 2
+
+
 def test_compiled_towers_give_the_same_names_and_numbers() -> None:
     model = build().eval()
     names, before = list(model.state_dict()), model(inputs())["features"]["text"]

@@ -11,7 +11,7 @@ import torch
 from dualenc.config import Component
 from dualenc.encoders import build_tower
 from dualenc.encoders.released.migrations import migrate, migrate_open_clip, resize_positions
-from dualenc.errors import ConfigError
+from dualenc.errors import CheckpointError, ConfigError
 
 VIT = {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16}
 CFG: dict[str, Any] = {
@@ -143,3 +143,92 @@ def test_apple_s_mobileclip_files() -> None:
     assert all(torch.equal(moved[k], v) for k, v in text.items())
     stem = "visual.trunk.stem.0.conv_kxk.0.conv.weight"
     assert torch.equal(moved[stem], state[stem])
+
+
+# --- wrappers, containers, numbers -------------------------------------------------------------------------------
+
+
+def _net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def test_wrappers_in_any_order_and_depth() -> None:
+    """Every sequence of up to three of the five, before the name and (where they stand there) within it."""
+    import itertools
+
+    from dualenc.encoders.released.migrations import migrate
+
+    state = _net().state_dict()
+    for depth in range(4):
+        for chain in itertools.product(_WRAPPERS, repeat=depth):
+            front = "".join(chain)
+            inner = "".join(w for w in chain if w.startswith("_"))
+            wrapped = {f"{front}{k.split('.')[0]}.{inner}{k.split('.')[1]}": v for k, v in state.items()}
+            wrapped[f"{front}n_averaged"] = torch.tensor(3)
+            assert migrate(wrapped).keys() == state.keys(), chain
+    with pytest.raises(CheckpointError, match=r"'module.0.bias' and another one are both '0.bias'"):
+        migrate({"0.bias": torch.zeros(1), "module.0.bias": torch.zeros(1)})
+    part = {"model.a.weight": torch.zeros(1), "head.weight": torch.zeros(1)}  # a model that has a part of that name
+    assert migrate(part).keys() == part.keys()
+
+
+def test_real_wrappers() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.optim.swa_utils import AveragedModel
+
+    from dualenc.encoders.released.migrations import migrate
+
+    state = _net().state_dict()
+    net: Any = _net()
+    net[0] = checkpoint_wrapper(net[0])
+    wrapped = AveragedModel(torch.compile(net, backend="eager"))  # type: ignore[arg-type]
+    assert "n_averaged" in wrapped.state_dict()
+    got = migrate(wrapped.state_dict())
+    assert got.keys() == state.keys()
+    assert all(torch.equal(got[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("containers", [(), ("state_dict",), ("model_state_dict",), ("model",), ("state_dict_ema",),
+                                        ("model", "state_dict"), ("module", "model_state_dict")])  # fmt: skip
+def test_containers_and_numbers_beside_the_tensors(tmp_path: Path, containers: tuple[str, ...]) -> None:
+    import numpy as np
+
+    from dualenc.encoders.released.weights import read_weights
+
+    state = _net().state_dict()
+    numbers = {"epoch": 3, "best": np.float64(0.5), "f": np.float32(1), "i": np.int64(2), "name": "x", "none": None}
+    raw: dict[str, Any] = {**{f"module.{k}": v for k, v in state.items()}, **numbers}
+    for key in reversed(containers):
+        raw = {key: raw, **numbers, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "lr": np.float64(0.1)}}
+    torch.save(raw, tmp_path / "w.pt")
+    got = read_weights(tmp_path / "w.pt")
+    assert got.keys() == state.keys()
+    assert all(torch.equal(got[k], v) for k, v in state.items())
+
+
+def test_nothing_is_executed_for_numbers_sake(tmp_path: Path) -> None:
+    import argparse
+
+    from dualenc.encoders.released.weights import read_weights
+
+    torch.save({"state_dict": _net().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="would run code"):
+        read_weights(tmp_path / "w.pt")
+    torch.save({"state_dict": {**_net().state_dict(), "odd": [1, 2]}}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"'odd' is a list"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    from dualenc.encoders.released.weights import load_by_order, load_exactly
+
+    state = _net().state_dict()
+    state["1.weight"][0, 1] = value
+    for load in (load_exactly, load_by_order):
+        with pytest.raises(CheckpointError, match=r"here: '1.weight' holds 1 of 6 values that are NaN or infinite"):
+            load(_net(), state, "here")

@@ -120,8 +120,8 @@ def _count(folder: Path, name: str) -> int:
 
 def _ours(folder: Path, name: str) -> tuple[Any, int]:
     from dualenc.model import load_model
+    from dualenc_evals.catalog import load_task
     from dualenc_evals.harness import evaluate
-    from dualenc_evals.task import load_task
 
     model = load_model(f"open_clip:{MODEL}/{folder / 'vit.pt'}").embedder()
     task = load_task(folder / f"{name}.yaml")

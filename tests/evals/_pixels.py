@@ -59,8 +59,8 @@ class Pixels:
 
 def run(world: Any, tasks: list[str], out: str | None = None) -> str:
     """Evaluate on every rank; the results without their date, as JSON."""
+    from dualenc_evals.catalog import load_task
     from dualenc_evals.harness import evaluate
-    from dualenc_evals.task import load_task
 
     results = evaluate(
         Pixels(),
@@ -82,8 +82,8 @@ def plain(results: dict[str, Any]) -> str:
 def missing_on_one_rank(world: Any, here: str, gone: str) -> str:
     """Rank 1 cannot find its file; what each rank then says."""
     from dualenc.errors import DualencError
+    from dualenc_evals.catalog import load_task
     from dualenc_evals.harness import evaluate
-    from dualenc_evals.task import load_task
 
     try:
         evaluate(Pixels(), [load_task(gone if world.rank == 1 else here)], world=world, progress=False)
@@ -120,8 +120,8 @@ class Dies(Pixels):
 
 def interrupted(tasks: list[str], out: str, cache: str, calls: int) -> None:
     """Evaluate until the kill; called in a process of its own."""
+    from dualenc_evals.catalog import load_task
     from dualenc_evals.harness import evaluate
-    from dualenc_evals.task import load_task
 
     loaded = [load_task(t) for t in tasks]
     evaluate(Dies(calls), loaded, out=Path(out), cache_dir=Path(cache), batch_size=2, progress=False)

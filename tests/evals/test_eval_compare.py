@@ -1,187 +1,84 @@
-"""The comparison of several models, how items are shown, and the counting under exact ranks."""
+"""Teacher and student on one page: sizes that are counted, times that are measured, numbers by seed."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
-from dualenc.data.modalities import DecodeError
-from dualenc.data.show import SOUND_BYTES, preview, sound_uri
-from dualenc.errors import ConfigError, DataError
-from dualenc_evals.harness import evaluate
-from dualenc_evals.kinds.examples import worst
-from dualenc_evals.metrics.tiles import count_below
-from dualenc_evals.pages.models import write_comparison
-from dualenc_evals.pages.run import write_report
-from dualenc_evals.task import load_task
-
-sys.path.insert(0, str(Path(__file__).parent))
-from _pixels import Pixels
-from _shared import DATA as SHARED_DATA
-from _shared import PYTHONPATH
-from test_eval_harness import pairs, small
-from test_eval_tasks import picture
-
-SOUNDS = SHARED_DATA / "audio_text/esc10_folds123/audio"
+from dualenc.config import Recipe
+from dualenc.errors import ConfigError
+from dualenc.model import build_bundle
+from dualenc_evals.studies.compare import compare, markdown, mean_sd
 
 
-class Noisy(Pixels):
-    """Another model on the same items."""
-
-    def embed(self, modality: str, items: Any, batch_size: int = 64) -> Tensor:
-        x = super().embed(modality, items, batch_size)
-        noise = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(3))
-        return torch.nn.functional.normalize(x + noise, dim=1)
-
-
-class Hears(Pixels):
-    """Sounds by how often each byte occurs in them."""
-
-    modalities = ("audio", "text")
-
-    def embed(self, modality: str, items: Any, batch_size: int = 64) -> Tensor:
-        if modality == "text":
-            return super().embed("text", items, batch_size)
-        counts = [np.bincount(np.frombuffer(raw, np.uint8), minlength=256)[:64] + 1.0 for raw in items]
-        return torch.nn.functional.normalize(torch.tensor(np.stack(counts), dtype=torch.float32), dim=1)
+def bundle(folder: Path, width: int, layers: int) -> str:
+    raw = {
+        "name": "m",
+        "modalities": {
+            "image": {"input": {"size": 32}, "encoder": {"name": "own/convnet", "widths": [width, width, width]}},
+            "text": {
+                "input": {"tokenizer": "clip-bpe:600", "context_length": 16},
+                "encoder": {"name": "own/transformer", "width": width, "layers": layers, "heads": 2},
+            },
+        },
+        "embed_dim": 16,
+        "data": {"sources": [{"name": "x", "shards": "x.tar"}]},
+        "batch": {"size": 8},
+        "budget": {"steps": 1},
+    }
+    return str(build_bundle(Recipe.model_validate(raw)).save(folder))
 
 
-def kinds(tmp: Path) -> str:
-    for kind in ("cat", "dog", "owl"):
-        (tmp / "f" / kind).mkdir(parents=True)
-        for i in range(4):
-            (tmp / "f" / kind / f"{i}.png").write_bytes(picture((60 * i, len(kind) * i, ord(kind[0]))))
-    source = {"kind": "folder", "path": "./f"}
-    path = tmp / "kinds.yaml"
-    path.write_text(yaml.safe_dump({"kind": "classification", "source": source, "templates": ["a {}"]}))
-    return str(path)
+def run_folder(folder: Path, seed: int, r1: float) -> str:
+    """A run that evaluated itself at its last step."""
+    bundle(folder / "checkpoints" / "step-0000000001" / "model", 8, 1)
+    (folder / "checkpoints" / "step-0000000001" / "manifest.json").write_text("{}")
+    (folder / "recipe.yaml").write_text(f"name: dcd\nseed: {seed}\n")
+    rows = [
+        {"step": 1, "samples_seen": 8, "loss": 2.0, "kd_weight/image-text": 0.9, "own_weight_sd/image-text": 0.2},
+        {"step": 2, "samples_seen": 16, "loss": 1.0, "kd_weight/image-text": 0.7, "own_weight_sd/image-text": 0.3},
+        {"step": 2, "samples_seen": 16, "eval/quickstart_val_style/image_to_text_R@1": r1},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(folder)
 
 
-def save(tmp: Path, name: str, model: Any, tasks: list[str]) -> Path:
-    out = tmp / f"{name}.json"
-    evaluate(model, [load_task(t) for t in tasks], out=out, progress=False)
-    return out
+def test_the_page(tmp_path: Path) -> None:
+    from dualenc_evals.catalog import load_task
+
+    teacher = bundle(tmp_path / "teacher", 32, 3)
+    students = [run_folder(tmp_path / f"s{i}", i, r) for i, r in enumerate((0.1, 0.2))]
+    task = load_task("quickstart_val_style")
+    result = compare([teacher, *students], [task], tmp_path / "page.html", repeats=3)
+    big, small = result["groups"]
+    assert (small["name"], len(small["models"])) == ("dcd", 2)
+    assert small["metrics"] == {"quickstart_val_style/image_to_text_R@1": [0.1, 0.2]}
+    assert 0 <= big["metrics"]["quickstart_val_style/image_to_text_R@1"][0] <= 1  # a bundle is evaluated
+    counted = sum(x.numel() for x in torch.nn.ModuleList(build_towers(teacher)).parameters())
+    assert big["cost"]["all"]["parameters"] == counted
+    assert small["times"]["parameters"] == pytest.approx(counted / small["cost"]["all"]["parameters"])
+    assert small["times"]["flops"] > 1
+    # the linear layers of a transformer block: 12 · width² multiply-adds a token, 2 FLOPs each
+    text = big["cost"]["text"]["flops"] - 2 * 16 * 3 * 12 * 32 * 32
+    assert 0 <= text < 0.2 * big["cost"]["text"]["flops"]
+    assert "| dcd | 2 | 15.0 ± 7.1 |" in markdown(result).replace("| – ", "")
+    page = (tmp_path / "page.html").read_text()
+    assert "dcd: Weights by sample" in page
+    assert not any(x in page for x in ("src=", "href=", "url("))
+    assert json.loads((tmp_path / "page.json").read_text())["groups"][1]["times"]["parameters"] > 1
+    with pytest.raises(ConfigError, match="name the teacher first"):
+        compare([teacher], [], tmp_path / "x.html")
 
 
-def loads_nothing(html: str) -> None:
-    assert not re.findall(r"<(?:link|iframe|object|embed|base)\b|<script[^>]*\bsrc|@import|url\(", html)
-    assert all(src.startswith(("data:image/", "data:audio/")) for src in re.findall(r'\bsrc="([^"]*)"', html))
-    assert all(href.startswith("#") for href in re.findall(r'\bhref="([^"]*)"', html))
+def build_towers(folder: str) -> list[torch.nn.Module]:
+    from dualenc.model import load_model
+
+    return list(load_model(folder).model.towers.values())
 
 
-def test_several_models_on_one_page(tmp_path: Path) -> None:
-    members = pairs(30)
-    members[3] = ("001.txt", b"<script>alert(1)</script>")
-    tasks = [small(tmp_path, members), kinds(tmp_path)]
-    files = [save(tmp_path, "first", Pixels(), tasks), save(tmp_path, "second", Noisy(), tasks[:1])]
-    html = write_comparison(files, tmp_path / "page.html").read_text(encoding="utf-8")
-    loads_nothing(html)
-    assert "<script>alert" not in html
-    for text in ("pixels (first)", "pixels (second)", "Confusion", "Worst mistakes", "the same queries, every model"):
-        assert text in html, text
-    values = [json.loads(f.read_text())["tasks"]["small"]["metrics"]["text_to_image_R@5"] for f in files]
-    assert all(f">{100 * v:.1f}</b>" in html for v in values)
-    # The second model was not asked for the second task: a dash, not an error.
-    assert "–</span>" in html
-    assert "their numbers do not compare" not in html
-
-
-def test_other_data_are_said_and_wrong_files_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    one = save(tmp_path / "a", "results", Pixels(), [small(tmp_path / "a", pairs(12))])
-    other = save(tmp_path / "b", "results", Pixels(), [small(tmp_path / "b", pairs(13))])
-    html = write_comparison([one, tmp_path / "b"], tmp_path / "p.html").read_text()
-    assert "not measured on the same data: their numbers do not compare" in html
-    assert "pixels (a)" in html
-    with pytest.raises(ConfigError, match="compares 1 to 6 results, got 7"):
-        write_comparison([one] * 7, tmp_path / "p.html")
-    with pytest.raises(DataError, match="holds no results"):
-        write_comparison([tmp_path], tmp_path / "p.html")
-    other.write_text("{}")
-    with pytest.raises(DataError, match="has no 'model' and 'tasks'"):
-        write_comparison([other], tmp_path / "p.html")
-
-
-@pytest.mark.skipif(not SOUNDS.exists(), reason=f"the sounds are not at {SOUNDS}")
-def test_sounds_can_be_played(tmp_path: Path) -> None:
-    files = sorted(SOUNDS.rglob("*.*"))[:6]
-    rows = [{"audio": p.relative_to(SOUNDS).as_posix(), "caption": f"sound {i}"} for i, p in enumerate(files)]
-    for p, r in zip(files, rows, strict=True):
-        (tmp_path / r["audio"]).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / r["audio"]).write_bytes(p.read_bytes())
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    task = tmp_path / "sounds.yaml"
-    source = {"kind": "jsonl", "path": "./list.jsonl", "members": {"audio": ["file:audio"], "text": ["caption"]}}
-    task.write_text(yaml.safe_dump({"kind": "retrieval", "modalities": ["audio", "text"], "source": source}))
-    out = save(tmp_path, "results", Hears(), [str(task)])
-    for page in (write_comparison([out], tmp_path / "p.html"), write_report(tmp_path, tmp_path / "r.html")):
-        html = page.read_text()
-        loads_nothing(html)
-        assert "media-src data:" in html
-        assert html.count('<audio preload="none" src="data:audio/') >= 6
-
-
-def test_a_long_recording_is_cut() -> None:
-    import io
-
-    soundfile = pytest.importorskip("soundfile")
-    out = io.BytesIO()
-    soundfile.write(out, np.random.default_rng(0).normal(0, 0.1, (44100 * 20, 2)), 44100, format="WAV")
-    assert len(out.getvalue()) > SOUND_BYTES
-    uri = sound_uri(out.getvalue())
-    assert uri.startswith("data:audio/flac;base64,")
-    assert len(uri) < SOUND_BYTES
-    assert preview(out.getvalue())["sound"] == uri
-    with pytest.raises(DecodeError):
-        sound_uri(b"RIFF1234WAVE" + bytes(SOUND_BYTES))
-    with pytest.raises(DecodeError):
-        preview(b"neither")
-
-
-def test_a_modality_says_how_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dualenc.data.modalities.image import ImageInput
-
-    monkeypatch.setattr(ImageInput, "preview", staticmethod(lambda raw: {"text": f"{len(raw)} bytes"}), raising=False)
-    assert preview(b"123", "image") == {"text": "3 bytes"}
-    assert "picture" in preview(picture((1, 2, 3)), "camera")
-
-
-def test_the_worst_come_first() -> None:
-    assert worst(np.array([5, 9, 1, 9, 7]), np.array([True, True, False, True, False]), 3) == [1, 3, 0]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 5000), st.integers(0, 2**31))
-def test_counting_equals_a_plain_sum(n: int, columns: int, seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    scores = torch.randint(-3, 4, (n, columns), generator=g).float()
-    scores[torch.rand(n, columns, generator=g) < 0.05] = torch.nan
-    limits = torch.randint(-3, 5, (n,), generator=g).float()
-    assert torch.equal(count_below(scores, limits), (scores < limits[:, None]).sum(1))
-
-
-def test_counting_where_every_byte_is_full() -> None:
-    assert count_below(torch.zeros(2, 2040 * 3 + 5), torch.ones(2)).tolist() == [2040 * 3 + 5] * 2
-
-
-@pytest.mark.slow
-def test_ranks_need_no_square_of_scores() -> None:
-    """A process of its own, whose peak is its own: 30,000² scores would be 3.4 GiB (docs/evaluation.md has 100,000)."""
-    command = [sys.executable, "-m", "benchmarks.losses", "ranks", "--size", "30000", "--dim", "32"]
-    env = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    text = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=200).stdout
-    assert int(re.findall(r"peak (\d+) MiB", text)[0]) < 1500, text
+def test_mean_and_deviation() -> None:
+    assert mean_sd([0.1]) == "10.0"
+    assert mean_sd([0.1, 0.2, 0.3]) == "20.0 ± 10.0"

@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from dualenc.errors import ConfigError, DataError, DivergenceError
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate, print_table
 from dualenc_evals.pages.run import highlight_yaml, write_report
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, from_path, plain, run
@@ -150,6 +150,15 @@ def test_too_many_broken_items_are_an_error(tmp_path: Path) -> None:
         go([small(tmp_path, members)])
 
 
+def test_a_pair_is_lost_with_either_of_its_sides(tmp_path: Path) -> None:
+    """2 of 10 pictures broken: a tenth of the items, a fifth of the pairs."""
+    members = pairs(10)
+    for i in (0, 2):
+        members[i] = (members[i][0], b"no picture")
+    with pytest.raises(DataError, match=r"task small: 2 of 10 pairs cannot be used \(max_skipped is 0\.1\); the first"):
+        go([small(tmp_path, members)], Pixels())
+
+
 def test_labels_that_are_no_class_and_classes_without_items(tmp_path: Path) -> None:
     members = [m for i in range(6) for m in ((f"{i}.png", picture((i, i, 9))), (f"{i}.cls", b"cat" if i else b"dgo"))]
     fields = {"kind": "classification", "label": "cls", "classes": ["cat", "dog"], "templates": ["{}"]}
@@ -195,7 +204,9 @@ def test_the_second_run_finds_its_features(tmp_path: Path) -> None:
     assert sum(first.embedded) == 40
     assert second.embedded == []
     assert plain(a) == plain(b)
-    for f in (tmp_path / "cache").iterdir():
+    files = [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
+    assert sorted({f.suffix for f in files}) == [".json", ".safetensors"]
+    for f in files:
         f.write_bytes(f.read_bytes()[:50])
     third = Pixels()
     assert plain(go([name], third, cache_dir=tmp_path / "cache")) == plain(a)
@@ -251,7 +262,7 @@ def test_a_file_missing_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     here, gone = small(tmp_path / "a", pairs(4)), small(tmp_path / "b", pairs(4))
     (tmp_path / "b" / "x.tar").unlink()
     first, second = spawn(HELPER, "missing_on_one_rank", 2, {"here": here, "gone": gone}, timeout_s=60)
-    assert "There is no file" in second
+    assert "There is no shard" in second
     assert first == f"rank 1: {second}"
 
 

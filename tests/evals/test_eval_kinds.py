@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -17,10 +18,12 @@ import yaml
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError, DataError
 from dualenc.model import build_bundle
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate, print_table
+from dualenc_evals.kinds.probes import ProbeTask
 from dualenc_evals.pages.models import write_comparison
 from dualenc_evals.pages.run import write_report
-from dualenc_evals.task import load_task
+from dualenc_evals.read.shards import read_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels, plain
@@ -104,7 +107,7 @@ class Sensors(Pixels):
 
 def go(name: str | Path, embedder: Any = None, limit: int | None = None, **options: Any) -> dict[str, Any]:
     task = load_task(name)
-    if task.kind == "probe":
+    if isinstance(task, ProbeTask):
         task = task.model_copy(
             update={"probe": task.probe.model_copy(update={"episodes": min(50, task.probe.episodes)})}
         )
@@ -165,11 +168,39 @@ def test_bags_of_real_photos(random_model: Any) -> None:
     assert near["n"]["bags of 3"] >= 15
 
 
+class Knows(Pixels):
+    """Gives a picture the features of the caption it is told."""
+
+    def __init__(self, captions: dict[bytes, str]) -> None:
+        super().__init__()
+        self.captions = captions
+
+    def _picture(self, raw: bytes) -> torch.Tensor:
+        return self._words(self.captions[raw])
+
+    def _words(self, text: str) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+        return torch.randn(64, generator=torch.Generator().manual_seed(seed))
+
+
 @needs_shared
 def test_pictures_of_a_drawing_program(random_model: Any) -> None:
-    got = go("tuxpaint", random_model, limit=150)
-    assert got["n"]["image"] == 150
-    assert got["ci"]["image_to_text_median_rank"][0] <= got["metrics"]["image_to_text_median_rank"]
+    """A model that knows the captions is right everywhere, one that knows the next picture's nearly nowhere,
+    random weights stand in the middle."""
+    rows = read_rows(load_task("tuxpaint")).rows[:150]
+    pictures = [r.contents["image"][0].read() for r in rows]
+    captions = [str(r.contents["text"][0].text) for r in rows]
+    knows = go("tuxpaint", Knows(dict(zip(pictures, captions, strict=True))), limit=150)
+    assert knows["n"]["image"] == 150
+    assert 100 < knows["n"]["text"] < 150  # equal captions are one
+    for way in ("image_to_text", "text_to_image"):
+        assert knows["metrics"][f"{way}_R@1"] == 1.0
+        assert knows["ci"][f"{way}_median_rank"] == [1.0, 1.0]
+    shifted = go("tuxpaint", Knows(dict(zip(pictures, captions[1:] + captions[:1], strict=True))), limit=150)
+    assert shifted["metrics"]["image_to_text_R@1"] < 0.1
+    guesses = go("tuxpaint", random_model, limit=150)
+    low, high = guesses["ci"]["image_to_text_median_rank"]
+    assert 0.25 < low / guesses["n"]["text"] < high / guesses["n"]["text"] < 0.75
 
 
 @needs_shared

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dualenc.model import load_model
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 import _peers as peers

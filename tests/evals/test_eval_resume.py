@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dualenc.errors import ConfigError, DataError
+from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate
-from dualenc_evals.task import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _pixels import Pixels
@@ -127,8 +127,8 @@ def test_files_are_looked_at_once_where_the_caller_remembers(tmp_path: Path, mon
     once = len([r for r in reads if "#" not in r])
     reads.clear()
     second = go([name], Pixels(), seen=seen, details=False)
-    # Texts are read with the rows, pictures to digest them and to embed them; the second time only to embed them.
-    assert (once, len([r for r in reads if "#" not in r])) == (6 + 6 + 6, 6 + 6)
+    # Pictures are read to digest them and to embed them; the second time only to embed them.
+    assert (once, len([r for r in reads if "#" not in r])) == (6 + 6, 6)
     assert first["tasks"] == second["tasks"]
 
 
@@ -148,3 +148,33 @@ def test_strings_of_like_length_are_embedded_together(tmp_path: Path) -> None:
     assert lengths == sorted(lengths)
     assert len(set(lengths)) == 8
     assert got["metrics"] == go([small(tmp_path, members)], Pixels())["tasks"]["small"]["metrics"]
+
+
+def test_a_folder_that_cannot_be_written_to_costs_the_cache_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    name = small(tmp_path, pairs(6))
+    got = go([name], Pixels(), cache_dir=tmp_path / "file" / "cache")
+    assert got["tasks"] == go([name], Pixels())["tasks"]
+    assert "Features are not kept" in caplog.text
+
+
+def test_kept_features_are_plain_safetensors(tmp_path: Path) -> None:
+    """Readable without us: features under the modality's name, and beside them which content each row is of."""
+    from safetensors.torch import load_file
+
+    from dualenc_evals.features import digest
+
+    members = pairs(6)
+    go([small(tmp_path, members)], Pixels(), cache_dir=tmp_path / "cache")
+    texts = {digest(raw.decode()): raw.decode() for name, raw in members if name.endswith(".txt")}
+    for file in (tmp_path / "cache").rglob("*.safetensors"):
+        said, tensors = json.loads(file.with_suffix(".json").read_text()), load_file(file)
+        if "text" in tensors:
+            ids = [said["ids"][i] for i in tensors["text.rows"].tolist()]
+            assert set(ids) == set(texts)
+            assert torch.equal(tensors["text"], Pixels().embed("text", [texts[i] for i in ids]))
+            break
+    else:
+        raise AssertionError("no part holds texts")

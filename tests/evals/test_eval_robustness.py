@@ -15,12 +15,14 @@ from _rigs import FOLDER, here, keyframes
 
 from dualenc.cli import app
 from dualenc.config import load_recipe
-from dualenc.data.crops import black as picture
+from dualenc.data.driving import corruption
+from dualenc.data.driving.corruption import Corruption
 from dualenc.data.driving.keyframes import Keyframe
+from dualenc.data.modalities.image import black_picture as picture
 from dualenc.model import build_bundle
-from dualenc_evals.read import corruption
+from dualenc_evals.catalog import parse_task
 from dualenc_evals.read.shards import read_rows
-from dualenc_evals.task import Corruption, Task
+from dualenc_evals.task import Task
 
 pytestmark = here
 
@@ -33,7 +35,7 @@ def sweeps() -> list[Keyframe]:
 
 def task(**source: object) -> Task:
     where = {"kind": "kitti", "path": str(FOLDER / "kitti_object"), "split": "training", **source}
-    return Task.model_validate(
+    return parse_task(
         {"name": "t", "kind": "retrieval", "modalities": ["camera", "lidar"], "same": "instance", "source": where}
         if source.get("unit") == "objects"
         else {"name": "t", "kind": "retrieval", "modalities": ["camera", "lidar"], "source": where}

@@ -16,7 +16,7 @@ from dualenc.errors import ConfigError
 from dualenc.losses import build_loss
 from dualenc.losses.blockwise import tiled
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.losses.blockwise.tiled import Positives, tile_shape
+from dualenc.losses.blockwise.tiled import PositiveColumns, tile_shape
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.sigmoid import sigmoid_loss
 
@@ -138,7 +138,7 @@ def test_extreme_scale_stays_finite_and_equal() -> None:
 
 
 def test_positives_are_found_by_sorting() -> None:
-    found, ids = Positives(torch.tensor([7, 3, 7, 1])), torch.tensor([7, 9, 1])
+    found, ids = PositiveColumns(torch.tensor([7, 3, 7, 1])), torch.tensor([7, 9, 1])
     row, column = found.of(ids)
     assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == [(0, 0), (0, 2), (2, 3)]
     assert found.count(ids).tolist() == [2, 0, 1]

@@ -19,8 +19,8 @@ from dualenc.cli import app
 from dualenc.errors import ConfigError
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.average_weights import Interpolation, between
+from dualenc_evals.catalog import load_task
 from dualenc_evals.studies.interpolation import charts, interpolate, markdown
-from dualenc_evals.task import load_task
 
 Photos = list[tuple[bytes, list[str]]]
 

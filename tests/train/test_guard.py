@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from _runs import RECIPE, SMALL, environment, newest, rows
 
-from dualenc.cli.train import evaluate_with, resolve_tasks
+from dualenc.api.runs import evaluation_of, resolve_tasks
 from dualenc.config import Guard, load_recipe
 from dualenc.errors import ConfigError, GuardError
 from dualenc.train.guard import Watch, watched
@@ -49,7 +49,7 @@ def here(items: list[str]) -> Path:
     """One rank, in this process."""
     recipe = load_recipe(RECIPE, items)
     assert recipe.eval.guard is not None
-    return train(recipe, None, evaluate_with(resolve_tasks(recipe.eval.guard.tasks)))
+    return train(recipe, None, evaluation_of(resolve_tasks(recipe.eval.guard.tasks)))
 
 
 @pytest.mark.dist

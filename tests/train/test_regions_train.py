@@ -20,7 +20,7 @@ from dualenc.data.driving.keyframes import nuscenes
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
 from dualenc_data_tools.build import build
-from dualenc_evals.studies.region_probes import evaluate_regions
+from dualenc_evals.studies.region_probes import at, evaluate_regions
 
 pytest.importorskip("sklearn", reason="scikit-learn (extra: tools) is not installed")
 pytestmark = [here, pytest.mark.dist, pytest.mark.slow]
@@ -71,13 +71,13 @@ def test_two_stages_and_what_comes_of_them(tmp_path: Path) -> None:
 
     keys = list(nuscenes(NUSCENES))[-2:]
     items, places = [sweep_of(k) for k in keys], [np.array([[10.0, 2.0], [200.0, 0.0]]), np.zeros((0, 2))]
-    one = stage1.embedder().at("view_a", items, places, projected=True)
-    two = stage2.embedder().at("lidar", items, places, projected=True)
+    one = at(stage1.embedder(), "view_a", items, places, projected=True)
+    two = at(stage2.embedder(), "lidar", items, places, projected=True)
     assert [tuple(x.shape) for x in one] == [(2, 64), (0, 64)]
     assert torch.equal(one[0], two[0])
-    assert (stage1.embedder().at("view_a", items, places)[0][1] == 0).all()  # outside of the map
+    assert (at(stage1.embedder(), "view_a", items, places)[0][1] == 0).all()  # outside of the map
     with pytest.raises(ConfigError, match="has no bird's-eye-view map"):
-        stage1.embedder().at("image", items, places)
+        at(stage1.embedder(), "image", items, places)
 
     got = evaluate_regions(stage2.embedder(), keys, list(nuscenes(NUSCENES))[:2])
     assert got["n"]["regions"] > 20

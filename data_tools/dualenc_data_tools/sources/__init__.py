@@ -1,7 +1,10 @@
-"""Where samples come from: one module a layout, each registered in :data:`sources`."""
+"""How data sets become records: one module for each way, each registered in :data:`sources`.
 
-from dualenc_data_tools.sources import files, hf, joined, parquet, quickstart, tables
-from dualenc_data_tools.sources import kitti_nuscenes as driving
+What is read stands in :mod:`dualenc.data.sources`; a source that is registered there can be packed without a module
+here.
+"""
+
+from dualenc_data_tools.sources import from_driving, from_folder, from_items, from_tables, joined, quickstart
 from dualenc_data_tools.sources.source import BadMedia, Dropped, Keys, Record, SourceConfig, SourceKind, sources
 
 __all__ = [
@@ -11,12 +14,11 @@ __all__ = [
     "Record",
     "SourceConfig",
     "SourceKind",
-    "driving",
-    "files",
-    "hf",
+    "from_driving",
+    "from_folder",
+    "from_items",
+    "from_tables",
     "joined",
-    "parquet",
     "quickstart",
     "sources",
-    "tables",
 ]

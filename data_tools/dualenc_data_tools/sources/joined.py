@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import Field
 
 from dualenc.data.shards.reader import Found, iter_samples
+from dualenc.data.sources.folder import IMAGE_ENDINGS
 from dualenc.errors import ConfigError, DataError
-from dualenc_data_tools.sources.source import IMAGE_ENDINGS, Dropped, Record, SourceKind, sources
-from dualenc_data_tools.sources.tables import JsonlConfig, jsonl
+from dualenc_data_tools.sources.from_tables import JsonlConfig, table_records
+from dualenc_data_tools.sources.source import Dropped, Record, SourceKind, sources
 
 
 class JoinedConfig(JsonlConfig):
@@ -37,7 +38,7 @@ def joined(cfg: JoinedConfig) -> Iterator[Record | Dropped]:
     pictures = borrowed(cfg.pictures, set(cfg.keys.values()))
     if cfg.caption != cfg.by and (cfg.keep == "none" or (isinstance(cfg.keep, list) and cfg.by not in cfg.keep)):
         raise ConfigError(f"joined.keep: it must hold {cfg.by!r}, the field of joined.by")
-    for record in jsonl(cfg):
+    for record in table_records("jsonl", cfg):
         if isinstance(record, Dropped):
             yield record
             continue

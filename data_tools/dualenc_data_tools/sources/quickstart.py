@@ -30,12 +30,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from dualenc.config import Positive
+from dualenc.data.sources.tables import TableRow, jsonl_rows
 from dualenc.errors import ConfigError, DataError
 from dualenc.shipped import recipes_folder
 from dualenc_data_tools.sources.clipart import clipart_caption
-from dualenc_data_tools.sources.row import Row
-from dualenc_data_tools.sources.source import Dropped, Record, SourceConfig, SourceKind, need_file, sources
-from dualenc_data_tools.sources.tables import read_jsonl
+from dualenc_data_tools.sources.source import Dropped, Record, SourceConfig, SourceKind, sources
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +68,7 @@ def quickstart(cfg: QuickstartConfig) -> Iterator[Record | Dropped]:
         ConfigError: a tool is missing (the message says what to install).
         DataError: a package cannot be fetched, or lacks a file.
     """
-    rows = [row for _, row in read_jsonl(need_file(cfg.metadata, "quickstart.metadata", ".jsonl.gz"))]
+    rows = [row for _, row in jsonl_rows(cfg.metadata)]
     kinds = {str(r["source"]) for r in rows}
     unknown = kinds - {*EMOJI, "openclipart"}
     if unknown:
@@ -79,7 +78,7 @@ def quickstart(cfg: QuickstartConfig) -> Iterator[Record | Dropped]:
     return _records(cfg, rows, kinds)
 
 
-def _records(cfg: QuickstartConfig, rows: list[Row], kinds: set[str]) -> Iterator[Record | Dropped]:
+def _records(cfg: QuickstartConfig, rows: list[TableRow], kinds: set[str]) -> Iterator[Record | Dropped]:
     with tempfile.TemporaryDirectory(prefix="dualenc-quickstart-") as temporary:
         work = Path(cfg.work) if cfg.work else Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -264,7 +263,7 @@ def compare_captions(metadata: Path, work: Path) -> dict[str, tuple[int, int]]:
     names = json.loads((npm(NAMES, work) / "en" / "data.json").read_text(encoding="utf-8"))
     labels = {without_selectors(e["hexcode"]): e["label"] for e in names}
     out: dict[str, tuple[int, int]] = {}
-    for _, row in read_jsonl(metadata):
+    for _, row in jsonl_rows(str(metadata)):
         kind = str(row["source"])
         if kind == "openclipart":
             derived: str | None = clipart_caption(work / CLIPART / CLIPART_ROOT / str(row["file"]))

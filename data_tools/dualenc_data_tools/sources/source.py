@@ -15,11 +15,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field
 
 from dualenc.config import Positive, Section
-from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.data.sources import sources as layouts
+from dualenc.errors import ConfigError
 from dualenc.registry import Registry
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-AUDIO_ENDINGS = ("flac", "wav", "ogg", "oga", "opus", "mp3", "aif", "aiff", "au", "caf")
 MAX_KEY = 80
 
 C = TypeVar("C", bound="SourceConfig")
@@ -118,7 +117,28 @@ class SourceKind(Generic[C]):
     finish: Callable[[C, Path], list[str]] | None = None
 
 
-sources: Registry[SourceKind[Any]] = Registry("source")
+class Packings(Registry[SourceKind[Any]]):
+    """What can be packed: the sources that say how, and every other one that can be read at all."""
+
+    def __getitem__(self, name: str) -> SourceKind[Any]:
+        from dualenc_data_tools.sources.from_items import item_kind
+        from dualenc_data_tools.sources.from_tables import table_kind
+
+        if super().__contains__(name) or (name not in layouts and ":" not in name):
+            return super().__getitem__(name)
+        return table_kind(name) if layouts[name].table else item_kind(name)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in layouts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*super().__iter__(), *layouts}))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+sources = Packings("source")
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
@@ -160,7 +180,7 @@ def template_fields(template: str, where: str) -> list[str]:
         parts = list(string.Formatter().parse(template))
     except ValueError as e:
         raise ConfigError(
-            f"{where}: {template!r} is no template ({e}); write for example '{{caption}}, {{colour}}'"
+            f"{where}: {template!r} is not a valid template ({e}); write for example '{{caption}}, {{colour}}'"
         ) from e
     names = []
     for _, name, spec, conversion in parts:
@@ -215,31 +235,3 @@ def shuffled(items: Iterable[T], seed: int | None) -> list[T]:
     if seed is not None:
         random.Random(seed).shuffle(out)
     return out
-
-
-def need_file(path: str, where: str, ending: str = "") -> Path:
-    """The path of a file that exists.
-
-    Raises:
-        DataError: naming the file and the nearest one there is.
-    """
-    p = Path(path).expanduser()
-    if not p.is_file():
-        beside = [f.name for f in p.parent.glob("*" + ending)] if p.parent.is_dir() else []
-        near = (
-            did_you_mean(p.name, beside) if beside else "" if p.parent.is_dir() else f"There is no folder {p.parent}."
-        )
-        raise DataError(f"{where}: there is no file {p}. {near}".rstrip())
-    return p
-
-
-def need_folder(path: str, where: str) -> Path:
-    """The path of a folder that exists.
-
-    Raises:
-        DataError: naming it.
-    """
-    p = Path(path).expanduser()
-    if not p.is_dir():
-        raise DataError(f"{where}: there is no folder {p}.")
-    return p

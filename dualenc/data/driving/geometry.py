@@ -126,12 +126,12 @@ def checked_pose(value: Any, what: str) -> F64:
     """``value`` as a rigid pose [4, 4].
 
     Raises:
-        DataError: of another shape, not finite, or no rotation with a translation.
+        DataError: of another shape, not finite, or not a rotation and a translation.
     """
     out = _numbers(value, (4, 4), f"{what}: pose")
     R = out[:3, :3]
     if not np.allclose(R @ R.T, np.eye(3), atol=_ORTHONORMAL) or not np.allclose(out[3], [0, 0, 0, 1]):
-        raise DataError(f"{what}: the pose is no rotation with a translation")
+        raise DataError(f"{what}: the pose must be a rotation and a translation")
     return out
 
 

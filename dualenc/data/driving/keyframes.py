@@ -9,6 +9,7 @@ the car moved before a picture was taken is in the picture's pose.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Box:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class CameraView:
     """One camera's picture.
 
     Attributes:
@@ -86,7 +87,7 @@ class Keyframe:
     columns: tuple[str, ...]
     top: float
     lidar_to_ego: F64
-    views: tuple[View, ...]
+    views: tuple[CameraView, ...]
     ego_pose: F64 | None = None
     boxes: tuple[Box, ...] = ()
 
@@ -100,7 +101,8 @@ class Keyframe:
             raise DataError(f"Cannot read {self.sweep}: {e}") from e
         if not raw or len(raw) % (4 * len(self.columns)):
             raise DataError(
-                f"{self.sweep} has {len(raw)} bytes, no whole number of points of {len(self.columns)} numbers"
+                f"{self.sweep} has {len(raw)} bytes, which is not a whole number of points of {len(self.columns)} "
+                "float32 values"
             )
         out = np.frombuffer(raw, dtype="<f4").reshape(-1, len(self.columns)).astype(np.float64)
         out[:, 3] /= self.top
@@ -151,37 +153,64 @@ def kitti_object(folder: str | Path, boxes: bool = True) -> Iterator[Keyframe]:
         K, shift = split_projection(given["P2"].reshape(3, 4))
         labels = folder / "label_2" / f"{path.stem}.txt"
         found = _kitti_boxes(labels, path.stem, inverse(rectified)) if boxes and labels.is_file() else []
-        view = View("image_2", path, None, K, inverse(shift @ rectified), "")
+        view = CameraView("image_2", path, None, K, inverse(shift @ rectified), "")
         sweep = folder / "velodyne" / f"{path.stem}.bin"
         yield Keyframe(path.stem, "", sweep, _KITTI_COLUMNS, 1.0, np.eye(4), (view,), boxes=tuple(found))
 
 
 def kitti_raw(folder: str | Path, cameras: tuple[str, ...] = ("02", "03")) -> Iterator[Keyframe]:
-    """A synced and rectified drive, ``…/2011_09_26/2011_09_26_drive_0001_sync``; calibration lies beside it.
+    """A synced and rectified drive, ``…/2011_09_26/2011_09_26_drive_0001_sync``.
+
+    Its calibration lies in its day's folder, or in the drive's own where somebody has unpacked it without the day;
+    sweeps and pictures lie in ``data`` folders, or directly in ``velodyne_points`` and ``image_02``.
 
     Raises:
-        DataError: a folder or file that is missing or broken.
+        DataError: a folder or file that is missing or broken; says what is expected where.
     """
-    folder = Path(folder)
-    sweeps = sorted((folder / "velodyne_points" / "data").glob("*.bin"))
+    folder = Path(folder).absolute()
+    sweeps = sorted(_kitti_data(folder / "velodyne_points").glob("*.bin"))
     if not sweeps:
         raise DataError(f"there are no sweeps in {folder / 'velodyne_points' / 'data'}")
+    beside = _kitti_calibration(folder)
     need = {"R_rect_00": 9} | {f"P_rect_{c}": 12 for c in cameras} | {f"S_rect_{c}": 2 for c in cameras}
-    given = _kitti_numbers(folder.parent / "calib_cam_to_cam.txt", need)
-    velo = _kitti_numbers(folder.parent / "calib_velo_to_cam.txt", {"R": 9, "T": 3})
+    given = _kitti_numbers(beside / "calib_cam_to_cam.txt", need)
+    velo = _kitti_numbers(beside / "calib_velo_to_cam.txt", {"R": 9, "T": 3})
     rectified = _rows(given["R_rect_00"], 3, 3) @ pose(velo["R"].reshape(3, 3), velo["T"])
-    date = folder.parent.name
+    # A day's drives share a calibration, and a drive's name begins with its day: another day's calibration is of
+    # another drive. A drive that is not called after a day has the calibration that lies with it.
+    other = beside != folder and _DAY.match(folder.name) and not folder.name.startswith(beside.name)
+    drive = beside.name if other else folder.name
     for sweep in sweeps:
         views = []
         for c in cameras:
             K, shift = split_projection(given[f"P_rect_{c}"].reshape(3, 4))
             width, height = (int(v) for v in given[f"S_rect_{c}"])
-            path = folder / f"image_{c}" / "data" / f"{sweep.stem}.png"
-            # A day's drives share a calibration; the drive's name begins with its day.
-            drive = folder.name if folder.name.startswith(date) else date
-            views.append(View(f"image_{c}", path, (width, height), K, inverse(shift @ rectified), drive))
+            path = _kitti_data(folder / f"image_{c}") / f"{sweep.stem}.png"
+            views.append(CameraView(f"image_{c}", path, (width, height), K, inverse(shift @ rectified), drive))
         name = f"{folder.name}_{sweep.stem}"
         yield Keyframe(name, folder.name, sweep, _KITTI_COLUMNS, 1.0, np.eye(4), tuple(views))
+
+
+_DAY = re.compile(r"\d{4}_\d\d_\d\d")
+
+
+def _kitti_data(folder: Path) -> Path:
+    """Where a sensor's files lie: its ``data`` folder, or itself."""
+    return folder if folder.is_dir() and not (folder / "data").is_dir() else folder / "data"
+
+
+def _kitti_calibration(drive: Path) -> Path:
+    """The folder that holds a raw drive's calibration."""
+    names = ("calib_cam_to_cam.txt", "calib_velo_to_cam.txt")
+    found = [p for p in (drive.parent, drive) if any((p / n).is_file() for n in names)]
+    if not found:
+        raise DataError(
+            f"There is no file {names[0]} or {names[1]} in {drive.parent} or {drive}; KITTI's raw data are expected as "
+            "DATE/calib_cam_to_cam.txt, DATE/calib_velo_to_cam.txt and DATE/DATE_drive_NNNN_sync/velodyne_points/data/"
+            "*.bin (the calibration of a day is a download of its own), or with both files beside velodyne_points"
+        )
+    # Both may be there, but each has one file: the folder with both counts.
+    return next((p for p in found if all((p / n).is_file() for n in names)), found[0])
 
 
 _KITTI_COLUMNS = ("x", "y", "z", "intensity")
@@ -218,7 +247,7 @@ def _kitti_boxes(path: Path, frame: str, to_ego: F64) -> list[Box]:
         try:
             h, w, length, x, y, z, turn = (float(v) for v in numbers[7:14])
         except ValueError as e:
-            raise DataError(f"{path}, line {n + 1}, is no KITTI label: {e}") from e
+            raise DataError(f"{path}, line {n + 1}, is not a KITTI label: {e}") from e
         c, s = np.cos(turn), np.sin(turn)
         axes = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
         # A label's place is the middle of the box's bottom; y points down.
@@ -240,7 +269,7 @@ def nuscenes(root: str | Path, tables: str | None = None, boxes: bool = True) ->
     try:
         yield from _nuscenes(Path(root), _Tables(folder), boxes)
     except KeyError as e:
-        raise DataError(f"{folder}: a table lacks {e}: these are no nuScenes tables, or not all of them") from e
+        raise DataError(f"{folder}: a table lacks {e}; the folder must hold all tables of nuScenes") from e
 
 
 class _Tables:
@@ -271,7 +300,7 @@ class _Tables:
 def _tables_in(root: Path) -> Path:
     found = sorted(root.glob("*/sample_data.json"))
     if len(found) != 1:
-        raise DataError(f"{root} has {len(found)} folders of tables; name one, such as v1.0-mini")
+        raise DataError(f"{root} has {len(found)} folders of tables; name the one to read, such as tables=v1.0-mini")
     return found[0].parent
 
 
@@ -303,7 +332,9 @@ def _nuscenes(root: Path, tables: _Tables, with_boxes: bool) -> Iterator[Keyfram
                 to_ego = from_world @ _nuscenes_pose(poses[row["ego_pose_token"]]) @ _nuscenes_pose(sensor)
                 K = np.array(sensor["camera_intrinsic"], dtype=np.float64)
                 size = (int(row["width"]), int(row["height"]))
-                views.append(View(channel, root / _inside(row), size, K, to_ego, owner[row["calibrated_sensor_token"]]))
+                views.append(
+                    CameraView(channel, root / _inside(row), size, K, to_ego, owner[row["calibrated_sensor_token"]])
+                )
         sensor = calibrated[lidar["calibrated_sensor_token"]]
         found = tuple(b.moved(from_world) for b in marks.get(token, []))
         yield Keyframe(

@@ -7,7 +7,6 @@ own name; each moves them into its own model frame, whatever was done to it.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dualenc.config import Positive, Section
+from dualenc.data.arrays import read_npy
 from dualenc.data.batch import ABSENT
 from dualenc.data.driving.geometry import F64, inverse, moved
 from dualenc.errors import DecodeError
@@ -74,11 +74,8 @@ def read_regions(raw: Any) -> npt.NDArray[np.float32]:
     data = raw.get(MEMBER) if isinstance(raw, Mapping) else None
     if data is None:
         raise DecodeError(f"there is no {MEMBER}: build the shards with regions=true, or leave out input.places")
-    try:
-        out = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise DecodeError(f"{MEMBER} is no .npy array ({' '.join(str(e).split())[:120]})") from e
-    if not isinstance(out, np.ndarray) or out.ndim != 2 or out.shape[1] != 4 or not np.isfinite(out).all():
+    out = read_npy(bytes(data))
+    if out.ndim != 2 or out.shape[1] != 4 or out.dtype.kind not in "fiu" or not np.isfinite(out).all():
         raise DecodeError(f"{MEMBER} must be finite numbers [m, 4]: x, y, z, region")
     return out.astype(np.float32)
 

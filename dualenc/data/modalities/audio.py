@@ -64,7 +64,7 @@ class SpecAugment(Section):
     p: Share = 1.0
 
 
-class Augment(Section):
+class AudioAugment(Section):
     """In training only. ``gain_db``: the range of a random change of loudness; ``mix_db``: how much louder than the
     second the first of two mixed clips is (``data.mix`` says how many are mixed)."""
 
@@ -95,7 +95,7 @@ class AudioConfig(Section):
         description="how samples leave the workers; int16: half the memory, noise at −98 dB of full scale",
     )
     features: Features = Features()
-    augment: Augment = Augment()
+    augment: AudioAugment = AudioAugment()
 
     @model_validator(mode="after")
     def _fits(self) -> AudioConfig:
@@ -124,6 +124,7 @@ class AudioInput:
 
     Config: ClassVar[type[BaseModel]] = AudioConfig
     default_members: ClassVar[list[str]] = ["flac", "wav", "ogg", "mp3", "opus"]
+    prompt: ClassVar[str] = "the sound of {}"
 
     def __init__(self, config: AudioConfig, base_dir: str | Path | None = None) -> None:
         self.config = config
@@ -193,6 +194,12 @@ class AudioInput:
         if self.config.long == "fusion":
             row["crops"] = torch.full((3,), 0.5)
         return row
+
+    def as_raw(self, x: Any, rate: int | None = None) -> bytes | None:
+        """A waveform [T] or [channels, T] (float, full scale ±1; int16), with its rate, → the bytes of a float WAV."""
+        from dualenc.data.modalities.sound_file import wav_of
+
+        return wav_of(x, rate)
 
     def describe(self) -> dict[str, Any]:
         """The settings; there is nothing else."""

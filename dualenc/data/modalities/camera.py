@@ -30,7 +30,7 @@ from dualenc.data.driving.geometry import (
     seen,
 )
 from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
-from dualenc.data.modalities.image import Byte, Colour, Picture, Spread, Triple, coloured, to_tensor
+from dualenc.data.modalities.image import Byte, Colour, Picture, Spread, Triple, coloured, png_of, to_tensor
 from dualenc.data.modalities.lidar import Motion
 from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import DataError
@@ -39,7 +39,7 @@ JSON = "json:cameras"
 Edges = tuple[float, float, float, float]
 
 
-class Augment(Section):
+class CameraAugment(Section):
     """In training only. ``zoom``: how much further each picture is enlarged before it is cut, anywhere; ``scene``: a
     motion of the whole scene, which changes extrinsics alone."""
 
@@ -64,7 +64,7 @@ class CameraConfig(Section):
     cut: Literal["top", "middle"] = Field(default="top", description="where a picture that is too high loses rows")
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     max_pixels: Positive = 25_000_000
-    augment: Augment = Augment()
+    augment: CameraAugment = CameraAugment()
     places: PlacesConfig | None = Field(
         default=None, description="places of the scene that rows name, for losses on regions (rad)"
     )
@@ -99,6 +99,7 @@ class CameraInput:
 
     Config: ClassVar[type[BaseModel]] = CameraConfig
     default_members: ClassVar[list[str]] = [f"{JSON}+cam*", "jpg", "jpeg", "png", "webp"]
+    prompt: ClassVar[str] = "a photo of a {}."
 
     def __init__(self, config: CameraConfig, base_dir: str | Path | None = None) -> None:
         from PIL import Image
@@ -106,7 +107,7 @@ class CameraInput:
         self.config = config
         if config.places is not None:
             self.default_members = [f"{JSON}+cam*+{MEMBER}"]  # type: ignore[misc]
-        self._filter = getattr(Image.Resampling, config.interpolation.upper())
+        self._filter = Image.Resampling[config.interpolation.upper()]
 
     # --- the protocol -----------------------------------------------------------------------------------------
 
@@ -129,6 +130,10 @@ class CameraInput:
         if self.config.places is not None:
             shots.regions = read_regions(raw) if MEMBER in raw else None
         return shots
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """A mapping of pictures and calibration as it is; a PIL image or uint8 [H, W, 3] → the bytes of a PNG."""
+        return x if isinstance(x, Mapping) else png_of(x)
 
     def placed(self, x: Rig, rng: np.random.Generator) -> Rig:
         """The shots with places drawn, where the config asks for them."""
@@ -180,7 +185,7 @@ class CameraInput:
     @staticmethod
     def preview(raw: Any) -> dict[str, str]:
         """The first camera's picture."""
-        from dualenc.data.thumbnails import thumbnail_uri
+        from dualenc.data.show import thumbnail_uri
 
         if isinstance(raw, Mapping):
             raw = next((raw[v["member"]] for v in views_of(raw).values() if v["member"] in raw), b"")

@@ -1,11 +1,13 @@
-"""Pictures: JPEG, PNG, WebP, GIF, BMP → uint8 RGB; mean and std are kept here and applied on the device."""
+"""Pictures: JPEG, PNG, WebP, AVIF, TIFF … → uint8 RGB; mean and std are kept here and applied on the device."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import math
-import struct
+import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,7 +17,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dualenc.config import Positive, Section, Share
-from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.modality import DecodeError, modalities, reason_of
 from dualenc.data.modalities.naflex import cut, grid, stack
 
 if TYPE_CHECKING:
@@ -26,7 +28,11 @@ logger = logging.getLogger(__name__)
 Triple = tuple[float, float, float]
 Spread = Annotated[float, Field(gt=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+_HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_WORST_ASPECT = 16
+"""Pictures that are longer than this in one direction are cropped before they are resized: of a line of 60,000 pixels
+one row is left, not 13 million."""
 _ORIENTATION = 0x0112
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -44,7 +50,7 @@ class Colour(Section):
     grayscale_p: Share = 0.0
 
 
-class Augment(Section):
+class ImageAugment(Section):
     """Random resized crop (area share ``scale``, aspect ``ratio``), mirror, colour."""
 
     scale: tuple[_Fraction, _Fraction] = (0.9, 1.0)
@@ -66,10 +72,18 @@ class ImageConfig(Section):
     patch: Positive = 16
     max_patches: Positive = 256
     crop: Literal["center"] = "center"
+    shortest_edge: Positive | None = Field(
+        default=None,
+        description="shortest: that edge before the crop, where it is not size (DINOv2: 256 for 224)",
+    )
+    centre: Literal["round", "floor"] = Field(
+        default="round",
+        description="cut of an odd border: as torchvision and open_clip (half to even), or as transformers",
+    )
     background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="what transparent pixels stand on")
     pad: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), description="the border that resize: longest adds")
     max_pixels: Positive = Field(default=25_000_000, description="larger pictures are refused before they are decoded")
-    augment: Augment = Augment()
+    augment: ImageAugment = ImageAugment()
 
 
 @modalities.register("image")
@@ -77,11 +91,13 @@ class ImageInput:
     """Pictures as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S]. With ``resize: naflex`` rows are grids of
     patches and ``collate`` gives ``patches`` uint8 [B, max_patches, patch · patch · 3] and ``grid`` [B, 2].
 
-    ``eval`` is the resize and crop of torchvision and open_clip, pixel for pixel (PIL, antialiased).
+    ``eval`` is the resize and crop of torchvision and open_clip, or with ``centre: floor`` of transformers, pixel for
+    pixel (PIL, antialiased).
     """
 
     Config: ClassVar[type[BaseModel]] = ImageConfig
-    default_members: ClassVar[list[str]] = ["jpg", "jpeg", "png", "webp", "gif", "bmp"]
+    default_members: ClassVar[list[str]] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "avif", "tif", "tiff", "jp2"]
+    prompt: ClassVar[str] = "a photo of a {}."
 
     def __init__(self, config: ImageConfig, base_dir: str | Path | None = None) -> None:
         from PIL import Image
@@ -89,7 +105,7 @@ class ImageInput:
         self.config = config
         low, high = config.augment.ratio
         self._smallest = math.sqrt(max(config.augment.scale[0], 1e-3) * min(low, 1 / high, 1.0))
-        self._filter = getattr(Image.Resampling, config.interpolation.upper())
+        self._filter = Image.Resampling[config.interpolation.upper()]
         self._naflex = config.resize == "naflex"
 
     # --- the protocol -----------------------------------------------------------------------------------------
@@ -136,13 +152,16 @@ class ImageInput:
             return to_tensor(image.resize((size, size), self._filter))
         w, h = image.size
         if self.config.resize == "shortest":
-            wh = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+            edge = self.config.shortest_edge or size
+            wh = (edge, int(edge * h / w)) if w <= h else (int(edge * w / h), edge)
         else:
             ratio = max(w, h) / size
             wh = (max(round(w / ratio), 1), max(round(h / ratio), 1))
+        if max(wh) > _WORST_ASPECT * size:
+            return to_tensor(_resized_centre(image, wh, size, self._filter))
         if wh != image.size:
             image = image.resize(wh, self._filter)
-        return to_tensor(_centre(image, size, self.config.pad))
+        return to_tensor(_centre(image, size, self.config.pad, self.config.centre))
 
     def collate(self, rows: list[Tensor]) -> Tensor | dict[str, Tensor]:
         """→ uint8 [B, 3, S, S], or ``patches`` and ``grid``."""
@@ -158,6 +177,10 @@ class ImageInput:
         """The settings; there is nothing else."""
         return {"kind": "image", "config": self.config.model_dump(mode="json")}
 
+    def as_raw(self, x: Any, rate: int | None = None) -> bytes | None:
+        """A PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4] → the bytes of a PNG."""
+        return png_of(x)
+
     def _pixels(self, width: float, height: float) -> tuple[int, int]:
         """(width, height) of the whole patches that a picture is resized to."""
         rows, columns = grid(int(width), int(height), self.config.patch, self.config.max_patches)
@@ -165,6 +188,38 @@ class ImageInput:
 
     def _row(self, image: Image.Image) -> Tensor:
         return cut(image, self.config.patch) if self._naflex else to_tensor(image)
+
+
+def png_of(x: Any) -> bytes | None:
+    """The bytes of a PNG with the same pixels; None where ``x`` is neither an array nor a PIL image.
+
+    Args:
+        x: a PIL image (its EXIF orientation goes with it), or a NumPy array or tensor uint8 [H, W], [H, W, 3] (RGB) or
+            [H, W, 4] (RGBA).
+
+    Raises:
+        DecodeError: an array of another shape or type.
+    """
+    from PIL import Image
+
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    if isinstance(x, np.ndarray):
+        if x.dtype != np.uint8 or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (3, 4))) or x.size == 0:
+            raise DecodeError(
+                f"an image array must be uint8 [H, W, 3], [H, W, 4] or [H, W], got {x.dtype} {list(x.shape)}; "
+                "give a batch as list(batch)"
+            )
+        x = Image.fromarray(np.ascontiguousarray(x))
+    if not isinstance(x, Image.Image):
+        return None
+    if x.mode == "F":
+        raise DecodeError("a floating-point image has no stated range; convert it to uint8 first")
+    if x.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") and not x.mode.startswith("I"):
+        x = x.convert("RGBA" if x.has_transparency_data else "RGB")
+    out = io.BytesIO()
+    x.save(out, "PNG", compress_level=1, exif=x.getexif())
+    return out.getvalue()
 
 
 class Picture:
@@ -193,7 +248,7 @@ class Picture:
         """
         if self._cached is not None and self._cached[0] == at_least:
             return self._cached[1]
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         image = self._opened if self._cached is None else self._open()
         try:
@@ -201,12 +256,19 @@ class Picture:
                 scale = at_least / min(image.size)
                 if scale < 1:
                     image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+            if image.format == "PNG":
+                _check_png(self._raw)
+            orientation = _orientation(image)
             image.load()
-            if _orientation(image) != 1:
-                image = ImageOps.exif_transpose(image)
+            if orientation in _UPRIGHT:  # not ImageOps.exif_transpose, which writes all of the EXIF anew
+                image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
             image = _to_rgb(image, self._background)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-            raise DecodeError(f"the picture is damaged or cut short ({e})") from e
+        except DecodeError:
+            raise
+        except (
+            Exception
+        ) as e:  # Pillow's readers raise whatever their parsers do: struct.error, KeyError, MemoryError …
+            raise DecodeError(f"the picture is damaged or cut short ({reason_of(e)})") from e
         self._cached = (at_least, image)
         return image
 
@@ -214,23 +276,69 @@ class Picture:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            return Image.open(io.BytesIO(self._raw), formats=_FORMATS)
+            formats = readable()
+            if self._raw[4:8] == b"ftyp" and self._raw[8:12] in _HEIC and "HEIF" not in formats:
+                raise DecodeError("HEIC pictures need a package: pip install 'dualenc[heic]'")
+            return Image.open(io.BytesIO(self._raw), formats=formats)
+        except DecodeError:
+            raise
         except UnidentifiedImageError as e:
             raise DecodeError(f"no {', '.join(_FORMATS)} picture ({len(self._raw)} bytes)") from e
         except Image.DecompressionBombError as e:
             raise DecodeError(f"far too many pixels, refused before decoding ({e})") from e
-        except (OSError, ValueError, SyntaxError, EOFError) as e:
-            raise DecodeError(f"the picture's header is damaged ({e})") from e
+        except Exception as e:
+            raise DecodeError(f"the picture's header is damaged ({reason_of(e)})") from e
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 (upright) where it is absent or unreadable, as every viewer does."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as e:
-        logger.debug("unreadable EXIF: %s", e)
+    except Exception as e:  # noqa: BLE001 – whatever stands there, only this number matters
+        logger.debug("unreadable EXIF: %s", reason_of(e))
         return 1
-    return value if value in range(1, 9) else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""EXIF orientation (TIFF tag 274) → what makes it upright."""
+
+
+@lru_cache(maxsize=1)
+def readable() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read here: those its build has, and HEIF with the heic extra."""
+    from PIL import Image
+
+    if importlib.util.find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(f for f in (*_FORMATS, "HEIF") if f in Image.OPEN)
+
+
+def _check_png(raw: bytes) -> None:
+    """Raise DecodeError where a chunk's CRC is not that of its bytes: Pillow does not look at those of the pixels."""
+    at = 8
+    while at + 12 <= len(raw):
+        length = int.from_bytes(raw[at : at + 4], "big")
+        kind, end = raw[at + 4 : at + 8], at + 8 + length
+        if end + 4 > len(raw):
+            raise DecodeError(f"the picture is damaged or cut short in chunk {kind.decode('ascii', 'replace')}")
+        if zlib.crc32(raw[at + 4 : end]) != int.from_bytes(raw[end : end + 4], "big"):
+            raise DecodeError(f"the picture is damaged (checksum of chunk {kind.decode('ascii', 'replace')})")
+        if kind == b"IEND":
+            return
+        at = end + 4
+    raise DecodeError("the picture is damaged or cut short (no IEND chunk)")
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -257,7 +365,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.Image:
+def _centre(image: Image.Image, size: int, pad: tuple[int, int, int], centre: Literal["round", "floor"]) -> Image.Image:
     """Centre crop; where the picture is smaller, pad (an odd pixel goes right and below), as torchvision does."""
     from PIL import Image
 
@@ -268,12 +376,46 @@ def _centre(image: Image.Image, size: int, pad: tuple[int, int, int]) -> Image.I
         image, (w, h) = ground, ground.size
     if (w, h) == (size, size):
         return image
-    left, top = round((w - size) / 2.0), round((h - size) / 2.0)
+    if centre == "floor":
+        left, top = (w - size) // 2, (h - size) // 2
+    else:
+        left, top = round((w - size) / 2.0), round((h - size) / 2.0)
     return image.crop((left, top, left + size, top + size))
 
 
+def _resized_centre(image: Image.Image, wh: tuple[int, int], size: int, how: Any) -> Image.Image:
+    """The pixels of resizing to ``wh`` and cutting the centre, without making the rest; the shorter of wh is ``size``.
+
+    Pillow resamples one axis after the other, rounding to whole numbers in between: across first, but down first where
+    a tall picture shrinks. The same order gives the same pixels.
+    """
+    tall = wh[1] > wh[0]
+    if not tall:
+        image, wh = image.transpose(_image().Transpose.TRANSPOSE), (wh[1], wh[0])
+    scale = image.height / wh[1]
+    top = round((wh[1] - size) / 2.0)
+    reach = math.ceil(4 * max(scale, 1.0))  # beyond the support of every filter
+    first, last = top * scale, (top + size) * scale
+    low, high = max(math.floor(first) - reach, 0), min(math.ceil(last) + reach, image.height)
+    part = image.crop((0, low, image.width, high))
+    down = (first - low, last - low)
+    if not tall or scale > 1:
+        part = part.resize((part.width, size), how, box=(0, down[0], part.width, down[1]))
+        out = part.resize((size, size), how)
+    else:
+        part = part.resize((size, part.height), how)
+        out = part.resize((size, size), how, box=(0, down[0], size, down[1]))
+    return out if tall else out.transpose(_image().Transpose.TRANSPOSE)
+
+
+def _image() -> Any:
+    from PIL import Image
+
+    return Image
+
+
 def _random_crop(
-    w: int, h: int, augment: Augment, rng: np.random.Generator, own: float
+    w: int, h: int, augment: ImageAugment, rng: np.random.Generator, own: float
 ) -> tuple[float, float, float, float]:
     """A box of random area and aspect inside the picture (Szegedy et al. 2015); after ten misses the whole of it.
 
@@ -312,3 +454,34 @@ def coloured(image: Image.Image, colour: Colour, rng: np.random.Generator) -> Im
     if rng.random() < colour.grayscale_p:
         image = image.convert("L").convert("RGB")
     return image
+
+
+# --- parts of pictures, for evaluations that look at labelled objects -----------------------------------------------
+
+
+def open_picture(raw: bytes) -> Picture:
+    """The picture with its ``size``; pixels are decoded once, when first cut. Raises DecodeError: not a picture."""
+    return Picture(raw, (255, 255, 255))
+
+
+def cut_out(picture: Picture, box: tuple[float, float, float, float]) -> bytes:
+    """The part inside ``box`` (left, top, right, bottom in pixels, whole pixels around it) as PNG.
+
+    Raises:
+        DecodeError: damaged pixels.
+    """
+    width, height = picture.size
+    left, top = max(0, int(box[0])), max(0, int(box[1]))
+    right, bottom = min(width, max(left + 1, round(box[2]))), min(height, max(top + 1, round(box[3])))
+    out = io.BytesIO()
+    picture.rgb().crop((left, top, right, bottom)).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def black_picture(size: tuple[int, int]) -> bytes:
+    """A PNG of (width, height) black pixels: what a camera that failed shows."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", size).save(out, "PNG")
+    return out.getvalue()

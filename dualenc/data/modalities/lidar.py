@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section
+from dualenc.data.arrays import read_bin, read_npy, read_npz, read_pcd
 from dualenc.data.driving.geometry import F64, checked_pose, ground_motion, moved
 from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
 from dualenc.data.modalities.modality import DecodeError, modalities
@@ -47,7 +48,7 @@ class Motion(Section):
         return ground_motion(rng, self.rotate_deg, self.scale, self.flip_x, self.flip_y)
 
 
-class Augment(Motion):
+class LidarAugment(Motion):
     """In training only: the motion, then up to ``drop`` of the points left out."""
 
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -71,10 +72,13 @@ class LidarConfig(Section):
         default=0.0, description="metres from the sensor below which points are left out: returns off the car itself"
     )
     max_points: Positive = Field(default=60_000, description="more are thinned out: at random in training, else evenly")
+    bin_columns: Annotated[int, Field(ge=3, le=16)] | None = Field(
+        default=None, description="numbers of a point in .bin members, which have no header: 4 (KITTI), 5 (nuScenes)"
+    )
     not_finite: Literal["refuse", "drop"] = Field(
         default="refuse", description="a sweep with NaN or infinite points is refused, or loses them"
     )
-    augment: Augment = Augment()
+    augment: LidarAugment = LidarAugment()
     places: PlacesConfig | None = Field(
         default=None, description="places of the scene that rows name, for losses on regions (prc, rad)"
     )
@@ -106,12 +110,14 @@ class LidarInput:
     "origin": float32 [B, 3]}``: C is x, y, z and ``features``, rows are zero beyond ``count``, ``origin`` is where the
     sensor stands.
 
-    An item is the bytes of a ``.npy`` float32 [n, ≥ 3] (x, y, z, intensity, ring; x forward), or those with
-    ``json:lidar`` = ``{"columns": [names], "to_ego": [4, 4], "drive": name}``.
+    An item is the bytes of a sweep [n, ≥ 3] (x, y, z, intensity, ring; x forward), or those with ``json:lidar`` =
+    ``{"columns": [names], "to_ego": [4, 4], "drive": name}``. A sweep is a ``.npy`` or ``.npz`` of floats or integers,
+    a ``.pcd`` (ascii or binary), or with ``bin_columns`` the float32 numbers of a ``.bin``.
     """
 
     Config: ClassVar[type[BaseModel]] = LidarConfig
-    default_members: ClassVar[list[str]] = ["json:lidar+lidar.npy", "lidar.npy", "npy"]
+    default_members: ClassVar[list[str]] = ["json:lidar+lidar.npy", "lidar.npy", "npy", "npz", "pcd", "bin"]
+    prompt: ClassVar[str] = "a {}"
 
     def __init__(self, config: LidarConfig, base_dir: str | Path | None = None) -> None:
         self.config = config
@@ -124,9 +130,9 @@ class LidarInput:
         """Read and check the points, and put them into the frame the config names.
 
         Raises:
-            DecodeError: no float array, no points, points that are not finite, a column or pose that is missing.
+            DecodeError: no array of numbers, no points, points that are not finite, a column or pose that is missing.
         """
-        points, columns, to_ego = read_cloud(raw)
+        points, columns, to_ego = read_cloud(raw, self.config.bin_columns)
         for name in self.config.features:
             if name not in columns:
                 raise DecodeError(f"the sweep has no column {name!r}, only {', '.join(columns)}")
@@ -203,6 +209,10 @@ class LidarInput:
         x = Cloud(points, np.zeros(3), np.eye(4), places=none)
         return {**_row(x, np.zeros(1, np.int64)), **self._named(x)}
 
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """Points float [n, ≥ 3] → the bytes of a ``.npy``; a mapping with a calibration as it is."""
+        return x if isinstance(x, Mapping) else npy_of(x)
+
     def describe(self) -> dict[str, Any]:
         """The settings; there is nothing else."""
         return {"kind": "lidar", "config": self.config.model_dump(mode="json")}
@@ -249,7 +259,18 @@ def _row(x: Cloud, keep: npt.NDArray[np.int64]) -> dict[str, Tensor]:
     }
 
 
-def read_cloud(raw: Any) -> tuple[F32, list[str], F64]:
+def npy_of(x: Any) -> bytes | None:
+    """Points float [n, ≥ 3] as the bytes of a ``.npy``; None where ``x`` is no array."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    if not isinstance(x, np.ndarray):
+        return None
+    out = io.BytesIO()
+    np.save(out, x, allow_pickle=False)
+    return out.getvalue()
+
+
+def read_cloud(raw: Any, bin_columns: int | None = None) -> tuple[F32, list[str], F64]:
     """Points float32 [n, C], their columns' names, and the pose sensor → ego (identity where nothing is said).
 
     Raises:
@@ -259,9 +280,13 @@ def read_cloud(raw: Any) -> tuple[F32, list[str], F64]:
     if isinstance(raw, Mapping):
         about = raw.get("json:lidar") or {}
         raw = next((v for k, v in raw.items() if not k.startswith("json:") and k != MEMBER), b"")
-    points = _npy(raw)
-    columns = about.get("columns") if isinstance(about, Mapping) else None
-    columns = list(_BARE[: points.shape[1]]) if columns is None else [str(c) for c in columns]
+    if not isinstance(about, Mapping):
+        raise DecodeError(f"json:lidar must be {{columns, to_ego, drive}}, got {type(about).__name__}")
+    said = about.get("columns")
+    if said is not None and not (isinstance(said, list) and all(isinstance(c, str) for c in said)):
+        raise DecodeError(f"json:lidar: columns must be a list of names, got {said!r:.80}")
+    points, own = _sweep(raw, len(said) if said else bin_columns)
+    columns = list(said or own or _BARE[: points.shape[1]])
     if len(columns) != points.shape[1] or tuple(columns[:3]) != _XYZ:
         raise DecodeError(f"a point has {points.shape[1]} numbers, but the columns are {', '.join(columns)}")
     try:
@@ -271,18 +296,28 @@ def read_cloud(raw: Any) -> tuple[F32, list[str], F64]:
     return points, columns, to_ego
 
 
-def _npy(raw: Any) -> F32:
+def _sweep(raw: Any, bin_columns: int | None) -> tuple[F32, list[str] | None]:
+    """float32 [n, C], and the columns' names where the file says them; the format is told by its first bytes."""
     if not isinstance(raw, bytes | bytearray | memoryview):
-        raise DecodeError(f"a sweep must be the bytes of a .npy, got {type(raw).__name__}")
-    try:
-        out = np.load(io.BytesIO(raw), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise DecodeError(f"no .npy array ({' '.join(str(e).split())[:120]})") from e
-    if not isinstance(out, np.ndarray) or out.ndim != 2 or out.shape[1] < 3 or out.dtype.kind != "f":
-        got = f"{out.dtype} {list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise DecodeError(f"a sweep must be floating-point [n, ≥ 3], got {got}")
+        raise DecodeError(f"a sweep must be the bytes of a file, got {type(raw).__name__}")
+    raw, names = bytes(raw), None
+    if raw.startswith(b"\x93NUMPY"):
+        out = read_npy(raw)
+    elif raw.startswith(b"PK\x03\x04"):
+        out = read_npz(raw)
+    elif raw.startswith((b"# .PCD", b"VERSION")):
+        out, names = read_pcd(raw)
+    elif bin_columns is not None:
+        out = read_bin(raw, bin_columns)
+    else:
+        raise DecodeError(
+            f"no .npy, .npz or .pcd ({len(raw):,} bytes); for a .bin set input.bin_columns (KITTI: 4, nuScenes: 5)"
+        )
+    if out.ndim != 2 or out.shape[1] < 3 or out.dtype.kind not in "fiu":
+        raise DecodeError(f"a sweep must be numbers [n, ≥ 3], got {out.dtype} {list(out.shape)}")
     if len(out) == 0:
         raise DecodeError("the cloud is empty")
     if len(out) > _MAX_POINTS:
         raise DecodeError(f"{len(out):,} points are more than {_MAX_POINTS:,}")
-    return out.astype(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32: infinite, which is refused by name
+        return out.astype(np.float32), names

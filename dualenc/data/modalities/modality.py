@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import BaseModel
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dualenc.config import Modality, settings_as
 from dualenc.errors import DecodeError as DecodeError
+from dualenc.errors import DualencError
 from dualenc.registry import Registry
 
 
@@ -20,15 +23,14 @@ class ModalityInput(Protocol):
 
     The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
     ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
-    One that can be mixed (``data.mix``) also has ``mix(a, b, rng)``: two decoded items → one that ``train`` takes.
 
     What ``collate`` returns under ``labels`` (name → integers [n, …]) is not for the tower: losses that take extras
-    find it by slot. One that names ``places`` has ``placed(x, rng)``: a decoded item → the same with places drawn, from
-    a generator that is the same for every modality of the sample (:mod:`dualenc.data.driving.places`).
-
-    A modality whose bytes are neither a picture, a sound nor text has a static method ``preview(raw) -> dict`` too, so
-    that a report can show its items (:mod:`dualenc.data.show`).
+    find it by slot. What a modality may do besides are the protocols below: :class:`Mixes`, :class:`NamesPlaces`,
+    :class:`SavesFiles`, :class:`InFolder`, and ``preview`` (:class:`dualenc.data.show.Previews`).
     """
+
+    config: Any
+    """The settings it was built from, an instance of ``Config``."""
 
     Config: ClassVar[type[BaseModel]]
     """The ``input:`` section of the recipe."""
@@ -55,6 +57,84 @@ class ModalityInput(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Everything needed to make the same input again: ``config`` plus identities (such as a vocabulary's hash)."""
+
+
+@runtime_checkable
+class FromMemory(Protocol):
+    """An input that also takes what a program holds in memory: arrays, tensors, PIL images, decoded audio.
+
+    Optional: a modality without it takes what its ``decode`` takes, and a string is a path or URL.
+    """
+
+    prompt: ClassVar[str]
+    """How a class name is worded where nothing else is said, with ``{}`` for the name."""
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """An object in memory → what ``decode`` takes, without loss; None if it is no object of this modality's.
+
+        Args:
+            rate: samples per second of waveforms that do not say it themselves.
+
+        Raises:
+            DecodeError: for an array of another shape or type than the modality's.
+        """
+
+
+@runtime_checkable
+class Mixes(Protocol):
+    """A modality whose items can be mixed (``data.mix``)."""
+
+    def mix(self, a: Any, b: Any, rng: np.random.Generator) -> Any:
+        """Two decoded items → one that ``train`` takes."""
+
+
+@runtime_checkable
+class NamesPlaces(Protocol):
+    """A modality that names places of the scene (:mod:`dualenc.data.driving.places`)."""
+
+    def placed(self, x: Any, rng: np.random.Generator) -> Any:
+        """A decoded item with places drawn; ``rng`` is the same for every modality of the sample."""
+
+
+@runtime_checkable
+class SavesFiles(Protocol):
+    """A modality that needs files besides its settings, such as a tokenizer's."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write them into ``folder``; return what ``describe`` says of an input that reads them there."""
+
+
+@runtime_checkable
+class InFolder(Protocol):
+    """A modality whose settings name files relative to a folder."""
+
+    base_dir: str | Path | None
+
+
+@contextmanager
+def of_one_item() -> Iterator[None]:
+    """Reading, decoding, augmenting or tokenising one item: whatever its bytes make go wrong is that item's.
+
+    Raises:
+        DecodeError: for any exception that is not meant for the user already, with a reason that is the same in every
+            run. A decoder meets bytes that nobody thought of; none of them may end a run.
+    """
+    try:
+        yield
+    except DualencError:
+        raise
+    except Exception as e:
+        raise DecodeError(reason_of(e)) from e
+
+
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
+_REASON = 200
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what an exception says, without what differs from run to run (addresses of objects)."""
+    text = _ADDRESS.sub("0x…", " ".join(str(error).split()))[:_REASON]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 modalities: Registry[type[ModalityInput]] = Registry("modality")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import os
+import sys
+import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -16,6 +20,7 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section
+from dualenc.data.modalities.byte_pairs import merged
 from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import ConfigError
 
@@ -25,6 +30,8 @@ _SYMBOLS = 512
 _SPECIAL = 2
 _REMEMBERED = 1 << 15
 _UNSET_LENGTH = 100_000
+_LONG_WORD = 256
+_MAX_BYTES = 1 << 20
 _FORMS = "clip, clip-bpe:SIZE, open_clip:MODEL or hf:FOLDER_OR_REPO"
 
 
@@ -95,6 +102,7 @@ class TextInput:
 
     Config: ClassVar[type[BaseModel]] = TextConfig
     default_members: ClassVar[list[str]] = ["txt", "text", "caption", "json:caption", "json:captions"]
+    prompt: ClassVar[str] = "{}"
 
     def __init__(self, config: TextConfig, base_dir: str | Path | None = None) -> None:
         self.config, self.base_dir = config, base_dir
@@ -119,6 +127,8 @@ class TextInput:
             DecodeError: if there is no text in it, or it is not UTF-8.
         """
         if isinstance(raw, bytes | bytearray | memoryview):
+            if len(raw) > _MAX_BYTES:
+                raise DecodeError(f"a text of {len(raw):,} bytes is more than {_MAX_BYTES:,}")
             try:
                 raw = bytes(raw).decode("utf-8-sig")
             except UnicodeDecodeError as e:
@@ -126,7 +136,9 @@ class TextInput:
         items = [raw] if isinstance(raw, str) else raw
         if not isinstance(items, list | tuple) or not all(isinstance(t, str) for t in items):
             raise DecodeError(f"a caption must be text or a list of texts, got {type(raw).__name__}")
-        texts = [t.strip() for t in items if t.strip()]
+        if sum(map(len, items)) > _MAX_BYTES:
+            raise DecodeError(f"captions of {sum(map(len, items)):,} letters are more than {_MAX_BYTES:,}")
+        texts = [whole(t).strip() for t in items if visible(t)]
         if not texts:
             raise DecodeError("the caption is empty")
         return texts
@@ -161,6 +173,10 @@ class TextInput:
     def dummy(self) -> Tensor:
         """A caption of one word."""
         return self._row("a")
+
+    def as_raw(self, x: Any, rate: int | None = None) -> Any:
+        """A string is the text itself, and a list of strings several captions of one item."""
+        return x if isinstance(x, str | list | tuple) else None
 
     def describe(self) -> dict[str, Any]:
         """Settings with the context resolved, and the tokenizer's identity."""
@@ -221,6 +237,20 @@ class TextInput:
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
 
 
+def visible(text: str) -> bool:
+    """Whether anything in it can be seen: not white space, control characters, or marks of no width alone."""
+    return any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf", "Cs") for c in text)
+
+
+def whole(text: str) -> str:
+    """The text with half characters (lone surrogates, as JSON of a caption cut inside an emoji has them) as U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 # --- tokenizers --------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +278,25 @@ def build_tokenizer(
     raise ConfigError(f"tokenizer: {name!r} is unknown; write {_FORMS}.")
 
 
+@cache
+def _open_clip_tokenizers() -> Any:
+    """open_clip's file of tokenizers, without the rest of it: that imports torchvision, timm and transformers, which
+    takes longer than all else of a run of small towers does before its first step."""
+    if "open_clip" in sys.modules:
+        return importlib.import_module("open_clip.tokenizer")
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None
+    assert package.origin is not None
+    spec = importlib.util.spec_from_file_location(
+        "dualenc_open_clip_tokenizer", Path(package.origin).parent / "tokenizer.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class ClipBPE:
     """CLIP's byte-pair encoding (Radford et al. 2021) with the first merges only.
 
@@ -263,9 +312,7 @@ class ClipBPE:
         if context_length < 3:
             raise ConfigError(f"context_length ({context_length}) leaves no room between start and end of text.")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from open_clip.tokenizer import SimpleTokenizer
-
-        bpe = SimpleTokenizer(clean="whitespace" if lower is False else "lower")
+        bpe = _open_clip_tokenizers().SimpleTokenizer(clean="whitespace" if lower is False else "lower")
         merges = list(bpe.bpe_ranks)[: vocab_size - _SYMBOLS - _SPECIAL]
         vocab = [*list(bpe.encoder)[: _SYMBOLS + len(merges)], "<start_of_text>", "<end_of_text>"]
         bpe.bpe_ranks = {m: i for i, m in enumerate(merges)}
@@ -277,8 +324,18 @@ class ClipBPE:
         self.sot_id, self.eot_id = vocab_size - 2, vocab_size - 1
 
     def encode(self, text: str) -> list[int]:
-        ids = [self.sot_id, *self._bpe.encode(text)[: self.context_length - 2]]
-        return [*ids, self.eot_id]
+        room, bpe = self.context_length - _SPECIAL, self._bpe
+        ids: list[int] = []
+        for word in bpe.pat.finditer(bpe.clean_fn(text)):
+            symbols = "".join(bpe.byte_encoder[b] for b in word.group().encode("utf-8"))
+            if len(symbols) > _LONG_WORD:
+                pieces = merged([*symbols[:-1], symbols[-1] + "</w>"], bpe.bpe_ranks)
+            else:
+                pieces = bpe.bpe(symbols).split(" ")
+            ids += [bpe.encoder[piece] for piece in pieces]
+            if len(ids) >= room:  # what follows would be cut off
+                break
+        return [self.sot_id, *ids[:room], self.eot_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids (special tokens are left out)."""
@@ -347,7 +404,7 @@ class HFTokenizer:
         return ids
 
     def digest(self) -> str:
-        backend = getattr(self._tok, "backend_tokenizer", None)
+        backend = _backend(self._tok)
         # Calls with truncation leave their setting in the backend's text; that is no part of the identity.
         doc = json.loads(backend.to_str()) if backend is not None else sorted(self._tok.get_vocab().items())
         if isinstance(doc, dict):
@@ -404,7 +461,7 @@ def _write(tok: Any, folder: Path, context_length: int, clean: str = "") -> None
     """Save a transformers tokenizer with its length, and with what was done to texts before it as its normaliser."""
     from tokenizers import normalizers
 
-    backend = getattr(tok, "backend_tokenizer", None)
+    backend = _backend(tok)
     steps: list[Any] = []
     if clean == "canonicalize":  # big_vision's, as open_clip does it: "_" is a space, other punctuation is dropped
         steps += [normalizers.Replace("_", " "), normalizers.Replace(_regex(r"[!-/:-@\[-`{-~]"), "")]
@@ -422,6 +479,11 @@ def _write(tok: Any, folder: Path, context_length: int, clean: str = "") -> None
         tok.model_max_length = length
         if backend is not None and steps:
             backend.normalizer = before
+
+
+def _backend(tok: Any) -> Any:
+    """The tokenizers library's object inside a fast tokenizer; None inside a slow one, written in Python."""
+    return tok.backend_tokenizer if tok.is_fast else None
 
 
 def _regex(pattern: str) -> Any:

@@ -7,12 +7,10 @@ s3 need a written one (``dualenc shards index``), because counting them means re
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +18,11 @@ from typing import Any
 
 from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
-from dualenc.data.shards.remote import ShardCache, fetch_bytes, is_local, is_pipe, local_path
-from dualenc.data.shards.tar import TarIndex, index_tar
-from dualenc.errors import DataError, did_you_mean
+from dualenc.data.shards.names import expand, hash_of, short_names
+from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
+from dualenc.data.shards.tar import TarIndex, ends_properly, index_tar
+from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.files import write_atomically
 
 __all__ = [
     "Plan",
@@ -36,7 +36,9 @@ __all__ = [
     "index_file",
     "load_index",
     "open_source",
+    "refuse_pipes",
     "samples_per_pass",
+    "short_names",
 ]
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,6 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "index.json"
 SIDECAR = ".idx.npz"
 _VERSION = 1
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"^(\d+)\.\.(\d+)(?:\.\.(\d+))?$")
-_TAR = re.compile(r"[^\s/'\"=]+\.tar\b")
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) shards."""
@@ -54,12 +53,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ShardInfo:
-    """One shard: its URL (or name, in an index beside the shards), samples, bytes, and SHA-256 where it was taken."""
+    """One shard: its URL (or name, in an index beside the shards), samples and bytes.
+
+    ``digest`` is its SHA-256 where that was taken, ``headers`` the digest of its headers (as in its sidecar); None in
+    an index of an early version.
+    """
 
     url: str
     samples: int
     bytes: int
     digest: str | None = None
+    headers: str | None = None
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class ShardIndex:
         """Write atomically: a reader sees the old index or the new one."""
         rows = [{k: v for k, v in asdict(s).items() if v is not None} for s in self.shards]
         text = json.dumps({"version": _VERSION, "shards": rows}, indent=1)
-        _write_atomically(Path(path), text.encode())
+        write_atomically(path, text)
 
 
 @dataclass(slots=True)
@@ -100,67 +104,6 @@ class ShardSet:
         return [i.samples for i in self.infos]
 
 
-# --- names -------------------------------------------------------------------------------------------------------
-
-
-def expand(shards: str | Sequence[str]) -> list[str]:
-    """All shard URLs that a pattern or a list of patterns names, in order.
-
-    ``{000..012}``, ``{000..012..2}`` and ``{a,b}`` are expanded, also in URLs and ``pipe:`` commands; ``*`` and ``?``
-    in local paths list the files that are there, sorted. Shell variables in a pipe (``${X}``) are left alone.
-
-    Raises:
-        DataError: if nothing is named, or a glob finds no file, or a shard is named twice.
-    """
-    out: list[str] = []
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        for url in _braces(pattern.strip()):
-            if is_local(url) and glob.has_magic(url) and not Path(local_path(url)).exists():
-                found = sorted(glob.glob(local_path(url)))
-                if not found:
-                    raise DataError(f"No file matches {url}.")
-                out += found
-            elif url:
-                out.append(url)
-    if not out:
-        raise DataError(f"No shard is named by {shards!r}.")
-    if len(set(out)) != len(out):
-        twice = next(u for i, u in enumerate(out) if u in out[:i])
-        raise DataError(f"The shard {twice} is named twice.")
-    return out
-
-
-def _braces(pattern: str) -> list[str]:
-    for match in _BRACES.finditer(pattern):
-        inner = match.group(1)
-        run = _RANGE.match(inner)
-        if match.start() and pattern[match.start() - 1] == "$":
-            continue
-        if run:
-            first, last, step = run.group(1), run.group(2), int(run.group(3) or 1)
-            if step == 0 or int(last) < int(first):
-                raise DataError(f"{pattern}: {{{inner}}} counts nothing; write {{FIRST..LAST}} with FIRST ≤ LAST.")
-            width = len(first) if len(first) == len(last) or first.startswith("0") else 0
-            words = [str(i).zfill(width) for i in range(int(first), int(last) + 1, step)]
-        elif "," in inner:
-            words = inner.split(",")
-        else:
-            continue
-        head, tail = pattern[: match.start()], pattern[match.end() :]
-        return [u for w in words for u in _braces(head + w + tail)]
-    return [pattern]
-
-
-def short_names(urls: Sequence[str]) -> list[str]:
-    """A name for each shard that is the same wherever the shards lie: base name, with folders where those collide."""
-    full = [(_TAR.findall(u) or [_hash(u)])[-1] if is_pipe(u) else u.split("?")[0].rstrip("/") for u in urls]
-    for depth in range(1, 8):
-        names = ["/".join(f.split("/")[-depth:]) for f in full]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{n.split('/')[-1]}-{_hash(u)}" for n, u in zip(full, urls, strict=True)]
-
-
 # --- reading an index --------------------------------------------------------------------------------------------
 
 
@@ -169,7 +112,7 @@ def index_file(url: str) -> str:
     return url.split("?")[0].rsplit("/", 1)[0] + "/" + INDEX_NAME if "/" in url else INDEX_NAME
 
 
-def load_index(path: str, retries: int = 3) -> ShardIndex:
+def load_index(path: str, retries: int = 3, bounds: Bounds | None = None) -> ShardIndex:
     """Read an ``index.json`` (local path or URL).
 
     Raises:
@@ -180,40 +123,73 @@ def load_index(path: str, retries: int = 3) -> ShardIndex:
             raise DataError(f"There is no shard index {path}; write one with: dualenc shards index")
         raw = Path(local_path(path)).read_bytes()
     else:
-        raw = fetch_bytes(path, retries)
+        raw = fetch_bytes(path, retries, bounds=bounds)
     try:
         doc = json.loads(raw)
         if doc["version"] != _VERSION:
             raise DataError(f"{path} has version {doc['version']}, this version reads {_VERSION}.")
-        rows = [ShardInfo(str(r["url"]), int(r["samples"]), int(r["bytes"]), r.get("digest")) for r in doc["shards"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        rows = [_info(r) for r in doc["shards"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise DataError(
             f"{path} is not a shard index ({type(e).__name__}: {e}); write it with: dualenc shards index"
         ) from e
     return ShardIndex(rows)
 
 
-def open_source(source: Source, retries: int = 3) -> ShardSet:
-    """Find the shards of a source and their counts.
+def _info(row: dict[str, Any]) -> ShardInfo:
+    info = ShardInfo(str(row["url"]), int(row["samples"]), int(row["bytes"]), row.get("digest"), row.get("headers"))
+    if info.samples < 0 or info.bytes < 0:
+        raise ValueError(f"{info.url} has {info.samples} samples in {info.bytes} bytes")
+    return info
+
+
+def refuse_pipes(shards: str | Sequence[str], allow: bool, setting: str) -> None:
+    """Refuse ``pipe:`` shards that nobody allowed: reading them runs a shell command that the file names.
 
     Raises:
-        DataError: for a missing shard or index, an empty shard, a file that is no tar.
+        ConfigError: showing the command, and the setting that allows it.
+    """
+    pipe = next((u for u in ([shards] if isinstance(shards, str) else shards) if is_pipe(u.strip())), None)
+    if pipe is not None and not allow:
+        raise ConfigError(f"Reading {pipe.strip()!r} would run that command in a shell; to allow it, write {setting}.")
+
+
+def open_sources(data: Data) -> list[ShardSet]:
+    """All sources of a recipe's ``data`` section.
+
+    Raises:
+        ConfigError: for ``pipe:`` shards without ``allow_pipe``.
+        DataError: as :func:`open_source`.
+    """
+    for source in data.sources:
+        refuse_pipes(source.shards, data.allow_pipe, "data.allow_pipe=true (or add --allow-pipe)")
+    return [open_source(s, data.retries, bounds=Bounds.of(data)) for s in data.sources]
+
+
+def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bounds: Bounds | None = None) -> ShardSet:
+    """Find the shards of a source and their counts.
+
+    ``scan_remote``: read the headers of remote shards that are in no index by byte ranges, as evaluation does, instead
+    of asking for an index.
+
+    Raises:
+        DataError: for a missing shard or index, an empty shard, a file that is no tar, one that is not as indexed.
     """
     urls = expand(source.shards)
-    known = _known(source, urls, retries)
+    known = _known(source, urls, retries, bounds)
     names = short_names(urls)
     infos: list[ShardInfo] = []
     sidecars: list[str | None] = []
     memory: dict[int, TarIndex] = {}
     unindexed = [u for u in urls if u not in known]
-    remote = [u for u in unindexed if not is_local(u)]
+    remote = [u for u in unindexed if is_pipe(u) or not (is_local(u) or scan_remote)]
     if remote:
         raise DataError(
             f"Source {source.name!r}: {remote[0]} is in no index, and counting remote shards means reading them whole; "
             f"run once: dualenc shards index '{source.shards if isinstance(source.shards, str) else urls[0]}', "
             "and name the file it writes as `index`."
         )
-    if unindexed:
+    if unindexed and not scan_remote:
         logger.info(
             "Source %r: %d of %d shards are in no index; reading their headers (dualenc shards index saves this).",
             source.name,
@@ -225,12 +201,15 @@ def open_source(source: Source, retries: int = 3) -> ShardSet:
         if is_local(url):
             size = _local_size(url)
             if info is not None and info.bytes != size:
-                logger.warning(
-                    "Source %r: the index of %s is stale (%d bytes, now %d).", source.name, url, info.bytes, size
+                change = "was cut short or replaced" if size < info.bytes else "was changed or replaced"
+                raise DataError(
+                    f"Source {source.name!r}: {url} has {size:,} bytes and its index says {info.bytes:,}, so it "
+                    f"{change} after it was indexed. Copy it again; if the change is intended, run: "
+                    f"dualenc shards index '{url}'"
                 )
-                info, folder = None, None
         if info is None:
-            memory[i] = index_local(url)
+            memory[i] = index_local(url) if is_local(url) else index_remote(url)
+            _say_scattered(memory[i], url)
             info = ShardInfo(url, len(memory[i]), memory[i].tar_bytes)
         if info.samples <= 0:
             raise DataError(f"{url} holds no sample: leave it out of source {source.name!r}.")
@@ -258,21 +237,69 @@ def samples_per_pass(data: Data) -> int:
     Raises:
         DataError: as :func:`open_source`.
     """
-    return sum(sum(open_source(s, data.retries).counts) for s in data.sources)
+    return sum(sum(s.counts) for s in open_sources(data))
 
 
-def index_local(url: str) -> TarIndex:
-    """Index a tar on this machine by reading its headers only.
+def index_local(url: str, contents: bool = False) -> TarIndex:
+    """Index a tar on this machine by reading its headers; ``contents``: also take a checksum of every member.
 
     Raises:
         DataError: missing, no tar, cut short, or without samples.
     """
     size = _local_size(url)
     fd = os.open(local_path(url), os.O_RDONLY)
+
+    def read_at(at: int, n: int) -> bytes:
+        return os.pread(fd, n, at)
+
     try:
-        return index_tar(lambda at, n: os.pread(fd, n, at), size, url)
+        index = index_tar(read_at, size, url)
+        if not ends_properly(read_at, size):
+            logger.warning("%s has no end mark: it was cut short, or whatever wrote it was stopped.", url)
+        if contents:
+            index.read_contents(read_at)
+        return index
     finally:
         os.close(fd)
+
+
+def index_remote(url: str) -> TarIndex:
+    """Index a tar behind a URL by reading its headers by byte ranges.
+
+    Raises:
+        DataError: there is nothing, the server knows no byte ranges, or it is no whole tar.
+    """
+    fs, path = filesystem(url)
+    try:
+        with fs.open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+
+            def read_at(at: int, n: int) -> bytes:
+                f.seek(at)
+                raw: bytes = f.read(n)
+                return raw
+
+            return index_tar(read_at, size, url)
+    except FileNotFoundError as e:
+        raise DataError(f"There is no shard {url}.") from e
+    except DataError:
+        raise
+    except Exception as e:
+        # Errors of aiohttp, botocore and fsspec's own share no base; whatever it was, the shard could not be read.
+        raise DataError(f"Cannot read {url} by byte ranges: {type(e).__name__}: {e}") from e
+
+
+def _say_scattered(index: TarIndex, where: str) -> None:
+    """Warn of samples that are torn apart: each part is read as a sample of its own, and lacks the others' members."""
+    keys = index.scattered()
+    if keys:
+        logger.warning(
+            "%s: the members of %d keys (%s, …) do not stand next to each other, so each part is read as a sample of "
+            "its own; pack the shard again with members of one sample together.",
+            where,
+            len(keys),
+            keys[0],
+        )
 
 
 def _local_size(url: str) -> int:
@@ -286,7 +313,9 @@ def _local_size(url: str) -> int:
     return size
 
 
-def _known(source: Source, urls: Sequence[str], retries: int) -> dict[str, tuple[ShardInfo, str]]:
+def _known(
+    source: Source, urls: Sequence[str], retries: int, bounds: Bounds | None
+) -> dict[str, tuple[ShardInfo, str]]:
     """URL → its row and the folder (with slash) its sidecar lies in, for the shards that an index names."""
     files = [source.index] if source.index else list(dict.fromkeys(index_file(u) for u in urls if not is_pipe(u)))
     out: dict[str, tuple[ShardInfo, str]] = {}
@@ -294,7 +323,7 @@ def _known(source: Source, urls: Sequence[str], retries: int) -> dict[str, tuple
         if not source.index and is_local(file) and not Path(local_path(file)).is_file():
             continue
         try:
-            index = load_index(file, retries)
+            index = load_index(file, retries, bounds)
         except FileNotFoundError as e:
             if source.index:
                 raise DataError(f"Source {source.name!r}: there is no index {file}.") from e
@@ -317,6 +346,7 @@ def build_index(
     urls: Iterable[str],
     folder: str | Path | None = None,
     digests: bool = False,
+    contents: bool = True,
     progress: Progress | None = None,
     cache: ShardCache | None = None,
     retries: int = 3,
@@ -327,6 +357,7 @@ def build_index(
         urls: shards, already expanded.
         folder: where to write; default: the shards' own folder (they must be local and in one folder).
         digests: also take the SHA-256 of every shard (reads them whole).
+        contents: also take a checksum of every member, which training checks as it reads (reads the shards whole).
         cache: where remote shards are kept while they are read; default: a temporary folder.
 
     Shards that the folder's index already lists and that are not in ``urls`` stay listed.
@@ -348,12 +379,13 @@ def build_index(
     try:
         for done, url in enumerate(urls):
             path = local_path(url) if is_local(url) else str(cache.get(url))  # type: ignore[union-attr]
-            index = index_local(path)
+            index = index_local(path, contents)
+            _say_scattered(index, url)
             beside = is_local(url) and os.path.abspath(os.path.dirname(path) or ".") == str(out.resolve())
             name = os.path.basename(path) if beside else url
             digest = _sha256(path) if digests else None
-            _write_atomically(out / sidecar_name(name), index.to_bytes())
-            rows[name] = ShardInfo(name, len(index), index.tar_bytes, digest)
+            write_atomically(out / sidecar_name(name), index.to_bytes())
+            rows[name] = ShardInfo(name, len(index), index.tar_bytes, digest, index.digest)
             if progress is not None:
                 progress(done + 1, len(urls))
     finally:
@@ -367,20 +399,10 @@ def sidecar_name(url: str) -> str:
     """File name of a shard's sidecar; shards from elsewhere get a hash, as base names may collide."""
     base = url.split("?")[0].rsplit("/", 1)[-1]
     if is_pipe(url):
-        return f"pipe-{_hash(url)}{SIDECAR}"
-    return f"{base}{SIDECAR}" if "/" not in url else f"{base}-{_hash(url)}{SIDECAR}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        return f"pipe-{hash_of(url)}{SIDECAR}"
+    return f"{base}{SIDECAR}" if "/" not in url else f"{base}-{hash_of(url)}{SIDECAR}"
 
 
 def _sha256(path: str) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, raw: bytes) -> None:
-    temporary: Any = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(raw)
-    os.replace(temporary, path)

@@ -6,19 +6,30 @@ never becomes a path.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import logging
 import os
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dualenc.config import Data, Source
-from dualenc.data.shards.index import ShardSet, index_local, open_source
-from dualenc.data.shards.remote import NoRanges, ReadFailed, ShardCache, fetch_bytes, is_local, is_pipe, local_path
+from dualenc.data.shards.index import ShardSet, index_local, open_source, refuse_pipes
+from dualenc.data.shards.remote import (
+    Bounds,
+    NoRanges,
+    ReadFailed,
+    ShardCache,
+    fetch_bytes,
+    is_local,
+    is_pipe,
+    local_path,
+)
 from dualenc.data.shards.tar import BLOCK, Sample, TarIndex, check_member, unsafe
 from dualenc.errors import ConfigError, DataError
 
@@ -27,6 +38,7 @@ logger = logging.getLogger(__name__)
 _INDEX_BYTES = 256 << 20
 _OPEN_FILES = 64
 _FAILED_S = 60.0
+_FAILURES = 3
 _JSON = "json"
 _JSON_KEY = "json:"
 _JOIN = "+"
@@ -78,15 +90,23 @@ class Reader:
             samples are fetched by byte range instead of whole shards.
     """
 
-    def __init__(self, sets: Sequence[ShardSet], cache: ShardCache | None, retries: int, window: int = 1) -> None:
+    def __init__(
+        self,
+        sets: Sequence[ShardSet],
+        cache: ShardCache | None,
+        retries: int,
+        window: int = 1,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self._bounds = bounds
         self.sets = sets
         self.cache = cache
         self.retries = retries
         self._ranged = [_span(s, window) > (cache.max_bytes if cache else 0) for s in sets]
         self._indexes: OrderedDict[tuple[int, int], TarIndex] = OrderedDict()
         self._index_bytes = 0
-        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._failed: dict[tuple[int, int], tuple[float, str]] = {}
+        self._files: OrderedDict[tuple[int, int], _File] = OrderedDict()
+        self._failed: dict[tuple[int, int], tuple[int, float, str]] = {}
 
     def locate(self, source: int, shard: int, sample: int) -> Sample:
         """Key and members of a sample.
@@ -95,7 +115,7 @@ class Reader:
             DataError: if the shard's index names fewer samples than the plan was made from.
             SampleError: if the shard cannot be read.
         """
-        index = self._index(source, shard)
+        index = self.index(source, shard)
         if len(index) != self.sets[source].infos[shard].samples:
             raise DataError(
                 f"The index of {self.sets[source].urls[shard]} says {self.sets[source].infos[shard].samples} samples, "
@@ -170,19 +190,27 @@ class Reader:
             if block is None:
                 block = self._pread(at, offset - BLOCK, BLOCK + size)
         except (ReadFailed, OSError) as e:
-            self._failed[at] = (time.monotonic(), str(e))
+            self._note_failure(at, str(e))
             raise SampleError(name, f"could not be read: {e}") from e
-        return check_member(block, name, size, url)
+        self._failed.pop(at, None)
+        header, contents = sample.checks.get(ending, (None, None))
+        raw = check_member(block, name, size, url, header)
+        if contents is not None and zlib.crc32(raw) != contents:
+            raise SampleError(
+                name,
+                "its bytes are not those that were indexed: damaged, or changed in place (if that is intended, write "
+                "the index anew with: dualenc shards index)",
+            )
+        return raw
 
     def close(self) -> None:
         """Close all files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.clear()
 
     def _json(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
         try:
             doc = json.loads(self.read(source, shard, sample, _JSON))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise SampleError(_JSON, f"is not valid JSON ({e})") from e
         if not isinstance(doc, dict):
             raise SampleError(_JSON, f"holds {type(doc).__name__}, not keys and values")
@@ -193,7 +221,7 @@ class Reader:
         if not self._ranged[source] or is_local(url) or is_pipe(url):
             return None
         try:
-            return fetch_bytes(url, self.retries, start, stop)
+            return fetch_bytes(url, self.retries, start, stop, self._bounds)
         except FileNotFoundError as e:
             raise DataError(f"There is no shard {url}.") from e
         except NoRanges:
@@ -202,15 +230,12 @@ class Reader:
             return None
 
     def _pread(self, at: tuple[int, int], offset: int, size: int) -> bytes:
-        fd = self._files.get(at)
-        if fd is None:
-            fd = os.open(self._path(at), os.O_RDONLY)
-            self._files[at] = fd
+        file = self._files.get(at)
+        if file is None:
+            file = self._files[at] = _File(self._path(at))
             while len(self._files) > _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        else:
-            self._files.move_to_end(at)
-        return os.pread(fd, size, offset)
+                self._files.popitem(last=False)
+        return os.pread(file.fd, size, offset)
 
     def _path(self, at: tuple[int, int]) -> str:
         shards = self.sets[at[0]]
@@ -218,10 +243,16 @@ class Reader:
         if is_local(url):
             return local_path(url)
         if self.cache is None:
-            raise RuntimeError("a remote shard needs a cache")
+            raise ReadFailed(f"{url} cannot be read in parts: its server knows no byte ranges; fetch the file first")
         return str(self.cache.get(url, shards.infos[at[1]].bytes))
 
-    def _index(self, source: int, shard: int) -> TarIndex:
+    def index(self, source: int, shard: int) -> TarIndex:
+        """Where everything lies in a shard.
+
+        Raises:
+            DataError: if the index is damaged or stale.
+            SampleError: if the shard cannot be read.
+        """
         at = (source, shard)
         index = self._indexes.get(at)
         if index is not None:
@@ -240,30 +271,49 @@ class Reader:
     def _load_index(self, at: tuple[int, int]) -> TarIndex:
         """From the sidecar; from the tar itself where there is none or it is of another tar."""
         shards = self.sets[at[0]]
-        sidecar, expected = shards.sidecars[at[1]], shards.infos[at[1]].bytes
+        sidecar, info = shards.sidecars[at[1]], shards.infos[at[1]]
         self._refuse_failed(at, "")
         try:
+            raw = None
             if sidecar is not None:
-                try:
-                    raw = _read_whole(sidecar, self.retries)
-                except FileNotFoundError:
-                    raw = None
-                if raw is not None:
-                    index = TarIndex.from_bytes(raw, sidecar)
-                    if index.tar_bytes == expected:
-                        return index
-            return index_local(self._path(at))
+                with contextlib.suppress(FileNotFoundError):
+                    raw = _read_whole(sidecar, self.retries, self._bounds)
+            index = None if raw is None else TarIndex.from_bytes(raw, str(sidecar))
+            if index is None or index.tar_bytes != info.bytes:
+                index = index_local(self._path(at))
         except (ReadFailed, OSError) as e:
-            self._failed[at] = (time.monotonic(), str(e))
+            self._note_failure(at, str(e))
             raise SampleError("", f"the shard could not be read: {e}") from e
+        if info.headers and index.digest and index.digest != info.headers:
+            raise DataError(
+                f"The index of {shards.urls[at[1]]} is stale: the shard's headers are not those that were indexed, so "
+                "it was replaced; if that is intended, write the index anew with: dualenc shards index"
+            )
+        return index
+
+    def _note_failure(self, at: tuple[int, int], why: str) -> None:
+        times = self._failed[at][0] if at in self._failed else 0
+        self._failed[at] = (times + 1, time.monotonic(), why)
 
     def _refuse_failed(self, at: tuple[int, int], member: str) -> None:
-        """A shard that failed after all retries is left alone for a minute: its other samples fail at once."""
-        if at in self._failed:
-            when, why = self._failed[at]
+        """After three failures in a row (each after all retries) a shard is left alone for a minute: its other samples
+        fail at once, and a server that is down costs no hours of waiting."""
+        times, when, why = self._failed.get(at, (0, 0.0, ""))
+        if times >= _FAILURES:
             if time.monotonic() - when < _FAILED_S:
                 raise SampleError(member, f"could not be read: {why}")
             del self._failed[at]
+
+
+class _File:
+    """A file descriptor that is closed when nobody uses it any more: a thread may read while another evicts it."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            os.close(self.fd)
 
 
 def _span(shards: ShardSet, window: int) -> float:
@@ -272,32 +322,47 @@ def _span(shards: ShardSet, window: int) -> float:
     return min(total, total / samples * window + total / len(shards.infos))
 
 
-def _read_whole(path: str, retries: int) -> bytes:
+def _read_whole(path: str, retries: int, bounds: Bounds | None) -> bytes:
     if not is_local(path):
-        return fetch_bytes(path, retries)
+        return fetch_bytes(path, retries, bounds=bounds)
     with open(local_path(path), "rb") as f:
         return f.read()
 
 
 def iter_samples(
-    shards: str | Sequence[str] | Source, wanted: Mapping[str, Sequence[str]], data: Data | None = None
+    shards: str | Sequence[str] | Source | ShardSet,
+    wanted: Mapping[str, Sequence[str]],
+    data: Data | None = None,
+    only: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Found | SampleError]]:
     """Every sample of some shards once, in the order they lie: (key, raw values) or (key, why not).
 
     For evaluation and tools: keys are "shard/key"; nothing is shuffled, and an error is handed on, never skipped.
 
+    Args:
+        shards: what to open, or an opened source.
+        only: numbers of the shards to read; default: all.
+
     Raises:
+        ConfigError: for ``pipe:`` shards of a recipe that does not allow them.
         DataError: as :func:`dualenc.data.shards.index.open_source`.
     """
-    source = shards if isinstance(shards, Source) else Source.model_validate({"name": "eval", "shards": shards})
     check_members(wanted, "members")
     retries = data.retries if data is not None else 3
-    opened = open_source(source, retries)
+    bounds = Bounds.of(data) if data is not None else None
+    if isinstance(shards, ShardSet):
+        opened = shards
+    else:
+        named = shards if isinstance(shards, Source) else Source.model_validate({"name": "eval", "shards": shards})
+        if data is not None:
+            refuse_pipes(named.shards, data.allow_pipe, "data.allow_pipe=true (or add --allow-pipe)")
+        opened = open_source(named, retries, bounds=bounds)
     needs_cache = not all(is_local(u) for u in opened.urls)
-    cache = ShardCache.temporary(data.cache_gb if data is not None else 50.0, retries) if needs_cache else None
-    reader = Reader([opened], cache, retries)
+    cache = ShardCache.temporary(data.cache_gb if data is not None else 50.0, retries, bounds) if needs_cache else None
+    reader = Reader([opened], cache, retries, bounds=bounds)
     try:
-        for shard, name in enumerate(opened.names):
+        for shard in range(len(opened.names)) if only is None else only:
+            name = opened.names[shard]
             for i in range(opened.infos[shard].samples):
                 key = f"{name}/#{i}"
                 try:

@@ -8,19 +8,40 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
+from dualenc.config import Data
 from dualenc.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+pause = time.sleep
 _PIPE = "pipe:"
+_PROGRESS = 1 << 20
+_TRUE_BYTES = {"Accept-Encoding": "identity"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long a server may take: to connect, and between two pieces of data. There is no bound on the whole."""
+
+    connect_s: float = 15.0
+    idle_s: float = 60.0
+
+    @classmethod
+    def of(cls, data: Data) -> Bounds:
+        """Those of a recipe's ``data`` section."""
+        return cls(data.connect_s, data.idle_s)
 
 
 def is_pipe(url: str) -> bool:
@@ -38,7 +59,7 @@ def local_path(url: str) -> str:
     return url.removeprefix("file://")
 
 
-class ReadFailed(Exception):
+class ReadFailed(DataError):
     """Bytes could not be had after all retries; the reader counts the samples that needed them."""
 
 
@@ -46,14 +67,18 @@ class NoRanges(Exception):
     """The server sent the whole file where a part was asked for."""
 
 
-def retry(do: Callable[[], T], what: str, retries: int) -> T:
+def retry(do: Callable[[], T], what: str, retries: int, progress: Callable[[], int] | None = None) -> T:
     """Call until it succeeds, at most ``retries`` times more, with growing pauses (0.2, 0.4, … at most 8 s).
+
+    ``progress``: bytes had so far, for a call that goes on where the last one stopped: one that brought at least 1 MiB
+    does not count as a failed try.
 
     Raises:
         FileNotFoundError: at once: a name that is wrong stays wrong.
         ReadFailed: with the last error, when all tries failed.
     """
-    for attempt in range(retries + 1):
+    attempt, had = 0, 0
+    while True:
         try:
             return do()
         except FileNotFoundError:
@@ -61,12 +86,19 @@ def retry(do: Callable[[], T], what: str, retries: int) -> T:
         except Exception as e:
             if not _passing(e):
                 raise
+            now = progress() if progress is not None else 0
+            if now - had >= _PROGRESS:
+                attempt, had = 0, now
             if attempt == retries:
-                raise ReadFailed(f"{what}: {type(e).__name__}: {e} (tried {retries + 1} times)") from e
-            pause = min(0.2 * 2**attempt, 8.0)
-            logger.warning("%s failed (%s: %s); trying again in %.1f s", what, type(e).__name__, e, pause)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+                raise ReadFailed(f"{what}: {_said(e)} (tried {retries + 1} times)") from e
+            seconds = min(0.2 * 2**attempt, 8.0)
+            logger.warning("%s failed (%s); trying again in %.1f s", what, _said(e), seconds)
+            pause(seconds)
+            attempt += 1
+
+
+def _said(e: Exception) -> str:
+    return f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
 
 
 def _passing(e: Exception) -> bool:
@@ -74,7 +106,7 @@ def _passing(e: Exception) -> bool:
     return isinstance(e, OSError | EOFError | TimeoutError) or type(e).__module__.startswith(("aiohttp", "botocore"))
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str, bounds: Bounds | None = None) -> tuple[Any, str]:
     """The fsspec filesystem of a URL and the path in it.
 
     Raises:
@@ -83,13 +115,32 @@ def filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, **_options(url, bounds or Bounds()))
     except (ValueError, ImportError) as e:
         raise DataError(f"{url}: {e}; for s3:// install dualenc[s3]") from e
     return fs, path
 
 
-def fetch_bytes(url: str, retries: int, start: int | None = None, stop: int | None = None) -> bytes:
+def _options(url: str, bounds: Bounds) -> dict[str, Any]:
+    """The bounds as the protocol's client takes them, beside what fsspec's own configuration says for it."""
+    from fsspec.config import conf
+
+    protocol = url.split("://", 1)[0]
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        # aiohttp's default is 5 minutes for everything, which ends the reading of a large shard that is going well.
+        timeout = ClientTimeout(total=None, sock_connect=bounds.connect_s, sock_read=bounds.idle_s)
+        return {"client_kwargs": {**conf.get(protocol, {}).get("client_kwargs", {}), "timeout": timeout}}
+    if protocol in ("s3", "s3a"):
+        limits = {"connect_timeout": bounds.connect_s, "read_timeout": bounds.idle_s}
+        return {"config_kwargs": {**conf.get(protocol, {}).get("config_kwargs", {}), **limits}}
+    return {}
+
+
+def fetch_bytes(
+    url: str, retries: int, start: int | None = None, stop: int | None = None, bounds: Bounds | None = None
+) -> bytes:
     """Bytes ``start:stop`` of a URL (all of it by default).
 
     Raises:
@@ -99,7 +150,7 @@ def fetch_bytes(url: str, retries: int, start: int | None = None, stop: int | No
     """
 
     def read() -> bytes:
-        fs, path = filesystem(url)
+        fs, path = filesystem(url, bounds)
         raw: bytes = fs.cat_file(path, start=start, end=stop)
         if start is not None and stop is not None and len(raw) != stop - start:
             if len(raw) > stop - start:
@@ -110,6 +161,30 @@ def fetch_bytes(url: str, retries: int, start: int | None = None, stop: int | No
     return retry(read, f"Reading {url}", retries)
 
 
+async def _stream_http(fs: Any, url: str, target: Path, mark: list[str]) -> None:
+    """Write what is behind ``url`` to ``target``, from where an earlier call stopped.
+
+    ``mark`` keeps the entity tag in between, so that a file that was replaced meanwhile is read from its beginning.
+    """
+    have = target.stat().st_size if target.exists() else 0
+    headers = {**fs.kwargs.get("headers", {}), **_TRUE_BYTES}
+    if have:
+        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": mark[0]} if mark else {})
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers}) as answer:
+        if answer.status in (404, 410):
+            raise FileNotFoundError(url)
+        if answer.status == 416 and have:
+            return  # nothing is missing: the size is compared with the index's by the caller
+        answer.raise_for_status()
+        tag = answer.headers.get("ETag", "")
+        mark[:] = [tag] if tag and not tag.startswith("W/") else []
+        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        with open(target, "ab" if goes_on else "wb") as out:
+            async for piece in answer.content.iter_chunked(1 << 18):
+                out.write(piece)
+
+
 class ShardCache:
     """Whole shards on local disk, at most ``max_gb`` of them: the least recently used go first.
 
@@ -117,15 +192,16 @@ class ShardCache:
     under its name only when it is complete. File names are hashes of URLs, never parts of them.
     """
 
-    def __init__(self, folder: str | Path, max_gb: float, retries: int) -> None:
+    def __init__(self, folder: str | Path, max_gb: float, retries: int, bounds: Bounds | None = None) -> None:
         self.folder = Path(folder)
         self.max_bytes = int(max_gb * 1e9)
         self.retries = retries
+        self.bounds = bounds
 
     @classmethod
-    def temporary(cls, max_gb: float, retries: int) -> ShardCache:
+    def temporary(cls, max_gb: float, retries: int, bounds: Bounds | None = None) -> ShardCache:
         """A cache in a new temporary folder; :meth:`remove` deletes it."""
-        return cls(tempfile.mkdtemp(prefix="dualenc-shards-"), max_gb, retries)
+        return cls(tempfile.mkdtemp(prefix="dualenc-shards-"), max_gb, retries, bounds)
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -140,22 +216,20 @@ class ShardCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / (hashlib.blake2b(url.encode(), digest_size=12).hexdigest() + ".tar")
-        if not self._touch(path):
+        if not self._touch(path, expected):
             with self._lock(path):
-                if not self._touch(path):
-                    try:
-                        retry(lambda: self._fetch(url, path, expected), f"Reading {url}", self.retries)
-                    except FileNotFoundError as e:
-                        raise DataError(f"There is no shard {url}.") from e
+                if not self._touch(path, expected):
+                    self._fetch(url, path, expected)
                     self._evict(keep=path)
         return path
 
-    def _touch(self, path: Path) -> bool:
+    def _touch(self, path: Path, expected: int | None) -> bool:
+        """Whether a copy is there; one of another size is of a shard that was replaced since, and is not used."""
         try:
             os.utime(path)
+            return expected is None or path.stat().st_size == expected
         except FileNotFoundError:
             return False
-        return True
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
@@ -165,19 +239,36 @@ class ShardCache:
 
     def _fetch(self, url: str, path: Path, expected: int | None) -> None:
         temporary = path.with_suffix(f".{os.getpid()}.part")
-        try:
+        mark: list[str] = []
+
+        def had() -> int:
+            return temporary.stat().st_size if temporary.exists() else 0
+
+        def read() -> None:
             if is_pipe(url):
                 with open(temporary, "wb") as out:
                     _run_pipe(url.removeprefix(_PIPE), out)
             else:
-                fs, at = filesystem(url)
-                fs.get_file(at, str(temporary))
-            size = os.path.getsize(temporary)
+                fs, at = filesystem(url, self.bounds)
+                if url.startswith(("http://", "https://")):
+                    from fsspec.asyn import sync
+
+                    sync(fs.loop, _stream_http, fs, at, temporary, mark)
+                else:
+                    fs.get_file(at, str(temporary))
+            size = had()
             if expected is not None and size != expected:
+                if size > expected:
+                    temporary.unlink()
                 raise EOFError(
                     f"{size} bytes came, the index says {expected}; if the shard was replaced, index it anew"
                 )
+
+        try:
+            retry(read, f"Reading {url}", self.retries, None if is_pipe(url) else had)
             os.replace(temporary, path)
+        except FileNotFoundError as e:
+            raise DataError(f"There is no shard {url}.") from e
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -196,10 +287,52 @@ class ShardCache:
                 total -= size
 
 
-def _run_pipe(command: str, out: Any) -> None:
-    """Write a command's output; a command that fails halfway is an error, not a short shard."""
+_GUARDED = """
+( read -r _ <&0; kill -KILL 0 ) <&0 >/dev/null 2>&1 &
+watch=$!
+disown
+( eval "$1" ) </dev/null
+code=$?
+kill -KILL $watch
+exit $code
+"""
+"""Runs a command in a process group of its own. Its input is a pipe that only this process holds open: when the process
+ends, however it ends, the pipe ends, and the whole group is killed."""
+
+
+def _run_pipe(command: str, out: IO[bytes]) -> None:
+    """Write a command's output; a command that fails halfway is an error, not a short shard.
+
+    The command ends with this process, and with the trainer if this process is one of its workers.
+    """
     # pipefail: in `curl … | zstd -d` the first failure counts, not only the last command's status.
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], stdout=out, stderr=subprocess.PIPE, check=False)
-    if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise OSError(f"the command exited with status {done.returncode}{': ' + said[-1] if said else ''}")
+    child = subprocess.Popen(
+        ["bash", "-o", "pipefail", "-c", _GUARDED, "dualenc-pipe", command],
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    trainer = parent_process()
+    said: list[bytes] = []
+    reader = threading.Thread(target=lambda: said.append(child.stderr.read()), daemon=True)  # type: ignore[union-attr]
+    reader.start()
+    try:
+        while True:
+            try:
+                child.wait(0.5)
+                break
+            except subprocess.TimeoutExpired:
+                # A worker that waits here would not notice that its trainer was killed.
+                if trainer is not None and os.getppid() != trainer.pid:
+                    raise DataError("the trainer that this worker read for is gone") from None
+    finally:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        child.stdin.close()  # type: ignore[union-attr]
+    reader.join(timeout=5.0)
+    if child.returncode:
+        lines = b"".join(said).decode("utf-8", "replace").strip().splitlines()
+        raise OSError(f"the command exited with status {child.returncode}{': ' + lines[-1] if lines else ''}")

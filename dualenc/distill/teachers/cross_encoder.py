@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dualenc.config import Recipe, Teacher, pair_name
-from dualenc.data.batch import ABSENT, Batch, map_tensors
-from dualenc.data.dataset import View
+from dualenc.config import Recipe, Teacher
+from dualenc.data.batch import ABSENT, Batch, TeacherRows, map_tensors
+from dualenc.data.dataset import TeacherView
 from dualenc.data.modalities import ModalityInput
 from dualenc.data.shards.index import ShardSet
-from dualenc.distill.objective import HAS, SCORES, TeacherInfo
+from dualenc.distill.objective import TeacherInfo
 from dualenc.distill.teachers.cache import as_student_sees
 from dualenc.distributed.gather import gather_ids
 from dualenc.errors import ConfigError
@@ -90,19 +90,18 @@ class FusionTeacher:
         self.views = {}
         for m, t in self.modalities.items():
             own = build_input(t, self.scorer.settings[t], f"{where}: input of {t}")
-            self.views[f"{self.name}/{m}"] = View(m, as_student_sees(own, student[m]), m in config.plain)
+            self.views[f"{self.name}/{m}"] = TeacherView(m, as_student_sees(own, student[m]), m in config.plain)
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Scores of both directions [B, N] under the pair's name, and which slots have both items."""
+    def features(self, batch: Batch) -> TeacherRows:
+        """Scores of both directions [B, N], and which slots have both items."""
         a, b = self.pair
         items = {m: self._slots(m, batch) for m in self.pair}
         has = {m: mark(batch.rows[m], batch.size) for m in self.pair}
         ids = torch.where(has[a] & has[b], batch.ids, ABSENT)
         everywhere = gather_ids(ids)
-        out: dict[str, dict[str, Tensor]] = {self.name + HAS: has}
-        key = pair_name(self.pair)
-        for name, mine, other in ((SCORES[0], a, b), (SCORES[1], b, a)):
+        out = TeacherRows(has)
+        for mine, other in ((a, b), (b, a)):
             columns = gather_ids(items[other])
             rows, at = self.chosen(ids, everywhere, batch.step)
             scores = torch.full((batch.size, len(everywhere)), float("-inf"), device=ids.device)
@@ -112,7 +111,7 @@ class FusionTeacher:
                 named = {self.modalities[m]: x for m, x in both.items()}
                 first, second = (named[m] for m in self.scorer.modalities)
                 scores[r, c] = self.scorer.score(first, second) * (self.config.logit_scale or 1.0)
-            out[f"{self.name}.{name}"] = {key: scores}
+            out.scores[mine, other] = scores
         return out
 
     def chosen(self, ids: Tensor, everywhere: Tensor, step: int) -> tuple[Tensor, Tensor]:

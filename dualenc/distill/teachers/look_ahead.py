@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.config import LookAhead, Recipe
-from dualenc.data.batch import Batch, map_tensors
-from dualenc.data.dataset import View
+from dualenc.data.batch import Batch, TeacherRows, map_tensors
+from dualenc.data.dataset import TeacherView
 from dualenc.data.shards.index import ShardSet
-from dualenc.distill.objective import HAS, TeacherInfo
+from dualenc.distill.objective import TeacherInfo
 from dualenc.distributed.world import world_size
 from dualenc.encoders import DualEncoder
 from dualenc.errors import ConfigError
@@ -53,7 +53,7 @@ class LookAheadTeacher:
         self.name, self.config, self.pairs, self.device = "look_ahead", config, recipe.pairs, device
         self.embed_dim = bundle.embed_dim
         self.modalities = {m: m for m in bundle.modalities}
-        self.views: dict[str, View] = {}
+        self.views: dict[str, TeacherView] = {}
         self.redraw: dict[str, tuple[int, int]] = {}
         self.scale: dict[tuple[str, str], float] = dict.fromkeys(recipe.pairs, 1.0)
         self.bias: dict[tuple[str, str], float] = {}
@@ -78,7 +78,7 @@ class LookAheadTeacher:
         virtual.train()
         trained = [p for p in virtual.parameters() if p.requires_grad]
         for _ in range(self.config.steps):
-            taught = replace(batch, extras={**batch.extras, **self.features(batch)})
+            taught = replace(batch, teachers={**batch.teachers, self.name: self.features(batch)})
             value = objective(virtual(batch.inputs), taught, self.pairs, loss).value
             grads = torch.autograd.grad(value, trained, allow_unused=True)
             whole = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)]
@@ -90,7 +90,7 @@ class LookAheadTeacher:
         self.updates -= self.config.steps - 1
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+    def features(self, batch: Batch) -> TeacherRows:
         """Of the average, on the student's own inputs."""
         average = self._whole().eval()
         for pair, scale in self.scale.items():
@@ -99,7 +99,7 @@ class LookAheadTeacher:
             biases = average.logit_bias()
             if key in biases:
                 self.bias[pair] = float(biases[key])
-        out: dict[str, dict[str, Tensor]] = {self.name: {}, self.name + HAS: {}}
+        out = TeacherRows({})
         for m in self.modalities:
             if m not in batch.inputs:
                 continue
@@ -108,8 +108,8 @@ class LookAheadTeacher:
                 average.encode(m, map_tensors(batch.inputs[m], lambda v, k=k: v[k : k + _CHUNK]))
                 for k in range(0, max(len(rows), 1), _CHUNK)
             ]
-            out[self.name][m] = to_slots(torch.cat(parts), rows, batch.size)
-            out[self.name + HAS][m] = mark(rows, batch.size)
+            out.features[m] = to_slots(torch.cat(parts), rows, batch.size)
+            out.has[m] = mark(rows, batch.size)
         return out
 
     def covers(self, sets: Sequence[ShardSet]) -> None:

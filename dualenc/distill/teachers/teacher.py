@@ -2,7 +2,7 @@
 
 ``online``: the model runs beside the student, without gradient, on its own preprocessing of the same items (the loader
 brings them as the batch's ``views``). ``cached``: features that ``dualenc embed --recipe`` wrote. Both put the same
-thing into the batch's ``extras``, so the loss does not know which it was.
+thing into the batch's ``teachers``, so the loss does not know which it was.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from dualenc.config import Recipe, Teacher, pair_name
-from dualenc.data.batch import Batch, map_tensors
-from dualenc.data.dataset import View
+from dualenc.data.batch import Batch, TeacherRows, map_tensors
+from dualenc.data.dataset import TeacherView
 from dualenc.data.modalities import ModalityInput
 from dualenc.data.shards.index import ShardSet
-from dualenc.distill.objective import HAS, TeacherInfo
+from dualenc.distill.objective import TeacherInfo
 from dualenc.distill.teachers.cache import Cache, as_student_sees, augmentation
 from dualenc.errors import ConfigError, DataError
 from dualenc.losses.objective import mark, to_slots
@@ -33,7 +32,7 @@ class TeacherSource(Protocol):
     """A teacher in a run.
 
     Attributes:
-        name: of its features in a batch's extras.
+        name: of its rows in a batch's ``teachers``.
         embed_dim: D_t.
         modalities: student's modality → the teacher's name for it, as far as it has it.
         views: what the loader has to bring beside the student's inputs.
@@ -43,12 +42,12 @@ class TeacherSource(Protocol):
     name: str
     embed_dim: int
     modalities: dict[str, str]
-    views: dict[str, View]
+    views: dict[str, TeacherView]
     redraw: dict[str, tuple[int, int]]
     info: TeacherInfo
 
-    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Extras of a batch: ``NAME`` and ``NAME.has``, by modality and slot, on the batch's device."""
+    def features(self, batch: Batch) -> TeacherRows:
+        """What it says of a batch, by modality and slot, on the batch's device."""
         ...
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
@@ -103,14 +102,14 @@ class OnlineTeacher:
         self.info = info_of(self.name, config, self.about, recipe.pairs, self.modalities, where)
         self.redraw: dict[str, tuple[int, int]] = {}
         self.views = {
-            f"{self.name}/{m}": View(m, as_student_sees(self.bundle.inputs[t], student[m]), m in config.plain)
+            f"{self.name}/{m}": TeacherView(m, as_student_sees(self.bundle.inputs[t], student[m]), m in config.plain)
             for m, t in self.modalities.items()
         }
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+    def features(self, batch: Batch) -> TeacherRows:
         """Runs the teacher's towers."""
-        out: dict[str, dict[str, Tensor]] = {self.name: {}, self.name + HAS: {}}
+        out = TeacherRows({})
         for m, t in self.modalities.items():
             rows = batch.rows[m]
             x = batch.views[f"{self.name}/{m}"]
@@ -119,8 +118,8 @@ class OnlineTeacher:
                 part = map_tensors(x, lambda v, k=k: v[k : k + _CHUNK])
                 with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                     parts.append(self.bundle.model.encode(t, part))
-            out[self.name][m] = to_slots(torch.cat(parts).float(), rows, batch.size)
-            out[self.name + HAS][m] = mark(rows, batch.size)
+            out.features[m] = to_slots(torch.cat(parts).float(), rows, batch.size)
+            out.has[m] = mark(rows, batch.size)
         return out
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
@@ -140,8 +139,8 @@ class CachedTeacher:
         assert config.cache is not None
         self.name, self.config = f"teacher{k}", config
         self.cache = Cache(config.cache)
-        about = self.cache.about
-        self.about: dict[str, Any] = about["model"]
+        about, drawing = self.cache.description, self.cache.description.preprocessing
+        self.about: dict[str, Any] = about.model
         if config.model is not None:
             wanted = load_model(config.model).embedder().describe()["weights"]
             if wanted != self.about["weights"]:
@@ -151,10 +150,10 @@ class CachedTeacher:
                 )
         check_weights(config, self.about, where)
         self.embed_dim = int(self.about["embed_dim"])
-        self.modalities = {m: t for m, t in about["modalities"].items() if m in student}
+        self.modalities = {m: t for m, t in about.modalities.items() if m in student}
         self.info = info_of(self.name, config, self.about, recipe.pairs, self.modalities, where)
-        self.views: dict[str, View] = {}
-        drawn = [m for m in self.modalities if m not in about["plain"]]
+        self.views: dict[str, TeacherView] = {}
+        drawn = [m for m in self.modalities if m not in drawing["plain"]]
         for m in config.plain:
             if m in drawn:
                 raise DataError(
@@ -163,14 +162,14 @@ class CachedTeacher:
                 )
         now = augmentation(student, drawn)
         for m in drawn:
-            if now[m] != about["augment"][m]:
+            if now[m] != drawing["augment"][m]:
                 raise DataError(
-                    f"{where}.cache: the views of {m} in {config.cache} were drawn with augment {about['augment'][m]}, "
-                    f"the recipe has {now[m]}: write the cache anew, or give it --plain {m}"
+                    f"{where}.cache: the views of {m} in {config.cache} were drawn with augment "
+                    f"{drawing['augment'][m]}, the recipe has {now[m]}: write the cache anew, or give it --plain {m}"
                 )
-        self.redraw = {m: (int(about["seed"]), int(about["views"][m])) for m in drawn}
+        self.redraw = {m: (int(drawing["seed"]), int(about.views[m])) for m in drawn}
 
-    def features(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+    def features(self, batch: Batch) -> TeacherRows:
         """Looks the samples up.
 
         Raises:
@@ -183,11 +182,11 @@ class CachedTeacher:
                 "write it anew with dualenc embed, or allow it with the teacher's max_missing"
             )
         passes = batch.passes.tolist() if batch.passes is not None else [0] * batch.size
-        out: dict[str, dict[str, Tensor]] = {self.name: {}, self.name + HAS: {}}
+        out = TeacherRows({})
         device = batch.ids.device
         for m in self.modalities:
             x, has = self.cache.rows(m, batch.keys, passes)
-            out[self.name][m], out[self.name + HAS][m] = x.to(device), has.to(device)
+            out.features[m], out.has[m] = x.to(device), has.to(device)
         return out
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
@@ -198,7 +197,10 @@ class CachedTeacher:
         """The weights' hash, and how the views were drawn."""
         return {
             "weights": self.about["weights"],
-            **{k: self.cache.about[k] for k in ("views", "plain", "seed", "dtype")},
+            "views": self.cache.description.views,
+            "plain": self.cache.description.preprocessing["plain"],
+            "seed": self.cache.description.preprocessing["seed"],
+            "dtype": self.cache.description.dtype,
         }
 
 
@@ -271,9 +273,7 @@ def info_of(
     return TeacherInfo(name, config.weight, scale, bias)
 
 
-def with_extras(batch: Batch, teachers: Sequence[TeacherSource]) -> Batch:
-    """The batch with every teacher's features beside it; the views have done their work."""
-    extras = dict(batch.extras)
-    for t in teachers:
-        extras |= t.features(batch)
-    return replace(batch, extras=extras, views={})
+def with_teachers(batch: Batch, teachers: Sequence[TeacherSource]) -> Batch:
+    """The batch with what every teacher says of it; the views have done their work."""
+    said = {t.name: t.features(batch) for t in teachers}
+    return replace(batch, teachers={**batch.teachers, **said}, views={})

@@ -12,14 +12,14 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, TermConfig, features_of, kl_rows, soft_label_sum, terms
-from dualenc.distributed.world import world_size
+from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, kl_rows, soft_label_sum, terms
+from dualenc.distributed.world import rank
 from dualenc.losses import LossOutput
 from dualenc.losses.blockwise.strips import strip_sum
 
 
 @terms.register("affinity")
-class Affinity:
+class Affinity(Term):
     """Affinity mimicking: who is near whom across modalities, and within each if asked for.
 
     ``{name: affinity, across: true, within: false}``: the mean of the parts that are asked for.
@@ -37,10 +37,10 @@ class Affinity:
                 raise ValueError("across and within are both false: nothing is left to mimic")
             return self
 
-    uses_heads = False
+    config: Config
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
         self.needs_features = config.within
 
     def __call__(self, x: PairInputs) -> LossOutput:
@@ -60,8 +60,7 @@ class Affinity:
 
     def _within(self, x: PairInputs) -> Tensor:
         keep, present = torch.nonzero(x.ids >= 0).flatten(), torch.nonzero(x.all_ids >= 0).flatten()
-        rank = torch.distributed.get_rank() if world_size() > 1 else 0
-        own = keep + rank * len(x.ids)  # the column that is the row itself
+        own = keep + rank() * len(x.ids)  # the column that is the row itself
         total = x.logit_scale.new_zeros(())
         t = x.teacher
         for rows, columns, t_rows, t_columns in (

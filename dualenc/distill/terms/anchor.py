@@ -13,12 +13,12 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, TermConfig, features_of, soft_label_sum, terms
+from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, soft_label_sum, terms
 from dualenc.losses import LossOutput
 
 
 @terms.register("anchor")
-class Anchor:
+class AnchorTerm(Term):
     """Features (L1) and rows of similarities (KL) held at the teacher's: the model the run started from.
 
     ``{name: anchor, feature: {image: 10, text: 25}, logits: 1}``; a recipe's ``anchor:`` section writes it.
@@ -30,11 +30,12 @@ class Anchor:
         feature: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
         logits: Annotated[float, Field(ge=0)] = 1.0
 
-    uses_heads = False
     needs_features = True
+    config: Config
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        super().__init__(config)
+        self.names_modalities = {"feature": list(config.feature)}
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

@@ -38,14 +38,14 @@ from pydantic import Field
 from torch import Tensor
 
 from dualenc.config import Positive, Share
-from dualenc.distill.terms.term import Direction, PairInputs, TermConfig, entropy_rows, kl_rows, metrics_of, terms
+from dualenc.distill.terms.term import Direction, PairInputs, Term, TermConfig, entropy_rows, kl_rows, metrics_of, terms
 from dualenc.distributed.gather import gather_ids
 from dualenc.losses import LossOutput
 from dualenc.losses.blockwise.strips import nce_rows, strip_size, strip_sum
 
 
 @terms.register("dcd")
-class DCD:
+class DCD(Term):
     """Dynamic contrastive distillation: the teacher's hard negatives, weights by sample. Give ``hard: 0`` with it.
 
     ``{name: dcd, candidates: 31, dynamic: student}``. It holds the student's own task: give ``hard: 0`` with it.
@@ -63,10 +63,7 @@ class DCD:
             default=1.0, description="τ of the softmax over (1 − e)²; the smaller, the more the weights differ"
         )
 
-    uses_heads = False
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

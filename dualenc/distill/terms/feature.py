@@ -12,27 +12,23 @@ from typing import Literal
 
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, TermConfig, features_of, terms
+from dualenc.distill.terms.term import HeadConfig, HeadTerm, PairInputs, features_of, terms
 from dualenc.losses import LossOutput
 
 
 @terms.register("feature")
-class Feature:
+class Feature(HeadTerm):
     """Features pulled to the teacher's (mse or cosine), through a projection where dimensions differ.
 
     ``{name: feature, distance: mse}``; with a projection to the teacher's dimension (training only).
     """
 
-    class Config(TermConfig):
+    class Config(HeadConfig):
         """Settings."""
 
         distance: Literal["mse", "cosine"] = "mse"
-        project: bool | None = None
 
-    uses_heads = True
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

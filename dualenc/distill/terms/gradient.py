@@ -17,14 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, TermConfig, features_of, terms
+from dualenc.distill.terms.term import HeadTerm, PairInputs, features_of, terms
 from dualenc.distributed.gather import gather, gather_ids
 from dualenc.losses import LossOutput
 from dualenc.losses.blockwise.strips import strip_size, strip_sum
 
 
 @terms.register("gradient")
-class Gradient:
+class Gradient(HeadTerm):
     """The loss's gradient at the features pulled to the teacher's.
 
     ``{name: gradient}``; with a projection to the teacher's dimension (training only).
@@ -32,16 +32,6 @@ class Gradient:
     Raises:
         ConfigError: with a fusion teacher, which has no features.
     """
-
-    class Config(TermConfig):
-        """Settings."""
-
-        project: bool | None = None
-
-    uses_heads = True
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

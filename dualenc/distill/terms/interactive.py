@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, TermConfig, features_of, terms
+from dualenc.distill.terms.term import HeadTerm, PairInputs, features_of, terms
 from dualenc.losses import LossOutput
 from dualenc.losses.regions import Part, contrast_sum
 
@@ -32,21 +32,11 @@ def query_sum(
 
 
 @terms.register("interactive")
-class Interactive:
+class Interactive(HeadTerm):
     """Interactive contrast: student queries on the teacher's keys.
 
     ``{name: interactive}``; with a projection to the teacher's dimension (training only).
     """
-
-    class Config(TermConfig):
-        """Settings."""
-
-        project: bool | None = None
-
-    uses_heads = True
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

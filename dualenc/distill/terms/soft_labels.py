@@ -13,12 +13,12 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, TermConfig, soft_label_sum, terms
+from dualenc.distill.terms.term import PairInputs, Term, TermConfig, soft_label_sum, terms
 from dualenc.losses import LossOutput
 
 
 @terms.register("soft_labels")
-class SoftLabels:
+class SoftLabels(Term):
     """Rows of similarities pulled to the teacher's: KL of softmaxes with a temperature for each.
 
     ``{name: soft_labels, teacher_temperature: 1, student_temperature: 1}``: the temperatures divide the logits.
@@ -31,10 +31,7 @@ class SoftLabels:
         student_temperature: Annotated[float, Field(gt=0)] = 1.0
         learn_scale: bool = Field(default=True, description="false: this term does not move the student's logit scale")
 
-    uses_heads = False
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dualenc.distill.terms.term import PairInputs, TermConfig, terms
+from dualenc.distill.terms.term import PairInputs, Term, TermConfig, terms
 from dualenc.losses import LossOutput
 from dualenc.losses.blockwise.strips import strip_sum
 
 
 @terms.register("soft_sigmoid")
-class SoftSigmoid:
+class SoftSigmoid(Term):
     """Soft yes/no labels for sigmoid models, every pair by itself.
 
     ``{name: soft_sigmoid, teacher_bias: null}``.
@@ -32,11 +32,9 @@ class SoftSigmoid:
             default=None, description="added to the teacher's logits; null: its own bias"
         )
 
-    uses_heads = False
     needs_features = True  # a fusion teacher scores a few of the pairs only
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    config: Config
 
     def __call__(self, x: PairInputs) -> LossOutput:
         """See the module."""

@@ -9,10 +9,12 @@ A slot takes part if it has both modalities, a pair id, and the teacher's featur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Protocol
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -87,6 +89,7 @@ class TeacherSide:
 
 
 def features_of(x: Tensor | None) -> Tensor:
+    """A teacher's features [B, D_t]. Raises ConfigError for a fusion teacher, which has none."""
     if x is None:
         raise ConfigError(
             "distill: this term compares features, and a fusion teacher has only scores; use dcd or soft_labels"
@@ -192,19 +195,58 @@ class PairInputs:
             )
 
 
-class Term(Protocol):
-    """A distillation term: built from its ``Config``."""
+class Term(ABC):
+    """A distillation term, built from its ``Config``.
+
+    What it needs of a run is said by the attributes below; a subclass overrides those that differ, as class attributes
+    or in its ``__init__`` where they follow from the settings.
+    """
+
+    Config: ClassVar[type[TermConfig]] = TermConfig
+    """Its settings in a recipe."""
+    uses_heads: bool = False
+    """It compares in the teacher's space, by ``PairInputs.projected``: see :class:`HeadTerm`."""
+    needs_features: bool = False
+    """It cannot do with the scores of a fusion teacher."""
+    project: bool | None = None
+    """With heads: whether features are projected; None: where the dimensions differ."""
+    names_modalities: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """Setting → the modalities that its value names, which the recipe must have."""
 
     config: TermConfig
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
     def __call__(self, x: PairInputs) -> LossOutput:
         """This rank's share of the term, for a pair and one teacher."""
-        ...
 
 
-terms: Registry[type[Any]] = Registry("distillation term")
-"""Name → a class with a pydantic ``Config`` (a :class:`TermConfig`), built from one of it; a :class:`Term`.
-``uses_heads = True``: it compares in the teacher's space and reads ``PairInputs.projected``."""
+class HeadConfig(TermConfig):
+    """Settings of a term with projections of the student's features to the teacher's dimension."""
+
+    project: bool | None = Field(
+        default=None, description="a linear map to the teacher's dimension; null: only where the dimensions differ"
+    )
+
+
+class HeadTerm(Term):
+    """A term that compares in the teacher's space; the projections are trained with the student and then dropped."""
+
+    Config: ClassVar[type[TermConfig]] = HeadConfig
+    uses_heads = True
+    needs_features = True
+
+    config: HeadConfig
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.project = config.project
+
+
+terms: Registry[type[Term]] = Registry("distillation term")
+"""Name → a :class:`Term`, built from one instance of its ``Config``."""
 
 
 # --- pieces of several terms -------------------------------------------------------------------------------------

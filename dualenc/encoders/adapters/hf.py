@@ -8,12 +8,13 @@ Code in a repository is never run, and weights are read as safetensors or under 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section
@@ -24,11 +25,22 @@ from dualenc.encoders.adapters.hf_naflex import NaflexTower
 from dualenc.encoders.families import families
 from dualenc.encoders.own.transformer import end_of_text
 from dualenc.encoders.released.migrations import resize_positions
-from dualenc.encoders.released.weights import PACKAGE, load_exactly, no_scalars, package_folder, refusing_code
-from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
+from dualenc.encoders.released.weights import (
+    PACKAGE,
+    load_exactly,
+    no_scalars,
+    package_folder,
+    refuse_nonfinite,
+    refusing_code,
+)
+from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head, with_batch_norms
 from dualenc.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 Pooling = Literal["mean", "cls", "eot", "model"]
+WHOLE_PROJECTED = ("clip", "altclip", "chinese_clip", "clap")
+"""transformers' model_type of dual encoders whose towers have a projection of their own."""
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -42,6 +54,7 @@ class HFConfig(Section):
     projection: bool = False
     pooling: Pooling | None = None
     head: HeadKind = "linear"
+    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
     resize_positions: bool = False
     config: dict[str, Any] | None = None
 
@@ -93,12 +106,31 @@ class HF:
             arch = hf_audio.settled(arch, describe) if kind == "audio" else arch
             projected = config.projection
             net = released_model(folder, arch, where, projected) if config.pretrained else random_model(arch, projected)
+            _say_what_is_left(folder, config, where)
             if config.resize_positions:
                 net, arch = resized(net, arch, kind, describe, where)
         pooling = config.pooling or (
             default_pooling(name, arch, kind) if config.config is None or kind == "audio" else "model"
         )
-        return wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
+        tower = wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
+        return with_batch_norms(tower, config.freeze_bn)
+
+
+def _say_what_is_left(folder: str, config: HFConfig, where: str) -> None:
+    """One tower of a whole CLIP is taken without its projection and temperature, which is seldom what is meant."""
+    whole = load_config(folder)
+    if not config.pretrained or "projection" in config.model_fields_set or whole.model_type not in WHOLE_PROJECTED:
+        return
+    logger.warning(
+        "%s: %s is a whole %s model; this takes one tower of it, without its projection and temperature. Write "
+        "projection: true, head: none (and embed_dim: %s) to keep the projection, projection: false to drop it without "
+        "this warning, or checkpoint.init_from=hf:%s to start from the whole model.",
+        where,
+        folder,
+        whole.model_type,
+        whole.projection_dim,
+        folder,
+    )
 
 
 class HFText(Tower):
@@ -189,12 +221,17 @@ def load_config(where: str) -> Any:
         ) from e
 
 
+def setting(arch: Any, name: str, default: Any = None) -> Any:
+    """A setting of a transformers config, or ``default`` where this architecture has none of that name."""
+    return getattr(arch, name, default)  # not to_dict(): configs answer to their architecture's older names too
+
+
 def part_config(config: Any, kind: str) -> Any:
     """A two-tower model's config → that of the half for ``kind``; other configs as they are."""
-    part = getattr(config, {"image": "vision_config", "audio": "audio_config"}.get(kind, "text_config"), None)
+    part = setting(config, {"image": "vision_config", "audio": "audio_config"}.get(kind, "text_config"))
     if part is None:
         return config
-    if hasattr(config, "projection_dim"):
+    if setting(config, "projection_dim") is not None:
         part.projection_dim = config.projection_dim  # the halves' own configs keep a default that the whole overrides
     return part
 
@@ -234,7 +271,7 @@ _ROBERTAS = ("roberta", "xlm-roberta", "camembert", "mpnet", "clap_text_model", 
 def places(arch: Any) -> int:
     """The longest text an architecture has positions for."""
     # RoBERTa counts its places from padding_idx + 1.
-    return int(getattr(arch, "max_position_embeddings", 512)) - (2 if arch.model_type in _ROBERTAS else 0)
+    return int(setting(arch, "max_position_embeddings", 512)) - (2 if arch.model_type in _ROBERTAS else 0)
 
 
 def snapshot_with(where: str, name: str, weights: Sequence[str]) -> Path | None:
@@ -271,7 +308,11 @@ def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     shortest = crop is not None or (isinstance(resize, dict) and "shortest_edge" in resize)
-    return {"size": int(size), "resize": "shortest" if shortest else "squash", **_pixel_defaults(pre)}
+    if not shortest:
+        return {"size": int(size), "resize": "squash", **_pixel_defaults(pre)}
+    edge = resize.get("shortest_edge") if isinstance(resize, dict) else resize
+    way = {"size": int(size), "resize": "shortest", "centre": "floor", **_pixel_defaults(pre)}
+    return way if edge is None or int(edge) == int(size) else {**way, "shortest_edge": int(edge)}
 
 
 def _pixel_defaults(pre: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,6 +408,7 @@ def released_model(where: str, arch: Any, field: str, projected: bool = False) -
             f"{field}: the weights of {where} lack {len(missing)} tensors of the model (first {missing[:1]}); "
             f"of another shape: {sorted(map(str, info['mismatched_keys']))[:1]}"
         )
+    refuse_nonfinite(dict(net.named_parameters()), f"{field}: hf/{where}")
     return without_pooler(net.get_encoder() if arch.model_type == "whisper" else net)
 
 
@@ -378,7 +420,8 @@ def resized(net: nn.Module, arch: Any, kind: str, describe: Mapping[str, Any], w
     """
     key, want = ("image_size", "size") if kind == "image" else ("max_position_embeddings", "context_length")
     value = int(describe["config"][want])
-    if int(getattr(arch, key, value)) == value or (kind == "text" and value < int(getattr(arch, key))):
+    own = int(setting(arch, key, value))
+    if own == value or (kind == "text" and value < own):
         return net, arch
     if not arch.model_type.startswith(("clip", "siglip")):
         raise ConfigError(f"{where}.resize_positions: positions of {arch.model_type!r} models are not resized.")
@@ -392,7 +435,7 @@ def without_pooler(net: nn.Module) -> nn.Module:
     """Drop BERT's and ViT's pooler (a layer of next-sentence prediction): unused weights would get no gradient.
 
     CLAP's features are its pooler's."""
-    if isinstance(getattr(net, "pooler", None), nn.Module) and type(net).__name__ != "ClapTextModel":
+    if dict(net.named_children()).get("pooler") is not None and type(net).__name__ != "ClapTextModel":
         net.pooler = None  # type: ignore[assignment]
     return no_scalars(net)
 
@@ -409,8 +452,9 @@ def wrap(
     where: str,
 ) -> Tower:
     """A transformers model as a tower."""
-    projected = any(hasattr(net, f"{part}_projection") for part in ("visual", "text", "audio"))
-    own_width = getattr(arch, "projection_size", None) or arch.hidden_size
+    children = dict(net.named_children())
+    projected = any(f"{part}_projection" in children for part in ("visual", "text", "audio"))
+    own_width = setting(arch, "projection_size") or arch.hidden_size
     width = int(arch.projection_dim if projected else own_width)
     if head == "none" and width != embed_dim:
         raise ConfigError(f"{where}.head: none needs embed_dim: {width}, got {embed_dim}.")
@@ -430,7 +474,7 @@ def wrap(
         tower = hf_audio.HFAudio(net, arch, module, pooling, describe)
     else:
         tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
-        longest = int(getattr(arch, "max_position_embeddings", context))
+        longest = int(setting(arch, "max_position_embeddings", context))
         if context > longest:
             raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {longest} places.")
         if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
@@ -460,7 +504,7 @@ def kept_config(arch: Any) -> dict[str, Any]:
 def pooled_output(out: Any) -> Tensor:
     """What the model itself gives as one vector: projected where it projects."""
     for key in ("image_embeds", "text_embeds", "audio_embeds", "pooler_output"):
-        value = getattr(out, key, None)
+        value = out.get(key)
         if isinstance(value, Tensor):
             return value
     raise ConfigError("pooling: model needs a tower that pools by itself; write mean, cls or eot.")

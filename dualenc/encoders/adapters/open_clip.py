@@ -15,7 +15,7 @@ from dualenc.config import Component, Section
 from dualenc.encoders.families import families
 from dualenc.encoders.released.migrations import migrate_open_clip, resize_positions
 from dualenc.encoders.released.weights import load_exactly, no_scalars, read_weights, strip_prefix
-from dualenc.encoders.tower import ImageTower, Tower, build_head
+from dualenc.encoders.tower import ImageTower, Tower, build_head, with_batch_norms
 from dualenc.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class OpenClipConfig(Section):
     head: Literal["auto", "linear", "mlp", "none"] = Field(
         default="auto", description="auto: linear where the widths differ"
     )
+    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
     resize_positions: bool = Field(
         default=False, description="a size or context other than the weights' is meant: learned positions are resized"
     )
@@ -57,7 +58,10 @@ class OpenClip:
         cfg = architecture(name, config)
         if kind == "image":
             return image_defaults(cfg, preprocessing(name, config))
-        return text_defaults(cfg, f"open_clip:{name}")
+        out = text_defaults(cfg, f"open_clip:{name}")
+        if config.config is not None:  # the architecture itself: its name is anybody's, and says nothing of a tokenizer
+            del out["tokenizer"]
+        return out
 
     def demands(self, kind: str, name: str, config: OpenClipConfig) -> dict[str, Any]:
         if not config.pretrained:
@@ -86,7 +90,7 @@ class OpenClip:
             if config.resize_positions:
                 part = resize_positions(part, net)
             load_exactly(net, part, f"{where}.pretrained: {config.pretrained}")
-        return tower
+        return with_batch_norms(tower, config.freeze_bn)
 
 
 class OpenClipText(Tower):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -21,8 +20,6 @@ from dualenc.encoders.released.weights import (
 )
 from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
 from dualenc.errors import ConfigError, did_you_mean
-
-logger = logging.getLogger(__name__)
 
 # Weights in Python packages, by package and what must be said for timm to compute what they were trained with. Lite0
 # comes from TensorFlow: with timm's own defaults (symmetric padding, eps 1e-5) every shape fits and its accuracy drops.
@@ -44,25 +41,6 @@ class TimmConfig(Section):
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
     head: HeadKind = "linear"
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
-
-
-class TimmImage(ImageTower):
-    """A timm trunk without classifier, and a projection.
-
-    Batch norm in eval mode is the default: statistics of the batch would make a gradient depend on how the global
-    batch is cut into ranks and micro-batches, and there are none to learn in a pretrained tower.
-    """
-
-    freeze_bn = True
-
-    def train(self, mode: bool = True) -> TimmImage:
-        """As ``nn.Module.train``; frozen batch norms stay in eval mode (their gains and biases are trained)."""
-        super().train(mode)
-        if self.freeze_bn:
-            for m in self.trunk.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    m.eval()
-        return self
 
 
 @families.register("timm")
@@ -117,17 +95,11 @@ class Timm:
             else:
                 load_exactly(trunk, tensors, f"{spec}: {config.pretrained}", optional=_is_classifier(name))
         width = int(trunk.num_features)  # type: ignore[arg-type]
+        # timm's models say so where their head has a hidden layer; older ones have no such attribute
         head_width = int(getattr(trunk, "head_hidden_size", None) or width)
         if config.head == "none" and head_width != embed_dim:
             raise ConfigError(f"{where}.head: none needs embed_dim: {head_width}, got {embed_dim}.")
-        has_bn = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in trunk.modules())
-        if has_bn and not config.pretrained and "freeze_bn" not in config.model_fields_set:
-            logger.warning(
-                "%s starts from random weights with frozen batch norm, which learns poorly: set freeze_bn: false "
-                "(the gradient then depends on ranks and micro-batches) or pretrained.",
-                name,
-            )
-        tower = TimmImage(trunk, build_head(config.head, head_width, embed_dim), describe, channels_last=True)
+        tower = ImageTower(trunk, build_head(config.head, head_width, embed_dim), describe, channels_last=True)
         tower.freeze_bn, tower.embed_dim = config.freeze_bn, embed_dim
         kept = {"args": args, "freeze_bn": config.freeze_bn, "head": config.head}
         tower.component = Component.model_validate({"name": f"timm/{name}", **kept})
@@ -143,8 +115,8 @@ def _create(name: str, pretrained: bool, args: dict[str, Any], size: int, where:
 
     try:
         model = create()
-        patches = getattr(model, "patch_embed", None)
-        native = getattr(patches, "img_size", None)
+        patches = dict(model.named_children()).get("patch_embed")
+        native = getattr(patches, "img_size", None)  # only those with a grid of one size have it
         if native is not None and tuple(native) != (size, size):
             model = create(img_size=size)
     except TypeError as e:

@@ -5,7 +5,9 @@ Nothing here normalises over the batch (see own/convnet).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,29 @@ class BEVGrid:
         # grid_sample wants (column, row): columns of the map are y, rows x.
         got = nn.functional.grid_sample(maps, at.flip(-1)[:, :, None].to(maps.dtype), align_corners=False)
         return got[..., 0].transpose(1, 2)
+
+
+@runtime_checkable
+class MapTower(Protocol):
+    """What some towers can do more: say what is at a place of the world."""
+
+    @property
+    def projects(self) -> bool:
+        """Whether the tower was trained with a projector of features at places (``local_dim``)."""
+        ...
+
+    def at(self, x: Any, places: Sequence[Tensor], projected: bool = False) -> list[Tensor]:
+        """What the map says at places.
+
+        Args:
+            x: collated rows [n, …], with ``to_ego`` [n, 4, 4].
+            places: for each row x, y (and more, which is not looked at) in the ego frame, in metres: [k, ≥ 2].
+            projected: through the projector, L2-normalised; else the map itself.
+
+        Returns:
+            For each row [k, W], bilinear; zero outside the map.
+        """
+        ...
 
 
 def scatter_sum(values: Tensor, index: Tensor, size: int) -> Tensor:

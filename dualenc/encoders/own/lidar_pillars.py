@@ -5,7 +5,7 @@ Lang et al. 2019 (arXiv 1812.05784) for the features, Zhou et al. 2020 (arXiv 19
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -93,6 +93,22 @@ class BEVTower(Tower):
         out = {"features": self.head(pooled), "pooled": pooled}
         if self.local is not None and "places" in x:
             out["local"] = self.projected(self.grid.sample(maps, x["places"]))
+        return out
+
+    @property
+    def projects(self) -> bool:
+        """As :class:`~dualenc.encoders.own.bev.MapTower` says."""
+        return self.local is not None
+
+    def at(self, x: Any, places: Sequence[Tensor], projected: bool = False) -> list[Tensor]:
+        """As :class:`~dualenc.encoders.own.bev.MapTower` says."""
+        out, maps = [], self.bev(x)
+        for row, (to_ego, given) in enumerate(zip(x["to_ego"], places, strict=True)):
+            xyz = nn.functional.pad(given[:, :3], (0, 3 - min(given.shape[1], 3)))
+            back = torch.linalg.inv(to_ego)
+            xy = (xyz @ back[:3, :3].T + back[:3, 3])[None, :, :2]
+            values = self.grid.sample(maps[row : row + 1], xy)
+            out.append((self.projected(values) if projected else values)[0])
         return out
 
     def projected(self, at: Tensor) -> Tensor:

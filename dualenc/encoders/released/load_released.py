@@ -206,7 +206,7 @@ def from_laion_clap(spec: str) -> Released:
     path = Path(spec).expanduser()
     if not path.is_file():
         raise ConfigError(f"laion_clap:{spec}: there is no such file; write laion_clap:FOLDER/630k-audioset-best.pt")
-    config, state = laion_clap.as_transformers(read_weights(path, numbers=True), str(path))
+    config, state = laion_clap.as_transformers(read_weights(path), str(path))
     beside = any((path.parent / f).is_file() for f in ("tokenizer.json", "vocab.json"))
     tokenizer = str(path.parent.resolve()) if beside else laion_clap.TOKENIZER
     if not beside and hf.file_of(tokenizer, "vocab.json") is None:

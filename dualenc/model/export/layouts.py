@@ -192,7 +192,7 @@ def _image_processor(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     if config["resize"] != "shortest" or family == "siglip":
         raise NoSuchLayoutError(f"input.resize: {out['image_processor_type']} has no {config['resize']!r}")
     return out | {
-        "size": {"shortest_edge": size},
+        "size": {"shortest_edge": int(config["shortest_edge"] or size)},
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
     }
@@ -263,6 +263,10 @@ def _fit_context(tensors: dict[str, Tensor], words: dict[str, Any], context: int
 def _preprocess_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["resize"] == "longest" and len(set(config["pad"])) > 1:
         raise NoSuchLayoutError(f"input.pad: open_clip fills the border with a grey, not with {config['pad']}")
+    if config["shortest_edge"] not in (None, config["size"]):
+        raise NoSuchLayoutError(
+            f"input.shortest_edge: open_clip resizes to the size itself, not {config['shortest_edge']}"
+        )
     if config["interpolation"] not in ("bicubic", "bilinear"):
         raise NoSuchLayoutError(f"input.interpolation: open_clip has no {config['interpolation']!r}")
     return {

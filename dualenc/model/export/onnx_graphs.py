@@ -17,8 +17,9 @@ from dualenc.encoders import Tower
 from dualenc.encoders.adapters.hf_naflex import NaflexTower
 from dualenc.encoders.tower import ImageTower
 from dualenc.errors import ConfigError
-from dualenc.model.bundle import Bundle, versions
+from dualenc.model.bundle import LIBRARIES, Bundle
 from dualenc.model.record import input_facts
+from dualenc.versions import versions
 
 _SINGLE_FILE = 1 << 30  # a protobuf holds 2 GiB; above this the weights lie beside the graph
 OPSET = 20
@@ -84,7 +85,7 @@ def write_onnx(bundle: Bundle, folder: Path) -> None:
         "logit_scale": {p: float(v) for p, v in out["logit_scale"].items()},
         "logit_bias": {p: float(v) for p, v in out["logit_bias"].items()},
         "modalities": described,
-        "versions": versions(),
+        "versions": versions(LIBRARIES, "absent"),
     }
     (folder / "preprocess.json").write_text(json.dumps(sheet, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

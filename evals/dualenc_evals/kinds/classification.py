@@ -8,22 +8,60 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc_evals.features import Store, digest, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
+from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Content, Row, Rows
-from dualenc_evals.task import Task, paths_of, read_lines, templates_of
+from dualenc_evals.task import ClassesTask, paths_of, read_lines
 
 MAX_CONFUSION = 64
 """A confusion matrix is kept up to this many classes; beyond, only the most frequent confusions are."""
+
+
+class PromptedTask(ClassesTask):
+    """Classes that are shown to the model by name, in prompts."""
+
+    templates: list[str] | str | None = Field(None, description="prompts with {} for the name; or a .txt, one a line")
+
+    def check_keys(self) -> None:
+        """Prompts are given, or lie beside the data."""
+        if isinstance(self.templates, list):
+            check_templates(self.templates)
+        if self.templates is None and not self.source.brings_prompts:
+            raise ValueError(
+                "templates: give the prompts, for example ['a photo of a {}.'], or ['{}'] for the bare name"
+            )
+        super().check_keys()
+
+
+class ClassificationTask(PromptedTask):
+    """``kind: classification``."""
+
+    kind: Literal["classification"]
+    one_class: ClassVar[bool] = True
+
+    def known(self) -> tuple[str, ...]:
+        """Of each item: is its class the best, among the five best; of each class; of the confidences."""
+        return ("top1", "top5", "mean_per_class_recall", "calibration_error")
+
+
+def check_templates(templates: list[str]) -> None:
+    """Raises ValueError for a prompt that does not have exactly one place for the class name."""
+    if not templates:
+        raise ValueError("templates: give at least one, for example 'a photo of a {}.'")
+    for t in templates:
+        if t.count("{}") != 1:
+            raise ValueError(f"templates: {t!r} needs exactly one {{}} where the class name goes")
 
 
 @dataclass(slots=True)
@@ -41,7 +79,7 @@ class Labelled:
     data_digest: str
 
 
-def classes_of(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+def classes_of(task: ClassesTask, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """(labels in class order, names shown to the model for each).
 
     Raises:
@@ -49,7 +87,7 @@ def classes_of(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]
     """
     seen = sorted({x for r in rows for x in (r.labels or (r.label,)) if x is not None})
     declared = task.classes
-    if declared is None and task.source.kind == "clip_benchmark":
+    if declared is None and task.source.brings_prompts:
         declared = f"{paths_of(task)[0].rstrip('/')}/classnames.txt"
     if declared is None:
         return seen, [[label.replace("_", " ")] for label in seen]
@@ -63,7 +101,7 @@ def classes_of(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]
     return _known(task, numbers if by_number else declared, seen), [[n] for n in declared]
 
 
-def _known(task: Task, labels: list[str], seen: list[str]) -> list[str]:
+def _known(task: ClassesTask, labels: list[str], seen: list[str]) -> list[str]:
     twice = {x for x in labels if labels.count(x) > 1} if len(set(labels)) < len(labels) else set()
     if twice:
         raise ConfigError(f"task {task.name}: classes: {sorted(twice)[0]!r} stands twice")
@@ -76,7 +114,7 @@ def _known(task: Task, labels: list[str], seen: list[str]) -> list[str]:
     return labels
 
 
-def collect(task: Task, rows: Rows, store: Store, every: Sequence[Row] | None = None) -> Labelled:
+def labelled(task: ClassesTask, rows: Rows, store: Store, every: Sequence[Row] | None = None) -> Labelled:
     """Inspect every item, leave out and name what is broken, number the classes (those of ``every`` row given)."""
     modality = task.modalities[0]
     order, names = classes_of(task, list(every or rows.rows))
@@ -111,7 +149,23 @@ def classifier(prompts: Tensor, owners: Tensor, classes: int) -> Tensor:
     return torch.nn.functional.normalize(sums / counts, dim=1).float()
 
 
-def prompted(task: Task, names: Sequence[Sequence[str]], store: Store) -> tuple[Tensor, list[str]]:
+def templates_of(task: PromptedTask) -> list[str]:
+    """The prompts of a classification task, ``{}`` for the class name; CLIP_benchmark's ``{c}`` is read too."""
+    if isinstance(task.templates, list):
+        return task.templates
+    path = task.templates
+    if path is None and task.source.brings_prompts:
+        path = f"{paths_of(task)[0]}/zeroshot_classification_templates.txt"
+    assert path is not None, "PromptedTask.check_keys sees to it"
+    lines = [line.replace("{c}", "{}") for line in read_lines(path, task, "templates")]
+    try:
+        check_templates(lines)
+    except ValueError as e:
+        raise ConfigError(f"task {task.name}: {e} (in {path})") from e
+    return lines
+
+
+def prompted(task: PromptedTask, names: Sequence[Sequence[str]], store: Store) -> tuple[Tensor, list[str]]:
     """([C, D] weights of the classes from their prompts, the prompts with ``{}``)."""
     templates = templates_of(task)
     owners, texts = [], []
@@ -133,41 +187,51 @@ def scale_of(store: Store, modalities: tuple[str, str]) -> float | None:
     return float(scales) if isinstance(scales, int | float) else None
 
 
-def evaluate(task: Task, data: Labelled, store: Store, seed: int, details: bool) -> dict[str, Any]:
-    """top-1, top-5, mean per-class recall, calibration error, their intervals and chance, and what to look at."""
-    weights, templates = prompted(task, data.names, store)
-    x = store.features(task.modalities[0], data.items, data.digests)
-    wanted = task.wanted()
-    scale = scale_of(store, task.modalities) if "calibration_error" in wanted else None
-    ranks, predicted, confidence = _scored(x, weights, data.labels, twins_after(data.names), scale)
-    values = metrics.classification_values(ranks, data.labels, predicted)
-    notes = []
-    if confidence is not None:
-        values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
-    elif "calibration_error" in task.metrics:
-        notes.append("The model states no temperature for this pair, so it has no calibration error.")
-    per_item = {"top1": (ranks <= 1).astype(np.float64), "top5": (ranks <= 5).astype(np.float64)}
-    asked = {k: v for k, v in per_item.items() if k in wanted}
-    ci = metrics.bootstrap_ci(asked, seed=seed) if asked else {}
-    if "mean_per_class_recall" in wanted:
-        recall = metrics.weighted_class_recall(data.labels, predicted)
-        ci["mean_per_class_recall"] = metrics.bootstrap_of(recall, len(ranks), seed=seed)
-    chance = metrics.chance_classification(len(data.names))
-    counts = np.bincount(data.labels, minlength=len(data.names))
-    out: dict[str, Any] = {
-        "metrics": metrics.rounded({k: v for k, v in values.items() if k in wanted}),
-        "ci": metrics.rounded(ci),
-        "chance": metrics.rounded({k: v for k, v in chance.items() if k in wanted}),
-        "n": {task.modalities[0]: len(data.items), "classes": len(data.names)},
-        "largest_class_share": round(float(counts.max() / counts.sum()), 6),
-        "templates": templates,
-        "notes": notes,
-    }
-    if confidence is not None:
-        out["settings"] = {"logit_scale": scale}
-    if details and store.ranks.is_main:
-        out["details"] = _details(task, data, x, weights, (ranks, predicted), Shown(store.kinds), seed)
-    return out
+@kinds.register("classification")
+class Classification(Kind[ClassificationTask, Labelled]):
+    """See the module."""
+
+    Task = ClassificationTask
+
+    def collect(self, task: ClassificationTask, rows: Rows, store: Store) -> Labelled:
+        """See :func:`labelled`."""
+        return labelled(task, rows, store)
+
+    def evaluate(self, task: ClassificationTask, data: Labelled, store: Store, seed: int, details: bool) -> Measured:
+        """top-1, top-5, mean per-class recall, calibration error, their intervals and chance, and what to look at."""
+        weights, templates = prompted(task, data.names, store)
+        x = store.features(task.modalities[0], data.items, data.digests)
+        wanted = task.wanted()
+        scale = scale_of(store, task.modalities) if "calibration_error" in wanted else None
+        ranks, predicted, confidence = _scored(x, weights, data.labels, twins_after(data.names), scale)
+        values = metrics.classification_values(ranks, data.labels, predicted)
+        notes = []
+        if confidence is not None:
+            values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
+        elif "calibration_error" in task.metrics:
+            notes.append("The model states no temperature for this pair, so it has no calibration error.")
+        per_item = {"top1": (ranks <= 1).astype(np.float64), "top5": (ranks <= 5).astype(np.float64)}
+        asked = {k: v for k, v in per_item.items() if k in wanted}
+        ci = metrics.bootstrap_ci(asked, seed=seed) if asked else {}
+        if "mean_per_class_recall" in wanted:
+            recall = metrics.weighted_class_recall(data.labels, predicted)
+            ci["mean_per_class_recall"] = metrics.bootstrap_of(recall, len(ranks), seed=seed)
+        chance = metrics.chance_classification(len(data.names))
+        counts = np.bincount(data.labels, minlength=len(data.names))
+        out: Measured = {
+            "metrics": metrics.rounded({k: v for k, v in values.items() if k in wanted}),
+            "ci": metrics.rounded(ci),
+            "chance": metrics.rounded({k: v for k, v in chance.items() if k in wanted}),
+            "n": {task.modalities[0]: len(data.items), "classes": len(data.names)},
+            "largest_class_share": round(float(counts.max() / counts.sum()), 6),
+            "templates": templates,
+            "notes": notes,
+        }
+        if confidence is not None:
+            out["settings"] = {"logit_scale": scale}
+        if details and store.ranks.is_main:
+            out["details"] = _details(task, data, x, weights, (ranks, predicted), Shown(store.kinds), seed)
+        return out
 
 
 def twins_after(names: list[list[str]]) -> Ints:
@@ -197,7 +261,13 @@ def _scored(
 
 
 def _details(
-    task: Task, data: Labelled, x: Tensor, weights: Tensor, scored: tuple[Ints, Ints], shown: Shown, seed: int
+    task: ClassificationTask,
+    data: Labelled,
+    x: Tensor,
+    weights: Tensor,
+    scored: tuple[Ints, Ints],
+    shown: Shown,
+    seed: int,
 ) -> dict[str, Any]:
     ranks, predicted = scored
     names = data.titles

@@ -9,8 +9,8 @@ scoring strictly higher.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,21 @@ from torch import Tensor
 from dualenc.errors import DataError
 from dualenc_evals.features import Inspected, Store, digest_of
 from dualenc_evals.kinds.examples import QUERIES, Shown, drawn
+from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats
 from dualenc_evals.read.rows import Content, Row, Rows
 from dualenc_evals.task import Task
+
+
+class CompositionalTask(Task):
+    """``kind: compositional``."""
+
+    kind: Literal["compositional"]
+
+    def known(self) -> tuple[str, ...]:
+        """Called after what is to be chosen."""
+        return (f"{self.modalities[1]}_score", f"{self.modalities[0]}_score", "group_score")
 
 
 @dataclass(slots=True)
@@ -37,39 +48,10 @@ class Puzzles:
     skipped: list[dict[str, str]]
     asked: int
     data_digest: str
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.a) // self.shape[0]
-
-
-def collect(task: Task, rows: Rows, store: Store) -> Puzzles:
-    """Inspect every content; a puzzle with a broken or missing part is left out whole and named."""
-    sides = task.modalities
-    seen = [store.inspect(m, [c for r in rows.rows for c in r.contents[m]]) for m in sides]
-    counts = Counter((len(r.contents[sides[0]]), len(r.contents[sides[1]])) for r in rows.rows)
-    k, m = counts.most_common(1)[0][0]
-    if not (k >= 1 and m >= 2 and m >= k):
-        raise DataError(
-            f"task {task.name}: a puzzle needs at least one {sides[0]} and two {sides[1]}, at least as many of these; "
-            f"most rows have {k} and {m} (source.members: a+b takes two columns)"
-        )
-    out = Puzzles([], [], [], [], (k, m), [], len(rows.rows), "")
-    at = [0, 0]
-    provenance = []
-    for row in rows.rows:
-        ranges = [range(at[s], at[s] + len(row.contents[side])) for s, side in enumerate(sides)]
-        at = [r.stop for r in ranges]
-        provenance.append([row.id, *([seen[s].digests[i] for i in ranges[s]] for s in (0, 1))])
-        why = _broken(row, sides, (k, m), seen, ranges)
-        if why is not None:
-            out.skipped.append({"id": row.id, "reason": why})
-            continue
-        out.a += row.contents[sides[0]]
-        out.b += row.contents[sides[1]]
-        out.a_digests += [seen[0].digests[i] for i in ranges[0]]
-        out.b_digests += [seen[1].digests[i] for i in ranges[1]]
-    out.data_digest = digest_of(provenance)
-    return out
 
 
 def _broken(
@@ -108,26 +90,61 @@ def chance(k: int, m: int) -> tuple[float, float, float | None]:
     return (1 / m) ** k, (1 / k) ** k, group
 
 
-def evaluate(task: Task, data: Puzzles, store: Store, seed: int, details: bool) -> dict[str, Any]:
-    """The three scores, their intervals and chance."""
-    first, second = task.modalities
-    k, m = data.shape
-    x = store.features(first, data.a, data.a_digests).reshape(len(data), k, -1)
-    y = store.features(second, data.b, data.b_digests).reshape(len(data), m, -1)
-    got = dict(zip(task.known(), puzzle_scores(x, y), strict=True))
-    by_chance = dict(zip(task.known(), chance(k, m), strict=True))
-    wanted = [name for name in task.wanted() if k > 1 or name == f"{second}_score"]
-    out: dict[str, Any] = {
-        "metrics": metrics.rounded({n: float(np.mean(got[n])) for n in wanted}),
-        "ci": metrics.rounded(metrics.bootstrap_ci({n: got[n] for n in wanted}, seed=seed)) if wanted else {},
-        "chance": metrics.rounded({n: v for n in wanted if (v := by_chance[n]) is not None}),
-        "n": {"puzzles": len(data), first: len(data.a), second: len(data.b)},
-    }
-    if k == 1 and set(task.metrics) - set(wanted):
-        out["notes"] = [f"With one {first} a puzzle there is only the {second}_score."]
-    if details and store.ranks.is_main:
-        out["details"] = _details(task, data, (x, y), got["group_score"], seed)
-    return out
+@kinds.register("compositional")
+class Compositional(Kind[CompositionalTask, Puzzles]):
+    """See the module."""
+
+    Task = CompositionalTask
+
+    def collect(self, task: CompositionalTask, rows: Rows, store: Store) -> Puzzles:
+        """Inspect every content; a puzzle with a broken or missing part is left out whole and named."""
+        sides = task.modalities
+        seen = [store.inspect(m, [c for r in rows.rows for c in r.contents[m]]) for m in sides]
+        counts = Counter((len(r.contents[sides[0]]), len(r.contents[sides[1]])) for r in rows.rows)
+        k, m = counts.most_common(1)[0][0]
+        if not (k >= 1 and m >= 2 and m >= k):
+            raise DataError(
+                f"task {task.name}: a puzzle needs at least one {sides[0]} and two {sides[1]}, at least as many of "
+                f"these; most rows have {k} and {m} (source.members: a+b takes two columns)"
+            )
+        out = Puzzles([], [], [], [], (k, m), [], len(rows.rows), "", rows.notes)
+        at = [0, 0]
+        provenance = []
+        for row in rows.rows:
+            ranges = [range(at[s], at[s] + len(row.contents[side])) for s, side in enumerate(sides)]
+            at = [r.stop for r in ranges]
+            provenance.append([row.id, *([seen[s].digests[i] for i in ranges[s]] for s in (0, 1))])
+            why = _broken(row, sides, (k, m), seen, ranges)
+            if why is not None:
+                out.skipped.append({"id": row.id, "reason": why})
+                continue
+            out.a += row.contents[sides[0]]
+            out.b += row.contents[sides[1]]
+            out.a_digests += [seen[0].digests[i] for i in ranges[0]]
+            out.b_digests += [seen[1].digests[i] for i in ranges[1]]
+        out.data_digest = digest_of(provenance)
+        return out
+
+    def evaluate(self, task: CompositionalTask, data: Puzzles, store: Store, seed: int, details: bool) -> Measured:
+        """The three scores, their intervals and chance."""
+        first, second = task.modalities
+        k, m = data.shape
+        x = store.features(first, data.a, data.a_digests).reshape(len(data), k, -1)
+        y = store.features(second, data.b, data.b_digests).reshape(len(data), m, -1)
+        got = dict(zip(task.known(), puzzle_scores(x, y), strict=True))
+        by_chance = dict(zip(task.known(), chance(k, m), strict=True))
+        wanted = [name for name in task.wanted() if k > 1 or name == f"{second}_score"]
+        out: Measured = {
+            "metrics": metrics.rounded({n: float(np.mean(got[n])) for n in wanted}),
+            "ci": metrics.rounded(metrics.bootstrap_ci({n: got[n] for n in wanted}, seed=seed)) if wanted else {},
+            "chance": metrics.rounded({n: v for n in wanted if (v := by_chance[n]) is not None}),
+            "n": {"puzzles": len(data), first: len(data.a), second: len(data.b)},
+        }
+        if k == 1 and set(task.metrics) - set(wanted):
+            out["notes"] = [f"With one {first} a puzzle there is only the {second}_score."]
+        if details and store.ranks.is_main:
+            out["details"] = _details(task, data, (x, y), got["group_score"], seed)
+        return out
 
 
 def _details(task: Task, data: Puzzles, features: tuple[Tensor, Tensor], solved: Floats, seed: int) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Shown:
         self._kinds = dict(kinds or {})
 
     def add(self, content: Content, modality: str = "") -> str:
+        """Remember an item of a modality and return the id under which ``items`` has it."""
         if content.id not in self.items:
             self.items[content.id] = show(content, self._kinds.get(modality, modality))
         return content.id

@@ -7,7 +7,7 @@ plain mean over the classes that have items (FSD50K, VOC, AudioSet).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +15,34 @@ import torch
 from torch import Tensor
 
 from dualenc_evals.features import Store, digest_of
-from dualenc_evals.kinds.classification import classes_of, prompted
+from dualenc_evals.kinds.classification import PromptedTask, classes_of, prompted
 from dualenc_evals.kinds.examples import QUERIES, Shown, drawn, hits
+from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import ranking
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints, Positives
 from dualenc_evals.read.rows import Content, Rows
-from dualenc_evals.task import Task
 
 RESAMPLES = 200
 """Bootstrap resamples: each costs a pass over items × classes."""
 CHUNK = 25
+
+
+class MultilabelTask(PromptedTask):
+    """``kind: multilabel``."""
+
+    kind: Literal["multilabel"]
+    several_labels: ClassVar[bool] = True
+
+    def known(self) -> tuple[str, ...]:
+        """The one metric of the field."""
+        return ("mAP",)
+
+    def check_keys(self) -> None:
+        """No source says several classes by itself."""
+        super().check_keys()
+        if self.label is None:
+            raise ValueError("label: name the column that lists an item's classes")
 
 
 @dataclass(slots=True)
@@ -41,30 +58,6 @@ class Tagged:
     asked: int
     notes: list[str]
     data_digest: str
-
-
-def collect(task: Task, rows: Rows, store: Store) -> Tagged:
-    """Inspect every item, leave out and name what is broken, number the classes."""
-    modality = task.modalities[0]
-    order, names = classes_of(task, rows.rows)
-    number = {label: n for n, label in enumerate(order)}
-    skipped = [{"id": r.id, "reason": f"has no {modality}"} for r in rows.rows if not r.contents[modality]]
-    used = [r for r in rows.rows if r.contents[modality]]
-    items = [r.contents[modality][0] for r in used]
-    seen = store.inspect(modality, items)
-    skipped += [{"id": items[i].id, "reason": why} for i, why in seen.bad.items()]
-    good = [i for i in range(len(items)) if i not in seen.bad]
-    tags = [sorted({number[x] for x in used[i].labels if x in number}) for i in good]
-    titles = [n[0] if len(n) == 1 else label for label, n in zip(order, names, strict=True)]
-    there = {c for own in tags for c in own}
-    empty = [repr(t) for c, t in enumerate(titles) if c not in there]
-    notes = list(rows.notes)
-    if empty:
-        few = ", ".join(empty[:5]) + (f", … ({len(empty)} in all)" if len(empty) > 5 else "")
-        notes.append(f"No items of class {few}: it is left out of the mean.")
-    provenance = [[r.id, list(r.labels), d] for r, d in zip(used, seen.digests, strict=True)]
-    kept, digests = [items[i] for i in good], [seen.digests[i] for i in good]
-    return Tagged(kept, digests, tags, names, titles, skipped, len(rows.rows), notes, digest_of([provenance, order]))
 
 
 def class_precision(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
@@ -91,45 +84,81 @@ def resampled_precision(scores: Floats, positive: npt.NDArray[np.bool_], weights
     return np.concatenate(out)
 
 
-def evaluate(task: Task, data: Tagged, store: Store, seed: int, details: bool) -> dict[str, Any]:
-    """mAP, its interval and chance; the AP of each class in the details."""
-    weights, templates = prompted(task, data.names, store)
-    x = store.features(task.modalities[0], data.items, data.digests)
-    n = len(data.items)
-    draws = metrics.bootstrap_weights(np.arange(n), seed=seed, resamples=RESAMPLES)
-    taken = np.stack([np.minimum(w, 255).astype(np.uint8) for w in draws])
-    by_class: list[list[int]] = [[] for _ in data.names]
-    for i, own in enumerate(data.tags):
-        for c in own:
-            by_class[c].append(i)
-    rows, inverse = metrics.distinct_rows(x)
-    values, resampled, chance = [], [], []
-    for start, stop in metrics.block_starts(len(weights), n):
-        scores = (rows @ weights[start:stop].T)[inverse].numpy().astype(np.float64)
-        for c in (c for c in range(start, stop) if by_class[c]):
-            positive = np.zeros(n, dtype=bool)
-            positive[by_class[c]] = True
-            values.append(class_precision(scores[:, c - start], positive))
-            resampled.append(resampled_precision(scores[:, c - start], positive, taken))
-            chance.append(ranking.chance_average_precision(np.array([len(by_class[c])]), n, n))
-    means = np.nanmean(np.stack(resampled), axis=0)
-    # An item drawn twice stands twice in the list and flatters the AP of a rare class: the spread is right, its middle
-    # is not, so the interval is moved by the difference.
-    low, high = np.percentile(means, [2.5, 97.5]) - means.mean() + np.mean(values)
-    out: dict[str, Any] = {
-        "metrics": metrics.rounded({"mAP": float(np.mean(values))}),
-        "ci": metrics.rounded({"mAP": [max(float(low), 0.0), min(float(high), 1.0)]}),
-        "chance": metrics.rounded({"mAP": float(np.mean(chance))}),
-        "n": {task.modalities[0]: n, "classes": len(data.names)},
-        "templates": templates,
-    }
-    if details and store.ranks.is_main:
-        out["details"] = _details(task, data, (x, weights), by_class, values, seed)
-    return out
+@kinds.register("multilabel")
+class Multilabel(Kind[MultilabelTask, Tagged]):
+    """See the module."""
+
+    Task = MultilabelTask
+
+    def collect(self, task: MultilabelTask, rows: Rows, store: Store) -> Tagged:
+        """Inspect every item, leave out and name what is broken, number the classes."""
+        modality = task.modalities[0]
+        order, names = classes_of(task, rows.rows)
+        number = {label: n for n, label in enumerate(order)}
+        skipped = [{"id": r.id, "reason": f"has no {modality}"} for r in rows.rows if not r.contents[modality]]
+        used = [r for r in rows.rows if r.contents[modality]]
+        items = [r.contents[modality][0] for r in used]
+        seen = store.inspect(modality, items)
+        skipped += [{"id": items[i].id, "reason": why} for i, why in seen.bad.items()]
+        good = [i for i in range(len(items)) if i not in seen.bad]
+        tags = [sorted({number[x] for x in used[i].labels if x in number}) for i in good]
+        titles = [n[0] if len(n) == 1 else label for label, n in zip(order, names, strict=True)]
+        there = {c for own in tags for c in own}
+        empty = [repr(t) for c, t in enumerate(titles) if c not in there]
+        notes = list(rows.notes)
+        if empty:
+            few = ", ".join(empty[:5]) + (f", … ({len(empty)} in all)" if len(empty) > 5 else "")
+            notes.append(f"No items of class {few}: it is left out of the mean.")
+        provenance = [[r.id, list(r.labels), d] for r, d in zip(used, seen.digests, strict=True)]
+        kept, digests = [items[i] for i in good], [seen.digests[i] for i in good]
+        return Tagged(
+            kept, digests, tags, names, titles, skipped, len(rows.rows), notes, digest_of([provenance, order])
+        )
+
+    def evaluate(self, task: MultilabelTask, data: Tagged, store: Store, seed: int, details: bool) -> Measured:
+        """mAP, its interval and chance; the AP of each class in the details."""
+        weights, templates = prompted(task, data.names, store)
+        x = store.features(task.modalities[0], data.items, data.digests)
+        n = len(data.items)
+        draws = metrics.bootstrap_weights(np.arange(n), seed=seed, resamples=RESAMPLES)
+        taken = np.stack([np.minimum(w, 255).astype(np.uint8) for w in draws])
+        by_class: list[list[int]] = [[] for _ in data.names]
+        for i, own in enumerate(data.tags):
+            for c in own:
+                by_class[c].append(i)
+        rows, inverse = metrics.distinct_rows(x)
+        values, resampled, chance = [], [], []
+        for start, stop in metrics.block_starts(len(weights), n):
+            scores = (rows @ weights[start:stop].T)[inverse].numpy().astype(np.float64)
+            for c in (c for c in range(start, stop) if by_class[c]):
+                positive = np.zeros(n, dtype=bool)
+                positive[by_class[c]] = True
+                values.append(class_precision(scores[:, c - start], positive))
+                resampled.append(resampled_precision(scores[:, c - start], positive, taken))
+                chance.append(ranking.chance_average_precision(np.array([len(by_class[c])]), n, n))
+        means = np.nanmean(np.stack(resampled), axis=0)
+        # An item drawn twice stands twice in the list and flatters the AP of a rare class: the spread is right, its
+        # middle is not, so the interval is moved by the difference.
+        low, high = np.percentile(means, [2.5, 97.5]) - means.mean() + np.mean(values)
+        out: Measured = {
+            "metrics": metrics.rounded({"mAP": float(np.mean(values))}),
+            "ci": metrics.rounded({"mAP": [max(float(low), 0.0), min(float(high), 1.0)]}),
+            "chance": metrics.rounded({"mAP": float(np.mean(chance))}),
+            "n": {task.modalities[0]: n, "classes": len(data.names)},
+            "templates": templates,
+        }
+        if details and store.ranks.is_main:
+            out["details"] = _details(task, data, (x, weights), by_class, values, seed)
+        return out
 
 
 def _details(
-    task: Task, data: Tagged, features: tuple[Tensor, Tensor], by_class: list[list[int]], values: list[float], seed: int
+    task: MultilabelTask,
+    data: Tagged,
+    features: tuple[Tensor, Tensor],
+    by_class: list[list[int]],
+    values: list[float],
+    seed: int,
 ) -> dict[str, Any]:
     shown = Shown()
     some = [i for i, own in enumerate(data.tags) if own]

@@ -8,22 +8,76 @@ Episodes are :mod:`dualenc_evals.metrics.fewshot`. Only the first modality of th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from dualenc.config import Positive, Section
 from dualenc_evals.features import Store, digest_of
-from dualenc_evals.kinds import classification
-from dualenc_evals.kinds.classification import Labelled
+from dualenc_evals.kinds.classification import Labelled, labelled
+from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import fewshot, linear
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Rows
 from dualenc_evals.read.shards import read_rows
-from dualenc_evals.task import Task
+from dualenc_evals.task import ClassesTask, Every, TaskSource
+
+
+class Train(Section):
+    """Where a probe's training items stand: the task's source, but for these keys."""
+
+    path: str | list[str] | None = None
+    split: str | None = None
+    where: dict[str, str | list[str]] | None = None
+    every: Every | None = None
+    limit: Positive | None = None
+
+
+class ProbeSettings(Section):
+    """How features are probed. Defaults: k-NN of DINO (arXiv 2104.14294), 5-way episodes with 15 queries a class."""
+
+    k: Positive = 20
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    ways: Annotated[int, Field(ge=2)] = 5
+    queries: Positive = 15
+    episodes: Positive = 600
+
+
+class ProbeTask(ClassesTask):
+    """``kind: probe``."""
+
+    kind: Literal["probe"]
+    one_class: ClassVar[bool] = True
+    metric_pattern: ClassVar[str] = r"(fewshot|prototype|opta)[1-9]\d*_top1"
+    train: Train = Field(description="where its training items stand")
+    probe: ProbeSettings = Field(default_factory=ProbeSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_train(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and raw.get("train") is None:
+            raise ValueError("train: say where the training items stand, for example train: {split: train}")
+        return raw
+
+    def known(self) -> tuple[str, ...]:
+        """One of each method."""
+        few = ("fewshot5", "prototype1", "opta1", "prototype5", "opta5")
+        return ("knn_top1", "linear_top1", *(f"{name}_top1" for name in few))
+
+    def needed(self) -> list[str]:
+        """The first modality alone."""
+        return [self.modalities[0]]
+
+    def training(self) -> ProbeTask:
+        """This task with the source of its training items."""
+        source = {**self.source.model_dump(), **self.train.model_dump(exclude_unset=True)}
+        return self.model_copy(update={"source": TaskSource.model_validate(source)})
 
 
 @dataclass(slots=True)
@@ -36,22 +90,6 @@ class Probed:
     asked: int
     notes: list[str]
     data_digest: str
-
-
-def collect(task: Task, rows: Rows, store: Store) -> Probed:
-    """Inspect the items of both parts; their classes are numbered together."""
-    other = store.ranks.agree(lambda: read_rows(task.training()))
-    every = [*rows.rows, *other.rows]
-    test = classification.collect(task, rows, store, every)
-    train = classification.collect(task, other, store, every)
-    notes = [*test.notes, *(f"Training: {n}" for n in train.notes if n not in test.notes)]
-    both = len(set(test.digests) & set(train.digests))
-    if both:
-        notes.append(f"{both} test items also are training items, byte for byte: the numbers flatter the model.")
-    return Probed(
-        test, train, [*test.skipped, *train.skipped], test.asked + train.asked, notes,
-        digest_of([test.data_digest, train.data_digest]),
-    )  # fmt: skip
 
 
 def nearest_neighbours(
@@ -72,42 +110,63 @@ def nearest_neighbours(
     return np.concatenate(ranks)
 
 
-def evaluate(task: Task, data: Probed, store: Store, seed: int, details: bool) -> dict[str, Any]:
-    """The probes that the task asks for, their intervals and chance. Details are what was chosen and drawn."""
-    test, train = data.test, data.train
-    item = task.modalities[0]
-    x = store.features(item, train.items, train.digests)
-    y = store.features(item, test.items, test.digests)
-    classes = len(test.names)
-    wanted = task.wanted()
-    settings: dict[str, Any] = {}
-    values: dict[str, Floats] = {}
-    chance: dict[str, float] = {}
-    notes: list[str] = []
-    if "knn_top1" in wanted:
-        k, temperature = task.probe.k, task.probe.temperature
-        ranks = nearest_neighbours(x, train.labels, y, test.labels, classes, k, temperature)
-        values["knn_top1"] = (ranks == 1).astype(np.float64)
-        settings["knn"] = {"k": k, "temperature": temperature}
-    if "linear_top1" in wanted:
-        weights, strength = linear.tuned(x, train.labels, classes, seed)
-        values["linear_top1"] = (linear.ranks_under(weights, y, test.labels)[0] == 1).astype(np.float64)
-        settings["linear"] = {"C": strength}
-    chance |= dict.fromkeys(values, 1 / classes)
-    for shots in task.numbers(r"(?:fewshot|prototype|opta)([1-9]\d*)_top1"):
-        _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
-    return {
-        "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()}),
-        "ci": metrics.rounded({n: metrics.bootstrap_ci({n: v}, seed=seed)[n] for n, v in values.items()}),
-        "chance": metrics.rounded(chance),
-        "n": {item: len(test.items), "training": len(train.items), "classes": classes},
-        "notes": notes,
-        "settings": settings,
-    }
+@kinds.register("probe")
+class Probing(Kind[ProbeTask, Probed]):
+    """See the module."""
+
+    Task = ProbeTask
+
+    def collect(self, task: ProbeTask, rows: Rows, store: Store) -> Probed:
+        """Inspect the items of both parts; their classes are numbered together."""
+        other = store.ranks.agree(lambda: read_rows(task.training()))
+        every = [*rows.rows, *other.rows]
+        test = labelled(task, rows, store, every)
+        train = labelled(task, other, store, every)
+        notes = [*test.notes, *(f"Training: {n}" for n in train.notes if n not in test.notes)]
+        both = len(set(test.digests) & set(train.digests))
+        if both:
+            notes.append(f"{both} test items also are training items, byte for byte: the numbers flatter the model.")
+        return Probed(
+            test, train, [*test.skipped, *train.skipped], test.asked + train.asked, notes,
+            digest_of([test.data_digest, train.data_digest]),
+        )  # fmt: skip
+
+    def evaluate(self, task: ProbeTask, data: Probed, store: Store, seed: int, details: bool) -> Measured:
+        """The probes that the task asks for, their intervals and chance. Details are what was chosen and drawn."""
+        test, train = data.test, data.train
+        item = task.modalities[0]
+        x = store.features(item, train.items, train.digests)
+        y = store.features(item, test.items, test.digests)
+        classes = len(test.names)
+        wanted = task.wanted()
+        settings: dict[str, Any] = {}
+        values: dict[str, Floats] = {}
+        chance: dict[str, float] = {}
+        notes: list[str] = []
+        if "knn_top1" in wanted:
+            k, temperature = task.probe.k, task.probe.temperature
+            ranks = nearest_neighbours(x, train.labels, y, test.labels, classes, k, temperature)
+            values["knn_top1"] = (ranks == 1).astype(np.float64)
+            settings["knn"] = {"k": k, "temperature": temperature}
+        if "linear_top1" in wanted:
+            weights, strength = linear.tuned(x, train.labels, classes, seed)
+            values["linear_top1"] = (linear.ranks_under(weights, y, test.labels)[0] == 1).astype(np.float64)
+            settings["linear"] = {"C": strength}
+        chance |= dict.fromkeys(values, 1 / classes)
+        for shots in task.numbers(r"(?:fewshot|prototype|opta)([1-9]\d*)_top1"):
+            _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
+        return {
+            "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()}),
+            "ci": metrics.rounded({n: metrics.bootstrap_ci({n: v}, seed=seed)[n] for n, v in values.items()}),
+            "chance": metrics.rounded(chance),
+            "n": {item: len(test.items), "training": len(train.items), "classes": classes},
+            "notes": notes,
+            "settings": settings,
+        }
 
 
 def _episodes(
-    task: Task,
+    task: ProbeTask,
     train: tuple[Tensor, Ints],
     test: tuple[Tensor, Ints],
     shots: int,

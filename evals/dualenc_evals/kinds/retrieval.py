@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from dualenc.config import Section
+from dualenc.errors import DataError
 from dualenc_evals.features import Store, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
+from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import ranking
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.bags import bag_values, make_bags
@@ -24,6 +28,57 @@ from dualenc_evals.read.rows import Content, Rows
 from dualenc_evals.task import Task
 
 CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
+
+
+class Bags(Section):
+    """Hard-bag retrieval (TrueMatch): R@1 inside small bags of look-alikes.
+
+    ``by``: a column whose equal values make items look alike, or ``neighbours``: those whose features of the evaluated
+    model are nearest, which is hardest for that model and does not compare between models.
+    """
+
+    by: str
+    sizes: list[Annotated[int, Field(ge=2)]] = Field(default_factory=lambda: [3, 5, 7], min_length=1)
+
+
+class RetrievalTask(Task):
+    """``kind: retrieval``."""
+
+    kind: Literal["retrieval"]
+    metric_pattern: ClassVar[str] = r"(R|mAP|nDCG)@[1-9]\d*"
+    identical: Literal["distinct", "merge"] = Field(
+        "distinct",
+        description="equal captions: each owns its copy (as published protocols have it), or both are right",
+    )
+    same: str | None = Field(
+        None, description="a column; items with equal values are right for each other (one object seen twice)"
+    )
+    bags: Bags | None = Field(None, description="also R@1 inside bags of look-alikes")
+
+    def known(self) -> tuple[str, ...]:
+        """Of each direction."""
+        return ("R@1", "R@5", "R@10", "MRR", "median_rank", "mean_rank")
+
+    def may_state(self, metric: str) -> bool:
+        """Published numbers are of one direction, so their names are longer."""
+        return True
+
+    def check_keys(self) -> None:
+        """Bags and same objects go by one column."""
+        if self.same is not None and self.bags is not None and self.bags.by not in ("neighbours", self.same):
+            raise ValueError(f"bags.by: with same: {self.same} bags are made by that column or by neighbours")
+
+    def label_place(self) -> tuple[str, str] | None:
+        """What makes items the same, or puts them in one bag."""
+        if self.same is not None:
+            return "same", self.same
+        if self.bags is not None and self.bags.by != "neighbours":
+            return "bags.by", self.bags.by
+        return None
+
+    def recall_ks(self) -> list[int]:
+        """The k of every R@k asked for."""
+        return self.numbers(r"R@(\d+)")
 
 
 @dataclass(slots=True)
@@ -38,6 +93,7 @@ class Pairs:
     skipped: list[dict[str, str]]
     asked: int
     data_digest: str
+    notes: list[str]
     labels: list[str | None] = field(default_factory=list)
     """Of each item of the first side: the value of ``same`` or ``bags.by``."""
 
@@ -50,48 +106,6 @@ class Pairs:
         return out
 
 
-def collect(task: Task, rows: Rows, store: Store) -> Pairs:
-    """Inspect every content, leave out and name what is broken, merge equal captions where the task says so."""
-    first, second = task.modalities
-    a_all = [c for r in rows.rows for c in r.contents[first][:1]]
-    b_all = [c for r in rows.rows for c in r.contents[second]]
-    a_seen, b_seen = store.inspect(first, a_all), store.inspect(second, b_all)
-    skipped = [{"id": a_all[i].id, "reason": f"{first}: {why}"} for i, why in a_seen.bad.items()]
-    skipped += [{"id": b_all[i].id, "reason": f"{second}: {why}"} for i, why in b_seen.bad.items()]
-    pairs = Pairs([], [], [], [], [], skipped, len(a_all) + len(b_all), "")
-    place: dict[str, int] = {}
-    provenance: list[Any] = []
-    i = j = 0
-    for row in rows.rows:
-        na, nb = len(row.contents[first][:1]), len(row.contents[second])
-        good_a = [n for n in range(i, i + na) if n not in a_seen.bad]
-        good_b = [n for n in range(j, j + nb) if n not in b_seen.bad]
-        provenance.append([row.id, a_seen.digests[i : i + na], b_seen.digests[j : j + nb]])
-        i, j = i + na, j + nb
-        if not good_a or not good_b:
-            side = second if good_a else first
-            if (nb if good_a else na) == 0:
-                skipped.append({"id": row.id, "reason": f"has no {side}"})
-            continue
-        pairs.a.append(a_all[good_a[0]])
-        pairs.a_digests.append(a_seen.digests[good_a[0]])
-        own = []
-        for n in good_b:
-            key = b_seen.digests[n] if task.identical == "merge" else str(n)
-            if key not in place:
-                place[key] = len(pairs.b)
-                pairs.b.append(b_all[n])
-                pairs.b_digests.append(b_seen.digests[n])
-            own.append(place[key])
-        pairs.right.append(sorted(set(own)))
-        pairs.labels.append(row.label)
-    if task.same is not None:
-        pairs.right = joined(pairs.right, pairs.labels)
-        provenance.append(pairs.labels)
-    pairs.data_digest = digest_of(provenance)
-    return pairs
-
-
 def joined(right: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list[list[int]]:
     """Items with the same label own each other's right answers: one object seen at two times is no wrong answer."""
     union: dict[str | None, set[int]] = {}
@@ -100,35 +114,106 @@ def joined(right: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list
     return [sorted(union[label]) for label in labels]
 
 
-def evaluate(task: Task, pairs: Pairs, store: Store, seed: int, details: bool) -> dict[str, Any]:
-    """Metrics of both directions, their intervals and chance, and what to look at."""
-    first, second = task.modalities
-    x = store.features(first, pairs.a, pairs.a_digests)
-    y = store.features(second, pairs.b, pairs.b_digests)
-    reverse = pairs.reverse()
-    there = _direction(task, store, x, y, pairs.right, groups=None, seed=seed)
-    # Captions of one item are drawn together in the bootstrap: they are not independent.
-    owners = np.array([r[0] for r in reverse], dtype=np.int64)  # with several owners, the first stands for them
-    back = _direction(task, store, y, x, reverse, groups=owners, seed=seed)
-    out: dict[str, Any] = {"metrics": {}, "ci": {}, "chance": {}}
-    for name, part in ((f"{first}_to_{second}", there), (f"{second}_to_{first}", back)):
-        for kind in ("metrics", "ci", "chance"):
-            out[kind] |= {f"{name}_{k}": v for k, v in part[kind].items()}
-    if task.bags is not None:
-        _add_bags(task, pairs, (x, y), seed, out)
-    flat = [(i, j) for i, js in enumerate(pairs.right) for j in js]
-    index = torch.tensor(flat, dtype=torch.long)
-    geometry = metrics.geometry(x, y, (index[:, 0], index[:, 1]), (first, second))
-    out["metrics"] |= metrics.rounded(geometry)
-    out["n"] = {first: len(pairs.a), second: len(pairs.b)} | out.get("n", {})
-    if details and store.ranks.is_main:
-        out["details"] = _details(task, pairs, reverse, (x, y), (there, back), Shown(store.kinds), seed)
-    return out
+@kinds.register("retrieval")
+class Retrieval(Kind[RetrievalTask, Pairs]):
+    """See the module."""
+
+    Task = RetrievalTask
+
+    def collect(self, task: RetrievalTask, rows: Rows, store: Store) -> Pairs:
+        """Inspect every content, leave out and name what is broken, merge equal captions where the task says so."""
+        first, second = task.modalities
+        a_all = [c for r in rows.rows for c in r.contents[first][:1]]
+        b_all = [c for r in rows.rows for c in r.contents[second]]
+        a_seen, b_seen = store.inspect(first, a_all), store.inspect(second, b_all)
+        skipped = [{"id": a_all[i].id, "reason": f"{first}: {why}"} for i, why in a_seen.bad.items()]
+        skipped += [{"id": b_all[i].id, "reason": f"{second}: {why}"} for i, why in b_seen.bad.items()]
+        pairs = Pairs([], [], [], [], [], skipped, len(a_all) + len(b_all), "", rows.notes)
+        place: dict[str, int] = {}
+        provenance: list[Any] = []
+        i = j = asked = kept = 0
+        for row in rows.rows:
+            na, nb = len(row.contents[first][:1]), len(row.contents[second])
+            good_a = [n for n in range(i, i + na) if n not in a_seen.bad]
+            good_b = [n for n in range(j, j + nb) if n not in b_seen.bad]
+            provenance.append([row.id, a_seen.digests[i : i + na], b_seen.digests[j : j + nb]])
+            i, j = i + na, j + nb
+            asked += max(nb, 1)
+            if not good_a or not good_b:
+                side = second if good_a else first
+                if (nb if good_a else na) == 0:
+                    skipped.append({"id": row.id, "reason": f"has no {side}"})
+                continue
+            kept += len(good_b)
+            pairs.a.append(a_all[good_a[0]])
+            pairs.a_digests.append(a_seen.digests[good_a[0]])
+            own = []
+            for n in good_b:
+                key = b_seen.digests[n] if task.identical == "merge" else str(n)
+                if key not in place:
+                    place[key] = len(pairs.b)
+                    pairs.b.append(b_all[n])
+                    pairs.b_digests.append(b_seen.digests[n])
+                own.append(place[key])
+            pairs.right.append(sorted(set(own)))
+            pairs.labels.append(row.label)
+        if task.same is not None:
+            pairs.right = joined(pairs.right, pairs.labels)
+            provenance.append(pairs.labels)
+        pairs.data_digest = digest_of(provenance)
+        if asked - kept > task.max_skipped * asked:  # one broken picture costs all its captions
+            raise DataError(
+                f"task {task.name}: {asked - kept} of {asked} pairs cannot be used (max_skipped is "
+                f"{task.max_skipped}); the first: {skipped[0]['id']}: {skipped[0]['reason']}"
+            )
+        return pairs
+
+    def evaluate(self, task: RetrievalTask, pairs: Pairs, store: Store, seed: int, details: bool) -> Measured:
+        """Metrics of both directions, their intervals and chance, and what to look at."""
+        first, second = task.modalities
+        x = store.features(first, pairs.a, pairs.a_digests)
+        y = store.features(second, pairs.b, pairs.b_digests)
+        reverse = pairs.reverse()
+        there = _direction(task, store, x, y, pairs.right, groups=None, seed=seed)
+        # Captions of one item are drawn together in the bootstrap: they are not independent.
+        owners = np.array([r[0] for r in reverse], dtype=np.int64)  # with several owners, the first stands for them
+        back = _direction(task, store, y, x, reverse, groups=owners, seed=seed)
+        out: Measured = {"metrics": {}, "ci": {}, "chance": {}, "n": {first: len(pairs.a), second: len(pairs.b)}}
+        for name, part in ((f"{first}_to_{second}", there), (f"{second}_to_{first}", back)):
+            out["metrics"] |= {f"{name}_{k}": v for k, v in part.metrics.items()}
+            out["ci"] |= {f"{name}_{k}": v for k, v in part.ci.items()}
+            out["chance"] |= {f"{name}_{k}": v for k, v in part.chance.items()}
+        if task.bags is not None:
+            _add_bags(task.bags, pairs, (first, second), (x, y), seed, out)
+        flat = [(i, j) for i, js in enumerate(pairs.right) for j in js]
+        index = torch.tensor(flat, dtype=torch.long)
+        geometry = metrics.geometry(x, y, (index[:, 0], index[:, 1]), (first, second))
+        out["metrics"] |= metrics.rounded(geometry)
+        if details and store.ranks.is_main:
+            out["details"] = _details(task, pairs, reverse, (x, y), (there, back), Shown(store.kinds), seed)
+        return out
+
+
+class _Direction(NamedTuple):
+    """One direction: the rank of each query's best answer, which are right, and its numbers."""
+
+    ranks: Ints
+    positives: Positives
+    metrics: dict[str, Any]
+    ci: dict[str, Any]
+    chance: dict[str, Any]
 
 
 def _direction(
-    task: Task, store: Store, queries: Tensor, gallery: Tensor, right: Sequence[Sequence[int]], groups: Any, seed: int
-) -> dict[str, Any]:
+    task: RetrievalTask,
+    store: Store,
+    queries: Tensor,
+    gallery: Tensor,
+    right: Sequence[Sequence[int]],
+    groups: Ints | None,
+    seed: int,
+) -> _Direction:
+    """Rank ``gallery`` for every query; ``groups [N]``: queries that the bootstrap draws together."""
     positives = Positives(right, len(gallery))
     shard = (store.ranks.rank, store.ranks.size)
     parts = store.ranks.gather(metrics.best_ranks(queries, gallery, positives, shard=shard))
@@ -146,17 +231,12 @@ def _direction(
         ci["median_rank"] = metrics.bootstrap_of(median, len(ranks), groups, seed=seed)
     if "mean_rank" in wanted:
         ci |= metrics.bootstrap_ci({"mean_rank": ranks}, groups, seed=seed)
-    return {
-        "ranks": ranks,
-        "positives": positives,
-        "metrics": metrics.rounded(values),
-        "ci": metrics.rounded(ci),
-        "chance": metrics.rounded({k: v for k, v in chance.items() if k in values}),
-    }
+    shown_chance = metrics.rounded({k: v for k, v in chance.items() if k in values})
+    return _Direction(ranks, positives, metrics.rounded(values), metrics.rounded(ci), shown_chance)
 
 
 def _of_all_right(
-    task: Task, store: Store, sides: tuple[Tensor, Tensor], positives: Positives, chance: dict[str, float]
+    task: RetrievalTask, store: Store, sides: tuple[Tensor, Tensor], positives: Positives, chance: dict[str, float]
 ) -> dict[str, Floats]:
     """Per-query values of the metrics that look at every right answer; their chance is added to ``chance``."""
     maps, gains = task.numbers(r"mAP@(\d+)"), task.numbers(r"nDCG@(\d+)")
@@ -174,19 +254,20 @@ def _of_all_right(
     return values | {f"nDCG@{k}": ranking.ndcg(ahead, positives, k) for k in gains}
 
 
-def _add_bags(task: Task, pairs: Pairs, features: tuple[Tensor, Tensor], seed: int, out: dict[str, Any]) -> None:
+def _add_bags(
+    asked: Bags, pairs: Pairs, modalities: tuple[str, str], features: tuple[Tensor, Tensor], seed: int, out: Measured
+) -> None:
     """R@1 in both directions inside bags of look-alikes, by each item's first caption; chance is 1 in the size."""
-    assert task.bags is not None
-    first, second = task.modalities
+    first, second = modalities
     x = features[0]
     y = features[1][torch.tensor([r[0] for r in pairs.right])]
-    labels = None if task.bags.by == "neighbours" else pairs.labels
+    labels = None if asked.by == "neighbours" else pairs.labels
     names = (f"{first}_to_{second}", f"{second}_to_{first}", "both_ways")
-    for size in task.bags.sizes:
+    for size in asked.sizes:
         bags = make_bags(x, y, labels, size, seed, owners=[r[0] for r in pairs.right])
-        out.setdefault("n", {})[f"bags of {size}"] = len(bags)
+        out["n"][f"bags of {size}"] = len(bags)
         if not len(bags):
-            out.setdefault("notes", []).append(f"There are no {size} look-alikes by {task.bags.by!r} to make a bag of.")
+            out.setdefault("notes", []).append(f"There are no {size} look-alikes by {asked.by!r} to make a bag of.")
             continue
         got = dict(zip(names, bag_values(x, y, bags), strict=True))
         keys = {n: f"{n}_bag{size}_{'R@1' if '_to_' in n else 'all_correct'}" for n in names}
@@ -197,11 +278,11 @@ def _add_bags(task: Task, pairs: Pairs, features: tuple[Tensor, Tensor], seed: i
 
 
 def _details(
-    task: Task,
+    task: RetrievalTask,
     pairs: Pairs,
     reverse: list[list[int]],
     features: tuple[Tensor, Tensor],
-    found: tuple[dict[str, Any], dict[str, Any]],
+    found: tuple[_Direction, _Direction],
     shown: Shown,
     seed: int,
 ) -> dict[str, Any]:
@@ -214,17 +295,17 @@ def _details(
     ):
         chosen = drawn(len(queries[0]), QUERIES, seed, f"{task.name}/{names[0]}")
         sets = [set(r) for r in right]
-        rows = hits(shown, queries, gallery, sets, part["ranks"], chosen, names)
-        far = worst(part["ranks"], part["ranks"] > 1)
-        bad = hits(shown, queries, gallery, sets, part["ranks"], far, names)
+        rows = hits(shown, queries, gallery, sets, part.ranks, chosen, names)
+        far = worst(part.ranks, part.ranks > 1)
+        bad = hits(shown, queries, gallery, sets, part.ranks, far, names)
         examples.append({"query": names[0], "gallery": names[1], "rows": rows, "worst": bad})
         ks = [k for k in CURVE if k <= len(gallery[0])]
-        chance = metrics.chance_retrieval(part["positives"].counts, len(gallery[0]), ks)
+        chance = metrics.chance_retrieval(part.positives.counts, len(gallery[0]), ks)
         curves.append(
             {
                 "name": f"{names[0]} → {names[1]}",
                 "k": ks,
-                "recall": [round(metrics.recall_at_k(part["ranks"], k), 6) for k in ks],
+                "recall": [round(metrics.recall_at_k(part.ranks, k), 6) for k in ks],
                 "chance": [round(chance[f"R@{k}"], 6) for k in ks],
             }
         )

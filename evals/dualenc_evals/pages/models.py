@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dualenc.errors import ConfigError, DataError
-from dualenc_evals.pages.page import confusion_view, environment, flat, media, read_json, shown, write_page
+from dualenc.pages import write_page
+from dualenc_evals.pages.page import confusion_view, environment, flat, media, read_json, shown
 from dualenc_evals.pages.table import directions, is_geometry, is_share, label, number, short
 
 HEADLINES = ("R@1", "R@5", "top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct")
@@ -52,7 +53,7 @@ def render(all_results: Sequence[Mapping[str, Any]]) -> str:
     dates = sorted(str(r.get("run", {}).get("date", ""))[:10] for r in all_results)
     return (
         environment()
-        .get_template("compare.html.j2")
+        .get_template("models.html.j2")
         .render(
             title=" · ".join(m["name"] for m in models),
             models=models,

@@ -1,16 +1,16 @@
-"""What every page of ours is made with: the template environment, how an item is shown, writing one file whole."""
+"""What the pages about evaluations share: the template environment, how an item is shown."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
+from dualenc import pages
 from dualenc.errors import DataError
 from dualenc_evals.pages.svg import compact
 from dualenc_evals.pages.table import is_geometry, label, number, short
@@ -19,27 +19,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def environment() -> Environment:
-    """Templates with everything escaped; an undefined name is an error."""
-    env = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """Templates of this folder, with the filters and functions that they use."""
+    env = pages.environment(TEMPLATES)
     env.filters |= {"label": label, "compact": compact}
     env.globals |= {"number": number, "short": short, "is_geometry": is_geometry}
     env.globals |= {"picture": picture, "sound": sound, "media": media, "shown": shown}
     return env
-
-
-def write_page(page: Path, html: str) -> Path:
-    """Whole or not at all."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    tmp = page.with_name(f"{page.name}.{os.getpid()}.tmp")
-    tmp.write_text(html, encoding="utf-8")
-    tmp.replace(page)
-    return page
 
 
 def read_json(path: Path) -> dict[str, Any]:

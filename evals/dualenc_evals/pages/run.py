@@ -17,7 +17,8 @@ from typing import Any
 from markupsafe import Markup
 
 from dualenc.errors import DataError
-from dualenc_evals.pages.page import confusion_view, environment, flat, read_json, write_page
+from dualenc.pages import write_page
+from dualenc_evals.pages.page import confusion_view, environment, flat, read_json
 from dualenc_evals.pages.svg import Chart, Series, compact, legend, line_chart, smooth
 from dualenc_evals.pages.table import directions, is_share, label, short
 
@@ -84,6 +85,7 @@ def render(run: Mapping[str, Any]) -> str:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, none where there is no file. Raises DataError for a damaged line but the last."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
@@ -268,6 +270,7 @@ def _clock(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def column(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """(samples seen, or steps where rows do not say; values) of the rows that have the metric ``key``."""
     clock = "samples_seen" if _clock(rows) == "samples seen" else "step"
     points = [(r[clock], r[key]) for r in rows if isinstance(r.get(key), int | float) and clock in r]
     return [float(x) for x, _ in points], [float(y) for _, y in points]

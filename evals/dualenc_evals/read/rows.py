@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from dualenc.data.arrays import read_npy
 from dualenc.data.modalities import modalities
+from dualenc.data.sources.item import Content, captions
 from dualenc.errors import ConfigError, DataError
-from dualenc_evals.read.files import MAX_BYTES, open_binary
-from dualenc_evals.task import Task
+from dualenc_evals.task import ClassesTask, Task
+
+__all__ = ["Content", "Row", "Rows", "captions"]
 
 MEMBERS = {"text": ["txt", "json:captions", "json:caption"]}
-COLUMNS = {"text": ["captions", "caption", "text"]}
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """One item of one modality: a string, or bytes in a file (a part of it: a shard's member).
-
-    Attributes:
-        id: what reports call it; never a path on this machine.
-        load: makes the bytes where they are no part of a file (a data set's table, a crop).
-        shown: how a page shows it, where the source knows better than the bytes (as ``dualenc.data.show`` says).
-    """
-
-    id: str
-    text: str | None = None
-    path: str = ""
-    offset: int = 0
-    size: int = -1
-    error: str = ""
-    load: Callable[[], bytes] | None = None
-    shown: Callable[[], dict[str, str]] | None = None
-
-    def read(self) -> bytes | str:
-        """The string, or the bytes. Raises DataError when they cannot be read."""
-        if self.error:
-            raise DataError(self.error)
-        if self.text is not None:
-            return self.text
-        if self.load is not None:
-            return self.load()
-        if self.size > MAX_BYTES:
-            raise DataError(f"claims {self.size} bytes, more than {MAX_BYTES}")
-        with open_binary(self.path) as f:
-            f.seek(self.offset)
-            raw = f.read(self.size if self.size >= 0 else MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES or (self.size >= 0 and len(raw) != self.size):
-            raise DataError(f"has {len(raw)} bytes where {self.size if self.size >= 0 else MAX_BYTES} were expected")
-        return raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +40,12 @@ class Rows:
     notes: list[str] = field(default_factory=list)
 
 
-def captions(row: str, value: Any) -> list[Content]:
-    """The strings of one row; empty ones are left out."""
-    texts = [str(v).strip() for v in (value if isinstance(value, list) else [value])]
-    return [Content(f"{row}#{i}", text=t) for i, t in enumerate(texts) if t]
-
-
 # --- what all share -----------------------------------------------------------------------------------------------
 
 
 def needed(task: Task) -> list[str]:
     """Modalities read from the source: prompts are made, not read."""
-    return list(task.modalities) if task.kind in ("retrieval", "compositional") else [task.modalities[0]]
+    return task.read_modalities()
 
 
 def member_specs(task: Task, modality: str) -> list[str]:
@@ -93,15 +54,10 @@ def member_specs(task: Task, modality: str) -> list[str]:
     return task.source.members.get(modality) or MEMBERS.get(modality, default)
 
 
-def column_specs(task: Task, modality: str) -> list[str]:
-    """List columns of a modality: the task's, else strings for text and files for the rest."""
-    return task.source.members.get(modality) or COLUMNS.get(modality, [f"file:{modality}"])
-
-
-def kept(task: Task, value: Callable[[str], Any]) -> bool:
-    """Whether a row passes ``where`` and, in lists, ``split``."""
+def kept(task: Task, value: Callable[[str], Any], rows_have_splits: bool = False) -> bool:
+    """Whether a row passes ``where`` and, where a column of the rows says it, ``split``."""
     rules: dict[str, str | list[str]] = dict(task.source.where)
-    if task.source.split is not None and task.source.kind in ("jsonl", "json", "csv"):
+    if task.source.split is not None and rows_have_splits:
         rules["split"] = task.source.split
     for key, allowed in rules.items():
         if str(value(key)) not in ([allowed] if isinstance(allowed, str) else allowed):
@@ -111,36 +67,114 @@ def kept(task: Task, value: Callable[[str], Any]) -> bool:
 
 def label_spec(task: Task) -> str | None:
     """Where a row's label stands: the class, or what makes retrieval rows the same, or puts them in one bag."""
-    if task.kind == "retrieval":
-        return task.same or (task.bags.by if task.bags is not None and task.bags.by != "neighbours" else None)
-    return task.label if task.kind != "compositional" else None
+    place = task.label_place()
+    return place[1] if place is not None else None
 
 
 def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -> str | None:
-    """The one label of a row; None where the kind of task has none. Raises DataError for a row without it.
+    """The one label of a row; None where the kind of task has none.
 
-    Where a task drops what belongs to no class, a row without a label is such a row.
+    A class number of −1 means that there is no label; a one-hot list is the number of its class. Where a task drops
+    what belongs to no class, a row without a label is such a row.
+
+    Raises:
+        DataError: for a row without a label, or one that has several.
     """
-    if task.kind in ("compositional", "multilabel") or spec is None:
+    if task.several_labels or spec is None:
         return None
     got = value(spec)
-    if got is None:
-        if task.kind == "classification" and task.other_labels == "drop":
-            return None
-        raise DataError(f"task {task.name}: label: {row} has no {spec!r}")
-    return str(got).strip()
+    if not isinstance(task, ClassesTask):
+        if got is None:
+            raise DataError(f"task {task.name}: label: {row} has no {spec!r}")
+        return str(got).strip()
+    hot = _hot(task, got, f"{row}, {spec}")
+    if hot is not None:
+        if len(hot) > 1:
+            raise DataError(
+                f"task {task.name}: label: {row} has {len(hot)} classes in {spec!r}; a {task.kind} task needs one, "
+                "use kind: multilabel"
+            )
+        got = hot[0] if hot else None
+    elif isinstance(got, list | tuple):
+        raise DataError(
+            f"task {task.name}: label: {row} has the list {str(list(got))[:60]} in {spec!r}; a {task.kind} task needs "
+            "one class name, one class number or a one-hot list"
+        )
+    if isinstance(got, float) and got.is_integer():
+        got = int(got)
+    text = None if got is None else str(got).strip()
+    if text == "-1" and text not in _declared(task):
+        text = None
+    if text is None and not task.drops_unlabelled:
+        none = "no" if got is None else "the label −1, which means no label, in"
+        raise DataError(
+            f"task {task.name}: label: {row} has {none} {spec!r}; leave such items out with other_labels: drop"
+        )
+    return text
 
 
-def labels(task: Task, spec: str | None, value: Callable[[str], Any]) -> tuple[str, ...]:
-    """All labels of a multi-label row: lists, or strings cut at ``source.separator``; ``a+b`` joins columns."""
-    if task.kind != "multilabel" or spec is None:
+def labels(task: Task, spec: str | None, value: Callable[[str], Any], row: str = "") -> tuple[str, ...]:
+    """All labels of a multi-label row: lists of names or numbers, multi-hot lists or .npy members, or strings cut at
+    ``source.separator``; ``a+b`` joins columns."""
+    if not task.several_labels or spec is None:
         return ()
-    out: list[str] = []
+    out: list[Any] = []
     for part in spec.split("+"):
         got = value(part)
-        if got is not None:
-            out += got if isinstance(got, list) else str(got).split(task.source.separator)
-    return tuple(dict.fromkeys(str(x).strip() for x in out if str(x).strip()))
+        hot = _hot(task, got, f"{row}, {part}")
+        if hot is not None:
+            out += hot
+        elif got is not None:
+            out += got if isinstance(got, list | tuple) else str(got).split(task.source.separator)
+    texts = (str(x).strip() for x in out if x is not None)
+    return tuple(dict.fromkeys(x for x in texts if x and (x != "-1" or x in _declared(task))))
+
+
+def _declared(task: Task) -> Sequence[str]:
+    """The classes that the task itself lists."""
+    classes = task.classes if isinstance(task, ClassesTask) else None
+    return list(classes) if isinstance(classes, list | dict) else ()
+
+
+def _hot(task: Task, value: Any, where: str) -> list[str] | None:
+    """The classes that a one-hot or multi-hot vector (a list of 0 and 1, the bytes of a .npy) stands for.
+
+    A list of 0 and 1 is one where it is as long as the task's list of classes, or longer than two where that is not
+    known. None: the value is no such vector.
+
+    Raises:
+        DataError: a damaged .npy, or other numbers in it; classes without names.
+    """
+    if isinstance(value, bytes):
+        vector = _from_npy(value, f"task {task.name}: label: {where}")
+    elif isinstance(value, list | tuple) and value and all(isinstance(v, int | float) and v in (0, 1) for v in value):
+        vector = [int(v) for v in value]
+        known = len(_declared(task))
+        if not (len(vector) == known if known else len(vector) > 2):
+            return None
+    else:
+        return None
+    classes = task.classes if isinstance(task, ClassesTask) else None
+    if classes is None and not task.source.brings_prompts:
+        raise DataError(
+            f"task {task.name}: label: {where} is a vector of {len(vector)} zeros and ones; name the classes in that "
+            "order, classes: [NAME, …]"
+        )
+    count = len(_declared(task)) or len(vector)
+    if count != len(vector):
+        raise DataError(f"task {task.name}: label: {where} has {len(vector)} numbers for {count} classes")
+    order = list(classes) if isinstance(classes, dict) else [str(i) for i in range(count)]
+    return [order[i] for i, v in enumerate(vector) if v]
+
+
+def _from_npy(raw: bytes, where: str) -> list[int]:
+    try:
+        vector = read_npy(raw)
+    except DataError as e:
+        raise DataError(f"{where} is not a readable .npy: {e}") from e
+    if vector.ndim != 1 or not np.isin(vector, (0, 1)).all():
+        raise DataError(f"{where} has shape {list(vector.shape)}; a multi-hot label is one row of zeros and ones")
+    return [int(v) for v in vector]
 
 
 def require_some(task: Task, rows: list[Row], specs: Callable[[Task, str], list[str]]) -> None:

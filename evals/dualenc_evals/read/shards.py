@@ -7,17 +7,20 @@ costs memory for its names only.
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
-import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dualenc.config import Source
+from dualenc.data.shards.index import expand, open_source
+from dualenc.data.shards.reader import Reader, SampleError, check_members
+from dualenc.data.shards.remote import is_pipe
+from dualenc.data.shards.tar import Sample, unsafe
+from dualenc.data.sources.opened import MAX_BYTES, is_url, open_binary, read_text
 from dualenc.errors import ConfigError, DataError
-from dualenc_evals.read.files import expand, is_url, open_binary, read_text
-from dualenc_evals.read.hub import read_hub
-from dualenc_evals.read.lists import read_csv, read_json, read_jsonl
+from dualenc_evals.read.items import read_items
 from dualenc_evals.read.rows import (
     Content,
     Row,
@@ -31,7 +34,6 @@ from dualenc_evals.read.rows import (
     needed,
     require_some,
 )
-from dualenc_evals.read.scenes import read_driving
 from dualenc_evals.task import Task, locate, paths_of
 
 __all__ = ["Content", "Row", "Rows", "read_rows", "tar_samples"]
@@ -44,7 +46,7 @@ def read_rows(task: Task) -> Rows:
         DataError: files missing or broken, or nothing left.
         ConfigError: a column, member or split that is not there.
     """
-    got = READERS[task.source.kind](task)
+    got = READERS.get(task.source.kind, read_items)(task)
     rows = got.rows
     if task.source.every is not None:
         rows = task.source.every.of(rows)
@@ -65,45 +67,86 @@ def _filters(task: Task) -> str:
 # --- shards -------------------------------------------------------------------------------------------------------
 
 
-def tar_samples(path: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, ending → (offset, size)) of each sample of a plain tar, by headers only.
+@dataclass(frozen=True, slots=True)
+class TarSample:
+    """One sample of a shard, as training finds it, and how its members are read.
 
-    Members of one sample stand together; the key is the name up to the first dot of its last part (webdataset's
-    rule). Names are labels here, never paths. Raises DataError for a broken or compressed tar.
+    Two are equal when they are the same place of the same shard, whichever reader they came from.
     """
-    try:
-        with open_binary(path) as f, tarfile.open(fileobj=f, mode="r:") as tar:
-            members = ((m, *_key_ending(m.name)) for m in tar if m.isfile())
-            for key, group in itertools.groupby(members, key=lambda x: x[1]):
-                yield key, {ending: (m.offset_data, m.size) for m, _, ending in group}
-    except (tarfile.TarError, EOFError, OSError) as e:
-        raise DataError(f"{path} is not a whole, plain tar: {e}") from e
+
+    shard: str
+    key: str
+    members: dict[str, tuple[int, int]] = field(hash=False)
+    _read: Callable[[str], bytes] = field(compare=False, repr=False)
+
+    def read(self, ending: str) -> bytes:
+        """Bytes of one member.
+
+        Raises:
+            DataError: if they cannot be had, or are more than an item of an evaluation may have.
+        """
+        _, size = self.members[ending]
+        if size > MAX_BYTES:
+            raise DataError(f"{self.shard}: {self.key}.{ending} claims {size} bytes, more than {MAX_BYTES}")
+        try:
+            return self._read(ending)
+        except SampleError as e:
+            raise DataError(f"{self.shard}: {e}") from e
 
 
-def _key_ending(name: str) -> tuple[str, str]:
-    folder, _, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), ending.lower()
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """Reads a member when it is called."""
+
+    sample: TarSample
+    ending: str
+
+    def __call__(self) -> bytes:
+        return self.sample.read(self.ending)
+
+
+def tar_samples(shards: Sequence[str], name: str = "shards") -> Iterator[TarSample]:
+    """Every sample of some plain tars, by their headers only; remote ones are read by byte ranges.
+
+    Raises:
+        DataError: a tar is not there, broken or compressed, or not as its index says.
+    """
+    pipe = next((s for s in shards if is_pipe(s)), None)
+    if pipe is not None:
+        raise DataError(f"{pipe}: an evaluation reads parts of a file, which a command's output is not; fetch it first")
+    opened = open_source(Source(name=name, shards=list(shards)), scan_remote=True)
+    reader = Reader([opened], None, retries=3)
+    for i, url in enumerate(opened.urls):
+        for n in range(opened.infos[i].samples):
+            try:
+                sample = reader.locate(0, i, n)
+            except SampleError as e:
+                raise DataError(f"{url}: {e}") from e
+            yield TarSample(url, sample.key, sample.members, _reading(reader, i, sample))
+
+
+def _reading(reader: Reader, shard: int, sample: Sample) -> Callable[[str], bytes]:
+    return lambda ending: reader.read(0, shard, sample, ending)
 
 
 class _Sample:
     """One sample of a shard: finds members, reads the small ones (text, json, class)."""
 
-    def __init__(self, key: str, shard: str, members: Mapping[str, tuple[int, int]], extra: Mapping[str, Any]) -> None:
-        self.key, self.shard, self.members, self.extra = key, shard, members, extra
+    def __init__(self, sample: TarSample, extra: Mapping[str, Any]) -> None:
+        self.sample, self.extra = sample, extra
+        self.key, self.shard, self.members = sample.key, sample.shard, sample.members
+        self.name = f"{Path(self.shard).stem}/{self.key}"
         self._json: dict[str, Any] | None = None
 
     def text(self, ending: str) -> str:
-        raw = self.content(ending).read()
-        assert isinstance(raw, bytes), "a shard's member is bytes"
         try:
-            return raw.decode("utf-8").strip()
+            return self.sample.read(ending).decode("utf-8").strip()
         except UnicodeDecodeError as e:
             raise DataError(f"{self.shard}: {self.key}.{ending} is not UTF-8 text: {e}") from e
 
     def content(self, ending: str) -> Content:
         offset, size = self.members[ending]
-        return Content(f"{Path(self.shard).stem}/{self.key}", path=self.shard, offset=offset, size=size)
+        return Content(self.name, path=self.shard, offset=offset, size=size, load=_Later(self.sample, ending))
 
     def value(self, spec: str) -> Any:
         """A label or filter value: a member's text, ``json:KEY`` or ``metadata:KEY``; None when it is not there."""
@@ -112,36 +155,44 @@ class _Sample:
             return self.extra.get(key)
         if kind == "json":
             return self.json().get(key)
+        if spec.rpartition(".")[2] == "npy" and spec in self.members:
+            return self.sample.read(spec)
         return self.text(spec) if spec in self.members else None
 
     def json(self) -> dict[str, Any]:
         if self._json is None:
             try:
                 got = json.loads(self.text("json")) if "json" in self.members else {}
-            except json.JSONDecodeError as e:
+            except (ValueError, RecursionError) as e:
                 raise DataError(f"{self.shard}: {self.key}.json is not valid JSON: {e}") from e
             self._json = got if isinstance(got, dict) else {}
         return self._json
 
     def contents(self, specs: list[str], lines: bool) -> list[Content]:
-        """What the first of ``specs`` that is there gives: strings for txt and json:KEY, bytes for the rest."""
+        """What the first of ``specs`` that is there gives: strings for txt and json:KEY, bytes for the rest.
+
+        A sample that cannot be used is skipped and named where it is embedded, like a broken picture.
+        """
+        if unsafe(self.key):
+            why = f"the member name {self.key!r} leaves the shard's folder; such samples are refused"
+            return [Content(f"{self.name}#0", error=why)]
+        try:
+            return self._contents(specs, lines)
+        except DataError as e:
+            return [Content(f"{self.name}#0", error=str(e))]
+
+    def _contents(self, specs: list[str], lines: bool) -> list[Content]:
         for spec in specs:
             if spec == "txt" and spec in self.members:
-                try:
-                    text = self.text(spec)
-                except DataError as e:  # one broken caption is skipped and named, like a broken picture
-                    return [Content(f"{Path(self.shard).stem}/{self.key}#0", error=str(e))]
-                return self._strings(text.splitlines() if lines else text)
+                text = self.text(spec)
+                return captions(self.name, text.splitlines() if lines else text)
             if spec.startswith(("json:", "metadata:")):
                 value = self.value(spec)
                 if value is not None:
-                    return self._strings(value)
-            elif spec in self.members:
-                return [self.content(spec)]
+                    return captions(self.name, value)
+            elif spec.lower() in self.members:
+                return [self.content(spec.lower())]
         return []
-
-    def _strings(self, value: Any) -> list[Content]:
-        return captions(f"{Path(self.shard).stem}/{self.key}", value)
 
 
 def _read_shards(task: Task) -> Rows:
@@ -150,7 +201,7 @@ def _read_shards(task: Task) -> Rows:
             f"task {task.name}: source.split: shards have no splits, got {task.source.split!r}; "
             "name the split's shards in source.path, or write source.where: {metadata:split: …}"
         )
-    shards = [s for p in paths_of(task) for s in expand(p)]
+    shards = expand(paths_of(task))
     return _rows_of_shards(task, shards, label_spec(task), lines=False)
 
 
@@ -164,21 +215,22 @@ def _read_clip_benchmark(task: Task) -> Rows:
     if not count.isdigit():
         raise DataError(f"{folder}/nshards.txt must hold a number, it holds {count!r}")
     shards = [f"{folder}/{i}.tar" for i in range(int(count))]
-    spec = "cls" if task.label is None and task.kind in ("classification", "probe") else label_spec(task)
+    spec = label_spec(task) or ("cls" if task.one_class else None)
     return _rows_of_shards(task, shards, spec, lines=True)
 
 
 def _rows_of_shards(task: Task, shards: list[str], spec: str | None, lines: bool) -> Rows:
     extra = _metadata(task)
+    specs = {m: member_specs(task, m) for m in needed(task)}
+    check_members(specs, f"task {task.name}: source.members")
     rows = []
-    for shard in shards:
-        for key, members in tar_samples(shard):
-            sample = _Sample(key, shard, members, extra.get(key, {}))
-            if not kept(task, sample.value):
-                continue
-            contents = {m: sample.contents(member_specs(task, m), lines) for m in needed(task)}
-            name = f"{Path(shard).stem}/{key}"
-            rows.append(Row(name, contents, label(task, spec, sample.value, key), labels(task, spec, sample.value)))
+    for found in tar_samples(shards, task.name):
+        sample = _Sample(found, extra.get(found.key, {}))
+        if not kept(task, sample.value):
+            continue
+        contents = {m: sample.contents(s, lines) for m, s in specs.items()}
+        own = label(task, spec, sample.value, found.key)
+        rows.append(Row(sample.name, contents, own, labels(task, spec, sample.value, found.key)))
     require_some(task, rows, member_specs)
     return Rows(rows)
 
@@ -196,45 +248,5 @@ def _metadata(task: Task) -> dict[str, dict[str, Any]]:
         raise DataError(f"{path} must hold one JSON object with a 'key' a line: {e!r}") from e
 
 
-def _read_folder(task: Task) -> Rows:
-    rows: list[Row] = []
-    notes: list[str] = []
-    item = task.modalities[0]
-    endings = tuple(f".{e}" for e in task.source.members.get(item, []))
-    if task.kind not in ("classification", "probe"):
-        raise ConfigError(f"task {task.name}: source.kind: a folder a class is for classification, got {task.kind!r}")
-    for base in paths_of(task):
-        root = Path(base, task.source.split) if task.source.split else Path(base)
-        if not root.is_dir():
-            how = f" How to get it: {task.source.obtain}" if task.source.obtain else ""
-            raise DataError(f"task {task.name}: there is no folder {root}.{how}")
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not folders:
-            raise DataError(
-                f"task {task.name}: {root} has no class folders in it (one folder a class, its files inside)"
-            )
-        for folder in folders:
-            files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-            files = [p for p in files if not endings or p.name.lower().endswith(endings)]
-            if not files:
-                notes.append(
-                    f"The class folder {folder.name!r} is empty: the class stays a wrong answer to choose from."
-                )
-                continue
-            for p in files:
-                name = f"{folder.name}/{p.name}"
-                rows.append(Row(name, {item: [Content(name, path=str(p))]}, folder.name))
-    return Rows(rows, notes)
-
-
-READERS: dict[str, Callable[[Task], Rows]] = {
-    "shards": _read_shards,
-    "clip_benchmark": _read_clip_benchmark,
-    "folder": _read_folder,
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "hf": read_hub,
-    "kitti": read_driving,
-    "nuscenes": read_driving,
-}
+READERS: dict[str, Callable[[Task], Rows]] = {"shards": _read_shards, "clip_benchmark": _read_clip_benchmark}
+"""Sources that are shards; every other kind is a layout in :data:`dualenc.data.sources.sources`."""

@@ -8,9 +8,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
 from dualenc.model.average_weights import Interpolation
+from dualenc.pages import write_page
 from dualenc_evals.harness import environment, evaluate, write_json
 from dualenc_evals.pages import page as pages
 from dualenc_evals.pages.svg import Chart, Series, legend, line_chart
@@ -29,7 +31,7 @@ def interpolate(
     tasks: Sequence[Task],
     out: Path,
     keep: float | None = None,
-    world: Any = None,
+    world: World | None = None,
     device: str = "cpu",
     batch_size: int = 64,
     cache_dir: Path | None = None,
@@ -82,7 +84,7 @@ def interpolate(
         if keep is not None:
             line.at(keep).save(out / "model", provenance={"a": a, "b": b})
         write_json(out / "interpolate.json", result)
-        pages.write_page(out / "interpolate.html", render(result))
+        write_page(out / "interpolate.html", render(result))
     return result
 
 
@@ -98,7 +100,7 @@ def headlines(tasks: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A row an α, a column a task, in percent."""
+    """A table with a row for each α and a column for each task, in percent."""
     keys = headlines(result["tasks"], result["points"][0]["metrics"])
     lines = ["| α | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
     for p in result["points"]:

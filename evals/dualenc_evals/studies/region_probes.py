@@ -22,6 +22,7 @@ from torch import Tensor
 from dualenc.data.driving.geometry import F64, ground_motion, moved
 from dualenc.data.driving.keyframes import Keyframe
 from dualenc.data.driving.regions import find_regions, ground
+from dualenc.encoders.own.bev import MapTower
 from dualenc.errors import ConfigError
 from dualenc.model import Embedder
 from dualenc_evals.metrics import linear
@@ -46,7 +47,7 @@ CLASSES = {
 
 
 @dataclass
-class Frame:
+class RegionFrame:
     """One keyframe: its cloud in ego, and the regions and labelled boxes that have enough points above the ground."""
 
     key: Keyframe
@@ -57,7 +58,7 @@ class Frame:
     boxes: list[tuple[str, str, Ints]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, key: Keyframe, rng: np.random.Generator) -> Frame:
+    def of(cls, key: Keyframe, rng: np.random.Generator) -> RegionFrame:
         raw = key.points()
         points = moved(raw[:, :3], key.lidar_to_ego)
         out = cls(key, points, raw[:, 3:], ~ground(points))
@@ -114,7 +115,7 @@ def evaluate_regions(
     lidar, camera = (_modality(embedder, kind) for kind in ("lidar", "camera"))
     if lidar is None and camera is None:
         raise ConfigError("regions: the model has no bird's-eye-view tower (own/pillars, own/voxels, own/lift_splat)")
-    frames, learned = [Frame.of(k, rng) for k in test], [Frame.of(k, rng) for k in train]
+    frames, learned = [RegionFrame.of(k, rng) for k in test], [RegionFrame.of(k, rng) for k in train]
     out: dict[str, float] = {}
     if lidar is not None:
         out |= view_to_view(embedder, lidar, frames, rng)
@@ -132,7 +133,9 @@ def evaluate_regions(
 # --- the parts ----------------------------------------------------------------------------------------------------
 
 
-def view_to_view(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.random.Generator) -> dict[str, float]:
+def view_to_view(
+    embedder: Embedder, m: str, frames: Sequence[RegionFrame], rng: np.random.Generator
+) -> dict[str, float]:
     """R@1 and R@5 of regions between two views, among the regions of all frames; then a harder form of it."""
     out: dict[str, float] = {}
     for name, scale, kept_share in (("view", (0.9, 1.1), 0.8), ("hard_view", (0.8, 1.25), 0.5)):
@@ -152,7 +155,7 @@ def view_to_view(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.ra
     return out
 
 
-def instances(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.random.Generator) -> dict[str, float]:
+def instances(embedder: Embedder, m: str, frames: Sequence[RegionFrame], rng: np.random.Generator) -> dict[str, float]:
     """R@1 of labelled objects in the next keyframe, among all objects of that keyframe; then with every keyframe turned
     and mirrored on its own, so that nothing is found again for standing where it stood."""
     out: dict[str, float] = {}
@@ -180,7 +183,7 @@ def instances(embedder: Embedder, m: str, frames: Sequence[Frame], rng: np.rando
     return out
 
 
-def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[Frame]) -> dict[str, float]:
+def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[RegionFrame]) -> dict[str, float]:
     """R@1 and R@5, a region's camera features → its LiDAR features: with its own pictures, with another frame's, and
     with its own under the poses of other cameras (which lowers it only where the calibration is used)."""
     places = [[f.points[r] for r in f.regions] for f in frames]
@@ -200,7 +203,9 @@ def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[Frame])
     return out
 
 
-def classes(embedder: Embedder, m: str, test: Sequence[Frame], train: Sequence[Frame], seed: int) -> dict[str, float]:
+def classes(
+    embedder: Embedder, m: str, test: Sequence[RegionFrame], train: Sequence[RegionFrame], seed: int
+) -> dict[str, float]:
     """Linear probe: the class of a labelled box from the frozen map at its points."""
     x, y = (_boxes(embedder, m, frames) for frames in (train, test))
     known = np.flatnonzero(np.isin(y[1], x[1]))
@@ -218,7 +223,7 @@ def classes(embedder: Embedder, m: str, test: Sequence[Frame], train: Sequence[F
 
 
 def occupancy(
-    embedder: Embedder, m: str, test: Sequence[Frame], train: Sequence[Frame], rng: np.random.Generator
+    embedder: Embedder, m: str, test: Sequence[RegionFrame], train: Sequence[RegionFrame], rng: np.random.Generator
 ) -> dict[str, float]:
     """Linear probe: is there something above the ground in a cell of which nothing was measured?
 
@@ -236,7 +241,7 @@ def occupancy(
             labels.append(said)
         if not items or not sum(map(len, labels)):
             return {}
-        values = torch.cat(embedder.at(m, items, places))
+        values = torch.cat(at(embedder, m, items, places))
         sets.append((torch.nn.functional.normalize(values, dim=-1), np.concatenate(labels)))
     weights = linear.fit(sets[0][0], sets[0][1], 2, 100.0)
     ranks, _ = linear.ranks_under(weights, sets[1][0], sets[1][1])
@@ -250,17 +255,65 @@ def pooled(
     embedder: Embedder, m: str, items: Sequence[Any], places: Sequence[Sequence[F64]], projected: bool | None = None
 ) -> Tensor:
     """[R, W] the mean of the map over each list of places, of length 1; through the projector where there is one."""
-    through = embedder.bundle.model.tower(m).local is not None if projected is None else projected
+    through = map_tower(embedder, m).projects if projected is None else projected
     flat = [np.concatenate(p) if len(p) else np.zeros((0, 3)) for p in places]
     rows = []
-    for values, parts in zip(embedder.at(m, items, flat, projected=through), places, strict=True):
+    for values, parts in zip(at(embedder, m, items, flat, through), places, strict=True):
         rows += [v.mean(0) for v in torch.split(values, [len(p) for p in parts])]
     if not rows:
         raise ConfigError("regions: there is no region and no box in these keyframes")
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
 
-def _boxes(embedder: Embedder, m: str, frames: Sequence[Frame]) -> tuple[Tensor, Ints]:
+def at(
+    embedder: Embedder,
+    m: str,
+    items: Sequence[Any],
+    places: Sequence[Any],
+    projected: bool = False,
+    batch_size: int = 8,
+) -> list[Tensor]:
+    """What a bird's-eye-view tower's map says at places of the world.
+
+    Args:
+        items: raw items, as ``embedder.embed`` takes them.
+        places: for each item, x, y (and more, which is not looked at) in the ego frame, in metres: [k, ≥ 2].
+        projected: through the tower's projector (``local_dim``), L2-normalised; else the map itself.
+
+    Returns:
+        For each item [k, W], fp32, on the CPU; zero outside the map.
+
+    Raises:
+        ConfigError: a modality without such a tower or projector; in a training run.
+        DataError: an item that cannot be used.
+    """
+    tower = map_tower(embedder, m)
+    if projected and not tower.projects:
+        raise ConfigError(f"modalities.{m}.encoder.local_dim: the tower was trained without a projector")
+    if len(places) != len(items):
+        raise ConfigError(f"places: there are {len(places)} for {len(items)} items")
+    given = [torch.as_tensor(p, dtype=torch.float32, device=embedder.device) for p in places]
+    out: list[Tensor] = []
+    with torch.no_grad():
+        for x in embedder.batches(m, items, batch_size):
+            of_these = given[len(out) : len(out) + len(x["to_ego"])]
+            out += [values.float().cpu() for values in tower.at(x, of_these, projected)]
+    return out
+
+
+def map_tower(embedder: Embedder, m: str) -> MapTower:
+    """The tower of a modality, if it has a map to look into.
+
+    Raises:
+        ConfigError: it has none; or the model is in training, where an engine may hold its weights in pieces.
+    """
+    tower: Any = embedder.bundle.model.tower(m) if m in embedder.modalities else None
+    if embedder.training_run or not isinstance(tower, MapTower):
+        raise ConfigError(f"{m!r} has no bird's-eye-view map to look into (own/pillars, own/lift_splat have)")
+    return tower
+
+
+def _boxes(embedder: Embedder, m: str, frames: Sequence[RegionFrame]) -> tuple[Tensor, Ints]:
     chosen = [[(c, b) for cls, _, b in f.boxes if (c := _class(cls)) is not None] for f in frames]
     places = [[f.points[b] for _, b in boxes] for f, boxes in zip(frames, chosen, strict=True)]
     x = pooled(embedder, m, [f.lidar() for f in frames], places, projected=False)
@@ -271,7 +324,7 @@ def _class(name: str) -> int | None:
     return next((i for i, begins in enumerate(CLASSES.values()) if name.startswith(begins)), None)
 
 
-def _cells(f: Frame, kept: npt.NDArray[np.bool_], rng: np.random.Generator) -> tuple[F64, Ints]:
+def _cells(f: RegionFrame, kept: npt.NDArray[np.bool_], rng: np.random.Generator) -> tuple[F64, Ints]:
     def cells(rows: npt.NDArray[Any]) -> set[tuple[int, int]]:
         return {(int(x), int(y)) for x, y in np.floor(f.points[rows, :2] / CELL)}
 
@@ -316,6 +369,6 @@ def _some(rows: Ints, rng: np.random.Generator) -> Ints:
 
 def _modality(embedder: Embedder, kind: str) -> str | None:
     for m in embedder.modalities:
-        if embedder.bundle.parts[m].kind == kind and hasattr(embedder.bundle.model.tower(m), "bev"):
+        if embedder.bundle.parts[m].kind == kind and isinstance(embedder.bundle.model.tower(m), MapTower):
             return m
     return None

@@ -8,14 +8,17 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dualenc.data.driving.corruption import Corruption
+from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
+from dualenc.pages import write_page
 from dualenc_evals.harness import environment, evaluate, write_json
 from dualenc_evals.pages import page as pages
 from dualenc_evals.pages.svg import Chart, Series, legend, line_chart
 from dualenc_evals.ranks import ranks_of
 from dualenc_evals.studies.interpolation import headlines, named
-from dualenc_evals.task import Corruption, Task
+from dualenc_evals.task import Task
 
 LEVELS: dict[str, tuple[float, ...]] = {
     "beams": (0.25, 0.5, 0.75),
@@ -37,7 +40,7 @@ def robustness(
     tasks: Sequence[Task],
     out: Path,
     kinds: Sequence[str] = tuple(LEVELS),
-    world: Any = None,
+    world: World | None = None,
     device: str = "cpu",
     batch_size: int = 64,
     cache_dir: Path | None = None,
@@ -48,7 +51,7 @@ def robustness(
     Args:
         model: a MODEL as in ``dualenc eval``.
         tasks: of kitti or nuscenes.
-        kinds: fields of :class:`dualenc_evals.task.Corruption`.
+        kinds: fields of :class:`dualenc.data.driving.corruption.Corruption`.
 
     Returns:
         ``{"model", "tasks", "clean": {task/metric: value}, "chance": likewise, "curves": {kind: [{"level", "metrics":
@@ -60,7 +63,7 @@ def robustness(
     if not tasks:
         raise ConfigError("--tasks: name at least one task of kitti or nuscenes, such as kitti_frames")
     for t in tasks:
-        if t.source.kind not in ("kitti", "nuscenes"):
+        if not t.source.has_sensors:
             raise ConfigError(f"task {t.name}: its source is {t.source.kind}; sensors fail in kitti and nuscenes only")
     bundle = load_model(model, device=device)
 
@@ -84,7 +87,7 @@ def robustness(
     }
     if ranks_of(world).is_main:
         write_json(out / "robustness.json", result)
-        pages.write_page(out / "robustness.html", render(result))
+        write_page(out / "robustness.html", render(result))
     return result
 
 

@@ -1,0 +1,140 @@
+"""Commands that use a model on files of yours: classify, search."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from dualenc.cli.app import Debug, app
+from dualenc.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ModelArgument = Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")]
+ModalityOption = Annotated[str | None, typer.Option("--modality", help="Of the files; default: told by their endings.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Items encoded at once.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each result.")]
+
+
+@app.command()
+def classify(
+    model: ModelArgument,
+    files: Annotated[list[str], typer.Argument(help="Images, sounds …: files, URLs, or folders of them.")],
+    names: Annotated[
+        str, typer.Option("--names", help='The classes, comma between ("cat,dog"), or a .txt, one a line.')
+    ],
+    templates: Annotated[
+        list[str] | None,
+        typer.Option("--templates", help="'a photo of a {}.'; may be repeated; or a .txt, one a line."),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show of each file.")] = 3,
+    modality: ModalityOption = None,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    debug: Debug = False,
+) -> None:
+    """Zero-shot classification of files: which of the names fits each best.
+
+    Exit code 3 if a file could not be read; the others are classified all the same.
+    """
+    classes = _words(names, "--names")
+    worded = [t for text in templates or [] for t in (_lines(text, "--templates") if _is_list(text) else [text])]
+    from dualenc.api.model import load_model
+
+    loaded = load_model(model, device)
+    options: dict[str, Any] = {"modality": modality, "batch_size": batch_size, "progress": _shown(as_json)}
+    done = loaded.classify(files, classes, worded or None, skip=True, **options)
+    if as_json:
+        for item, row in zip(done.items, done.top(len(classes)), strict=True):
+            print(json.dumps({"file": item, "name": row[0][0], "probabilities": dict(row)}, ensure_ascii=False))
+    else:
+        shown = min(top, len(classes))
+        table = Table(Column("file", overflow="fold"), *_columns(shown))
+        for item, row in zip(done.items, done.top(shown), strict=True):
+            table.add_row(escape(str(item)), *(cell for name, p in row for cell in (escape(name), f"{100 * p:.1f}")))
+        Console().print(table)
+    _end(done.skipped)
+
+
+@app.command()
+def search(
+    model: ModelArgument,
+    folder: Annotated[str, typer.Argument(help="A folder of images, sounds …")],
+    query: Annotated[str, typer.Argument(help='What to look for: "a red bike".')],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many files to show.")] = 5,
+    modality: ModalityOption = None,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    debug: Debug = False,
+) -> None:
+    """Find the files of a folder that a text describes best.
+
+    Exit code 3 if a file could not be read; the others are searched all the same.
+    """
+    if "://" not in folder and not Path(folder).expanduser().exists():
+        raise DataError(f"There is no folder {folder}.")
+    from dualenc.api.model import load_model
+
+    loaded = load_model(model, device)
+    index = loaded.index(folder, modality=modality, batch_size=batch_size, progress=_shown(as_json))
+    hits = loaded.search(index, query, k) if len(index) else []
+    if as_json:
+        for hit in hits:
+            print(json.dumps({"file": hit.item, "cosine": hit.score}, ensure_ascii=False))
+    else:
+        title = f"{escape(query)}: best of {len(index):,} {index.modality} files"
+        table = Table(
+            Column("cosine", justify="right"), Column("file", overflow="fold"), title=title, title_justify="left"
+        )
+        for hit in hits:
+            table.add_row(f"{hit.score:.4f}", escape(str(hit.item)))
+        Console().print(table)
+    _end(index.skipped)
+
+
+def _columns(shown: int) -> Sequence[Column]:
+    ranks = ["best"] + [f"no. {i}" for i in range(2, shown + 1)]
+    return [c for rank in ranks for c in (Column(rank), Column("%", justify="right"))]
+
+
+def _shown(as_json: bool) -> bool:
+    """Whether there is somebody to show a progress bar to."""
+    return sys.stderr.isatty() and not as_json
+
+
+def _is_list(text: str) -> bool:
+    return text.endswith(".txt") and "{}" not in text
+
+
+def _words(text: str, option: str) -> list[str]:
+    words = _lines(text, option) if _is_list(text) else [w.strip() for w in text.split(",") if w.strip()]
+    if len(words) < 2:
+        raise ConfigError(f'{option}: {text!r} names {len(words)} class; write two or more, such as "cat,dog"')
+    return words
+
+
+def _lines(path: str, option: str) -> list[str]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{option}: there is no file {path}")
+    return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _end(skipped: Mapping[str | int, str]) -> None:
+    """Name what could not be read; the exit code says that there was something."""
+    stderr = Console(stderr=True)
+    for item, why in skipped.items():
+        stderr.print(f"[yellow]not read:[/] {escape(str(item))}: {escape(why)}", highlight=False, soft_wrap=True)
+    if skipped:
+        raise typer.Exit(DataError.exit_code)

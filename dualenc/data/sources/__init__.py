@@ -1,0 +1,21 @@
+"""Data sets in the layouts they come in; one module a layout, each registered in :data:`sources`."""
+
+from dualenc.data.sources import driving, folder, hub, tables
+from dualenc.data.sources.item import Content, Item, Layout, captions, sources
+from dualenc.data.sources.opened import NotThereError
+from dualenc.data.sources.samples import iter_source, open_layout
+
+__all__ = [
+    "Content",
+    "Item",
+    "Layout",
+    "NotThereError",
+    "captions",
+    "driving",
+    "folder",
+    "hub",
+    "iter_source",
+    "open_layout",
+    "sources",
+    "tables",
+]

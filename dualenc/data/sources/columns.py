@@ -1,0 +1,177 @@
+"""Which column of a table is which modality: the one grammar of packing, of tasks and of embedding.
+
+``members: {MODALITY: [SPEC, …]}`` names columns, tried in turn for each row. A SPEC is::
+
+    captions                     a column; for text the string or list of strings itself, for any other modality the
+                                 path of a file beside the table, or bytes
+    image.path                   a key inside an object, where no column has that very name
+    fold{fold}/{name}.wav        a path made of several columns; {id:06} fills up with zeros
+    caption_0+caption_1          both, in that order
+    file:audio                   the same as audio: a file (needed only where the modality is text)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from dualenc.data.sources.item import Content, Item, captions
+from dualenc.errors import ConfigError, DataError, did_you_mean
+
+Members = Mapping[str, Sequence[str]]
+TEXT_COLUMNS = ("captions", "caption", "text", "sentence", "transcript", "title")
+"""Columns tried for text where the settings name none."""
+
+
+class ColumnBlock(Protocol):
+    """Some rows of a table that is read by columns, on demand."""
+
+    columns: Sequence[str]
+
+    def cell(self, column: str, row: int) -> Any:
+        """One value; bytes and {bytes, path} objects whole."""
+
+    def holds_bytes(self, column: str) -> bool:
+        """Whether the column holds pictures or sounds rather than plain values."""
+
+
+class LazyRow(Mapping[str, Any]):
+    """A row whose cells are read when they are asked for."""
+
+    __slots__ = ("block", "row")
+
+    def __init__(self, block: ColumnBlock, row: int) -> None:
+        self.block, self.row = block, row
+
+    def __getitem__(self, column: str) -> Any:
+        if column not in self.block.columns:
+            raise KeyError(column)
+        return self.block.cell(column, self.row)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.block.columns)
+
+    def __len__(self) -> int:
+        return len(self.block.columns)
+
+    def __contains__(self, column: object) -> bool:
+        return column in self.block.columns
+
+
+def value_of(fields: Mapping[str, Any], column: str) -> Any:
+    """A column; ``a.b`` reaches into an object where there is no column of that very name. None: not there."""
+    if column in fields:
+        return fields[column]
+    node: Any = fields
+    for part in column.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def filled(pattern: str, fields: Mapping[str, Any]) -> Any:
+    """A column's value; with braces, the pattern with each ``{column}`` put in. None where one is empty."""
+    if "{" not in pattern:
+        return value_of(fields, pattern)
+    lacking = False
+
+    def put(m: re.Match[str]) -> str:
+        nonlocal lacking
+        got = value_of(fields, m.group(1))
+        lacking = lacking or got in (None, "")
+        return str(got).zfill(int(m.group(2) or 0))
+
+    name = re.sub(r"\{([^{}:]+)(?::(\d+))?\}", put, pattern)
+    return None if lacking else name
+
+
+def specs_of(members: Members, modality: str) -> list[str]:
+    """The columns of a modality: those that ``members`` names, else the usual ones."""
+    return list(members.get(modality) or (TEXT_COLUMNS if modality == "text" else (modality,)))
+
+
+def named_columns(spec: str) -> list[str]:
+    """Every column that a spec names."""
+    out: list[str] = []
+    for part in spec.split("+"):
+        plain = part.removeprefix("file:")
+        out += re.findall(r"\{([^{}:]+)(?::\d+)?\}", plain) if "{" in plain else [plain]
+    return out
+
+
+def is_there(column: str, known: Mapping[str, Any] | Sequence[str]) -> bool:
+    """Whether a table with these columns can have this one: ``a.b`` may be a key inside ``a``."""
+    return column in known or ("." in column and column.split(".")[0] in known)
+
+
+def check_members(members: Members, modality: str, known: Sequence[str], where: str) -> None:
+    """Raises ConfigError (with the nearest name) when no spec that ``members`` gives for a modality can be right."""
+    specs = list(members.get(modality) or ())
+    if specs and not any(all(is_there(c, known) for c in named_columns(s)) for s in specs):
+        column = next(c for c in named_columns(specs[0]) if not is_there(c, known))
+        raise ConfigError(f"{where}: there is no column {column!r}. {did_you_mean(column, known)}")
+
+
+def contents_of(item: Item, modality: str, members: Members, files: str = "") -> list[Content]:
+    """What the first spec that gives something gives, for one modality of a table's row.
+
+    Args:
+        files: folder that paths start from; default: the table's own.
+
+    Raises:
+        DataError: a path that leads out of that folder.
+    """
+    for spec in specs_of(members, modality):
+        texts: list[str] = []
+        found: list[Content] = []
+        for part in spec.split("+"):
+            column = part.removeprefix("file:")
+            raw = cell_bytes(item, column)
+            if raw is not None:
+                found.append(raw)
+                continue
+            value = filled(column, item.fields)
+            if value is None or value in ("", []):
+                continue
+            many = value if isinstance(value, list) else [value]
+            if part == column and modality == "text":
+                texts += [str(v) for v in many if v is not None]
+            else:
+                found += [_content(item, column, v, files) for v in many]
+        if texts or found:
+            return found + captions(item.id, texts)
+    return []
+
+
+def cell_bytes(item: Item, column: str) -> Content | None:
+    """The picture or sound in a cell of a table that is read by columns, as a content that is read later."""
+    fields = item.fields
+    if isinstance(fields, LazyRow) and column in fields and fields.block.holds_bytes(column):
+        return Content(f"{item.id}/{column}", load=partial(_cell, fields, column, item.folder))
+    return None
+
+
+def _cell(fields: LazyRow, column: str, folder: str) -> bytes:
+    value = fields[column]
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise DataError(f"row {fields.row} has no {column}")
+    if isinstance(value, str):
+        raw = Content(value, path=value if os.path.isabs(value) or not folder else f"{folder}/{value}").read()
+        assert isinstance(raw, bytes), "a file is bytes"
+        return raw
+    return bytes(value)
+
+
+def _content(item: Item, column: str, value: Any, files: str) -> Content:
+    if isinstance(value, bytes):
+        return Content(f"{item.id}/{column}", load=lambda: value)
+    # A table is data: it may name files in its own folder (or the one the settings name), not reach for others.
+    inside = os.path.normpath(str(value))
+    if os.path.isabs(inside) or inside.startswith(".."):
+        raise DataError(f"{item.id} names {str(value)!r}: paths must stay inside the list's folder")
+    folder = (files or item.folder or ".").rstrip("/")
+    return Content(inside, path=f"{folder}/{inside}")

@@ -1,0 +1,128 @@
+"""Items of any source by its name and settings, as (key, raw values): what embedding reads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import AliasChoices, Field
+
+from dualenc.config import Positive, Section, settings_as
+from dualenc.data.sources.columns import check_members, contents_of, value_of
+from dualenc.data.sources.item import Content, Item, Layout, sources
+from dualenc.errors import ConfigError, DataError, did_you_mean
+
+HEAD = 100
+"""Rows need not all have the same columns: a column is known when one of the first hundred has it."""
+
+
+class CommonSettings(Section):
+    """What may be said of any source beside its own settings."""
+
+    members: dict[str, list[str]] = Field(
+        default_factory=dict, description="tables: modality → columns, see dualenc.data.sources.columns"
+    )
+    files: str = Field(
+        "",
+        validation_alias=AliasChoices("files", "root"),
+        description="tables: the folder that paths start from; default: the table's own",
+    )
+    where: dict[str, Any] = Field(
+        default_factory=dict, description="only items whose field has this value, or one of these"
+    )
+    limit: Positive | None = Field(None, description="only the first so many")
+
+
+def accepted(section: type[Section]) -> set[str]:
+    """Every key that the settings may be written with."""
+    keys = set(section.model_fields)
+    for field in section.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            keys |= {c for c in field.validation_alias.choices if isinstance(c, str)}
+    return keys
+
+
+def open_layout(kind: str, settings: Mapping[str, Any]) -> tuple[Layout[Any], Any, CommonSettings]:
+    """The layout of a name, its settings checked, and what is wanted of its items.
+
+    Raises:
+        ConfigError: an unknown source or key (with the nearest), or a wrong value.
+    """
+    layout: Layout[Any] = sources[kind]
+    own = accepted(layout.settings)
+    common = accepted(CommonSettings) - own
+    unknown = [k for k in settings if k not in own | common]
+    if unknown:
+        raise ConfigError(f"{kind}.{unknown[0]}: unknown key. {did_you_mean(unknown[0], own | common)}")
+    wanted = settings_as(CommonSettings, {k: v for k, v in settings.items() if k in common}, kind)
+    return layout, settings_as(layout.settings, {k: v for k, v in settings.items() if k in own}, kind), wanted
+
+
+def iter_source(
+    kind: str, settings: Mapping[str, Any], modalities: Sequence[str] = ("image", "text")
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every item of a source once, in its order: (key, modality → raw value).
+
+    A raw value is the bytes of a picture, sound, cloud …, or a string; a list of them where there are several
+    (captions); a DataError, not raised, where it cannot be read. A modality that an item lacks is not in its values.
+    Keys are different from each other and the same every time.
+
+    Args:
+        kind: a name in :data:`dualenc.data.sources.sources`.
+        settings: of the source, and ``members``, ``files``, ``where``, ``limit`` (:class:`CommonSettings`).
+        modalities: which to read; others stay unread.
+
+    Raises:
+        ConfigError: an unknown source, key or column.
+        DataError: the data set is missing or damaged; no item has any of the modalities.
+    """
+    layout, own, wanted = open_layout(kind, settings)
+    found = False
+    for item in itertools.islice(_chosen(layout, own, wanted, modalities), wanted.limit):
+        values = {m: _raw(got) for m in modalities if (got := _contents(layout, item, m, wanted))}
+        found = found or bool(values)
+        yield item.id, values
+    if not found:
+        raise DataError(f"{kind}: no item has any of {', '.join(modalities)}; say where they stand in members")
+
+
+def _chosen(layout: Layout[Any], own: Any, wanted: CommonSettings, modalities: Sequence[str]) -> Iterator[Item]:
+    items: Iterable[Item] = iter(layout.read(own))
+    head = list(itertools.islice(items, HEAD))
+    if layout.table:
+        known = list(dict.fromkeys(k for item in head for k in item.fields))
+        for m in modalities:
+            check_members(wanted.members, m, known, f"members.{m}")
+    for item in itertools.chain(head, items):
+        if all(matches(value_of(item.fields, k), allowed) for k, allowed in wanted.where.items()):
+            yield item
+
+
+def matches(value: Any, allowed: Any) -> bool:
+    """Whether a field has the value, or one of the values, that ``where`` names; compared as text."""
+    return str(value) in {str(v) for v in (allowed if isinstance(allowed, list) else [allowed])}
+
+
+def _contents(layout: Layout[Any], item: Item, modality: str, wanted: CommonSettings) -> list[Content]:
+    if layout.table:
+        try:
+            return contents_of(item, modality, wanted.members, wanted.files)
+        except DataError as e:  # a path that leads out of the folder: that item's fault alone
+            return [Content(item.id, error=str(e))]
+    return list(item.contents.get(modality, []))
+
+
+def _raw(contents: Sequence[Content]) -> Any:
+    values = [_read(c) for c in contents]
+    return values[0] if len(values) == 1 else values
+
+
+def _read(content: Content) -> bytes | str | DataError:
+    from dualenc.data.modalities.modality import of_one_item  # torch is imported with it
+
+    try:
+        with of_one_item():
+            return content.read()
+    except DataError as e:
+        return e
