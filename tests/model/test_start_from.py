@@ -20,7 +20,7 @@ from dualenc.errors import ConfigError
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.export.export import export
 from dualenc.model.start_from import completed
-from dualenc.train.start import init_weights
+from dualenc.train.build import init_weights
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "finetune"
