@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "dualenc.errors": 0,
     "dualenc.registry": 0,
+    "dualenc.plugins": 0,
     "dualenc.shipped": 0,
     "dualenc.files": 0,
     "dualenc.config": 0,
@@ -32,7 +33,10 @@ LAYERS = {
     "benchmarks": 7,
     "dualenc.__main__": 8,
 }
-BOTTOM = {"dualenc.errors", "dualenc.registry", "dualenc.shipped", "dualenc.files", "dualenc.config", "dualenc"}
+BOTTOM = {
+    *("dualenc.errors", "dualenc.registry", "dualenc.plugins", "dualenc.shipped", "dualenc.files"),
+    *("dualenc.config", "dualenc"),
+}
 
 # Packages that may be imported below these folders only.
 ONLY_IN = {

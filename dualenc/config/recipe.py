@@ -19,6 +19,7 @@ from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.errors import did_you_mean
+from dualenc.plugins import import_plugins, named_in
 
 
 class Unlocked(Section):
@@ -107,7 +108,10 @@ class Data(Section):
     """Where samples come from and how they are ordered and read."""
 
     sources: list[Source] = Field(min_length=1)
-    sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    sampling: str | Component = Field(
+        default="without_replacement",
+        description="the plan: without_replacement, with_replacement, or one from outside; {name: …} with its settings",
+    )
     lanes: Positive = Field(
         1, description="the pass is cut into this many streams of shards; ranks read their lanes' shards only"
     )
@@ -274,6 +278,9 @@ class Recipe(Section):
 
     name: str
     description: str = ""
+    plugins: list[str] = Field(
+        default_factory=list, description="modules imported first: they bring losses, encoders, modalities … of others"
+    )
     seed: int = 0
     out: str | None = Field(default=None, description="run folder; default: runs/NAME")
     modalities: dict[str, Modality] = Field(min_length=2)
@@ -346,10 +353,14 @@ def pair_name(pair: tuple[str, str]) -> str:
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
 
+    Its ``plugins`` are imported.
+
     Raises:
         ConfigError: naming the key, the file it came from, the value, and what to write instead.
     """
     raw, origin = read_yaml(Path(path))
     for item in overrides:
         apply_override(raw, item, origin)
+    source = origin.get("plugins", str(path))
+    import_plugins(named_in(raw, source), f"plugins (in {source})")
     return parse(Recipe, raw, origin, str(path))

@@ -7,6 +7,6 @@ A term sees a :class:`~dualenc.distill.terms.term.PairInputs` and returns a :cla
 from dualenc.distill.objective import Distillation
 from dualenc.distill.setup import Distiller
 from dualenc.distill.terms import affinity, anchor, dcd, feature, gradient, interactive, soft_labels, soft_sigmoid  # noqa: F401
-from dualenc.distill.terms.term import PairInputs, Term, terms
+from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, terms
 
-__all__ = ["Distillation", "Distiller", "PairInputs", "Term", "terms"]
+__all__ = ["Distillation", "Distiller", "PairInputs", "Term", "TermConfig", "features_of", "terms"]

@@ -109,5 +109,5 @@ def why_no_triton(device: torch.device) -> str | None:
     return None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
-losses: Registry[type[Any]] = Registry("loss")
+losses: Registry[type[Any]] = Registry("loss", "dualenc.losses", needs=("Config",))
 """Name → a class with a pydantic ``Config`` that is built from one instance of it and is a :class:`Loss`."""

@@ -29,7 +29,7 @@ from typing import Any
 from dualenc.data.modalities import DecodeError, ModalityInput, modalities
 from dualenc.errors import ConfigError, DataError
 from dualenc_evals.features import Embedder, Seen, Store, digest_of
-from dualenc_evals.kinds import classification, compositional, multilabel, probes, retrieval
+from dualenc_evals.kinds import kinds as task_kinds
 from dualenc_evals.pages.table import print_table
 from dualenc_evals.ranks import ranks_of
 from dualenc_evals.read.shards import Rows, read_rows
@@ -37,13 +37,6 @@ from dualenc_evals.task import Task
 
 PACKAGES = ("torch", "numpy", "open_clip_torch", "timm", "transformers", "pillow")
 SHOWN_SKIPPED = 100
-KINDS: dict[str, Any] = {
-    "classification": classification,
-    "multilabel": multilabel,
-    "retrieval": retrieval,
-    "compositional": compositional,
-    "probe": probes,
-}
 
 __all__ = ["Embedder", "environment", "evaluate", "print_table", "run_task", "write_json"]
 
@@ -199,7 +192,7 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
 
 
 def _measure(task: Task, rows: Rows, store: Store, seed: int, details: bool) -> tuple[Any, dict[str, Any]]:
-    kind = KINDS[task.kind]
+    kind = task_kinds[task.kind]
     data = kind.collect(task, rows, store)
     refuse_too_many(task, data.skipped, data.asked)
     return data, kind.evaluate(task, data, store, seed, details)

@@ -16,6 +16,8 @@ from pydantic import Field, field_validator, model_validator
 
 from dualenc.config import Positive, Section, Share, parse, read_yaml
 from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.plugins import import_plugins, named_in
+from dualenc_evals.kinds import kinds as task_kinds
 from dualenc_evals.read.files import read_text
 
 TASKS = Path(__file__).parent / "tasks"
@@ -176,7 +178,10 @@ class Task(Section):
 
     name: str
     version: Positive = 1
-    kind: Literal["classification", "multilabel", "retrieval", "compositional", "probe"]
+    kind: str
+    plugins: list[str] = Field(
+        default_factory=list, exclude=True, description="modules imported first: they bring kinds and modalities"
+    )
     description: str = ""
     source: Source
     modalities: tuple[str, str] = ("image", "text")
@@ -217,6 +222,8 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Task:
+        if self.kind not in task_kinds:
+            raise ValueError(f"kind: there is no task kind {self.kind!r}. {did_you_mean(self.kind, task_kinds)}")
         known = self.known()
         for m in self.metrics:
             if m not in known and not re.fullmatch(METRIC_PATTERNS.get(self.kind, r"(?!)"), m):
@@ -228,7 +235,8 @@ class Task(Section):
             check_templates(self.templates)
         if self.modalities[0] == self.modalities[1]:
             raise ValueError(f"modalities: two different ones, got {list(self.modalities)}")
-        self._keys_of_the_kind()
+        if task_kinds.origin(self.kind) is None:
+            self._keys_of_the_kind()
         return self
 
     def _keys_of_the_kind(self) -> None:
@@ -322,7 +330,14 @@ def load_task(name: str | Path) -> Task:
     # A name in an included file is that file's: a task is called what its own file is called, unless it says otherwise.
     if origin.get("name") != str(path):
         raw["name"] = path.stem
-    return parse(Task, raw, origin, str(path))
+    source = origin.get("plugins", str(path))
+    import_plugins(named_in(raw, source), f"plugins (in {source})")
+    kind = raw.get("kind")
+    try:
+        model: type[Task] = task_kinds[kind].Task if isinstance(kind, str) else Task
+    except ConfigError as e:
+        raise ConfigError(f"kind (in {origin.get('kind', str(path))}): {e}") from e
+    return parse(model, raw, origin, str(path))
 
 
 def list_tasks() -> list[Task]:

@@ -118,7 +118,7 @@ class SourceKind(Generic[C]):
     finish: Callable[[C, Path], list[str]] | None = None
 
 
-sources: Registry[SourceKind[Any]] = Registry("source")
+sources: Registry[SourceKind[Any]] = Registry("source", "dualenc.sources", needs=("config", "records"))
 
 
 # --- keys --------------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ class Term(Protocol):
         ...
 
 
-terms: Registry[type[Any]] = Registry("distillation term")
+terms: Registry[type[Any]] = Registry("distillation term", "dualenc.terms", needs=("Config",))
 """Name → a class with a pydantic ``Config`` (a :class:`TermConfig`), built from one of it; a :class:`Term`.
 ``uses_heads = True``: it compares in the teacher's space and reads ``PairInputs.projected``."""
 

@@ -84,7 +84,8 @@ def captions(row: str, value: Any) -> list[Content]:
 
 def needed(task: Task) -> list[str]:
     """Modalities read from the source: prompts are made, not read."""
-    return list(task.modalities) if task.kind in ("retrieval", "compositional") else [task.modalities[0]]
+    prompted = task.kind in ("classification", "multilabel", "probe")
+    return [task.modalities[0]] if prompted else list(task.modalities)
 
 
 def member_specs(task: Task, modality: str) -> list[str]:
