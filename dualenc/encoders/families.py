@@ -22,8 +22,8 @@ from dualenc.registry import Registry
 class Family(Protocol):
     """Towers of one origin. ``kind`` is the modality's kind ("image", "text", …), ``name`` what follows the slash."""
 
-    kinds: ClassVar[tuple[str, ...] | None]
-    """Modalities that it has towers for; None: each of its towers says so itself."""
+    kinds: ClassVar[tuple[str, ...]]
+    """Modalities that it has towers for; none: each of its towers says so itself."""
     Config: ClassVar[type[BaseModel]]
 
     def names(self) -> list[str]:
@@ -64,7 +64,7 @@ def find(kind: str, component: Component, where: str) -> tuple[Family, str, Base
     """
     head, name = split(component.name, where)
     family = families[head]()
-    if family.kinds is not None and kind not in family.kinds:
+    if family.kinds and kind not in family.kinds:
         raise ConfigError(f"{where}.name: {head} has no towers for {kind!r}, only for {', '.join(family.kinds)}.")
     cls = family.Config
     if head == "own":
@@ -124,7 +124,7 @@ class _Own:
     Config: ClassVar[type[BaseModel]] = BaseModel
     """Each own tower has its own."""
 
-    kinds: ClassVar[tuple[str, ...] | None] = None
+    kinds: ClassVar[tuple[str, ...]] = ()
 
     def names(self) -> list[str]:
         return [n for n in own_towers if own_towers.source(n) == "dualenc"]
