@@ -103,13 +103,19 @@ tracking: {{log_every: 1, sample_ids: true}}
 
 
 def task(folder: Path, shards: str, form: str) -> Path:
+    """A task on the shards, or on the very files they were packed from."""
     path = folder / f"task_{form}.yaml"
     plugins = "plugins: [dualenc_series.register]\n" if form == "plugins" else ""
+    sources = {
+        "entry": f'kind: {NAMES["source"][0]}, path: "{folder / "csv"}"',
+        "plugins": f'kind: shards, path: "{shards}", members: {{series: [series.npy]}}',
+        "reference": f'kind: "{NAMES["source"][1]}", path: "{folder / "csv"}"',
+    }
     path.write_text(
         f"""kind: "{NAMES["task"][1 if form == "reference" else 0]}"
 {plugins}step: 2
 modalities: [series, text]
-source: {{kind: shards, path: "{shards}", members: {{series: [series.npy]}}}}
+source: {{{sources[form]}}}
 """,
         encoding="utf-8",
     )

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualenc.config import Section
 from dualenc.distributed.gather import gather, gather_ids
 from dualenc.distributed.world import world_size
-from dualenc.losses import LossOutput
+from dualenc.losses import Loss, LossOutput
 
 
-class Hinge(nn.Module):
+class Hinge(Loss):
     """Every wrong pair should be ``margin`` further apart than the right one."""
 
     class Config(Section):

@@ -2,10 +2,10 @@
 
 from dualenc.data.modalities import modalities
 from dualenc.data.plans import plans
+from dualenc.data.sources import sources
 from dualenc.distill import terms
 from dualenc.encoders import own_towers
 from dualenc.losses import losses
-from dualenc_data_tools.sources import sources
 from dualenc_evals.kinds import kinds
 from dualenc_series.as_it_lies import AsItLies
 from dualenc_series.hinge import Hinge

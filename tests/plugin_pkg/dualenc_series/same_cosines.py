@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dualenc.distill import PairInputs, TermConfig, features_of
+from dualenc.distill import PairInputs, Term, TermConfig, features_of
 from dualenc.losses import LossOutput
 
 
-class SameCosines:
+class SameCosines(Term):
     """Squared differences of all cosines of the batch."""
 
     Config = TermConfig
-
-    def __init__(self, config: TermConfig) -> None:
-        self.config = config
+    needs_features = True
 
     def __call__(self, x: PairInputs) -> LossOutput:
         rows, columns = x.ids >= 0, x.all_ids >= 0

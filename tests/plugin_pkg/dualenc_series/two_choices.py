@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from dualenc.data.sources import Content
 from dualenc_evals.features import Store, digest_of
+from dualenc_evals.kinds import Kind, Measured
 from dualenc_evals.metrics import scores
-from dualenc_evals.read.rows import Content, Rows
+from dualenc_evals.read.rows import Rows
 from dualenc_evals.task import Task
 
 
@@ -33,13 +34,12 @@ class Pairs:
     notes: list[str] = field(default_factory=list)
 
 
-class TwoChoices:
+class TwoChoices(Kind[TwoChoicesTask, Pairs]):
     """What ``kind: two_choices`` names."""
 
     Task = TwoChoicesTask
 
-    @staticmethod
-    def collect(task: TwoChoicesTask, rows: Rows, store: Store) -> Pairs:
+    def collect(self, task: TwoChoicesTask, rows: Rows, store: Store) -> Pairs:
         both = [[r.contents[m][0] for r in rows.rows] for m in task.modalities]
         seen = [store.inspect(m, side) for m, side in zip(task.modalities, both, strict=True)]
         bad = {i: why for s in seen for i, why in s.bad.items()}
@@ -49,8 +49,7 @@ class TwoChoices:
         skipped = [{"id": both[0][i].id, "reason": why} for i, why in sorted(bad.items())]
         return Pairs(a, b, digests, skipped, len(rows.rows), digest_of(digests), rows.notes)
 
-    @staticmethod
-    def evaluate(task: TwoChoicesTask, data: Pairs, store: Store, seed: int, details: bool) -> dict[str, Any]:
+    def evaluate(self, task: TwoChoicesTask, data: Pairs, store: Store, seed: int, details: bool) -> Measured:
         first, second = task.modalities
         x = store.features(first, data.a, data.digests[0]).numpy()
         y = store.features(second, data.b, data.digests[1]).numpy()
