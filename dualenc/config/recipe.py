@@ -19,6 +19,7 @@ from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.errors import did_you_mean
+from dualenc.plugins import import_plugins, named_in
 from dualenc.shipped import find_recipe
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -110,7 +111,10 @@ class Data(Section):
     """Where samples come from and how they are ordered and read."""
 
     sources: list[Source] = Field(min_length=1)
-    sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    sampling: str | Component = Field(
+        default="without_replacement",
+        description="the plan: without_replacement, with_replacement, or one from outside; {name: …} with its settings",
+    )
     lanes: Positive = Field(
         1, description="the pass is cut into this many streams of shards; ranks read their lanes' shards only"
     )
@@ -286,6 +290,9 @@ class Recipe(Section):
 
     name: str
     description: str = ""
+    plugins: list[str] = Field(
+        default_factory=list, description="modules imported first: they bring losses, encoders, modalities … of others"
+    )
     seed: int = 0
     out: str | None = Field(default=None, description="run folder; default: runs/NAME")
     modalities: dict[str, Modality] = Field(min_length=2)
@@ -371,6 +378,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
 
+    Its ``plugins`` are imported first of all.
+
     Args:
         path: a YAML file, or the name of a recipe that comes with the package, such as ``quickstart``.
         overrides: values are read as YAML.
@@ -383,4 +392,6 @@ def load_recipe(
     raw, origin = read_yaml(file)
     for item in overrides:
         apply_override(raw, item, origin)
+    source = origin.get("plugins", str(file))
+    import_plugins(named_in(raw, source), f"plugins (in {source})")
     return parse(Recipe, raw if complete is None else complete(raw), origin, str(file))

@@ -37,6 +37,7 @@ from dualenc.model.bundle import (
     pieces_digest,
 )
 from dualenc.model.record import check_activations, check_inputs, read_record
+from dualenc.plugins import changed, import_recorded
 from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
     Raises:
         ConfigError: if there is no such model.
         CheckpointError: naming the field, if weights, tokenizer or activation are not those that were saved, or a
-            tensor is missing, left over or of another shape.
+            tensor is missing, left over or of another shape; naming the plugin, if it needs one that is not installed
+            or not allowed (:mod:`dualenc.plugins`).
     """
     form, colon, rest = spec.partition(":")
     if colon and form == "open_clip":
@@ -123,6 +125,8 @@ def load_bundle(folder: Path) -> Bundle:
         CheckpointError: naming the field that is not as it was saved.
     """
     said = _read_description(folder)
+    names = [str(n) for d in said["modalities"].values() for n in (d["kind"], d["encoder"]["name"])]
+    import_recorded(said.get("plugins", {}), names, str(folder))
     tensors, digest, made = _weights(folder, said["weights"])
     parts, inputs = {}, {}
     for m, d in said["modalities"].items():
@@ -148,6 +152,8 @@ def load_bundle(folder: Path) -> Bundle:
     check_activations(made, bundle, str(folder))
     bundle.provenance, bundle.weights_hash = dict(said["provenance"]), digest
     _note_versions(said["versions"], folder)
+    for other in changed(said.get("plugins", {})):
+        logger.warning("%s was saved with another version of a plugin: %s", folder, other)
     return bundle
 
 

@@ -137,7 +137,15 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-modalities: Registry[type[ModalityInput]] = Registry("modality")
+modalities: Registry[type[ModalityInput]] = Registry(
+    "modality", "dualenc.modalities", needs=("Config", "default_members", "decode", "train", "eval", "collate", "dummy")
+)
+
+
+def rows_of(kind: str) -> str:
+    """The kind of rows that towers are asked for: the kind itself, but for a class from outside that has another as
+    its attribute ``kind`` (``kind = "image"``: its rows are those of images, and every image tower takes them)."""
+    return str(vars(modalities[kind]).get("kind", kind)) if modalities.origin(kind) is not None else kind
 
 
 def build_inputs(parts: Mapping[str, Modality], base_dir: str | Path | None = None) -> dict[str, ModalityInput]:

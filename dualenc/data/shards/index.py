@@ -19,6 +19,7 @@ from typing import Any
 from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
 from dualenc.data.shards.names import expand, hash_of, short_names
+from dualenc.data.plans import plan_for
 from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
 from dualenc.data.shards.tar import TarIndex, ends_properly, index_tar
 from dualenc.errors import ConfigError, DataError, did_you_mean
@@ -220,12 +221,12 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
 
 def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
     """The order of a recipe's ``data`` section over opened sources."""
-    return Plan(
+    return plan_for(
+        data.sampling,
         [s.source for s in sets],
         [s.counts for s in sets],
         seed,
         weights=[s.weight for s in data.sources],
-        sampling=data.sampling,
         lanes=data.lanes,
         window=data.window,
     )
