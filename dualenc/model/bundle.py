@@ -20,10 +20,8 @@ from torch import Tensor
 
 from dualenc.checkpoint.ranges import write_tensors
 from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
-from dualenc.data.modalities import ModalityInput, modalities
-from dualenc.data.modalities.modality import SavesFiles
-from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
 from dualenc.data.modalities import ModalityInput, modalities, rows_of
+from dualenc.data.modalities.modality import SavesFiles
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, encoder_origin, input_defaults
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError

@@ -18,8 +18,8 @@ from typing import Any
 
 from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
-from dualenc.data.shards.names import expand, hash_of, short_names
 from dualenc.data.plans import plan_for
+from dualenc.data.shards.names import expand, hash_of, short_names
 from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
 from dualenc.data.shards.tar import TarIndex, ends_properly, index_tar
 from dualenc.errors import ConfigError, DataError, did_you_mean
