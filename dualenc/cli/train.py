@@ -38,13 +38,20 @@ def train(
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
+    from dualenc.data.plans import chosen
     from dualenc.data.shards.index import samples_per_pass
+    from dualenc.distill.objective import build_terms
     from dualenc.encoders import batch_norm_notes
+    from dualenc.losses import build_loss
     from dualenc.model import build_bundle
     from dualenc.train.build import total_steps
     from dualenc.train.loop import run_folder
 
     resolve_tasks([*recipe.eval.tasks, *(recipe.eval.guard.tasks if recipe.eval.guard else [])])
+    chosen(recipe.data.sampling)
+    build_loss(recipe.loss)
+    if recipe.distill is not None:
+        build_terms(recipe.distill)
     console = Console()
     console.print(dump_yaml(recipe), highlight=False, markup=False)
     bundle = build_bundle(recipe)
