@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from dualenc import plugins
 from dualenc.cli.app import Debug, app
-from dualenc.config import load_recipe
+from dualenc.config import read_yaml
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.registry import Registry
 from dualenc.shipped import shipped_recipes
@@ -44,7 +44,7 @@ def _recipes() -> None:
     table = Table(Column("recipe", overflow="fold"), "what it trains")
     for name, path in shipped_recipes().items():
         try:
-            table.add_row(name, load_recipe(path).description)
+            table.add_row(name, str(read_yaml(path)[0].get("description", "")))
         except ConfigError as e:
             table.add_row(name, f"[red]cannot be used:[/] {escape(str(e))}")
     Console().print(table)

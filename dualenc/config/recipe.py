@@ -22,6 +22,8 @@ from dualenc.errors import did_you_mean
 from dualenc.plugins import import_plugins, named_in
 from dualenc.shipped import find_recipe
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Unlocked(Section):
     """A tower of which only the last part is trained."""
@@ -171,7 +173,7 @@ class Optim(Section):
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     momentum: Share = Field(default=0.95, description="of Muon and SGD")
@@ -334,6 +336,15 @@ class Recipe(Section):
                     raise ValueError(f"pairs: there is no modality {m!r}. {did_you_mean(m, self.modalities)}")
             if pair[0] == pair[1]:
                 raise ValueError(f"pairs: {pair[0]!r} cannot be paired with itself")
+        scale = self.logit_scale
+        if scale.init > scale.max:
+            raise ValueError(
+                f"logit_scale: init ({scale.init:g}) is above max ({scale.max:g}); raise max or lower init"
+            )
+        kinds = [frozenset(pair) for pair in self.pairs]
+        for k, pair in enumerate(self.pairs):
+            if kinds.index(kinds[k]) < k:
+                raise ValueError(f"pairs: {list(pair)} stands twice (a pair has no direction); leave one out")
         if self.batch.micro is not None and self.batch.micro > self.batch.size:
             raise ValueError(f"batch.micro ({self.batch.micro}) is larger than batch.size ({self.batch.size})")
         for m in self.optim.lr_scale:

@@ -21,6 +21,7 @@ from torch import Tensor
 from dualenc.checkpoint.ranges import write_tensors
 from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
 from dualenc.data.modalities import ModalityInput, modalities, rows_of
+from dualenc.data.modalities.modality import SavesFiles
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, encoder_origin, input_defaults
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
@@ -152,9 +153,8 @@ class Bundle:
             weights = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
         description = self.describe()
         for m, x in self.inputs.items():
-            write = getattr(x, "save", None)
-            if write is not None:
-                written = write(folder / "inputs" / m)
+            if isinstance(x, SavesFiles):
+                written = x.save(folder / "inputs" / m)
                 if "tokenizer" in written:  # its name would be the folder it came from, on this machine
                     written["tokenizer"]["name"] = written["config"]["tokenizer"]
                 description["modalities"][m]["input"] = written

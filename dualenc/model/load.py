@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from dualenc.checkpoint.ranges import Files
-from dualenc.config import Component, LogitScale, settings_as
+from dualenc.config import Component, LogitScale, Unlocked, settings_as
 from dualenc.encoders import Tower, activations
 from dualenc.encoders.released.load_released import (
     Released,
@@ -178,20 +179,59 @@ def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
     return Files(paths).all(), pieces_digest(files), {}
 
 
+class _DescribedInput(BaseModel):
+    config: dict[str, Any]
+
+
+class _DescribedPart(BaseModel):
+    kind: str
+    input: _DescribedInput
+    encoder: Component
+    activation: Any
+    lock: bool | Literal["trunk"] | Unlocked = False
+    shares: str | None = None
+
+
+class _DescribedWeights(BaseModel):
+    file: str | None = None
+    sha256: str
+    files: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> _DescribedWeights:
+        if (self.file is None) == (self.files is None):
+            raise ValueError("one of file and files is needed")
+        return self
+
+
+class _Described(BaseModel):
+    """What ``dualenc.json`` must hold; other keys are from another version and are left alone."""
+
+    format: int
+    name: str
+    embed_dim: Annotated[int, Field(gt=0, lt=1 << 20)]
+    pairs: Annotated[list[tuple[str, str]], Field(min_length=1)]
+    logit_scale: dict[str, Any]
+    modalities: Annotated[dict[str, _DescribedPart], Field(min_length=1)]
+    versions: dict[str, str]
+    provenance: dict[str, Any]
+    weights: _DescribedWeights
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} cannot be read ({e})") from e
-    keys = ("format", "name", "embed_dim", "pairs", "logit_scale", "modalities", "versions", "provenance", "weights")
-    absent = [k for k in keys if not isinstance(said, dict) or k not in said]
-    if absent:
-        raise CheckpointError(f"{path}: {absent[0]}: this key is needed")
-    if said["format"] != FORMAT:
+    if isinstance(said, dict) and said.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
             f"{path}: format: {said['format']!r} is not {FORMAT}; it needs another version of dualenc"
         )
+    try:
+        settings_as(_Described, said if isinstance(said, dict) else {}, str(path))
+    except ConfigError as e:
+        raise CheckpointError(str(e)) from e
     return dict(said)
 
 

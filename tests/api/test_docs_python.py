@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _fixtures import *  # noqa: F403
 from _shared import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "train"))

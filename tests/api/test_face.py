@@ -134,3 +134,13 @@ def test_what_list_losses_reads_from_the_source_is_what_is_registered() -> None:
         for name, doc in found.items():
             assert doc == (known[name].__doc__ or "").strip().split("\n")[0]
             assert doc, name
+
+
+def test_recipes_by_name_are_their_files() -> None:
+    from dualenc.shipped import find_recipe, shipped_recipes
+
+    known = shipped_recipes()
+    assert {"quickstart", "finetune/fashion_lora", "image_text/vit_s32"} <= set(known)
+    assert dualenc.load_recipe("quickstart") == dualenc.load_recipe(ROOT / "recipes" / "quickstart" / "quickstart.yaml")
+    assert find_recipe("mine.yaml") == Path("mine.yaml")  # refused where it is read, with the nearest file beside it
+    assert len(known) == len({p.resolve() for p in known.values()})

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES
+from _fixtures import *  # noqa: F403
+from _fixtures import NAMES
 from PIL import Image
 
 import dualenc

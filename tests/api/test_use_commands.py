@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _fixtures import *  # noqa: F403
 
 import dualenc
 from dualenc.cli import main

@@ -29,7 +29,7 @@ from dualenc.distributed.world import (
 from dualenc.engine import build_engine
 from dualenc.engine.ema import EMA
 from dualenc.errors import DualencError
-from dualenc.losses import build_loss
+from dualenc.losses import Loss, build_loss
 from dualenc.train.step import train_step
 
 __all__ = ["run", "sweep"]
@@ -104,7 +104,7 @@ def die(world: World, how: str) -> str:
     return "no error"
 
 
-class Detached(torch.nn.Module):
+class Detached(Loss):
     """The usual mistake, as a loss: gathered columns without the gradient that flows back to other ranks."""
 
     def forward(self, a: Tensor, b: Tensor, ids: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:
