@@ -164,7 +164,7 @@ def test_dry_run_prints_the_plan_and_leaves_no_run(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("what", ["recipes", "encoders", "losses", "terms", "tasks"])
+@pytest.mark.parametrize("what", ["recipes", "encoders", "losses", "terms", "sources", "tasks"])
 def test_lists(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     ended, out, err = in_process((monkeypatch, capsys), "list", what)
@@ -174,6 +174,7 @@ def test_lists(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         "encoders": "own/",
         "losses": "info_nce",
         "terms": "dcd",
+        "sources": "parquet",
         "tasks": "quickstart_val_style",
     }
     assert expected[what] in out

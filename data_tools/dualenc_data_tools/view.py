@@ -14,10 +14,12 @@ from typing import Any
 from dualenc.config import Source
 from dualenc.data.driving.places import MEMBER
 from dualenc.data.modalities import DecodeError, modalities
+from dualenc.data.modalities.modality import of_one_item
 from dualenc.data.shards.index import ShardSet, expand, open_source
 from dualenc.data.shards.reader import Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local
-from dualenc.data.show import thumbnail_uri
+from dualenc.data.shards.tar import Sample
+from dualenc.data.show import Previews, preview, thumbnail_uri
 from dualenc.errors import DataError
 from dualenc.pages import environment, write_page
 from dualenc_data_tools.check import AUDIO, CAPTIONS, IMAGE
@@ -109,6 +111,8 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
             card.problem = str(e)
     if isinstance(found.values.get("lidar"), dict) and isinstance(found.values.get("camera"), dict):
         _overlay(card, found.values)
+    if not {"image", "audio", "lidar", "camera"} & found.values.keys():
+        _preview(card, reader, shard, sample)
     sound = found.values.get("audio")
     if sound is not None and len(sound) <= MAX_SOUND:
         mime = _MIME[found.members["audio"]]
@@ -124,8 +128,23 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
         key = next((k for k in CAPTIONS if k in doc), None)
         if key is not None and not card.captions:
             card.captions = [str(v) for v in doc[key]] if isinstance(doc[key], list) else [str(doc[key])]
-        card.fields = {k: _short(v) for k, v in doc.items() if k != key}
+        card.fields |= {k: _short(v) for k, v in doc.items() if k != key}
     return card
+
+
+def _preview(card: Card, reader: Reader, shard: int, sample: Sample) -> None:
+    """What a modality of a plugin says of its own items."""
+    foreign = {n: modalities[n] for n in modalities if modalities.source(n) != "dualenc"}
+    wanted = {n: cls.default_members for n, cls in foreign.items() if isinstance(cls, Previews)}
+    try:
+        for name, raw in reader.find(0, shard, sample, wanted).values.items():
+            with of_one_item():
+                shown = preview(raw, name)
+            card.picture, card.sound = shown.get("picture", card.picture), shown.get("sound", card.sound)
+            if "text" in shown:
+                card.fields[name] = shown["text"]
+    except (SampleError, DecodeError) as e:
+        card.problem = str(e)
 
 
 def _overlay(card: Card, values: dict[str, Any]) -> None:

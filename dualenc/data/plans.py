@@ -7,6 +7,7 @@ from typing import Any
 
 from dualenc.config import Component, Section, settings_as
 from dualenc.data.order import Plan
+from dualenc.errors import ConfigError
 from dualenc.registry import Registry
 
 plans: Registry[Any] = Registry("plan", "dualenc.plans", needs=("Config", "at", "digest"))
@@ -70,8 +71,20 @@ def plan_for(
             apportioned.
         DataError: if a source or a shard has no samples.
     """
-    component = Component(name=sampling) if isinstance(sampling, str) else sampling
-    factory = plans[component.name]
-    config = settings_as(factory.Config, component.settings, "data.sampling")
+    factory, config = chosen(sampling)
     plan: Plan = factory(names, counts, seed, weights, lanes, window, config)
     return plan
+
+
+def chosen(sampling: str | Component) -> tuple[Any, Any]:
+    """The class that ``data.sampling`` names, and its settings.
+
+    Raises:
+        ConfigError: as :func:`plan_for`; the data are not needed to say so.
+    """
+    component = Component(name=sampling) if isinstance(sampling, str) else sampling
+    try:
+        factory = plans[component.name]
+    except ConfigError as e:
+        raise ConfigError(f"data.sampling: {e}") from e
+    return factory, settings_as(factory.Config, component.settings, "data.sampling")
