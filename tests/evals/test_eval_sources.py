@@ -318,7 +318,7 @@ def test_driving_folders_that_are_broken_are_named(tmp_path: Path, monkeypatch: 
         read_rows(shipped("kitti_frames", tmp_path, monkeypatch))
     base = tmp_path / "camera_lidar/kitti_object/training"
     base.mkdir(parents=True)
-    with pytest.raises(DataError, match="there are no pictures in"):
+    with pytest.raises(DataError, match="there are no images in"):
         read_rows(shipped("kitti_frames", tmp_path, monkeypatch))
     put(base / "image_2/000000.png", picture((1, 2, 3)))
     put(base / "calib/000000.txt", "P2: 1 2 3\n")

@@ -29,7 +29,7 @@ class ModalityInput(Protocol):
     find it by slot. One that names ``places`` has ``placed(x, rng)``: a decoded item → the same with places drawn, from
     a generator that is the same for every modality of the sample (:mod:`dualenc.data.driving.places`).
 
-    A modality whose bytes are neither a picture, a sound nor text has a static method ``preview(raw) -> dict`` too, so
+    A modality whose bytes are neither an image, audio nor text has a static method ``preview(raw) -> dict`` too, so
     that a report can show its items (:mod:`dualenc.data.show`).
     """
 
@@ -71,7 +71,7 @@ class FromMemory(Protocol):
     """How a class name is worded where nothing else is said, with ``{}`` for the name."""
 
     def as_raw(self, x: Any, rate: int | None = None) -> Any:
-        """An object in memory → what ``decode`` takes, without loss; None if it is no object of this modality's.
+        """An object in memory → what ``decode`` takes, without loss; None if it is not an object of this modality.
 
         Args:
             rate: samples per second of waveforms that do not say it themselves.
@@ -83,7 +83,7 @@ class FromMemory(Protocol):
 
 @contextmanager
 def of_one_item() -> Iterator[None]:
-    """Reading, decoding, augmenting or tokenising one item: whatever its bytes make go wrong is that item's.
+    """Reading, decoding, augmenting or tokenising one item: whatever goes wrong is that item's fault alone.
 
     Raises:
         DecodeError: for any exception that is not meant for the user already, with a reason that is the same in every
