@@ -1,4 +1,4 @@
-"""Pack a data set into shards: records of a source → checked pictures, sounds and captions → tars with an index."""
+"""Pack a data set into shards: records of a source → checked images, sounds and captions → tars with an index."""
 
 from __future__ import annotations
 

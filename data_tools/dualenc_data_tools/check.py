@@ -74,8 +74,8 @@ class Wanted:
         members: modality → endings tried in turn.
         kinds: modality → kind, where that is not its own name.
         pairs: the pairs of which a sample needs one; None: any two modalities.
-        inputs: modality → what decodes it, for kinds other than pictures, sounds and text.
-        max_pixels: larger pictures are refused by their header.
+        inputs: modality → what decodes it, for kinds other than images, sounds and text.
+        max_pixels: larger images are refused by their header.
     """
 
     members: Mapping[str, Sequence[str]]
@@ -101,7 +101,7 @@ def usual(max_pixels: int = MAX_PIXELS) -> Wanted:
         "camera": CameraInput(CameraConfig()),
         "lidar": LidarInput(LidarConfig(features=[])),
     }
-    # Pictures and arrays alone are also cameras' and sweeps'; only with a calibration are they surely meant as such.
+    # Images and arrays alone are also cameras' and sweeps'; only with a calibration are they surely meant as such.
     members = {"image": IMAGE, "audio": AUDIO, "text": TEXT, **{m: x.default_members[:1] for m, x in sensors.items()}}
     return Wanted(members, inputs=sensors, max_pixels=max_pixels)
 
@@ -224,7 +224,7 @@ def check(
 
     Args:
         shards: paths, brace patterns, ``pipe:`` commands, URLs; remote shards are fetched whole, one after the other.
-        max_pixels: larger pictures are a problem (found by their header, never decoded).
+        max_pixels: larger images are a problem (found by their header, never decoded).
         workers: processes; default: one for every 64 MB, at most the CPUs and the shards.
         wanted: members and pairs, as :func:`of_recipe` gives them; default: those of recipes that name none.
 
@@ -381,7 +381,7 @@ def _check_sample(
     found = set()
     for m, endings in wanted.members.items():
         kind = wanted.kind(m)
-        # Pictures, sounds and text may stand with a json that is not meant for sensors: then it is not read for them.
+        # Images, sounds and text may stand with a json that is not meant for sensors: then it is not read for them.
         if wanted.pairs is None and kind in ("camera", "lidar") and "lidar.npy" not in sample.members:
             continue
         try:

@@ -1,4 +1,4 @@
-"""Pictures on their way into a shard: checked, made smaller, written anew."""
+"""Images on their way into a shard: checked, made smaller, written anew."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS: int = ImageInput.Config.model_fields["max_pixels"].default
-"""What the trainer accepts by default; larger pictures are dropped, or made smaller where ``size`` is given."""
+"""What the trainer accepts by default; larger images are dropped, or made smaller where ``size`` is given."""
 _HARD_LIMIT = 8 * MAX_PIXELS
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif", "JPEG2000": "jp2"}
 _WHITE = (255, 255, 255)
 
 
 class BadPicture(BadMedia):
-    """A picture cannot be packed."""
+    """An image cannot be packed."""
 
 
 def open_picture(raw: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
-    """The picture's header.
+    """The image's header.
 
     Raises:
         BadPicture: "broken image" or "too large" (by the header: nothing is decoded).
@@ -55,14 +55,14 @@ def decode(picture: Picture) -> Image.Image:
 
 
 def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
-    """(ending, bytes) of a picture as the settings want it: the original bytes wherever nothing has to change.
+    """(ending, bytes) of an image as the settings want it: the original bytes wherever nothing has to change.
 
     Raises:
         BadPicture: it is broken, or too large.
     """
     from PIL import Image
 
-    # A picture that is made smaller anyway may be larger than what the trainer takes.
+    # An image that is made smaller anyway may be larger than what the trainer takes.
     picture = open_picture(raw, _HARD_LIMIT if cfg.size else MAX_PIXELS)
     kind = format_of(raw)
     too_long = cfg.size is not None and max(picture.size) > cfg.size

@@ -1,4 +1,4 @@
-"""Points and boxes drawn over the pictures of a keyframe: whether a calibration is right is seen at a glance."""
+"""Points and boxes drawn over the images of a keyframe: whether a calibration is right is seen at a glance."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _EDGES = [(a, b) for a in range(8) for b in range(a) if bin(a ^ b).count("1") ==
 def overlay_uri(
     lidar: Any, cameras: Mapping[str, Any], boxes: Any = None, regions: bytes | None = None
 ) -> tuple[str, str]:
-    """A ``data:`` address of one picture, and a line about it.
+    """A ``data:`` address of one image, and a line about it.
 
-    The picture shows every camera with the points that fall into it, near ones red and far ones blue, the boxes, and
+    The image shows every camera with the points that fall into it, near ones red and far ones blue, the boxes, and
     the cloud from above with each camera's field of view; beside it, where there are ``regions`` (a ``regions.npy``),
     each of them in a colour of its own over the grey ground.
 

@@ -1,4 +1,4 @@
-"""One HTML page that shows samples as pictures, sounds and calibrated sensors with their captions; it needs no other
+"""One HTML page that shows samples as images, sounds and calibrated sensors with their captions; it needs no other
 file."""
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Card:
 def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: int = 0) -> Path:
     """Write a page with ``n`` samples drawn by ``seed`` (all of them if there are fewer), in the order they lie.
 
-    Everything read from the shards is escaped; pictures are re-encoded thumbnails. Broken samples are shown as such.
+    Everything read from the shards is escaped; images are re-encoded thumbnails. Broken samples are shown as such.
 
     Raises:
         DataError: no such shard; a remote shard without an index.
@@ -129,7 +129,7 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
 
 
 def _overlay(card: Card, values: dict[str, Any]) -> None:
-    """The calibrated pictures with the points over them."""
+    """The calibrated images with the points over them."""
     try:
         card.picture, card.size = overlay_uri(
             values["lidar"], values["camera"], values.get("boxes"), values.get("regions")

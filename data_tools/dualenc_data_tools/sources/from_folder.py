@@ -1,4 +1,4 @@
-"""A folder of pictures or sounds → records: texts beside them, or folders or names that say what they are."""
+"""A folder of images or sounds → records: texts beside them, or folders or names that say what they are."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class FolderConfig(FolderSettings, SourceConfig, NamedFields):
 
 
 def folder(cfg: FolderConfig) -> Iterator[Record | Dropped]:
-    """Records of the pictures and sounds below a folder, in order of their paths.
+    """Records of the images and sounds below a folder, in order of their paths.
 
     Raises:
-        DataError: no folder, or neither pictures nor sounds in it.
+        DataError: no folder, or neither images nor sounds in it.
         ConfigError: texts and classes cannot be told apart.
     """
     samples = walk(cfg)
@@ -69,7 +69,7 @@ def _with_text(cfg: FolderConfig, sample: Beside) -> Record | Dropped | None:
 
 
 def media(sample: Beside) -> dict[str, bytes | Path]:
-    """Pictures and sounds by their kind, other files by their ending."""
+    """Images and sounds by their kind, other files by their ending."""
     return {m if m in ("image", "audio") else p.suffix[1:].lower(): p for m, p in sample.files.items()}
 
 

@@ -1,4 +1,4 @@
-"""Items of any source that says itself what is a picture, a sound, a text → records."""
+"""Items of any source that says itself what is an image, a sound, a text → records."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class RowsConfig(SourceConfig, NamedFields):
     """Settings of sources made of rows."""
 
     image: str | None = Field(
-        "image", description="field with the picture: a path relative to the file (or to root), or its bytes"
+        "image", description="field with the image: a path relative to the file (or to root), or its bytes"
     )
     audio: str | None = Field(
         "audio",
@@ -67,7 +67,7 @@ class RowsConfig(SourceConfig, NamedFields):
         None, ge=2, description="leave out every n-th row (the first, …), for a task with every: {step: n, offset: 0}"
     )
     group: bool = Field(
-        False, description="several rows with the same picture or sound are one sample with several captions"
+        False, description="several rows with the same image or sound are one sample with several captions"
     )
 
 
@@ -90,7 +90,7 @@ def resolve(cfg: RowsConfig, fields: Iterable[str], where: str) -> RowsConfig:
             dropped[m] = None
     if not names:
         raise ConfigError(
-            f"{where}.image: the data has no field 'image', nor 'audio': name the one with the picture or sound. "
+            f"{where}.image: the data has no field 'image', nor 'audio': name the one with the image or sound. "
             f"{did_you_mean('image', known)}"
         )
     if caption is not None and (cfg.caption is not None or cfg.template is None):
@@ -204,7 +204,7 @@ def _listed(value: str | list[str]) -> list[str]:
 
 
 def _media(cfg: RowsConfig, row: tables.TableRow, name: str, root: Path) -> tuple[dict[str, bytes | Path], str]:
-    """Kind → the picture's or sound's bytes or file, and what the sample is called: its first file."""
+    """Kind → the image's or sound's bytes or file, and what the sample is called: its first file."""
     media: dict[str, bytes | Path] = {}
     labels = []
     for m in MEDIA:
@@ -219,7 +219,7 @@ def _media(cfg: RowsConfig, row: tables.TableRow, name: str, root: Path) -> tupl
 
 
 def _bytes_or_file(value: Any, name: str, root: Path) -> tuple[bytes | Path | None, str]:
-    """The picture or sound a cell holds: bytes, a path, or the {bytes, path} struct of the datasets library."""
+    """The image or sound a cell holds: bytes, a path, or the {bytes, path} struct of the datasets library."""
     if isinstance(value, Mapping):
         inner, path = value.get("bytes"), value.get("path")
         if inner is not None:
@@ -233,7 +233,7 @@ def _bytes_or_file(value: Any, name: str, root: Path) -> tuple[bytes | Path | No
 
 
 def grouped(records: Iterable[Record | Dropped]) -> Iterator[Record | Dropped]:
-    """Merge records of the same picture or sound, wherever they stand, into the first; keeps all in memory."""
+    """Merge records of the same image or sound, wherever they stand, into the first; keeps all in memory."""
     first: dict[tuple[str, str], Record] = {}
     order: list[Record | Dropped] = []
     for r in records:
@@ -242,7 +242,7 @@ def grouped(records: Iterable[Record | Dropped]) -> Iterator[Record | Dropped]:
         elif (r.split, r.name) in first:
             seen = first[r.split, r.name]
             seen.captions += r.captions
-            # A field that differs from caption to caption says nothing about the picture.
+            # A field that differs from caption to caption says nothing about the image.
             seen.fields = {k: v for k, v in seen.fields.items() if r.fields.get(k) == v}
         else:
             first[r.split, r.name] = r

@@ -1,4 +1,4 @@
-"""Rows of a JSON-lines file, each with the picture that stands for its class: pairs that nobody recorded together.
+"""Rows of a JSON-lines file, each with the image that stands for its class: pairs that nobody recorded together.
 
 For evaluations across modalities that share only their text (audio ↔ image in a model of image/text and audio/text).
 """
@@ -19,20 +19,20 @@ from dualenc_data_tools.sources.source import Dropped, Record, SourceKind, sourc
 
 
 class JoinedConfig(JsonlConfig):
-    """``path=captions.jsonl pictures=train-*.tar by=label``, and in ``keys`` the picture of each value of ``by``."""
+    """``path=captions.jsonl pictures=train-*.tar by=label``, and in ``keys`` the image of each value of ``by``."""
 
-    pictures: str | list[str] = Field(description="shards that hold the pictures")
-    by: str = Field("label", description="field whose value says which picture a row gets")
+    pictures: str | list[str] = Field(description="shards that hold the images")
+    by: str = Field("label", description="field whose value says which image a row gets")
     keys: dict[str, str] = Field(
-        min_length=1, description="value → key of the sample with the picture; rows with other values are left out"
+        min_length=1, description="value → key of the sample with the image; rows with other values are left out"
     )
 
 
 def joined(cfg: JoinedConfig) -> Iterator[Record | Dropped]:
-    """Records with the row's own media and the borrowed picture.
+    """Records with the row's own media and the borrowed image.
 
     Raises:
-        DataError: a picture's key is in none of the shards.
+        DataError: an image's key is in none of the shards.
         ConfigError: ``keep`` leaves out the field ``by``.
     """
     pictures = borrowed(cfg.pictures, set(cfg.keys.values()))
@@ -50,7 +50,7 @@ def joined(cfg: JoinedConfig) -> Iterator[Record | Dropped]:
 
 
 def borrowed(shards: str | list[str], keys: set[str]) -> dict[str, bytes]:
-    """Key → the bytes of that sample's picture.
+    """Key → the bytes of that sample's image.
 
     Raises:
         DataError: naming a key that is not there.
@@ -63,10 +63,10 @@ def borrowed(shards: str | list[str], keys: set[str]) -> dict[str, bytes]:
             out[key] = bytes(value)
     missing = sorted(keys - set(out))
     if missing:
-        raise DataError(f"joined.keys: no sample {missing[0]!r} with a picture in {shards} ({len(missing)} missing)")
+        raise DataError(f"joined.keys: no sample {missing[0]!r} with an image in {shards} ({len(missing)} missing)")
     return out
 
 
 sources.register("joined")(
-    SourceKind(JoinedConfig, joined, "rows of a JSON-lines file, each with the picture of its class from shards")
+    SourceKind(JoinedConfig, joined, "rows of a JSON-lines file, each with the image of its class from shards")
 )

@@ -1,7 +1,7 @@
 """Rebuild the quickstart's shards from the packages they came from.
 
-Which pictures belong to which split, and in which order, is read from ``metadata.jsonl.gz`` (it was a seeded draw);
-the pictures themselves are made anew from released packages, and the captions are derived again and compared:
+Which images belong to which split, and in which order, is read from ``metadata.jsonl.gz`` (it was a seeded draw);
+the images themselves are made anew from released packages, and the captions are derived again and compared:
 
 - npm ``emoji-datasource-google`` and ``emoji-datasource-twitter`` 16.0.0: 64 px PNGs, flattened on white;
 - npm ``@lobehub/fluent-emoji-3d`` 1.1.0: flattened, then Lanczos from 256 to 64 px;
@@ -54,7 +54,7 @@ _MAX_SVG_PIXELS = 192 * 192 * 4
 class QuickstartConfig(SourceConfig):
     """``dualenc shards build quickstart --out DIR`` needs npm, apt-get, dpkg-deb and rsvg-convert (librsvg2-bin)."""
 
-    metadata: str = Field(str(METADATA), description="metadata.jsonl.gz: which picture is in which split")
+    metadata: str = Field(str(METADATA), description="metadata.jsonl.gz: which image is in which split")
     work: str | None = Field(
         None, description="folder where the packages (about 180 MB) are kept; default: a temporary one"
     )
@@ -96,20 +96,18 @@ def _records(cfg: QuickstartConfig, rows: list[TableRow], kinds: set[str]) -> It
             else:
                 found = emoji[kind].get(str(row["codepoints"]))
                 if found is None:
-                    raise DataError(
-                        f"quickstart: {EMOJI[kind][0]} has no picture of {row['codepoints']} (sample {key})"
-                    )
+                    raise DataError(f"quickstart: {EMOJI[kind][0]} has no image of {row['codepoints']} (sample {key})")
                 image = flatten(found)
             yield Record(
                 key, {"image": to_webp(image)}, (str(row["caption"]),), split=str(row["split"]), exact_key=True
             )
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------
 
 
 def flatten(path: Path, size: int = 64) -> Image.Image:
-    """A picture on white, as RGB of ``size`` × ``size``."""
+    """An image on white, as RGB of ``size`` × ``size``."""
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -120,7 +118,7 @@ def flatten(path: Path, size: int = 64) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """The whole picture in a white square of ``size`` px, centred."""
+    """The whole image in a white square of ``size`` px, centred."""
     from PIL import Image
 
     if image.size == (size, size):
@@ -171,7 +169,7 @@ def to_webp(image: Image.Image) -> bytes:
 
 
 def _by_codepoints(folder: Path) -> dict[str, Path]:
-    """Code points without variation selectors → picture; the first by name where a package has two spellings."""
+    """Code points without variation selectors → image; the first by name where a package has two spellings."""
     out: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         out.setdefault(without_selectors(path.stem), path)

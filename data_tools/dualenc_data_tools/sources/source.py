@@ -30,13 +30,13 @@ class SourceConfig(Section):
 
     name: str = Field("train", description="first part of the shards' names where the source names no split")
     size: Positive | None = Field(
-        None, description="longest side in px; larger pictures are made smaller; default: as is"
+        None, description="longest side in px; larger images are made smaller; default: as is"
     )
     encode: Literal["keep", "jpeg", "webp", "png"] = Field(
-        "keep", description="write pictures in this format; keep: the original bytes"
+        "keep", description="write images in this format; keep: the original bytes"
     )
     quality: Annotated[int, Field(ge=1, le=100)] = Field(
-        90, description="of JPEG and WebP, where a picture is written anew"
+        90, description="of JPEG and WebP, where an image is written anew"
     )
     rate: Positive | None = Field(
         None,
@@ -46,7 +46,7 @@ class SourceConfig(Section):
     encode_audio: Literal["keep", "flac", "wav", "ogg"] = Field(
         "keep", description="write sounds in this format, as mono; keep: the original bytes"
     )
-    verify: bool = Field(True, description="decode every picture and sound once and drop those that are broken")
+    verify: bool = Field(True, description="decode every image and sound once and drop those that are broken")
     text: Literal["auto", "txt", "json"] = Field(
         "auto", description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields"
     )
@@ -67,7 +67,7 @@ class Record:
 
     Attributes:
         name: where it comes from, for keys and reports ("images/17.jpg", "row 12").
-        media: "image", "audio" or an ending → the bytes, or the file that holds them. Pictures and sounds are checked
+        media: "image", "audio" or an ending → the bytes, or the file that holds them. Images and sounds are checked
             and may be written anew.
         captions: the texts, in order; empty for a sample without text.
         fields: anything else that goes into the .json member.
@@ -97,7 +97,7 @@ class Dropped:
 
 
 class BadMedia(Exception):
-    """A picture or sound cannot be packed: ``reason`` is counted, ``detail`` goes into the report."""
+    """An image or sound cannot be packed: ``reason`` is counted, ``detail`` goes into the report."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
