@@ -67,7 +67,7 @@ def test_shards_hold_the_golden_geometry(name: str, shards: Path) -> None:
             ]  # fmt: skip
             assert len(same) == 1, f"{key} {view_['name']}: no golden pair, or several"
             if name == "pairs":
-                assert len(ok) - int(ok.sum()) <= 2, "a pair has only the points inside its picture"
+                assert len(ok) - int(ok.sum()) <= 2, "a pair has only the points inside its image"
                 assert cloud.points[:, 0].min() > 0.4, "ahead of the camera"
             checked += 1
         assert cloud.points[:, 3].max() <= 1

@@ -25,7 +25,7 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     in local paths list the files that are there, sorted. Shell variables in a pipe (``${X}``) are left alone.
 
     Raises:
-        DataError: if no shard is named, a glob finds no file, a shard is listed twice, or there are more than a million.
+        DataError: if no shard is named, a glob finds no file, a shard is listed twice, or more than a million are.
     """
     out: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
