@@ -198,9 +198,9 @@ def broken(key: Keyframe) -> dict[str, tuple[dict[str, Any], str]]:
         "singular": (sample({"intrinsics": flat}), f"camera {name}: singular intrinsics (focal lengths 0 and"),
         "drive": (
             sample({"drive": "scene-0001"}),
-            "its calibration is of drive 'scene-0001', the sample of 'scene-0523'",
+            "its calibration is of drive 'scene-0001', but the sample is of 'scene-0523'",
         ),
-        "size": (sample({"size": [1224, 370]}), "1600×900 pixels, its calibration is of 1224×370"),
+        "size": (sample({"size": [1224, 370]}), "1600×900 pixels, but its calibration is for 1224×370"),
         "pose": (sample({"to_ego": tilted}), "the pose must be a rotation and a translation"),
     }
 

@@ -134,7 +134,7 @@ def another_drive(folder: Path) -> None:
         (not_finite, "numbers not finite", "1 of "),
         (singular, "singular intrinsics", "camera image_2: singular intrinsics (focal lengths 0"),
         (no_sweep, "file missing", "There is no file"),
-        (another_drive, "calibration of another drive", "its calibration is of 1242×375"),
+        (another_drive, "calibration of another drive", "its calibration is for 1242×375"),
     ],
 )
 def test_broken_frames_are_dropped_by_reason(

@@ -57,6 +57,7 @@ _REASONS = {
     "has no image": "camera missing",
     "singular": "singular intrinsics",
     "calibration is of": "calibration of another drive",
+    "calibration is for": "calibration of another drive",
     "apart": "calibration of another drive",
     "There is no file": "file missing",
 }

@@ -207,7 +207,7 @@ def _kitti_calibration(drive: Path) -> Path:
         raise DataError(
             f"There is no file {names[0]} or {names[1]} in {drive.parent} or {drive}; KITTI's raw data are expected as "
             "DATE/calib_cam_to_cam.txt, DATE/calib_velo_to_cam.txt and DATE/DATE_drive_NNNN_sync/velodyne_points/data/"
-            "*.bin (the calibration of a day is a download of its own), or with both files beside velodyne_points"
+            "*.bin (a day's calibration is a separate download), or with both files beside velodyne_points"
         )
     # Both folders may have one of the files: prefer the one with both.
     return next((p for p in found if all((p / n).is_file() for n in names)), found[0])

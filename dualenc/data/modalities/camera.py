@@ -206,7 +206,7 @@ class CameraInput:
         size = view.get("size")
         if size is not None and tuple(size) != picture.size:
             raise DecodeError(
-                f"camera {name}: the image has {picture.size[0]}×{picture.size[1]} pixels, its calibration is of "
+                f"camera {name}: the image has {picture.size[0]}×{picture.size[1]} pixels, but its calibration is for "
                 f"{size[0]}×{size[1]}"
             )
         return Shot(picture, K, to_ego, True)
@@ -297,7 +297,7 @@ def calibration_of(view: Mapping[str, Any], doc: Mapping[str, Any]) -> tuple[F64
     name = f"camera {view['name']}"
     mine, theirs = doc.get("drive"), view.get("drive")
     if mine and theirs and mine != theirs:
-        raise DecodeError(f"{name}: its calibration is of drive {theirs!r}, the sample of {mine!r}")
+        raise DecodeError(f"{name}: its calibration is of drive {theirs!r}, but the sample is of {mine!r}")
     try:
         return checked_intrinsics(view["intrinsics"], name), checked_pose(view["to_ego"], name)
     except DataError as e:

@@ -262,7 +262,7 @@ class Picture:
                 _check_png(self._raw)
             orientation = _orientation(image)
             image.load()
-            if orientation in _UPRIGHT:  # not ImageOps.exif_transpose, which writes all of the EXIF anew
+            if orientation in _UPRIGHT:  # not ImageOps.exif_transpose, which rewrites all of the EXIF
                 image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
             image = _to_rgb(image, self._background)
         except DecodeError:

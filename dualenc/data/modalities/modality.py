@@ -21,7 +21,7 @@ from dualenc.registry import Registry
 class ModalityInput(Protocol):
     """How one modality's raw bytes become the tensors its tower takes.
 
-    The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
+    The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` to rebuild it.
     ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
 
     What ``collate`` returns under ``labels`` (name → integers [n, …]) is not for the tower: losses that take extras
@@ -67,7 +67,7 @@ class FromMemory(Protocol):
     """
 
     prompt: ClassVar[str]
-    """How a class name is worded where nothing else is said, with ``{}`` for the name."""
+    """The default prompt for a class name, with ``{}`` for the name."""
 
     def as_raw(self, x: Any, rate: int | None = None) -> Any:
         """An object in memory → what ``decode`` takes, without loss; None if it is not an object of this modality.
