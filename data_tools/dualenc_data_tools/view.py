@@ -1,4 +1,4 @@
-"""One HTML page that shows samples as pictures, sounds and calibrated sensors with their captions; it needs no other
+"""One HTML page that shows samples as images, audio and calibrated sensors with their captions; it needs no other
 file."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dualenc_data_tools.overlay import overlay_uri
 
 THUMBNAIL_PX = 256
 MAX_SOUND = 2_000_000
-"""Bytes of a sound that is put into the page."""
+"""Largest audio file embedded in the page, in bytes."""
 _SENSORS = {m: modalities[m].default_members[:1] for m in ("lidar", "camera")} | {
     "boxes": ["json:boxes"],
     "regions": [MEMBER],
@@ -53,9 +53,9 @@ class Card:
 
 
 def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: int = 0) -> Path:
-    """Write a page with ``n`` samples drawn by ``seed`` (all of them if there are fewer), in the order they lie.
+    """Write a page with ``n`` samples drawn by ``seed`` (all of them if there are fewer), in stored order.
 
-    Everything read from the shards is escaped; pictures are re-encoded thumbnails. Broken samples are shown as such.
+    Everything read from the shards is escaped; images are re-encoded thumbnails. Broken samples are shown as such.
 
     Raises:
         DataError: no such shard; a remote shard without an index.
@@ -81,7 +81,7 @@ def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: i
 
 
 def _place(counts: Sequence[int], i: int) -> tuple[int, int]:
-    """The shard and the place in it of sample ``i`` of all."""
+    """The shard of sample ``i`` of all, and its place in that shard."""
     for shard, count in enumerate(counts):
         if i < count:
             return shard, i
@@ -148,7 +148,7 @@ def _preview(card: Card, reader: Reader, shard: int, sample: Sample) -> None:
 
 
 def _overlay(card: Card, values: dict[str, Any]) -> None:
-    """The calibrated pictures with the points over them."""
+    """The calibrated images with the points over them."""
     try:
         card.picture, card.size = overlay_uri(
             values["lidar"], values["camera"], values.get("boxes"), values.get("regions")
@@ -159,7 +159,7 @@ def _overlay(card: Card, values: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    """A field as text of at most 80 characters; of long ones (calibrations and boxes, which are drawn) the size."""
+    """A field as text of at most 80 characters; for longer values (calibrations, boxes) only their size."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict | list) and len(json.dumps(value)) > 80:
         text = f"{len(value)} {'keys' if isinstance(value, dict) else 'items'}"
