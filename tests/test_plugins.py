@@ -167,7 +167,7 @@ def test_torchrun_has_the_plugin_by_the_environment_too(place: Place) -> None:
         [*command, *arguments], env=env, cwd=place.folder, text=True, capture_output=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "There is no modality 'series'" in place.run("plugins", "train", "unsaid.yaml", code=2)
+    assert "There is no plan 'as_it_lies'" in place.run("plugins", "train", "unsaid.yaml", code=2)
     place.run("plugins", "train", "unsaid.yaml", "--dry-run", "--plugins", "dualenc_series.register")
 
 
@@ -358,8 +358,8 @@ def test_what_is_missing_is_said_in_one_sentence(place: Place, runs: dict[str, P
     assert "plugins.yaml) names the plugin 'dualenc_series.register', but there is no module 'dualenc_series'" in said
     assert "PYTHONPATH" in said
     said = place.run(None, "train", "reference.yaml", code=2)
-    assert "modality 'dualenc_series.series:SeriesInput', but there is no module 'dualenc_series'" in said
-    assert "There is no modality 'series'" in place.run(None, "train", "entry.yaml", code=2)
+    assert "plan 'dualenc_series.as_it_lies:AsItLies', but there is no module 'dualenc_series'" in said
+    assert "There is no plan 'as_it_lies'" in place.run(None, "train", "entry.yaml", code=2)
     said = place.run(None, "eval", "run_entry", "--task", "task_entry.yaml", code=2)
     assert "kind: there is no kind of task 'two_choices' (in task_entry.yaml)" in said
     said = place.run(None, "export", "run_entry", "--format", "safetensors", "--out", "never", code=4)
