@@ -28,7 +28,7 @@ from dualenc.errors import CheckpointError, ConfigError
 from dualenc.losses import losses as losses_
 from dualenc.registry import Registry
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 JOBS = Path(__file__).with_name("_plugin_jobs.py")
 FORMS = ("entry", "plugins", "reference")
 ACCELERATE = ["--config_file", str(ROOT / "recipes" / "launch" / "accelerate.yaml"), "--num_processes", "2"]

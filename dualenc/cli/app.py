@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,3 +20,13 @@ AllowPipe = Annotated[
     bool, typer.Option("--allow-pipe", help="Run the shell commands that pipe:COMMAND shards name; else refused.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+def key_values(items: list[str]) -> dict[str, Any]:
+    """``a.b=3`` items as a nested mapping, values read as YAML."""
+    from dualenc.config import apply_override
+
+    raw: dict[str, Any] = {}
+    for item in items:
+        apply_override(raw, item, {})
+    return raw

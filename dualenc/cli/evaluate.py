@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from dualenc.api.runs import resolve_tasks
-from dualenc.cli.app import AllowPipe, Debug, app
+from dualenc.cli.app import AllowPipe, Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 
@@ -86,7 +86,16 @@ def feature_cache() -> Path:
 @app.command()
 def embed(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
-    shards: Annotated[str, typer.Argument(help="Shards: path, brace pattern or URL; none with --recipe.")] = "",
+    shards: Annotated[
+        str,
+        typer.Argument(
+            help="Shards: path, brace pattern or URL; or a source with its settings: folder path=photos; "
+            "none with --recipe."
+        ),
+    ] = "",
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the source, key=value, as in dualenc shards build.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the features.")] = Path("features"),
     recipe: Annotated[
         Path | None,
@@ -112,12 +121,14 @@ def embed(
     """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data.
 
     Started again after a kill it keeps the shards that are finished. Several ranks share the shards:
-    dualenc launch --nproc 2 embed MODEL SHARDS.
+    dualenc launch --nproc 2 embed MODEL SHARDS. A data set that is not in shards is read as dualenc shards build
+    reads it: dualenc embed MODEL folder path=photos, dualenc embed MODEL jsonl path=captions.jsonl.
     """
     from dualenc.data.shards.index import refuse_pipes
     from dualenc.distributed.world import close_world, init_world
     from dualenc.features.arrow import write_parquet
     from dualenc.features.of_shards import embed_shards
+    from dualenc.features.of_source import embed_source
     from dualenc.features.store import FeatureStore
     from dualenc.model import load_model
 
@@ -128,9 +139,12 @@ def embed(
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
-        if recipe is None:
+        chosen = words(modalities)
+        if settings:
+            given, stored = key_values(settings), dtype or "fp32"
+            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite)
+        elif recipe is None:
             refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            chosen = words(modalities)
             done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite)
         else:
             from dualenc.distill.teachers.cache import write_cache

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from dualenc.cli.app import Debug, app
+from dualenc.cli.app import Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError
 
@@ -34,16 +34,6 @@ def shards_build(
     from dualenc_data_tools.build import build, print_report
 
     print_report(build(source, out, key_values(options or [])))
-
-
-def key_values(items: list[str]) -> dict[str, Any]:
-    """``a.b=3`` items as a nested mapping, values read as YAML."""
-    from dualenc.config import apply_override
-
-    raw: dict[str, Any] = {}
-    for item in items:
-        apply_override(raw, item, {})
-    return raw
 
 
 @shards_app.command("index")

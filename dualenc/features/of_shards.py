@@ -108,17 +108,14 @@ def embed_shards(
         DataError: for missing or broken shards, and where nothing at all could be embedded.
     """
     world = world or World()
-    chosen = list(modalities) or bundle.modalities
-    for m in chosen:
-        if m not in bundle.inputs:
-            raise ConfigError(f"--modalities: there is no modality {m!r}. {did_you_mean(m, bundle.inputs)}")
+    chosen = chosen_of(bundle, modalities)
     embedder = bundle.embedder()
     wanted = {m: bundle.inputs[m].default_members for m in chosen}
     opened = agree(lambda: open_source(Source.model_validate({"name": "embed", "shards": shards})), world)
     jobs = shard_jobs(opened, wanted, None)
     description = Description(embedder.describe(), {m: m for m in chosen}, dict.fromkeys(chosen, 1), dtype)
     writer = FeatureWriter(out, description, world, overwrite=overwrite)
-    done = write_shards(writer, jobs, lambda job: _one_shard(embedder, job.samples(), chosen, batch_size))
+    done = write_shards(writer, jobs, lambda job: embed_samples(embedder, job.samples(), chosen, batch_size))
     if not any(done["embedded"].values()):
         looked = "; ".join(f"{m}: {', '.join(e)}" for m, e in wanted.items())
         raise DataError(
@@ -126,6 +123,18 @@ def embed_shards(
             f"are damaged, the other members are missing (looked for {looked})"
         )
     return done
+
+
+def chosen_of(bundle: Bundle, modalities: Sequence[str]) -> list[str]:
+    """The modalities to embed; all of the model's where none is named.
+
+    Raises:
+        ConfigError: for one the model does not have.
+    """
+    for m in modalities:
+        if m not in bundle.inputs:
+            raise ConfigError(f"--modalities: there is no modality {m!r}. {did_you_mean(m, bundle.inputs)}")
+    return list(modalities) or bundle.modalities
 
 
 def shard_jobs(
@@ -184,7 +193,8 @@ def write_shards(
     }
 
 
-def _one_shard(embedder: Embedder, samples: Samples, chosen: Sequence[str], batch_size: int) -> Gathered:
+def embed_samples(embedder: Embedder, samples: Samples, chosen: Sequence[str], batch_size: int) -> Gathered:
+    """Features of samples as they come; a value that is a DataError is a row that is lost."""
     out = Gathered(dict.fromkeys(chosen, (1, embedder.embed_dim)))
     waiting: dict[str, list[tuple[int, Any]]] = {m: [] for m in chosen}
 
@@ -201,6 +211,8 @@ def _one_shard(embedder: Embedder, samples: Samples, chosen: Sequence[str], batc
         for m in chosen:
             if isinstance(found, SampleError):
                 out.lose(i, m, str(found))
+            elif isinstance(found.values.get(m), DataError):
+                out.lose(i, m, str(found.values[m]))
             elif m in found.values:
                 waiting[m].append((i, found.values[m]))
                 if len(waiting[m]) >= _CHUNK * batch_size:

@@ -77,12 +77,24 @@ def iter_source(
         ConfigError: an unknown source, key or column.
         DataError: the data set is missing or damaged; no item has any of the modalities.
     """
+    for key, contents in iter_contents(kind, settings, modalities):
+        yield key, {m: raw_of(got) for m, got in contents.items()}
+
+
+def iter_contents(
+    kind: str, settings: Mapping[str, Any], modalities: Sequence[str] = ("image", "text")
+) -> Iterator[tuple[str, dict[str, list[Content]]]]:
+    """As :func:`iter_source`, before anything is read: (key, modality → contents, which :func:`raw_of` reads).
+
+    Raises:
+        ConfigError, DataError: as :func:`iter_source`.
+    """
     layout, own, wanted = open_layout(kind, settings)
     found = False
     for item in itertools.islice(_chosen(layout, own, wanted, modalities), wanted.limit):
-        values = {m: _raw(got) for m in modalities if (got := _contents(layout, item, m, wanted))}
-        found = found or bool(values)
-        yield item.id, values
+        contents = {m: got for m in modalities if (got := _contents(layout, item, m, wanted))}
+        found = found or bool(contents)
+        yield item.id, contents
     if not found:
         raise DataError(f"{kind}: no item has any of {', '.join(modalities)}; name their columns in members")
 
@@ -113,7 +125,8 @@ def _contents(layout: Layout[Any], item: Item, modality: str, wanted: CommonSett
     return list(item.contents.get(modality, []))
 
 
-def _raw(contents: Sequence[Content]) -> Any:
+def raw_of(contents: Sequence[Content]) -> Any:
+    """The raw value of a modality, read now: see :func:`iter_source`."""
     values = [_read(c) for c in contents]
     return values[0] if len(values) == 1 else values
 
