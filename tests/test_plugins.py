@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Place) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert "Going on from" in place.run(form, *longer, f"out={killed}")
+    assert "Resuming from" in place.run(form, *longer, f"out={killed}")
     assert same(weights(killed, 60), weights(place.folder / f"whole_{form}", 60))
 
 

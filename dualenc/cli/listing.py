@@ -35,7 +35,7 @@ def _recipes() -> None:
         try:
             table.add_row(name, str(read_yaml(path)[0].get("description", "")))
         except ConfigError as e:
-            table.add_row(name, f"[red]cannot be used:[/] {escape(str(e))}")
+            table.add_row(name, f"[red]unusable:[/] {escape(str(e))}")
     Console().print(table)
 
 
@@ -55,7 +55,7 @@ def _terms() -> None:
 
 
 def _registered(what: str, registry: str, folder: Path) -> None:
-    table = Table(what, "what it is")
+    table = Table(what, "description")
     known = declared(registry, Path(__file__).parents[1] / folder)
     known |= {e.name: f"from {e.value}" for e in entry_points(group=f"dualenc.{registry}")}
     for name, doc in sorted(known.items()):
@@ -66,7 +66,7 @@ def _registered(what: str, registry: str, folder: Path) -> None:
 def declared(registry: str, folder: Path) -> dict[str, str]:
     """Name → first line of the docstring of every class below ``folder`` that ``@REGISTRY.register("NAME")`` decorates.
 
-    Read from the source: importing it would import torch, and a list need not wait seconds for that.
+    Read from the source: importing it would import torch, which takes seconds.
     """
     out = {}
     for path in sorted(folder.rglob("*.py")):

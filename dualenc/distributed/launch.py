@@ -43,7 +43,7 @@ def launch(command: Sequence[str], nproc: int, max_restarts: int = 0, grace_s: f
         code = ranks.run()
         if code in FINAL or ranks.signalled or attempt == max_restarts:
             break
-        _say(f"starting all ranks again ({attempt + 1} of {max_restarts}), from the newest save")
+        _say(f"restarting all ranks ({attempt + 1} of {max_restarts}) from the newest checkpoint")
     return code
 
 
@@ -81,7 +81,7 @@ class RankProcesses:
                     deadline = time.monotonic() + self.grace_s
             if time.monotonic() > deadline:
                 left = [str(r) for r, p in enumerate(self.processes) if p.poll() is None]
-                _say(f"rank {', '.join(left)} did not end within {self.grace_s:.0f} s after that and is killed")
+                _say(f"rank {', '.join(left)} did not exit within {self.grace_s:.0f} s; killing it")
                 self._kill()
             time.sleep(0.05)
         return code or self._first_failure()

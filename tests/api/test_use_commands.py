@@ -83,7 +83,7 @@ def test_a_broken_file_is_named_and_the_others_are_used(command, clip: Path, pho
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("classify", "MODEL", "PHOTOS", "--names", "cat"), 2, "'cat' names 1 class; write two or more"),
+        (("classify", "MODEL", "PHOTOS", "--names", "cat"), 2, "'cat' names 1 class(es); give two or more"),
         (("classify", "MODEL", "PHOTOS", "--names", "names.txt"), 2, "there is no file names.txt"),
         (("classify", "MODEL", "PHOTOS", "--names", "a,b", "--templates", "photo"), 2, "needs exactly one {}"),
         (("classify", "MODEL", "PHOTOS", "--names", "a,b", "--modality", "imag"), 2, "Did you mean 'image'?"),

@@ -151,7 +151,7 @@ def test_a_run_folder_gives_its_newest_finished_save(saved: Path, tmp_path: Path
     assert load_model(str(run)).provenance["step"] == 2
     assert load_model(str(run / "checkpoints" / "step-0000000001")).provenance["step"] == 1
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no finished save"):
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
         load_model(str(tmp_path / "empty"))
 
 
