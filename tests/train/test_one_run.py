@@ -174,7 +174,7 @@ def test_hostile_manifests_are_passed_over(tmp_path: Path, content: str, caplog:
     save.mkdir(parents=True)
     (save / "manifest.json").write_text(content)
     assert ckpt.newest_good(tmp_path) is None
-    assert "Passing over" in caplog.text
+    assert "Skipping damaged checkpoint" in caplog.text
     with pytest.raises(CheckpointError):
         ckpt.refuse_damaged(save)
 
