@@ -228,7 +228,7 @@ def test_export_and_interpolation(place: Place, runs: dict[str, Path]) -> None:
         place.run("entry", "eval", model, "--task", "task_entry.yaml", "--out", out, "--no-cache")
     first, second = (json.loads((place.folder / n).read_text())["tasks"] for n in (one, two))
     assert first == second
-    for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "graphs are written for image and text")):
+    for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "only image and text towers")):
         said = place.run("entry", "export", "run_entry", "--format", layout, "--out", f"as_{layout}", code=2)
         assert "safetensors" in said
         assert why in said or "has no series" in said

@@ -216,7 +216,7 @@ def test_no_such_model(tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
         load_model(str(tmp_path / "quickstrat"))
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="has no model"):
         load_model(str(tmp_path / "quickstart"))
     with pytest.raises(ConfigError, match="Did you mean 'ViT-B-32'"):
         load_model("open_clip:ViT-B-33")
