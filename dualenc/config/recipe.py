@@ -100,7 +100,7 @@ class Source(Section):
     index: str | None = Field(default=None, description="index file; default: index.json beside the shards")
     members: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="modality → member endings, tried in order; 'json:KEY': a key of the .json member; default: the kind's",
+        description="modality → member endings, tried in order; 'json:KEY': a key of the .json; default: the kind's",
     )
     same: str | None = Field(
         default=None,
@@ -273,7 +273,7 @@ class Checkpoints(Section):
     )
     sharded: Literal["auto", True, False] = Field(
         default="auto",
-        description="every rank writes its own part, not rank 0 everything; auto: FSDP2 or ZeRO 1–3 from 8 GiB of state",
+        description="every rank writes its own part, not rank 0 all; auto: FSDP2 or ZeRO 1–3 from 8 GiB of state",
     )
     init_from: str | None = Field(default=None, description="start from the weights of this MODEL (as in eval)")
 

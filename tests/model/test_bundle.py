@@ -203,7 +203,7 @@ def test_missing_and_left_over_tensors_are_named(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     for change, words in (
         ({k: v for k, v in tensors.items() if k != "towers.text.positions"}, "missing, first 'towers.text.positions'"),
-        ({**tensors, "extra": torch.zeros(1)}, "no place in the model, first 'extra'"),
+        ({**tensors, "extra": torch.zeros(1)}, "do not exist in the model, first 'extra'"),
     ):
         save_file(change, saved / "model.safetensors")
         digest = file_digest(saved / "model.safetensors")

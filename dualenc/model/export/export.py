@@ -22,7 +22,7 @@ def export(
     """Write ``bundle`` into ``folder`` and return it.
 
     Args:
-        layout: ``hf`` (transformers), ``open_clip``, ``onnx`` (a graph per tower) or ``safetensors`` (a dualenc bundle).
+        layout: ``hf`` (transformers), ``open_clip``, ``onnx`` (a graph per tower) or ``safetensors`` (dualenc bundle).
         source: where the model was loaded from; a run's folder gives the card its recipe, data and numbers.
         results: results.json of ``dualenc eval`` for the card.
 
