@@ -159,7 +159,7 @@ def test_hostile_members_are_refused_and_nothing_is_executed_or_written(tmp_path
 def test_dry_run_prints_the_plan_and_leaves_no_run(tmp_path: Path) -> None:
     result = dualenc("train", str(RECIPE), "--dry-run", "out=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for words in ("samples a pass: 3,912", "whole model", "info_nce", "steps:"):
+    for words in ("samples per epoch: 3,912", "whole model", "info_nce", "steps:"):
         assert words in result.stdout
     assert not (tmp_path / "run").exists()
 

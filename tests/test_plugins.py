@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Place) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert "Going on from" in place.run(form, *longer, f"out={killed}")
+    assert "Resuming from" in place.run(form, *longer, f"out={killed}")
     assert same(weights(killed, 60), weights(place.folder / f"whole_{form}", 60))
 
 
@@ -263,7 +263,7 @@ def test_export_and_interpolation(place: Place, runs: dict[str, Path]) -> None:
         place.run("entry", "eval", model, "--task", "task_entry.yaml", "--out", out, "--no-cache")
     first, second = (json.loads((place.folder / n).read_text())["tasks"] for n in (one, two))
     assert first == second
-    for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "graphs are written for image and text")):
+    for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "only image and text towers")):
         said = place.run("entry", "export", "run_entry", "--format", layout, "--out", f"as_{layout}", code=2)
         assert "safetensors" in said
         assert why in said or "has no series" in said
@@ -446,7 +446,7 @@ def test_entry_points_are_imported_when_they_are_first_needed(module: str) -> No
     assert parts["a"].Config == 1
     assert parts.origin("a") == module
     with pytest.raises(
-        ConfigError, match=r"'both' is brought by one 1.0 and by two 1.0; say which with small_parts:A or"
+        ConfigError, match=r"'both' is provided by one 1.0 and by two 1.0; choose with small_parts:A or"
     ):
         parts["both"]
     assert parts["small_parts:A"].Config == 1
@@ -480,11 +480,11 @@ def test_a_plugin_that_lacks_a_package_says_so(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "needy.py").write_text("import a_package_nobody_has\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="needs the package 'a_package_nobody_has', and that is not installed"):
+    with pytest.raises(ConfigError, match="needs the package 'a_package_nobody_has'; it is not installed"):
         plugins.import_plugins(["needy"], "plugins (in x.yaml)")
     with pytest.raises(ZeroDivisionError):  # a bug of the plugin, shown whole
         plugins.import_plugins(["broken"], "plugins (in x.yaml)")
-    with pytest.raises(ConfigError, match=r"plugins \(in x.yaml\): 'a-b' is not the name of a module"):
+    with pytest.raises(ConfigError, match=r"plugins \(in x.yaml\): 'a-b' is not a module name"):
         plugins.import_plugins(["a-b"], "plugins (in x.yaml)")
     with pytest.raises(ConfigError, match="write a list of modules"):
         plugins.named_in({"plugins": "mypkg"}, "x.yaml")

@@ -46,7 +46,7 @@ def _recipes() -> None:
         try:
             table.add_row(name, str(read_yaml(path)[0].get("description", "")))
         except ConfigError as e:
-            table.add_row(name, f"[red]cannot be used:[/] {escape(str(e))}")
+            table.add_row(name, f"[red]unusable:[/] {escape(str(e))}")
     Console().print(table)
 
 
@@ -99,7 +99,7 @@ def _print(what: str, rows: Iterable[tuple[str, str, str]]) -> None:
     """(name, what it is, which package brings it); the last is shown where one is from outside."""
     listed = list(rows)
     outside = any(origin != "dualenc" for _, _, origin in listed)
-    table = Table(what, "what it is", *(["from"] if outside else []))
+    table = Table(what, "description", *(["from"] if outside else []))
     for name, doc, origin in listed:
         table.add_row(name, escape(doc), *([origin] if outside else []))
     Console().print(table)
@@ -115,7 +115,7 @@ def _print_outside(what: str, registry: Registry[Any]) -> None:
 def declared(registry: str, folder: Path) -> dict[str, str]:
     """Name → first line of the docstring of every class below ``folder`` that ``@REGISTRY.register("NAME")`` decorates.
 
-    Read from the source: importing it would import torch, and a list need not wait seconds for that.
+    Read from the source: importing it would import torch, which takes seconds.
     """
     out = {}
     for path in sorted(folder.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""One view on parameters that an engine may have cut into pieces.
+"""One view of parameters, whether or not an engine has sharded them.
 
 A parameter's *local* tensor is what this rank holds: all of it (one process, DDP, ZeRO 0–2), its DTensor shard
 (FSDP2), or its flat partition (ZeRO-3). Both directions are here, so that saves, moving averages and optimizer state
@@ -29,7 +29,7 @@ def _dtensor(data: Tensor) -> DTensor | None:
 
 
 def _partition(p: Tensor) -> Tensor | None:
-    """ZeRO-3's flat part of a parameter; DeepSpeed hangs it on the parameter, whose class does not declare it."""
+    """ZeRO-3's flat part of a parameter; DeepSpeed sets it on the parameter, whose class does not declare it."""
     return getattr(p, "ds_tensor", None)
 
 
@@ -86,7 +86,7 @@ def extent(p: Tensor) -> tuple[int, int]:
         start = min(data.device_mesh.get_local_rank() * each, rows)
         end = min(start + each, rows)
         if (end - start) * row != data.to_local().numel():
-            raise RuntimeError(f"rows {start} to {end} of {rows} are expected here, got {data.to_local().shape}")
+            raise RuntimeError(f"expected rows {start} to {end} of {rows} here, got {data.to_local().shape}")
         return start * row, end * row
     partition = _partition(p)
     if partition is None:
@@ -100,7 +100,7 @@ def piece(name: str, p: Tensor, part: Tensor) -> Piece:
     """``part``, cut like ``p``, as a flat range of the whole."""
     (start, end), flat = extent(p), part.detach().flatten()
     if len(flat) != local(p).numel():
-        raise RuntimeError(f"{name}: {len(flat)} elements are not cut like the {local(p).numel()} of its parameter")
+        raise RuntimeError(f"{name}: {len(flat)} elements, but this rank holds {local(p).numel()} of the parameter")
     return Piece(name, tuple(shape(p)), start, flat[: end - start])
 
 
@@ -108,7 +108,7 @@ def own(parts: Mapping[str, tuple[Tensor, Tensor]], rank: int, world_size: int) 
     """What this rank writes of tensors given as (parameter or buffer, local part): together, every element once.
 
     Parts that only this rank holds, an equal share of the parameters that all ranks hold, and rank 0 the buffers
-    (running statistics may differ between ranks; those of rank 0 are what a whole save keeps, too).
+    (running statistics may differ between ranks; an unsharded checkpoint keeps those of rank 0, too).
     """
     mine, everywhere = [], []
     for name, (p, part) in parts.items():
@@ -123,11 +123,11 @@ def read_all(tensors: Mapping[str, Tensor], saved: Stored) -> Iterator[tuple[str
     """(name, parameter or buffer, its saved local part) of a whole model, one after another.
 
     Raises:
-        CheckpointError: if the save has a tensor that the model has not, or lacks one, or its shape is another.
+        CheckpointError: the checkpoint has an extra tensor, lacks one, or one has another shape.
     """
     for name in saved.shapes:
         if name not in tensors:
-            raise CheckpointError(f"The save has a tensor {name}, which has no place in the model")
+            raise CheckpointError(f"The checkpoint has a tensor {name}, which the model does not have")
     for name, x in tensors.items():
         yield name, x, read(x, saved, name)
 
@@ -136,13 +136,13 @@ def read(p: Tensor, saved: Stored, name: str) -> Tensor:
     """This rank's part of a saved tensor, in the shape of :func:`local` (on the CPU); only this part is read.
 
     Raises:
-        CheckpointError: if the saved tensor is not there or has another shape.
+        CheckpointError: the saved tensor is missing or has another shape.
     """
     if name not in saved.shapes:
-        raise CheckpointError(f"The save has no tensor {name}, which the model needs")
+        raise CheckpointError(f"The checkpoint has no tensor {name}, which the model needs")
     if saved.shapes[name] != tuple(shape(p)):
         raise CheckpointError(
-            f"{name} has shape {list(saved.shapes[name])} in the save, the model needs {list(shape(p))}"
+            f"{name} has shape {list(saved.shapes[name])} in the checkpoint, but the model needs {list(shape(p))}"
         )
     start, end = extent(p)
     flat, mine = saved.read(name, start, end), local(p)

@@ -74,7 +74,7 @@ def test_nothing_to_train_is_said() -> None:
         ({"kind": "deepspeed", "zero_stage": 0, "offload_optimizer": True}, "zero_stage 1, 2 or 3, got 0"),
         ({"kind": "deepspeed", "parallel": "fsdp2"}, r"engine\.parallel: fsdp2 is for kind: accelerate"),
         ({"offload_optimizer": True}, r"need engine\.kind: deepspeed"),
-        ({"grad_checkpointing": True}, r"engine\.grad_checkpointing: TinyDualEncoder cannot do that"),
+        ({"grad_checkpointing": True}, r"engine\.grad_checkpointing: TinyDualEncoder does not support it"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, object], message: str) -> None:
@@ -177,7 +177,7 @@ def test_micro_batches_bound_what_is_encoded_at_once() -> None:
 def test_state_of_another_optimizer_or_model_is_refused() -> None:
     saved = _jobs.train(World(), {}, 0, 1)
     engine = build_engine(EngineConfig(), Optim(name="sgd"), tiny(), World())
-    with pytest.raises(CheckpointError, match="is of 'adamw', the recipe says 'sgd'"):
+    with pytest.raises(CheckpointError, match=r"is of 'adamw', but the recipe has optim\.name: 'sgd'"):
         engine.load_optimizer_state(InMemory(saved["tensors"]), saved["info"])
     locked = tiny()
     locked.towers["image"].requires_grad_(False)
