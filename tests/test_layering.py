@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "dualenc.errors": 0,
     "dualenc.registry": 0,
+    "dualenc.plugins": 0,
     "dualenc.shipped": 0,
     "dualenc.files": 0,
     "dualenc.versions": 0,

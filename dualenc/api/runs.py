@@ -31,17 +31,36 @@ def train(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Path:
         DataError: shards that are missing or too broken.
         DivergenceError: too many non-finite steps in a row.
     """
+    from dualenc.train.check import check_recipe
     from dualenc.train.loop import train as run
 
     loaded = _with(recipe, list(overrides))
-    tasks = resolve_tasks(loaded.eval.tasks)
-    guarded = resolve_tasks(loaded.eval.guard.tasks) if loaded.eval.guard is not None else []
+    check_recipe(loaded)
+    tasks, guarded = tasks_of(loaded)
     return run(loaded, evaluation_of(tasks) if tasks else None, evaluation_of(guarded) if guarded else None)
+
+
+def tasks_of(recipe: Recipe) -> tuple[list[Task], list[Task]]:
+    """The tasks of ``eval.tasks`` and ``eval.guard.tasks``, once the data of each has been found.
+
+    Raises:
+        ConfigError: an unknown task or key.
+        DataError: data that is missing or damaged: before the first step, not after the last.
+    """
+    from dualenc_evals.read.shards import read_rows
+
+    tasks = resolve_tasks(recipe.eval.tasks)
+    guarded = resolve_tasks(recipe.eval.guard.tasks) if recipe.eval.guard is not None else []
+    for task in (*tasks, *guarded):
+        read_rows(task)
+    return tasks, guarded
 
 
 def _with(recipe: Recipe | str | Path, overrides: list[str]) -> Recipe:
     if not isinstance(recipe, Recipe):
-        return load_recipe(recipe, overrides)
+        from dualenc.model.start_from import completed
+
+        return load_recipe(recipe, overrides, completed)
     if not overrides:
         return recipe
     raw, origin = recipe.model_dump(mode="json"), dict[str, str]()

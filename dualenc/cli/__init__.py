@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from dualenc import __version__
+from dualenc import __version__, plugins
 from dualenc.cli import evaluate, listing, shards, train, use  # noqa: F401  (their commands register themselves)
 from dualenc.cli.app import app
 from dualenc.errors import DualencError
@@ -25,7 +25,7 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Entry point. Errors meant for a person are one line on stderr; ``--debug`` shows the traceback."""
-    sys.argv[1:] = take_launcher_arguments(sys.argv[1:])
+    sys.argv[1:] = take_plugins(take_launcher_arguments(sys.argv[1:]))
     debug = "--debug" in sys.argv
     if not debug:  # torch's C++ warnings come once per rank, before torch is loaded is the only time to say so
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -60,9 +60,35 @@ def take_launcher_arguments(argv: list[str]) -> list[str]:
     return kept
 
 
+def take_plugins(argv: list[str]) -> list[str]:
+    """``--plugins a,b`` may stand anywhere: it goes to DUALENC_PLUGINS, so that every process of a launch has it."""
+    kept, named = [], []
+    rest = iter(argv)
+    for arg in rest:
+        if arg == "--plugins":
+            named.append(next(rest, ""))
+        elif arg.startswith("--plugins="):
+            named.append(arg.partition("=")[2])
+        else:
+            kept.append(arg)
+    if named:
+        before = os.environ.get(plugins.ENV, "")
+        os.environ[plugins.ENV] = ",".join(n for n in (before, *named) if n)
+    return kept
+
+
 @app.callback(invoke_without_command=True)
 def _version(
-    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    plugins: Annotated[
+        str | None,
+        typer.Option(
+            "--plugins",
+            help="With any command: modules from outside, comma between, to import for their losses, encoders …; "
+            "a checkpoint that needs them may have them.",
+        ),
+    ] = None,
 ) -> None:
     if version:
         print(f"dualenc {__version__}")

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualenc.api.runs import resolve_tasks
+from dualenc.api.runs import tasks_of
 from dualenc.api.runs import train as run
 from dualenc.cli.app import AllowPipe, Debug, Overrides, app
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
-from dualenc.errors import ConfigError, DualencError
+from dualenc.errors import ConfigError
 
 
 @app.command()
@@ -27,10 +27,13 @@ def train(
 ) -> None:
     """Train a recipe; started again, it goes on from its newest save."""
     from dualenc.model.start_from import completed
+    from dualenc.train.check import check_recipe
 
     said = [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])]
     loaded = load_recipe(recipe, said, completed)
     if dry_run:
+        check_recipe(loaded)
+        tasks_of(loaded)
         print_plan(loaded)
     else:
         run(loaded)
@@ -42,9 +45,9 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
     from dualenc.train.build import total_steps
+    from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
 
-    resolve_tasks([*recipe.eval.tasks, *(recipe.eval.guard.tasks if recipe.eval.guard else [])])
     console = Console()
     console.print(dump_yaml(recipe), highlight=False, markup=False)
     bundle = build_bundle(recipe)
@@ -62,19 +65,14 @@ def print_plan(recipe: Recipe) -> None:
         console.print(note, highlight=False, markup=False)
     print_rates(console, bundle.model, recipe)
     print_pipes(console, recipe)
-    needs_index = recipe.budget.passes is not None
-    try:
-        per_pass = samples_per_pass(recipe.data)
-    except DualencError as e:
-        console.print(f"samples a pass: not known ({e})", highlight=False, markup=False)
-        per_pass = 0
-    if per_pass:
-        console.print(f"samples a pass: {per_pass:,}", highlight=False)
-    if per_pass or not needs_index:
-        steps = total_steps(recipe, per_pass)
-        seen = steps * recipe.batch.size
-        passes = f" ({seen / per_pass:.2f} passes)" if per_pass else ""
-        console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
+    per_pass = samples_per_pass(recipe.data)
+    console.print(f"samples a pass: {per_pass:,}", highlight=False)
+    steps = total_steps(recipe, per_pass)
+    seen = steps * recipe.batch.size
+    passes = f" ({seen / per_pass:.2f} passes)"
+    console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
+    check_length(recipe, steps)
+    check_data(recipe, bundle)
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
@@ -89,6 +87,15 @@ def print_pipes(console: Console, recipe: Recipe) -> None:
             if is_pipe(url.strip()):
                 state = "runs" if recipe.data.allow_pipe else "would run, and is refused without data.allow_pipe=true:"
                 console.print(f"source {source.name} {state} {url.strip()[5:]!r}", highlight=False, markup=False)
+
+
+def check_data(recipe: Recipe, bundle: Any) -> None:
+    """The settings of the sources as the loader checks them: members, pairs, what can be mixed."""
+    from dualenc.data.dataset import check_mix, members_of
+
+    for i in range(len(recipe.data.sources)):
+        members_of(recipe.data, i, bundle.inputs, recipe.pairs)
+    check_mix(recipe.data, bundle.inputs, recipe.pairs)
 
 
 def print_rates(console: Console, model: Any, recipe: Recipe) -> None:

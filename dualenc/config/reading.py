@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from dualenc.errors import ConfigError, did_you_mean
 from dualenc.shipped import recipes_folder
 
 S = TypeVar("S", bound=BaseModel)
+COMMAND_LINE = "the command line"
 
 
 def read_yaml(path: Path, key: str = "base", seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -40,7 +41,28 @@ def read_yaml(path: Path, key: str = "base", seen: tuple[Path, ...] = ()) -> tup
         merged = _merge(merged, base_raw)
         origin |= base_origin
     origin |= dict.fromkeys(_dotted(own), str(path))
+    _drop_siblings(merged, [k for k in _dotted(own) if _value_at(own, k) is not None], origin, keep=str(path))
     return _merge(merged, own), origin
+
+
+def _value_at(raw: Any, key: str) -> Any:
+    for part in key.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
+
+
+EXCLUSIVE = (("budget.steps", "budget.samples", "budget.passes"), ("optim.ema_samples", "optim.trajectory"))
+"""Keys of which a recipe has at most one: one that is said later replaces what a base or the file said."""
+
+
+def _drop_siblings(raw: dict[str, Any], said: Iterable[str], origin: dict[str, str], keep: str) -> None:
+    """Remove from ``raw`` the siblings of the keys ``said``, unless ``keep`` (a file, the command line) said them."""
+    for key in said:
+        for group in EXCLUSIVE:
+            for other in group if key in group else ():
+                section, _, name = other.rpartition(".")
+                if other != key and origin.get(other) != keep and isinstance(raw.get(section), dict):
+                    raw[section].pop(name, None)
 
 
 def apply_override(raw: dict[str, Any], item: str, origin: dict[str, str]) -> None:
@@ -60,7 +82,10 @@ def apply_override(raw: dict[str, Any], item: str, origin: dict[str, str]) -> No
         node[_position(node, last, key)] = value
     else:
         node[last] = value
-    origin[key] = "the command line"
+    origin[key] = COMMAND_LINE
+    if value is not None:
+        said = [key, *(f"{key}.{k}" for k in value)] if isinstance(value, dict) else [key]
+        _drop_siblings(raw, said, origin, keep=COMMAND_LINE)
 
 
 def _child(node: Any, part: str, key: str) -> Any:
@@ -127,7 +152,7 @@ def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
 
 
 def _leaves(annotation: Any) -> list[Any]:
-    args = getattr(annotation, "__args__", ())
+    args = get_args(annotation)
     return [leaf for a in args for leaf in _leaves(a)] if args else [annotation]
 
 

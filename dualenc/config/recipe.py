@@ -19,7 +19,10 @@ from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.errors import did_you_mean
+from dualenc.plugins import import_plugins, named_in
 from dualenc.shipped import find_recipe
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Unlocked(Section):
@@ -108,7 +111,10 @@ class Data(Section):
     """Where samples come from and how they are ordered and read."""
 
     sources: list[Source] = Field(min_length=1)
-    sampling: Literal["without_replacement", "with_replacement"] = "without_replacement"
+    sampling: str | Component = Field(
+        default="without_replacement",
+        description="the plan: without_replacement, with_replacement, or one from outside; {name: …} with its settings",
+    )
     lanes: Positive = Field(
         1, description="the pass is cut into this many streams of shards; ranks read their lanes' shards only"
     )
@@ -167,7 +173,7 @@ class Optim(Section):
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     momentum: Share = Field(default=0.95, description="of Muon and SGD")
@@ -284,6 +290,9 @@ class Recipe(Section):
 
     name: str
     description: str = ""
+    plugins: list[str] = Field(
+        default_factory=list, description="modules imported first: they bring losses, encoders, modalities … of others"
+    )
     seed: int = 0
     out: str | None = Field(default=None, description="run folder; default: runs/NAME")
     modalities: dict[str, Modality] = Field(min_length=2)
@@ -327,6 +336,15 @@ class Recipe(Section):
                     raise ValueError(f"pairs: there is no modality {m!r}. {did_you_mean(m, self.modalities)}")
             if pair[0] == pair[1]:
                 raise ValueError(f"pairs: {pair[0]!r} cannot be paired with itself")
+        scale = self.logit_scale
+        if scale.init > scale.max:
+            raise ValueError(
+                f"logit_scale: init ({scale.init:g}) is above max ({scale.max:g}); raise max or lower init"
+            )
+        kinds = [frozenset(pair) for pair in self.pairs]
+        for k, pair in enumerate(self.pairs):
+            if kinds.index(kinds[k]) < k:
+                raise ValueError(f"pairs: {list(pair)} stands twice (a pair has no direction); leave one out")
         if self.batch.micro is not None and self.batch.micro > self.batch.size:
             raise ValueError(f"batch.micro ({self.batch.micro}) is larger than batch.size ({self.batch.size})")
         for m in self.optim.lr_scale:
@@ -360,6 +378,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
 
+    Its ``plugins`` are imported first of all.
+
     Args:
         path: a YAML file, or the name of a recipe that comes with the package, such as ``quickstart``.
         overrides: values are read as YAML.
@@ -372,4 +392,6 @@ def load_recipe(
     raw, origin = read_yaml(file)
     for item in overrides:
         apply_override(raw, item, origin)
+    source = origin.get("plugins", str(file))
+    import_plugins(named_in(raw, source), f"plugins (in {source})")
     return parse(Recipe, raw if complete is None else complete(raw), origin, str(file))

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, BadSample, Batch
 from dualenc.data.driving.places import by_slot
-from dualenc.data.modalities.modality import DecodeError, ModalityInput, of_one_item
+from dualenc.data.modalities.modality import DecodeError, Mixes, ModalityInput, NamesPlaces, of_one_item
 from dualenc.data.order import Plan, Refs
 from dualenc.data.shards.index import ShardSet
 from dualenc.data.shards.reader import Reader, SampleError, check_members
@@ -202,7 +202,7 @@ class StepDataset(Dataset[Any]):
             try:
                 with of_one_item():
                     item = part.decode(raw)
-                    if getattr(part, "placed", None) is not None:
+                    if isinstance(part, NamesPlaces):
                         item = part.placed(item, sample_rng(self.seed, full, one, "places"))
                     rng = sample_rng(seed, full, one % passes, m)
                     if partner.keys() >= found.values.keys():
@@ -301,7 +301,7 @@ def check_mix(data: Data, inputs: Mapping[str, ModalityInput], pairs: Sequence[t
     Raises:
         ConfigError: naming it.
     """
-    rigid = sorted({m for pair in pairs for m in pair if not hasattr(inputs[m], "mix")})
+    rigid = sorted({m for pair in pairs for m in pair if not isinstance(inputs[m], Mixes)})
     if data.mix and rigid:
         raise ConfigError(
             f"data.mix: {data.mix:g} needs modalities that can be mixed; {rigid[0]!r} cannot: leave it out."

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import queues
 from types import TracebackType
 from typing import Any
 
@@ -251,8 +252,15 @@ def _quiet_worker(worker: int) -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_on_failed_hand_over)  # type: ignore[attr-defined]
     threading.Thread(target=_obey_parent, args=(os.getppid(),), name="dualenc-signals", daemon=True).start()
     _report_while_alive(os.getppid())
+
+
+def _end_on_failed_hand_over(error: Exception, _: Any) -> None:
+    """A batch that cannot be put into shared memory is lost, and the trainer would wait for it for ever: end here."""
+    print(f"dualenc: a data worker cannot hand over a batch ({error})", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _report_while_alive(parent: int) -> None:

@@ -8,6 +8,6 @@ returns a :class:`dualenc.losses.LossOutput`.
 from dualenc.distill.objective import Distillation
 from dualenc.distill.setup import Distiller
 from dualenc.distill.terms import affinity, anchor, dcd, feature, gradient, interactive, soft_labels, soft_sigmoid  # noqa: F401
-from dualenc.distill.terms.term import HeadTerm, PairInputs, Term, TermConfig, terms
+from dualenc.distill.terms.term import HeadTerm, PairInputs, Term, TermConfig, features_of, terms
 
-__all__ = ["Distillation", "Distiller", "HeadTerm", "PairInputs", "Term", "TermConfig", "terms"]
+__all__ = ["Distillation", "Distiller", "HeadTerm", "PairInputs", "Term", "TermConfig", "features_of", "terms"]

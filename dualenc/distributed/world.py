@@ -184,12 +184,21 @@ def _bound_by_slurm(env: Mapping[str, str]) -> bool:
     return by_srun and ("SLURM_GPUS_PER_TASK" in env or "SLURM_TRES_PER_TASK" in env)
 
 
+def check_device(name: str) -> None:
+    """Refuse ``engine.device: cuda`` where there is none.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device is cuda, but torch sees no CUDA device; write auto or cpu")
+
+
 def _device(name: str, local_rank: int, bound: bool = False) -> torch.device:
     """Of what is visible: the first device where each task sees only its own (``bound``), else that of the rank."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    check_device(name)
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("engine.device is cuda, but torch sees no CUDA device; write auto or cpu")
     count = torch.cuda.device_count()
     if bound:
         local_rank = 0

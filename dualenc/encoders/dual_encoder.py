@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
 from dualenc.encoders.tower import Tower
+from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
-from dualenc.errors import ConfigError
 
 
 class DualEncoder(nn.Module):
@@ -58,12 +58,12 @@ class DualEncoder(nn.Module):
         self.logit_bias = _Biases(bias)
         self.heads = nn.ModuleDict()
         for m in self.locked:
-            self.tower(m).requires_grad_(False).eval()
+            locking.lock(self.tower(m))
         for m in heads:
             self.tower(m).head.requires_grad_(True)
         self.unlocked = dict(unlocked or {})
         for m, groups in self.unlocked.items():
-            self._unlock(m, groups)
+            locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
 
     @property
@@ -121,15 +121,6 @@ class DualEncoder(nn.Module):
         """
         return normalised(self.tower(modality)(x))
 
-    def _unlock(self, m: str, groups: int) -> None:
-        tower = self.tower(m)
-        n = len(tower.blocks())
-        if groups > n:
-            raise ConfigError(f"modalities.{m}.lock.unlocked_groups: {groups} is more than the tower's {n} blocks")
-        levels = tower.levels()
-        for name, p in tower.named_parameters():
-            p.requires_grad_(levels[name] > n - groups)
-
     def add_adapters(self, m: str, config: Lora) -> None:
         """Train low-rank adapters in the tower of ``m`` instead of its weights; :meth:`plain` merges them.
 
@@ -157,13 +148,7 @@ class DualEncoder(nn.Module):
         """As ``nn.Module.train``; locked towers, and the locked part of others, stay in eval mode."""
         super().train(mode)
         for m, groups in self.unlocked.items():
-            tower = self.tower(m)
-            frozen = [x for x in tower.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm) and not x.training]
-            tower.eval()
-            for part in [*tower.blocks()[-groups:], tower.head]:
-                part.train(mode)
-            for norm in frozen:
-                norm.eval()
+            locking.train_last(self.tower(m), groups, mode)
         for m in self.locked:
             self.tower(m).eval()
         return self

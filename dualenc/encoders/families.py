@@ -1,7 +1,8 @@
 """Where towers come from: ``own/…``, ``open_clip/…``, ``timm/…``, ``hf/…``.
 
 A family knows its names, what each demands of its input, and how to build it. A new own tower is one file in this
-folder that registers a class in ``own_towers``; a new family is one file that registers it in ``families``.
+folder that registers a class in ``own_towers``; a new family is one file that registers it in ``families``. A tower
+from outside is such a class too, named without a family: by its entry point or registered name, or ``pkg.mod:Name``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 from dualenc.config import Component, settings_as
 from dualenc.encoders.tower import Tower
 from dualenc.errors import ConfigError, did_you_mean
+from dualenc.plugins import is_reference
 from dualenc.registry import Registry
 
 
@@ -21,6 +23,7 @@ class Family(Protocol):
     """Towers of one origin. ``kind`` is the modality's kind ("image", "text", …), ``name`` what follows the slash."""
 
     kinds: ClassVar[tuple[str, ...]]
+    """Modalities that it has towers for; none: each of its towers says so itself."""
     Config: ClassVar[type[BaseModel]]
 
     def names(self) -> list[str]:
@@ -48,9 +51,9 @@ class OwnTower(Protocol):
         """Build it."""
 
 
-own_towers: Registry[Any] = Registry("own tower")
+own_towers: Registry[Any] = Registry("encoder", "dualenc.encoders", needs=("kinds", "Config"))
 """Name → a class as :class:`OwnTower` describes it."""
-families: Registry[type[Family]] = Registry("encoder family")
+families: Registry[type[Family]] = Registry("encoder family", "dualenc.families", needs=("kinds", "Config", "build"))
 
 
 def find(kind: str, component: Component, where: str) -> tuple[Family, str, BaseModel]:
@@ -59,13 +62,9 @@ def find(kind: str, component: Component, where: str) -> tuple[Family, str, Base
     Raises:
         ConfigError: for an unknown family, name or setting, or a family that has no towers of this kind.
     """
-    head, slash, name = component.name.partition("/")
-    if not slash or not name:
-        near = [f"{f}/{n}" for f in families for n in families[f]().names() if n == component.name]
-        hint = f"Did you mean {near[0]!r}?" if near else f"Write FAMILY/NAME; families: {', '.join(families)}."
-        raise ConfigError(f"{where}.name: {component.name!r} has no family. {hint}")
+    head, name = split(component.name, where)
     family = families[head]()
-    if kind not in family.kinds:
+    if family.kinds and kind not in family.kinds:
         raise ConfigError(f"{where}.name: {head} has no towers for {kind!r}, only for {', '.join(family.kinds)}.")
     cls = family.Config
     if head == "own":
@@ -74,19 +73,48 @@ def find(kind: str, component: Component, where: str) -> tuple[Family, str, Base
     return family, name, settings_as(cls, component.settings, where)
 
 
+def split(full: str, where: str) -> tuple[str, str]:
+    """The family and the name within it; a tower from outside, which is named without one, is built as own ones are.
+
+    Raises:
+        ConfigError: for a name without a family that no plugin brings.
+    """
+    head, slash, name = full.partition("/")
+    if slash and name:
+        return head, name
+    if is_reference(full) and full.partition(":")[0] in families.loaded():
+        raise ConfigError(f"{where}.name: write {full.replace(':', '/', 1)}, not {full}")
+    if full in own_towers and own_towers.origin(full) is not None:
+        return "own", full
+    near = [f"{f}/{n}" for f in families for n in families[f]().names() if n == full]
+    hint = f"Did you mean {near[0]!r}?" if near else f"Write FAMILY/NAME; families: {', '.join(families)}."
+    raise ConfigError(f"{where}.name: {full!r} has no family, and no plugin brings it. {hint}")
+
+
+def encoder_origin(component: Component) -> str | None:
+    """The module that brings an encoder, or its family; None for one of this project."""
+    head, name = split(component.name, "encoder")
+    return own_towers.origin(name) if head == "own" else families.origin(head)
+
+
 def own_towers_for(kind: str, name: str, where: str) -> OwnTower:
     """The own tower ``name``, refused where it is of another kind."""
-    fitting = [n for n in own_towers if kind in own_towers[n].kinds]
+    fitting = [shown(n) for n, t in own_towers.loaded().items() if kind in t.kinds]
     if name not in own_towers:
-        known = [f"own/{n}" for n in fitting or own_towers]
+        known = fitting or [shown(n) for n in own_towers.loaded()]
         raise ConfigError(f"{where}.name: there is no tower 'own/{name}'. {did_you_mean(f'own/{name}', known)}")
     tower: OwnTower = own_towers[name]
     if kind not in tower.kinds:
+        instead = f"Write {' or '.join(fitting)}." if fitting else f"No tower for {kind!r} is known; name its plugin."
         raise ConfigError(
-            f"{where}.name: own/{name} is a tower for {', '.join(tower.kinds)}, not for {kind!r}. "
-            f"Write {' or '.join('own/' + n for n in fitting)}."
+            f"{where}.name: {shown(name)} is a tower for {', '.join(tower.kinds)}, not for {kind!r}. {instead}"
         )
     return tower
+
+
+def shown(name: str) -> str:
+    """A tower of ``own_towers`` as a recipe names it."""
+    return name if own_towers.origin(name) is not None else f"own/{name}"
 
 
 @families.register("own")
@@ -96,10 +124,10 @@ class _Own:
     Config: ClassVar[type[BaseModel]] = BaseModel
     """Each own tower has its own."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image", "text", "audio", "lidar", "camera")
+    kinds: ClassVar[tuple[str, ...]] = ()
 
     def names(self) -> list[str]:
-        return list(own_towers)
+        return [n for n in own_towers if own_towers.source(n) == "dualenc"]
 
     def input_defaults(self, kind: str, name: str, config: Any) -> dict[str, Any]:
         return {}
@@ -111,4 +139,9 @@ class _Own:
         self, kind: str, name: str, config: Any, describe: Mapping[str, Any], embed_dim: int, where: str
     ) -> Tower:
         tower: Tower = own_towers[name](config, describe, embed_dim)
+        if own_towers.origin(name) is not None:  # it does not know under which name it was asked for
+            said = vars(tower)
+            settings = tower.component.settings if "component" in said else config.model_dump(mode="json")
+            tower.component = Component(name=name, **settings)
+            tower.embed_dim = said.get("embed_dim", embed_dim)
         return tower

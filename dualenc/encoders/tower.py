@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ class Tower(nn.Module):
         freeze_bn: batch norms use their running statistics in training too (their gains and biases are trained).
             Statistics of the batch would make a gradient depend on how the global batch is cut into ranks and
             micro-batches, and a released tower has good ones already.
+        channels_last: its weights and pictures lie in that order in memory.
     """
 
     component: Component
     embed_dim: int
     head: nn.Module
     freeze_bn: bool = True
+    channels_last: bool = False
 
     def pooled(self, x: Any) -> Tensor:
         """The collated rows of one modality → [n, W]: what the encoder itself says of them, before the head."""
@@ -49,10 +51,14 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; frozen batch norms stay in eval mode."""
         super().train(mode)
+        self.settle_batch_norms()
+        return self
+
+    def settle_batch_norms(self) -> None:
+        """Put the batch norms in eval mode if they are frozen."""
         if self.freeze_bn:
             for norm in batch_norms(self):
                 norm.eval()
-        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward instead of keeping them; towers too small to gain leave it out."""
@@ -72,6 +78,14 @@ class Tower(nn.Module):
             after = passed or name.startswith("head.") or name.rpartition(".")[2] in _OUTPUTS
             out[name] = inside.get(id(p), n + 1 if after else 0)
         return out
+
+
+@runtime_checkable
+class Recomputing(Protocol):
+    """A trunk that can recompute its activations in the backward (open_clip's, timm's, own/vit)."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch it on or off."""
 
 
 class ImageTower(Tower):
@@ -101,9 +115,8 @@ class ImageTower(Tower):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Passed on to trunks that have the switch (open_clip, timm, own ViT)."""
-        switch = getattr(self.trunk, "set_grad_checkpointing", None)
-        if switch is not None:
-            switch(enable)
+        if isinstance(self.trunk, Recomputing):
+            self.trunk.set_grad_checkpointing(enable)
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:

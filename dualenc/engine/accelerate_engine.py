@@ -14,7 +14,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dualenc.checkpoint.ranges import Piece, Stored
 from dualenc.config import EngineConfig, Optim
@@ -120,11 +122,10 @@ class AccelerateEngine:
             self._set_reduction(True)
 
     def _set_reduction(self, on: bool) -> None:
-        wrapped: Any = self._wrapped
-        if hasattr(wrapped, "set_requires_gradient_sync"):
-            wrapped.set_requires_gradient_sync(on)
-        elif hasattr(wrapped, "require_backward_grad_sync"):
-            wrapped.require_backward_grad_sync = on
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_gradient_sync(on)
+        elif isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped.require_backward_grad_sync = on
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``."""
@@ -166,9 +167,8 @@ class AccelerateEngine:
 
     def _reshard(self) -> None:
         for m in self.module.modules():
-            reshard = getattr(m, "reshard", None)
-            if callable(reshard):
-                reshard()
+            if isinstance(m, FSDPModule):
+                m.reshard()
 
     # --- state ------------------------------------------------------------------------------------------------
 

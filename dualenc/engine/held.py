@@ -19,12 +19,17 @@ from dualenc.checkpoint.ranges import Piece, Stored, deal
 from dualenc.errors import CheckpointError
 
 
+def _partition(p: Tensor) -> Tensor | None:
+    """ZeRO-3's flat part of a parameter; DeepSpeed hangs it on the parameter, whose class does not declare it."""
+    return getattr(p, "ds_tensor", None)
+
+
 def local(p: Tensor) -> Tensor:
     """The part of a parameter or buffer that this rank holds (shares memory with it)."""
     data = p.detach()
     if isinstance(data, DTensor):
         return data.to_local()
-    partition: Tensor | None = getattr(p, "ds_tensor", None)
+    partition = _partition(p)
     return data if partition is None else partition.data
 
 
@@ -36,7 +41,7 @@ def full(p: Tensor, part: Tensor) -> Tensor:
             part, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
         return whole.full_tensor()
-    if getattr(p, "ds_tensor", None) is None:
+    if _partition(p) is None:
         return part
     return gather_partitions(p, part)
 
@@ -58,7 +63,7 @@ def all_finite(model: nn.Module) -> bool:
 
 def is_cut(p: Tensor) -> bool:
     """Whether ranks hold different parts of it."""
-    return isinstance(p.detach(), DTensor) or getattr(p, "ds_tensor", None) is not None
+    return isinstance(p.detach(), DTensor) or _partition(p) is not None
 
 
 def extent(p: Tensor) -> tuple[int, int]:
@@ -74,7 +79,7 @@ def extent(p: Tensor) -> tuple[int, int]:
         if (end - start) * row != data.to_local().numel():
             raise RuntimeError(f"rows {start} to {end} of {rows} are expected here, got {data.to_local().shape}")
         return start * row, end * row
-    partition: Tensor | None = getattr(p, "ds_tensor", None)
+    partition = _partition(p)
     if partition is None:
         return 0, p.numel()
     whole, each = int(p.ds_numel), partition.numel()  # type: ignore[attr-defined]

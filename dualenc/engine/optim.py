@@ -48,7 +48,8 @@ def lr_factors(model: nn.Module, optim: Optim) -> dict[str, float]:
         ConfigError: if a tower has no blocks to count.
     """
     out = {name: 1.0 for name, p in model.named_parameters() if p.requires_grad}
-    for m, tower in getattr(model, "towers", {}).items():
+    towers = dict(model.named_children()).get("towers")
+    for m, tower in towers.named_children() if towers is not None else ():
         levels: dict[str, int] = {}
         if optim.layer_decay is not None and isinstance(tower, Tower):
             if not tower.blocks():
@@ -74,7 +75,7 @@ def build_optimizers(model: nn.Module, optim: Optim, fused: bool = False) -> lis
         raise ConfigError("Nothing to train: every tower is locked and logit_scale.learnable is false")
     if optim.name != "muon":
         return [_plain_optimizer(optim, groups, fused)]
-    muon = getattr(torch.optim, "Muon", None)
+    muon = vars(torch.optim).get("Muon")
     if muon is None:
         raise ConfigError(f"optim.name: muon needs torch 2.9 or newer, this is {torch.__version__}; write adamw")
     matrices = [g for g in groups if g["role"] == "matrix"]

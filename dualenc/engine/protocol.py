@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,19 @@ class Stepped:
 
     grad_norm: Tensor
     skipped: Tensor
+
+
+@runtime_checkable
+class Switchable(Protocol):
+    """A model whose towers can trade time for memory."""
+
+    def set_grad_checkpointing(self) -> None:
+        """Keep fewer activations and compute them again in the backward."""
+        ...
+
+    def compile_towers(self) -> None:
+        """Run each tower through ``torch.compile``."""
+        ...
 
 
 class Engine(Protocol):
@@ -135,10 +148,11 @@ def apply_memory_and_compile(model: nn.Module, config: EngineConfig) -> None:
     Raises:
         ConfigError: if the model cannot do what the recipe asks.
     """
-    wanted = {"grad_checkpointing": "set_grad_checkpointing", "compile": "compile_towers"}
-    for key, method in wanted.items():
-        if getattr(config, key):
-            switch = getattr(model, method, None)
-            if switch is None:
-                raise ConfigError(f"engine.{key}: {type(model).__name__} has no {method}; write false")
-            switch()
+    wanted = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
+    for key in (k for k, asked in wanted.items() if asked):
+        if not isinstance(model, Switchable):
+            raise ConfigError(f"engine.{key}: {type(model).__name__} cannot do that; write false")
+        if key == "compile":
+            model.compile_towers()
+        else:
+            model.set_grad_checkpointing()

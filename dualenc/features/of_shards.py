@@ -14,7 +14,7 @@ from dualenc.config import Data, Source
 from dualenc.data.shards.index import ShardSet, open_source
 from dualenc.data.shards.reader import Found, SampleError, iter_samples
 from dualenc.distributed.world import World, agree, all_gather_object
-from dualenc.errors import ConfigError, did_you_mean
+from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.features.store import Description, Lost, PartInfo, part_name, totals
 from dualenc.features.writer import FeatureWriter, PartRows
 from dualenc.model import Bundle, Embedder
@@ -105,7 +105,7 @@ def embed_shards(
 
     Raises:
         ConfigError: for a modality the model does not have; ``out`` holds other features.
-        DataError: for missing or broken shards.
+        DataError: for missing or broken shards, and where nothing at all could be embedded.
     """
     world = world or World()
     chosen = list(modalities) or bundle.modalities
@@ -118,7 +118,14 @@ def embed_shards(
     jobs = shard_jobs(opened, wanted, None)
     description = Description(embedder.describe(), {m: m for m in chosen}, dict.fromkeys(chosen, 1), dtype)
     writer = FeatureWriter(out, description, world, overwrite=overwrite)
-    return write_shards(writer, jobs, lambda job: _one_shard(embedder, job.samples(), chosen, batch_size))
+    done = write_shards(writer, jobs, lambda job: _one_shard(embedder, job.samples(), chosen, batch_size))
+    if not any(done["embedded"].values()):
+        looked = "; ".join(f"{m}: {', '.join(e)}" for m, e in wanted.items())
+        raise DataError(
+            f"None of the {done['samples']} samples of {shards} could be embedded: {sum(done['lost'].values())} rows "
+            f"are damaged, the other members are missing (looked for {looked})"
+        )
+    return done
 
 
 def shard_jobs(

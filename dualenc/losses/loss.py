@@ -120,5 +120,5 @@ def why_no_triton(device: torch.device) -> str | None:
     return None if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
-losses: Registry[type[Any]] = Registry("loss")
+losses: Registry[type[Any]] = Registry("loss", "dualenc.losses", needs=("Config",), base=Loss)
 """Name → a :class:`Loss`, built from one instance of its ``Config``."""

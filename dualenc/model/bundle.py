@@ -20,12 +20,14 @@ from torch import Tensor
 
 from dualenc.checkpoint.ranges import write_tensors
 from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
-from dualenc.data.modalities import ModalityInput, modalities
-from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, input_defaults
+from dualenc.data.modalities import ModalityInput, modalities, rows_of
+from dualenc.data.modalities.modality import SavesFiles
+from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, encoder_origin, input_defaults
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
 from dualenc.model.mixing import check_trained_towers
 from dualenc.model.record import record
+from dualenc.plugins import about, import_plugins
 from dualenc.seeds import derive_seed
 from dualenc.versions import versions
 
@@ -96,8 +98,15 @@ class Bundle:
             "logit_scale": self.scale.model_dump(mode="json"),
             "modalities": {m: self._describe_part(m, self.inputs[m].describe()) for m in self.parts},
             "versions": versions(LIBRARIES, "absent"),
+            **({"plugins": about(needed)} if (needed := self.plugins()) else {}),
             "provenance": self.provenance,
         }
+
+    def plugins(self) -> list[str]:
+        """The modules from outside that this model is made with."""
+        names = {modalities.origin(kind_of(m, part)) for m, part in self.parts.items()}
+        names |= {encoder_origin(part.encoder) for part in self.parts.values()}
+        return sorted(n for n in names if n is not None)
 
     def _describe_part(self, m: str, described: Mapping[str, Any]) -> dict[str, Any]:
         tower, part = self.model.tower(m), self.parts[m]
@@ -144,9 +153,8 @@ class Bundle:
             weights = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
         description = self.describe()
         for m, x in self.inputs.items():
-            write = getattr(x, "save", None)
-            if write is not None:
-                written = write(folder / "inputs" / m)
+            if isinstance(x, SavesFiles):
+                written = x.save(folder / "inputs" / m)
                 if "tokenizer" in written:  # its name would be the folder it came from, on this machine
                     written["tokenizer"]["name"] = written["config"]["tokenizer"]
                 description["modalities"][m]["input"] = written
@@ -181,6 +189,7 @@ def build_bundle(recipe: Recipe) -> Bundle:
         ConfigError: naming the key: unknown names and settings, or an input that pretrained weights do not fit.
         CheckpointError: if pretrained weights do not fit the architecture.
     """
+    import_plugins(recipe.plugins, "plugins")
     parts, inputs, towers = {}, {}, {}
     for m, part in recipe.modalities.items():
         where = f"modalities.{m}"
@@ -189,7 +198,7 @@ def build_bundle(recipe: Recipe) -> Bundle:
             continue
         with seeded(recipe.seed, m):
             towers[m] = build_tower(
-                kind_of(m, part), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
+                rows_of(kind_of(m, part)), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
             )
     model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
     begins_elsewhere = recipe.checkpoint.init_from is not None
@@ -203,7 +212,7 @@ def resolve_input(m: str, part: Modality) -> tuple[Modality, ModalityInput]:
     A key set to null counts as left out: so a recipe drops a value of its base.
     """
     kind, where = kind_of(m, part), f"modalities.{m}.input"
-    defaults = input_defaults(kind, part.encoder, f"modalities.{m}.encoder")
+    defaults = input_defaults(rows_of(kind), part.encoder, f"modalities.{m}.encoder")
     said = {k: v for k, v in part.input.items() if v is not None}
     merged = {**defaults, **said}
     built = build_input(kind, merged, where)
@@ -211,7 +220,7 @@ def resolve_input(m: str, part: Modality) -> tuple[Modality, ModalityInput]:
     reference = None
     if "tokenizer" in defaults and merged["tokenizer"] != defaults["tokenizer"]:
         reference = build_input(kind, defaults, where).describe()
-    check_input(kind, part.encoder, described, reference, where)
+    check_input(rows_of(kind), part.encoder, described, reference, where)
     return part.model_copy(update={"kind": kind, "input": described["config"]}), built
 
 
@@ -260,7 +269,7 @@ def assemble(
             continue
         with seeded(0, m):
             towers[m] = build_tower(
-                kind_of(m, part), part.encoder, inputs[m].describe(), embed_dim, f"{where}: {m}.encoder"
+                rows_of(kind_of(m, part)), part.encoder, inputs[m].describe(), embed_dim, f"{where}: {m}.encoder"
             )
     model = DualEncoder(towers, pairs, scale, *locks(parts), shared_of(parts))
     if tensors is not None:

@@ -146,5 +146,6 @@ class Embedder:
             "logit_scale": {p: self.logit_scale(p) for p in pairs},
             "logit_bias": {p: b for p in pairs if (b := self.logit_bias(p)) is not None},
             "versions": full["versions"],
+            **({"plugins": full["plugins"]} if "plugins" in full else {}),
             "provenance": full["provenance"],
         }

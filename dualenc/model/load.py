@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from dualenc.checkpoint.ranges import Files
-from dualenc.config import Component, LogitScale, settings_as
+from dualenc.config import Component, LogitScale, Unlocked, settings_as
 from dualenc.encoders import Tower, activations
 from dualenc.encoders.released.load_released import (
     Released,
@@ -36,6 +37,7 @@ from dualenc.model.bundle import (
     pieces_digest,
 )
 from dualenc.model.record import check_activations, check_inputs, read_record
+from dualenc.plugins import changed, import_recorded
 from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
     Raises:
         ConfigError: if there is no such model.
         CheckpointError: naming the field, if weights, tokenizer or activation are not those that were saved, or a
-            tensor is missing, left over or of another shape.
+            tensor is missing, left over or of another shape; naming the plugin, if it needs one that is not installed
+            or not allowed (:mod:`dualenc.plugins`).
     """
     form, colon, rest = spec.partition(":")
     if colon and form == "open_clip":
@@ -122,6 +125,8 @@ def load_bundle(folder: Path) -> Bundle:
         CheckpointError: naming the field that is not as it was saved.
     """
     said = _read_description(folder)
+    names = [str(n) for d in said["modalities"].values() for n in (d["kind"], d["encoder"]["name"])]
+    import_recorded(said.get("plugins", {}), names, str(folder))
     tensors, digest, made = _weights(folder, said["weights"])
     parts, inputs = {}, {}
     for m, d in said["modalities"].items():
@@ -147,6 +152,8 @@ def load_bundle(folder: Path) -> Bundle:
     check_activations(made, bundle, str(folder))
     bundle.provenance, bundle.weights_hash = dict(said["provenance"]), digest
     _note_versions(said["versions"], folder)
+    for other in changed(said.get("plugins", {})):
+        logger.warning("%s was saved with another version of a plugin: %s", folder, other)
     return bundle
 
 
@@ -172,20 +179,59 @@ def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
     return Files(paths).all(), pieces_digest(files), {}
 
 
+class _DescribedInput(BaseModel):
+    config: dict[str, Any]
+
+
+class _DescribedPart(BaseModel):
+    kind: str
+    input: _DescribedInput
+    encoder: Component
+    activation: Any
+    lock: bool | Literal["trunk"] | Unlocked = False
+    shares: str | None = None
+
+
+class _DescribedWeights(BaseModel):
+    file: str | None = None
+    sha256: str
+    files: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> _DescribedWeights:
+        if (self.file is None) == (self.files is None):
+            raise ValueError("one of file and files is needed")
+        return self
+
+
+class _Described(BaseModel):
+    """What ``dualenc.json`` must hold; other keys are from another version and are left alone."""
+
+    format: int
+    name: str
+    embed_dim: Annotated[int, Field(gt=0, lt=1 << 20)]
+    pairs: Annotated[list[tuple[str, str]], Field(min_length=1)]
+    logit_scale: dict[str, Any]
+    modalities: Annotated[dict[str, _DescribedPart], Field(min_length=1)]
+    versions: dict[str, str]
+    provenance: dict[str, Any]
+    weights: _DescribedWeights
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} cannot be read ({e})") from e
-    keys = ("format", "name", "embed_dim", "pairs", "logit_scale", "modalities", "versions", "provenance", "weights")
-    absent = [k for k in keys if not isinstance(said, dict) or k not in said]
-    if absent:
-        raise CheckpointError(f"{path}: {absent[0]}: this key is needed")
-    if said["format"] != FORMAT:
+    if isinstance(said, dict) and said.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
             f"{path}: format: {said['format']!r} is not {FORMAT}; it needs another version of dualenc"
         )
+    try:
+        settings_as(_Described, said if isinstance(said, dict) else {}, str(path))
+    except ConfigError as e:
+        raise CheckpointError(str(e)) from e
     return dict(said)
 
 

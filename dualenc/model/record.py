@@ -37,15 +37,25 @@ def record(bundle: Bundle) -> dict[str, str]:
 
 
 def read_record(weights: Path) -> dict[str, Any]:
-    """Modality → its facts; empty for files without a record, such as everybody else's."""
+    """Modality → its facts; empty for files without a record, such as those of other libraries.
+
+    Raises:
+        CheckpointError: if there is a record and it is damaged.
+    """
     from safetensors import safe_open
 
     if weights.suffix != ".safetensors":
         return {}
     with safe_open(str(weights), framework="pt") as f:
         text = (f.metadata() or {}).get(KEY)
-    said = json.loads(text) if text else {}
-    return dict(said["modalities"]) if said.get("format") == 1 else {}
+    try:
+        said = json.loads(text) if text else {}
+        facts = dict(said["modalities"]) if said.get("format") == 1 else {}
+        if not all({"input", "activation"} <= set(f) and isinstance(f["input"], dict) for f in facts.values()):
+            raise KeyError("input or activation")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise CheckpointError(f"{weights}: the record of its inputs is damaged ({type(e).__name__}: {e})") from e
+    return facts
 
 
 def check_inputs(said: Mapping[str, Any], inputs: Mapping[str, ModalityInput], where: str) -> None:

@@ -20,14 +20,15 @@ _EXAMPLE = "checkpoint.init_from=hf:openai/clip-vit-base-patch32"
 def completed(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as read (bases merged, overrides applied) → the same with its model filled in from MODEL.
 
-    A recipe whose modalities all have an encoder (or share one) is left as it is: MODEL then gives weights only.
+    A recipe with two or more modalities that all have an encoder (or share one) is left as it is: MODEL then gives
+    weights only.
 
     Raises:
         ConfigError: if the recipe lacks a model and names none to start from, or speaks of a modality that MODEL lacks.
         CheckpointError: if MODEL cannot be loaded.
     """
     parts = raw.get("modalities") or {}
-    if not isinstance(parts, Mapping) or (parts and all(map(_is_whole, parts.values()))):
+    if not isinstance(parts, Mapping) or (len(parts) > 1 and all(map(_is_whole, parts.values()))):
         return dict(raw)
     checkpoint = raw.get("checkpoint")
     spec = checkpoint.get("init_from") if isinstance(checkpoint, Mapping) else None

@@ -29,6 +29,7 @@ from dualenc.train.build import Parts, build, build_loader
 from dualenc.train.hooks import Agree, Finite, Hook, KeepAverage, Log, Moment, Stop
 from dualenc.train.lock import RunLock
 from dualenc.train.measure import CheckGuard, Evaluate, Evaluation, Refuse
+from dualenc.train.resume import keep_old_recipe
 from dualenc.train.saving import Save
 from dualenc.train.shared_memory import check_shared_memory
 from dualenc.train.step import train_step
@@ -211,6 +212,10 @@ def _carry_out(run: Run) -> None:
     recipe, run_dir, world = run.parts.recipe, run.parts.run_dir, run.parts.world
     try:
         if world.rank == 0:
+            resumed = run.parts.resumed_from is not None
+            changed = keep_old_recipe(recipe, run_dir, run.parts.state.step) if resumed else []
+            if changed:
+                run.parts.tracker.say(f"Changed since the last start: {'; '.join(changed)}.")
             write_atomically(run_dir / "recipe.yaml", dump_yaml(recipe))
             write_atomically(run_dir / "environment.json", json.dumps(environment(world.world_size), indent=1))
         greet(run.parts)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dualenc.checkpoint import save as ckpt
-from dualenc.config import Recipe
+from dualenc.config import Recipe, dump_yaml
 from dualenc.distributed.world import World
 from dualenc.errors import CheckpointError
+from dualenc.files import write_atomically
 
 
 def find_save(recipe: Recipe, run_dir: Path, world: World) -> Path | None:
@@ -73,6 +76,41 @@ def check_data(state: ckpt.TrainState, digest: str, save: Path | None) -> None:
             f"{save} was written on other data: names, weights or sample counts of the shards differ. Give the run the "
             "shards it began with, or start anew: checkpoint.init_from=SAVE takes over the weights only."
         )
+
+
+def keep_old_recipe(recipe: Recipe, run_dir: Path, step: int) -> list[str]:
+    """What is said differently than when the run was last started, as ``key = new (was old)``.
+
+    If anything is, the recipe of before stays as ``recipe-STEP.yaml``, STEP being where the new one takes over.
+    """
+    path = run_dir / "recipe.yaml"
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        old = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        old = None
+    if not isinstance(old, dict):
+        return [f"{path} could not be read and is written anew"]
+    now = yaml.safe_load(dump_yaml(recipe))
+    found = [f"{k} = {new!r} (was {was!r})" for k, was, new in differences("", old, now) if k not in NO_PART]
+    if found:
+        write_atomically(run_dir / f"recipe-{step:010d}.yaml", text)
+    return found
+
+
+NO_PART = {"budget.steps", "budget.samples", "budget.passes", "out", "description", "checkpoint.resume"}
+"""Keys that say how far, where and from what a run goes on, not what it is."""
+
+
+def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of every value that differs between two mappings."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for k in [*new, *(k for k in old if k not in new)]:
+            yield from differences(f"{key}.{k}" if key else str(k), old.get(k), new.get(k))
+    elif old != new:
+        yield key, old, new
 
 
 def first_difference(key: str, old: Any, new: Any) -> tuple[str, Any, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dualenc.config import parse, read_yaml
 from dualenc.errors import ConfigError, did_you_mean
+from dualenc.plugins import import_plugins, named_in
 from dualenc_evals.kinds import kinds
 from dualenc_evals.task import Task
 
@@ -44,6 +45,8 @@ def load_task(name: str | Path) -> Task:
     # A name in an included file is that file's: a task is called what its own file is called, unless it says otherwise.
     if origin.get("name") != str(path):
         raw["name"] = path.stem
+    source = origin.get("plugins", str(path))
+    import_plugins(named_in(raw, source), f"plugins (in {source})")
     return parse_task(raw, origin, str(path))
 
 
@@ -65,11 +68,16 @@ def parse_task(raw: Mapping[str, Any], origin: Mapping[str, str] | None = None, 
     if "kind" not in raw:
         raise ConfigError(f"kind: this key is needed (in {where}). Write one of {', '.join(kinds)}.")
     kind = str(raw["kind"])
-    if kind not in kinds:
-        said = origin.get("kind", where)
+    said = origin.get("kind", where)
+    try:
+        known = kind in kinds
+    except ConfigError as e:  # a plugin that cannot be imported
+        raise ConfigError(f"kind (in {said}): {e}") from e
+    if not known:
         raise ConfigError(f"kind: unknown kind of task {kind!r} (in {said}). {did_you_mean(kind, kinds)}")
     cls = kinds[kind].Task
-    foreign = {k: [n for n in kinds if k in kinds[n].Task.model_fields] for k in raw if k not in cls.model_fields}
+    others = kinds.loaded()  # kinds from outside that nobody asked for stay unread
+    foreign = {k: [n for n in others if k in others[n].Task.model_fields] for k in raw if k not in cls.model_fields}
     wrong = {k: owners for k, owners in foreign.items() if owners and raw[k] is not None}
     if wrong:
         raise ConfigError(

@@ -177,6 +177,9 @@ class Task(Section):
     name: str
     version: Positive = 1
     kind: str
+    plugins: list[str] = Field(
+        default_factory=list, exclude=True, description="modules imported first: they bring kinds and modalities"
+    )
     description: str = ""
     source: TaskSource
     modalities: tuple[str, str] = ("image", "text")

@@ -74,7 +74,7 @@ def test_nothing_to_train_is_said() -> None:
         ({"kind": "deepspeed", "zero_stage": 0, "offload_optimizer": True}, "zero_stage 1, 2 or 3, got 0"),
         ({"kind": "deepspeed", "parallel": "fsdp2"}, r"engine\.parallel: fsdp2 is for kind: accelerate"),
         ({"offload_optimizer": True}, r"need engine\.kind: deepspeed"),
-        ({"grad_checkpointing": True}, r"engine\.grad_checkpointing: TinyDualEncoder has no set_grad_checkpointing"),
+        ({"grad_checkpointing": True}, r"engine\.grad_checkpointing: TinyDualEncoder cannot do that"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, object], message: str) -> None:

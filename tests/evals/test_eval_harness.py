@@ -262,7 +262,7 @@ def test_a_file_missing_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     here, gone = small(tmp_path / "a", pairs(4)), small(tmp_path / "b", pairs(4))
     (tmp_path / "b" / "x.tar").unlink()
     first, second = spawn(HELPER, "missing_on_one_rank", 2, {"here": here, "gone": gone}, timeout_s=60)
-    assert "There is no file" in second
+    assert "There is no shard" in second
     assert first == f"rank 1: {second}"
 
 

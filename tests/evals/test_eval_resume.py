@@ -127,8 +127,8 @@ def test_files_are_looked_at_once_where_the_caller_remembers(tmp_path: Path, mon
     once = len([r for r in reads if "#" not in r])
     reads.clear()
     second = go([name], Pixels(), seen=seen, details=False)
-    # Texts are read with the rows, pictures to digest them and to embed them; the second time only to embed them.
-    assert (once, len([r for r in reads if "#" not in r])) == (6 + 6 + 6, 6 + 6)
+    # Pictures are read to digest them and to embed them; the second time only to embed them.
+    assert (once, len([r for r in reads if "#" not in r])) == (6 + 6, 6)
     assert first["tasks"] == second["tasks"]
 
 

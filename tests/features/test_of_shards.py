@@ -97,6 +97,12 @@ def test_the_planted_faults(name: str, rows: int, tmp_path: Path) -> None:
     assert all("/" in key for key in ids) == (name == "folders_in_keys")
 
 
+def test_nothing_to_embed_is_an_error(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", [("s0.v2.jpeg2", b"x"), ("s1.v2.jpeg2", b"x")])
+    with pytest.raises(DataError, match=r"None of the 2 samples .*looked for text: txt, text, caption"):
+        embed_shards(tiny(), str(tmp_path / "a.tar"), tmp_path / "out", ["text"])
+
+
 class Fragile(TextInput):
     """Raises what a text names: a stand-in for bytes that nobody thought of."""
 

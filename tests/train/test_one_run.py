@@ -260,3 +260,28 @@ def test_a_closed_stderr_ends_nothing(tmp_path: Path) -> None:
     os.close(writing)
     assert done.returncode == 0
     assert saves(tmp_path / "run") == ["step-0000000004"]
+
+
+def test_a_worker_that_cannot_hand_over_ends_the_run(tmp_path: Path) -> None:
+    """A batch that fails on its way into shared memory, as without room there, in a process of its own."""
+    code = f"""
+import sys
+sys.argv = ["dualenc", "train", {str(RECIPE)!r}, *{SMALL!r}, "data.workers=1", "budget.steps=3", "out={tmp_path}/run"]
+from torch.multiprocessing import reductions
+from multiprocessing.reduction import ForkingPickler
+import torch
+def fails(x):
+    raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+import dualenc.train.loop
+from dualenc.cli import main
+ForkingPickler.register(torch.Tensor, fails)
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 3, said
+    assert "cannot hand over a batch (unable to allocate shared memory" in said
+    assert "A data worker died" in said
+    assert "Traceback" not in said

@@ -17,6 +17,7 @@ from pydantic import Field
 from dualenc.config import Positive, Section
 from dualenc.data.sources import sources as layouts
 from dualenc.errors import ConfigError
+from dualenc.plugins import is_reference
 from dualenc.registry import Registry
 
 MAX_KEY = 80
@@ -124,18 +125,26 @@ class Packings(Registry[SourceKind[Any]]):
         from dualenc_data_tools.sources.from_items import item_kind
         from dualenc_data_tools.sources.from_tables import table_kind
 
-        if super().__contains__(name) or (name not in layouts and ":" not in name):
+        if self._says_how(name) or name not in layouts:
             return super().__getitem__(name)
         return table_kind(name) if layouts[name].table else item_kind(name)
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or name in layouts
+        return self._says_how(name) or name in layouts
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*super().__iter__(), *layouts}))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def source(self, name: str) -> str:
+        """Where ``name`` comes from, as its layout says."""
+        return layouts.source(name) if not self._says_how(name) else super().source(name)
+
+    def _says_how(self, name: object) -> bool:
+        """Whether it was registered here; ``pkg.mod:Name`` names a layout."""
+        return isinstance(name, str) and not is_reference(name) and super().__contains__(name)
 
 
 sources = Packings("source")

@@ -30,7 +30,7 @@ from dualenc.data.driving.geometry import (
     seen,
 )
 from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
-from dualenc.data.modalities.image import Byte, Colour, Picture, Triple, coloured, png_of, to_tensor
+from dualenc.data.modalities.image import Byte, Colour, Picture, Spread, Triple, coloured, png_of, to_tensor
 from dualenc.data.modalities.lidar import Motion
 from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.errors import DataError
@@ -54,7 +54,7 @@ class CameraConfig(Section):
 
     size: tuple[Positive, Positive] = (128, 352)
     mean: Triple = (0.48145466, 0.4578275, 0.40821073)
-    std: Triple = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bilinear"
     cameras: list[str] | None = Field(default=None, description="names, in this order; default: all that a sample has")
     missing: Literal["refuse", "mask"] = Field(default="refuse", description="a sample that lacks one of the cameras")
@@ -107,7 +107,7 @@ class CameraInput:
         self.config = config
         if config.places is not None:
             self.default_members = [f"{JSON}+cam*+{MEMBER}"]  # type: ignore[misc]
-        self._filter = getattr(Image.Resampling, config.interpolation.upper())
+        self._filter = Image.Resampling[config.interpolation.upper()]
 
     # --- the protocol -----------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Triple = tuple[float, float, float]
+Spread = Annotated[float, Field(gt=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -65,7 +66,7 @@ class ImageConfig(Section):
 
     size: Positive = 224
     mean: Triple = (0.48145466, 0.4578275, 0.40821073)
-    std: Triple = (0.26862954, 0.26130258, 0.27577711)
+    std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     resize: Literal["shortest", "squash", "longest", "naflex"] = "shortest"
     patch: Positive = 16
@@ -104,7 +105,7 @@ class ImageInput:
         self.config = config
         low, high = config.augment.ratio
         self._smallest = math.sqrt(max(config.augment.scale[0], 1e-3) * min(low, 1 / high, 1.0))
-        self._filter = getattr(Image.Resampling, config.interpolation.upper())
+        self._filter = Image.Resampling[config.interpolation.upper()]
         self._naflex = config.resize == "naflex"
 
     # --- the protocol -----------------------------------------------------------------------------------------

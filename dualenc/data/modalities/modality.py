@@ -23,15 +23,14 @@ class ModalityInput(Protocol):
 
     The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
     ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
-    One that can be mixed (``data.mix``) also has ``mix(a, b, rng)``: two decoded items → one that ``train`` takes.
 
     What ``collate`` returns under ``labels`` (name → integers [n, …]) is not for the tower: losses that take extras
-    find it by slot. One that names ``places`` has ``placed(x, rng)``: a decoded item → the same with places drawn, from
-    a generator that is the same for every modality of the sample (:mod:`dualenc.data.driving.places`).
-
-    A modality whose bytes are neither a picture, a sound nor text has a static method ``preview(raw) -> dict`` too, so
-    that a report can show its items (:mod:`dualenc.data.show`).
+    find it by slot. What a modality may do besides are the protocols below: :class:`Mixes`, :class:`NamesPlaces`,
+    :class:`SavesFiles`, :class:`InFolder`, and ``preview`` (:class:`dualenc.data.show.Previews`).
     """
+
+    config: Any
+    """The settings it was built from, an instance of ``Config``."""
 
     Config: ClassVar[type[BaseModel]]
     """The ``input:`` section of the recipe."""
@@ -81,6 +80,37 @@ class FromMemory(Protocol):
         """
 
 
+@runtime_checkable
+class Mixes(Protocol):
+    """A modality whose items can be mixed (``data.mix``)."""
+
+    def mix(self, a: Any, b: Any, rng: np.random.Generator) -> Any:
+        """Two decoded items → one that ``train`` takes."""
+
+
+@runtime_checkable
+class NamesPlaces(Protocol):
+    """A modality that names places of the scene (:mod:`dualenc.data.driving.places`)."""
+
+    def placed(self, x: Any, rng: np.random.Generator) -> Any:
+        """A decoded item with places drawn; ``rng`` is the same for every modality of the sample."""
+
+
+@runtime_checkable
+class SavesFiles(Protocol):
+    """A modality that needs files besides its settings, such as a tokenizer's."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write them into ``folder``; return what ``describe`` says of an input that reads them there."""
+
+
+@runtime_checkable
+class InFolder(Protocol):
+    """A modality whose settings name files relative to a folder."""
+
+    base_dir: str | Path | None
+
+
 @contextmanager
 def of_one_item() -> Iterator[None]:
     """Reading, decoding, augmenting or tokenising one item: whatever its bytes make go wrong is that item's.
@@ -107,7 +137,15 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-modalities: Registry[type[ModalityInput]] = Registry("modality")
+modalities: Registry[type[ModalityInput]] = Registry(
+    "modality", "dualenc.modalities", needs=("Config", "default_members", "decode", "train", "eval", "collate", "dummy")
+)
+
+
+def rows_of(kind: str) -> str:
+    """The kind of rows that towers are asked for: the kind itself, but for a class from outside that has another as
+    its attribute ``kind`` (``kind = "image"``: its rows are those of images, and every image tower takes them)."""
+    return str(vars(modalities[kind]).get("kind", kind)) if modalities.origin(kind) is not None else kind
 
 
 def build_inputs(parts: Mapping[str, Modality], base_dir: str | Path | None = None) -> dict[str, ModalityInput]:

@@ -404,7 +404,7 @@ class HFTokenizer:
         return ids
 
     def digest(self) -> str:
-        backend = getattr(self._tok, "backend_tokenizer", None)
+        backend = _backend(self._tok)
         # Calls with truncation leave their setting in the backend's text; that is no part of the identity.
         doc = json.loads(backend.to_str()) if backend is not None else sorted(self._tok.get_vocab().items())
         if isinstance(doc, dict):
@@ -461,7 +461,7 @@ def _write(tok: Any, folder: Path, context_length: int, clean: str = "") -> None
     """Save a transformers tokenizer with its length, and with what was done to texts before it as its normaliser."""
     from tokenizers import normalizers
 
-    backend = getattr(tok, "backend_tokenizer", None)
+    backend = _backend(tok)
     steps: list[Any] = []
     if clean == "canonicalize":  # big_vision's, as open_clip does it: "_" is a space, other punctuation is dropped
         steps += [normalizers.Replace("_", " "), normalizers.Replace(_regex(r"[!-/:-@\[-`{-~]"), "")]
@@ -479,6 +479,11 @@ def _write(tok: Any, folder: Path, context_length: int, clean: str = "") -> None
         tok.model_max_length = length
         if backend is not None and steps:
             backend.normalizer = before
+
+
+def _backend(tok: Any) -> Any:
+    """The tokenizers library's object inside a fast tokenizer; None inside a slow one, written in Python."""
+    return tok.backend_tokenizer if tok.is_fast else None
 
 
 def _regex(pattern: str) -> Any:

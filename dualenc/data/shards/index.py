@@ -7,13 +7,10 @@ s3 need a written one (``dualenc shards index``), because counting them means re
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import itertools
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +18,8 @@ from typing import Any
 
 from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
+from dualenc.data.plans import plan_for
+from dualenc.data.shards.names import expand, hash_of, short_names
 from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
 from dualenc.data.shards.tar import TarIndex, ends_properly, index_tar
 from dualenc.errors import ConfigError, DataError, did_you_mean
@@ -40,6 +39,7 @@ __all__ = [
     "open_source",
     "refuse_pipes",
     "samples_per_pass",
+    "short_names",
 ]
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,6 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "index.json"
 SIDECAR = ".idx.npz"
 _VERSION = 1
-_MOST_NAMES = 1_000_000
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"^(\d+)\.\.(\d+)(?:\.\.(\d+))?$")
-_TAR = re.compile(r"[^\s/'\"=]+\.tar\b")
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) shards."""
@@ -107,92 +103,6 @@ class ShardSet:
     def counts(self) -> list[int]:
         """Samples of each shard."""
         return [i.samples for i in self.infos]
-
-
-# --- names -------------------------------------------------------------------------------------------------------
-
-
-def expand(shards: str | Sequence[str]) -> list[str]:
-    """All shard URLs that a pattern or a list of patterns names, in order.
-
-    ``{000..012}``, ``{000..012..2}`` and ``{a,b}`` are expanded, also in URLs and ``pipe:`` commands; ``*`` and ``?``
-    in local paths list the files that are there, sorted. Shell variables in a pipe (``${X}``) are left alone.
-
-    Raises:
-        DataError: if nothing is named, or a glob finds no file, or a shard is named twice, or more than a million are.
-    """
-    out: list[str] = []
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        for url in _braces(pattern.strip()):
-            if is_local(url) and glob.has_magic(url) and not Path(local_path(url)).exists():
-                found = sorted(glob.glob(local_path(url)))
-                if not found:
-                    raise DataError(f"No file matches {url}.")
-                out += found
-            elif url:
-                out.append(url)
-    if not out:
-        raise DataError(f"No shard is named by {shards!r}.")
-    seen: set[str] = set()
-    for url in out:
-        if url in seen:
-            raise DataError(f"The shard {url} is named twice.")
-        seen.add(url)
-    return out
-
-
-def _braces(pattern: str) -> list[str]:
-    """The pattern with every pair of braces expanded, the first varying slowest."""
-    pieces: list[Sequence[str]] = []
-    count, at = 1, 0
-    for match in _BRACES.finditer(pattern):
-        words = None if pattern[: match.start()].endswith("$") else _alternatives(match.group(1), pattern)
-        if words is None:
-            continue
-        pieces += [[pattern[at : match.start()]], words]
-        count, at = count * len(words), match.end()
-        if count > _MOST_NAMES:
-            raise DataError(
-                f"{pattern} names {count:,} or more files, and at most {_MOST_NAMES:,} can be read together: "
-                "write a narrower {FIRST..LAST}."
-            )
-    pieces.append([pattern[at:]])
-    out = ["".join(words) for words in itertools.product(*pieces)]
-    # Braces inside braces, {a,b{0..3}}: the inner ones were expanded now, the outer ones are next.
-    if len(pieces) == 1 or not any(_BRACES.search(p) for p in out[:1]):
-        return out
-    return list(dict.fromkeys(u for p in out for u in _braces(p)))
-
-
-def _alternatives(inner: str, pattern: str) -> Sequence[str] | None:
-    """What stands for ``{inner}``; None where the braces mean something else."""
-    run = _RANGE.match(inner)
-    if run is None:
-        return inner.split(",") if "," in inner else None
-    first, last = run.group(1), run.group(2)
-    if max(len(g) for g in run.groups() if g) > 18:
-        raise DataError(f"{pattern}: the numbers in {{{inner[:60]}}} are too large to count files with.")
-    step = int(run.group(3) or 1)
-    if step == 0 or int(last) < int(first):
-        raise DataError(f"{pattern}: {{{inner}}} counts nothing; write {{FIRST..LAST}} with FIRST ≤ LAST.")
-    numbers = range(int(first), int(last) + 1, step)
-    if len(numbers) > _MOST_NAMES:
-        raise DataError(
-            f"{pattern}: {{{inner}}} names {len(numbers):,} files, and at most {_MOST_NAMES:,} can be read together: "
-            "write a narrower {FIRST..LAST}."
-        )
-    width = len(first) if len(first) == len(last) or first.startswith("0") else 0
-    return [str(i).zfill(width) for i in numbers]
-
-
-def short_names(urls: Sequence[str]) -> list[str]:
-    """A name for each shard that is the same wherever the shards lie: base name, with folders where those collide."""
-    full = [(_TAR.findall(u) or [_hash(u)])[-1] if is_pipe(u) else u.split("?")[0].rstrip("/") for u in urls]
-    for depth in range(1, 8):
-        names = ["/".join(f.split("/")[-depth:]) for f in full]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{n.split('/')[-1]}-{_hash(u)}" for n, u in zip(full, urls, strict=True)]
 
 
 # --- reading an index --------------------------------------------------------------------------------------------
@@ -311,12 +221,12 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
 
 def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
     """The order of a recipe's ``data`` section over opened sources."""
-    return Plan(
+    return plan_for(
+        data.sampling,
         [s.source for s in sets],
         [s.counts for s in sets],
         seed,
         weights=[s.weight for s in data.sources],
-        sampling=data.sampling,
         lanes=data.lanes,
         window=data.window,
     )
@@ -490,12 +400,8 @@ def sidecar_name(url: str) -> str:
     """File name of a shard's sidecar; shards from elsewhere get a hash, as base names may collide."""
     base = url.split("?")[0].rsplit("/", 1)[-1]
     if is_pipe(url):
-        return f"pipe-{_hash(url)}{SIDECAR}"
-    return f"{base}{SIDECAR}" if "/" not in url else f"{base}-{_hash(url)}{SIDECAR}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        return f"pipe-{hash_of(url)}{SIDECAR}"
+    return f"{base}{SIDECAR}" if "/" not in url else f"{base}-{hash_of(url)}{SIDECAR}"
 
 
 def _sha256(path: str) -> str:

@@ -105,7 +105,7 @@ class Layout(Generic[S]):
     notes: Callable[[S], list[str]] | None = None
 
 
-sources: Registry[Layout[Any]] = Registry("source")
+sources: Registry[Layout[Any]] = Registry("source", "dualenc.sources", needs=("settings", "read", "table"))
 """Every layout that can be read, by name. Other packages register theirs here."""
 
 

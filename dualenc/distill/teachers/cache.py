@@ -23,6 +23,7 @@ from dualenc.config import Recipe
 from dualenc.data.batch import map_tensors
 from dualenc.data.dataset import members_of, sample_rng, stable_id
 from dualenc.data.modalities import DecodeError, ModalityInput
+from dualenc.data.modalities.modality import InFolder
 from dualenc.data.shards.index import ShardSet, open_sources
 from dualenc.data.shards.reader import Found, SampleError
 from dualenc.distributed.world import World, agree
@@ -37,20 +38,22 @@ from dualenc.model.decoding import collate_usable, read_ahead
 
 def as_student_sees(teacher: ModalityInput, student: ModalityInput) -> ModalityInput:
     """The teacher's input with the student's augmentation: from one random state both draw the same view."""
-    mine: Any = getattr(teacher, "config", None)
-    theirs: Any = getattr(student, "config", None)
-    fields = getattr(type(mine), "model_fields", {})
-    if mine is None or "augment" not in fields or not hasattr(theirs, "augment"):
+    if not (_augments(teacher) and _augments(student)):
         return teacher
-    return type(teacher)(mine.model_copy(update={"augment": theirs.augment}), getattr(teacher, "base_dir", None))
+    config = teacher.config.model_copy(update={"augment": student.config.augment})
+    return type(teacher)(config, teacher.base_dir if isinstance(teacher, InFolder) else None)
+
+
+def _augments(part: ModalityInput) -> bool:
+    """Whether its settings have a section ``augment``."""
+    return "augment" in type(part.config).model_fields
 
 
 def augmentation(inputs: Mapping[str, ModalityInput], modalities: Sequence[str]) -> dict[str, Any]:
     """Modality → the student's augmentation: what a drawn view depends on besides the seed."""
     out = {}
     for m in modalities:
-        augment = getattr(getattr(inputs[m], "config", None), "augment", None)
-        out[m] = augment.model_dump(mode="json") if augment is not None else None
+        out[m] = inputs[m].config.augment.model_dump(mode="json") if _augments(inputs[m]) else None
     return out
 
 

@@ -245,7 +245,7 @@ class HeadTerm(Term):
         self.project = config.project
 
 
-terms: Registry[type[Term]] = Registry("distillation term")
+terms: Registry[type[Term]] = Registry("distillation term", "dualenc.terms", needs=("Config",), base=Term)
 """Name → a :class:`Term`, built from one instance of its ``Config``."""
 
 

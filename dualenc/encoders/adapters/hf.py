@@ -221,12 +221,17 @@ def load_config(where: str) -> Any:
         ) from e
 
 
+def setting(arch: Any, name: str, default: Any = None) -> Any:
+    """A setting of a transformers config, or ``default`` where this architecture has none of that name."""
+    return getattr(arch, name, default)  # not to_dict(): configs answer to their architecture's older names too
+
+
 def part_config(config: Any, kind: str) -> Any:
     """A two-tower model's config → that of the half for ``kind``; other configs as they are."""
-    part = getattr(config, {"image": "vision_config", "audio": "audio_config"}.get(kind, "text_config"), None)
+    part = setting(config, {"image": "vision_config", "audio": "audio_config"}.get(kind, "text_config"))
     if part is None:
         return config
-    if hasattr(config, "projection_dim"):
+    if setting(config, "projection_dim") is not None:
         part.projection_dim = config.projection_dim  # the halves' own configs keep a default that the whole overrides
     return part
 
@@ -266,7 +271,7 @@ _ROBERTAS = ("roberta", "xlm-roberta", "camembert", "mpnet", "clap_text_model", 
 def places(arch: Any) -> int:
     """The longest text an architecture has positions for."""
     # RoBERTa counts its places from padding_idx + 1.
-    return int(getattr(arch, "max_position_embeddings", 512)) - (2 if arch.model_type in _ROBERTAS else 0)
+    return int(setting(arch, "max_position_embeddings", 512)) - (2 if arch.model_type in _ROBERTAS else 0)
 
 
 def snapshot_with(where: str, name: str, weights: Sequence[str]) -> Path | None:
@@ -415,7 +420,8 @@ def resized(net: nn.Module, arch: Any, kind: str, describe: Mapping[str, Any], w
     """
     key, want = ("image_size", "size") if kind == "image" else ("max_position_embeddings", "context_length")
     value = int(describe["config"][want])
-    if int(getattr(arch, key, value)) == value or (kind == "text" and value < int(getattr(arch, key))):
+    own = int(setting(arch, key, value))
+    if own == value or (kind == "text" and value < own):
         return net, arch
     if not arch.model_type.startswith(("clip", "siglip")):
         raise ConfigError(f"{where}.resize_positions: positions of {arch.model_type!r} models are not resized.")
@@ -429,7 +435,7 @@ def without_pooler(net: nn.Module) -> nn.Module:
     """Drop BERT's and ViT's pooler (a layer of next-sentence prediction): unused weights would get no gradient.
 
     CLAP's features are its pooler's."""
-    if isinstance(getattr(net, "pooler", None), nn.Module) and type(net).__name__ != "ClapTextModel":
+    if dict(net.named_children()).get("pooler") is not None and type(net).__name__ != "ClapTextModel":
         net.pooler = None  # type: ignore[assignment]
     return no_scalars(net)
 
@@ -446,8 +452,9 @@ def wrap(
     where: str,
 ) -> Tower:
     """A transformers model as a tower."""
-    projected = any(hasattr(net, f"{part}_projection") for part in ("visual", "text", "audio"))
-    own_width = getattr(arch, "projection_size", None) or arch.hidden_size
+    children = dict(net.named_children())
+    projected = any(f"{part}_projection" in children for part in ("visual", "text", "audio"))
+    own_width = setting(arch, "projection_size") or arch.hidden_size
     width = int(arch.projection_dim if projected else own_width)
     if head == "none" and width != embed_dim:
         raise ConfigError(f"{where}.head: none needs embed_dim: {width}, got {embed_dim}.")
@@ -467,7 +474,7 @@ def wrap(
         tower = hf_audio.HFAudio(net, arch, module, pooling, describe)
     else:
         tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
-        longest = int(getattr(arch, "max_position_embeddings", context))
+        longest = int(setting(arch, "max_position_embeddings", context))
         if context > longest:
             raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {longest} places.")
         if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
@@ -497,7 +504,7 @@ def kept_config(arch: Any) -> dict[str, Any]:
 def pooled_output(out: Any) -> Tensor:
     """What the model itself gives as one vector: projected where it projects."""
     for key in ("image_embeds", "text_embeds", "audio_embeds", "pooler_output"):
-        value = getattr(out, key, None)
+        value = out.get(key)
         if isinstance(value, Tensor):
             return value
     raise ConfigError("pooling: model needs a tower that pools by itself; write mean, cls or eot.")

@@ -156,7 +156,7 @@ def settled(arch: Any, describe: Mapping[str, Any]) -> Any:
     if describe["kind"] != "audio":
         raise ConfigError(f"hf: {_type(arch)} is a tower for audio, not for {describe['kind']}.")
     for name in ("layerdrop", "encoder_layerdrop", "mask_time_prob", "mask_feature_prob"):
-        if hasattr(arch, name):
+        if name in arch.to_dict():
             setattr(arch, name, 0.0)
     config = describe["config"]
     places = whisper_places(arch, config) if _type(arch) == "whisper" else 0
@@ -199,7 +199,7 @@ def settle_batch_norm(net: nn.Module) -> None:
 
 def htsat(net: Any) -> Any:
     """The encoder inside a CLAP audio model, with or without its projection."""
-    return (net.audio_model if hasattr(net, "audio_model") else net).audio_encoder
+    return (net.audio_model if "audio_model" in dict(net.named_children()) else net).audio_encoder
 
 
 def cut_places(net: nn.Module, arch: Any, config: Mapping[str, Any]) -> None:
@@ -233,7 +233,7 @@ class HFAudio(Tower):
         if self.kind == "clap_audio_model" and arch.enable_fusion:
             fuse_without_branch(net)
         # Group norm runs over time, so padding would change the features: see _speech.
-        self.apart = getattr(arch, "feat_extract_norm", "") == "group"
+        self.apart = arch.to_dict().get("feat_extract_norm") == "group"
 
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"wave": [n, T], "length": int64 [n], …}`` → [n, W]."""
@@ -251,7 +251,7 @@ class HFAudio(Tower):
         if self.kind == "clap_audio_model":
             views = values if values.ndim == 4 else values[:, None]
             out = self.net(input_features=views, is_longer=heard.longer[:, None])
-            return out.audio_embeds if hasattr(out, "audio_embeds") else out.pooler_output, None, None
+            return out.audio_embeds if "audio_embeds" in out else out.pooler_output, None, None
         if self.kind == "whisper":
             out = self.net(values.transpose(1, 2))
             return None, out.last_hidden_state, mask[:, ::2]
@@ -289,7 +289,8 @@ class HFAudio(Tower):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """transformers' own switch; CLAP has none."""
-        if getattr(self.net, "supports_gradient_checkpointing", False):
+        net: Any = self.net
+        if net.supports_gradient_checkpointing:  # of every PreTrainedModel
             from dualenc.encoders.adapters.hf import switch_checkpointing
 
             switch_checkpointing(self.net, enable)

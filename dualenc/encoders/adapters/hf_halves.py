@@ -29,7 +29,7 @@ class ProjectedHalf(nn.Module):
         extra = {"add_pooling_layer": False} if arch.model_type == "chinese_clip_text_model" else {}
         net = getattr(transformers, cls)(arch, **extra)
         # AltCLIP's text half projects from its hidden size to the image half's by itself.
-        width = int(getattr(arch, "project_dim", None) or arch.hidden_size)
+        width = int(arch.to_dict().get("project_dim") or arch.hidden_size)
         self.config = arch
         self.add_module(self._part, net)
         self.add_module(self._projection, nn.Linear(width, int(arch.projection_dim), bias=False))

@@ -95,6 +95,7 @@ class Timm:
             else:
                 load_exactly(trunk, tensors, f"{spec}: {config.pretrained}", optional=_is_classifier(name))
         width = int(trunk.num_features)  # type: ignore[arg-type]
+        # timm's models say so where their head has a hidden layer; older ones have no such attribute
         head_width = int(getattr(trunk, "head_hidden_size", None) or width)
         if config.head == "none" and head_width != embed_dim:
             raise ConfigError(f"{where}.head: none needs embed_dim: {head_width}, got {embed_dim}.")
@@ -114,8 +115,8 @@ def _create(name: str, pretrained: bool, args: dict[str, Any], size: int, where:
 
     try:
         model = create()
-        patches = getattr(model, "patch_embed", None)
-        native = getattr(patches, "img_size", None)
+        patches = dict(model.named_children()).get("patch_embed")
+        native = getattr(patches, "img_size", None)  # only those with a grid of one size have it
         if native is not None and tuple(native) != (size, size):
             model = create(img_size=size)
     except TypeError as e:

@@ -75,7 +75,7 @@ class MapTrunk(nn.Module):
         trunk: Any = self.tower.trunk
         if isinstance(trunk, ConvTrunk):
             trunk.norm = nn.Identity()  # type: ignore[assignment]
-        elif hasattr(trunk, "head"):
+        elif "head" in dict(trunk.named_children()):
             trunk.head = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,6 +87,7 @@ class MapTrunk(nn.Module):
         if isinstance(t.trunk, ConvTrunk):
             out: Tensor = t.trunk.layers(y)
             return out
+        # timm's and open_clip's trunks have it; a trunk that is a plain module is its own map
         features: Any = getattr(t.trunk, "forward_features", t.trunk)
         out = features(y)
         return out

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dualenc.encoders.adapters.hf import HFImageTrunk
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.errors import ConfigError
 
@@ -101,7 +102,7 @@ def _origin(tower: Tower) -> tuple[str, dict[str, Any]]:
 
 def _net(tower: Tower) -> nn.Module:
     net = tower.trunk if isinstance(tower, ImageTower) else tower.net
-    net = getattr(net, "net", net) if isinstance(tower, ImageTower) else net
+    net = net.net if isinstance(net, HFImageTrunk) else net
     assert isinstance(net, nn.Module)
     return net
 
@@ -438,8 +439,8 @@ _ACTS = {"GELU(approximate='none')": "gelu", "GELUTanh()": _TANH, "GELU(approxim
 
 def _facts(trunk: Any) -> dict[str, Any] | None:
     """A timm ViT in transformers' words; None where it is not SigLIP's."""
-    pool = getattr(trunk, "attn_pool", None)
-    if pool is None or getattr(trunk, "cls_token", None) is not None:
+    pool: Any = dict(trunk.named_children()).get("attn_pool")
+    if pool is None or "cls_token" in dict(trunk.named_parameters(recurse=False)):
         return None
     block = trunk.blocks[0]
     act = _ACTS.get(repr(block.mlp.act))

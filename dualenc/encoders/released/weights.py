@@ -86,9 +86,9 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
                 f"{path}: refused, it is a TorchScript program, not a file of weights. OpenAI's models are also there "
                 "as plain weights: write open_clip:NAME/openai, or convert it to safetensors."
             ) from e
-        raise CheckpointError(f"{path}: these weights cannot be read ({str(e).splitlines()[0]})") from e
+        raise CheckpointError(f"{path}: these weights cannot be read ({_first_line(e)})") from e
     except (SafetensorError, OSError, EOFError, ValueError) as e:
-        raise CheckpointError(f"{path}: these weights cannot be read ({str(e).splitlines()[0]})") from e
+        raise CheckpointError(f"{path}: these weights cannot be read ({_first_line(e)})") from e
     except Exception as e:
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and reading it would run code. Convert it to safetensors."
@@ -108,6 +108,10 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
         return migrate(tensors)
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0]
 
 
 def _unpacked(raw: Any, path: Path) -> Any:

@@ -45,7 +45,7 @@ def add_adapters(tower: Tower, config: Lora, where: str) -> None:
         bias="none",
     )
     inject_adapter_in_model(settings, tower)
-    if getattr(tower, "channels_last", False):  # torch's convolutions are slow where weights and pictures differ
+    if tower.channels_last:  # torch's convolutions are slow where weights and pictures differ
         tower.to(memory_format=torch.channels_last)
     for name, p in tower.named_parameters():
         p.requires_grad_(".lora_" in name or (config.head and name.startswith("head.")))

@@ -60,8 +60,8 @@ def write_onnx(bundle: Bundle, folder: Path) -> None:
     for name in ("onnx", "onnxscript"):
         if __import__("importlib.util").util.find_spec(name) is None:
             raise ConfigError(f"--format onnx: the package {name} is not installed; pip install 'dualenc[onnx]'.")
-    for m, part in bundle.parts.items():
-        if (part.kind or m) not in ("image", "text"):
+    for m in bundle.parts:
+        if not isinstance(bundle.model.tower(m), ImageTower) and not isinstance(bundle.inputs[m], TextInput):
             raise ConfigError(
                 f"--format onnx: modalities.{m}: graphs are written for image and text; --format safetensors keeps it."
             )

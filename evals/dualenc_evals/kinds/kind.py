@@ -70,5 +70,7 @@ class Kind(ABC, Generic[T, D]):
         """Embed and measure. Every rank calls it; only rank 0 has to return ``details``, if they are asked for."""
 
 
-kinds: Registry[type[Kind[Any, Any]]] = Registry("kind of task")
+kinds: Registry[type[Kind[Any, Any]]] = Registry(
+    "kind of task", "dualenc.tasks", needs=("Task", "collect", "evaluate"), base=Kind
+)
 """Name (a task's ``kind``) → its :class:`Kind`."""

@@ -31,7 +31,7 @@ AXES = {
     "beams": "share of beams that are silent",
     "pictures": "share of images that are black",
     "turned_deg": "calibration error, degrees (standard deviation)",
-    "fog": "fog: 1 / distance in metres at which 63 % is lost",
+    "fog": "fog: 1 / metres until 63 % of the beams are lost",
 }
 
 

@@ -1,0 +1,64 @@
+"""What can be known of a recipe before anything large is built: settings of its components, and what it points to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dualenc.config import Recipe
+from dualenc.distill.objective import build_terms
+from dualenc.distributed.world import check_device
+from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
+from dualenc.losses import build_loss
+from dualenc.model import load_model
+
+FORMS = ("open_clip:", "hf:", "laion_clap:")
+"""Models that are no folder: only loading one tells whether it is there."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Build what is small, and look for what is named; the run itself would find the same, later.
+
+    Raises:
+        ConfigError: an unknown loss or term, a wrong setting, a model that does not exist, no CUDA.
+        DataError: a teacher's cache that does not exist.
+        CheckpointError: a save to resume from that does not exist.
+    """
+    check_device(recipe.engine.device)
+    build_loss(recipe.loss)
+    if recipe.distill is not None:
+        build_terms(recipe.distill)
+        for k, teacher in enumerate(recipe.distill.teachers):
+            where = f"distill.teachers.{k}"
+            _check_model(f"{where}.model", teacher.model if teacher.fusion is None else None)
+            if teacher.cache is not None and not Path(teacher.cache).is_dir():
+                raise DataError(f"{where}.cache: there is no folder {teacher.cache}; dualenc embed --recipe writes one")
+    _check_model("checkpoint.init_from", recipe.checkpoint.init_from)
+    for m, part in recipe.modalities.items():
+        _check_model(f"modalities.{m}.init_from", part.init_from and part.init_from.partition("#")[0])
+    resume = recipe.checkpoint.resume
+    if resume not in ("auto", "none") and not Path(resume).is_dir():
+        near = did_you_mean(resume, ("auto", "none"))
+        raise CheckpointError(f"checkpoint.resume: there is no folder {resume}. {near}")
+
+
+def check_length(recipe: Recipe, total_steps: int) -> None:
+    """Refuse a warm-up that the run would not come out of.
+
+    Raises:
+        ConfigError: naming both lengths.
+    """
+    samples, warmup = total_steps * recipe.batch.size, recipe.schedule.warmup_samples
+    if warmup >= samples:
+        raise ConfigError(
+            f"schedule.warmup_samples: {warmup:,} is as long as the whole run ({total_steps:,} steps of "
+            f"{recipe.batch.size:,} = {samples:,} samples), so the learning rate would never reach its peak; write less"
+        )
+
+
+def _check_model(where: str, spec: str | None) -> None:
+    if spec is None or spec.startswith(FORMS) or Path(spec).expanduser().is_dir():
+        return
+    try:
+        load_model(spec)
+    except DualencError as e:
+        raise type(e)(f"{where}: {e}") from e

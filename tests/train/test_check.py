@@ -1,0 +1,89 @@
+"""What --dry-run finds: everything that would end the run, in one sentence with the key in it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _runs import RECIPE, SMALL
+
+from dualenc.cli import main
+from dualenc.config import load_recipe
+from dualenc.errors import ConfigError
+from dualenc.train.loop import train
+
+WRONG = [
+    (2, "loss.name=info_nec", "Did you mean 'info_nce'?"),
+    (2, "loss.label_smoothing=7", "loss.label_smoothing"),
+    (2, "distill={teachers: [{model: runs/nowhere}], terms: [{name: dcd}]}", "distill.teachers.0.model: There is no"),
+    (3, "distill={teachers: [{cache: nowhere}], terms: [{name: dcd}]}", "distill.teachers.0.cache: there is no folder"),
+    (2, "distill={look_ahead: {}, terms: [{name: dcdd}]}", "Did you mean 'dcd'?"),
+    (2, "checkpoint.init_from=runs/nowhere", "checkpoint.init_from: There is no model"),
+    (4, "checkpoint.resume=runs/nowhere", "checkpoint.resume: there is no folder"),
+    (2, "eval.tasks=[quickstart_val_clipartt]", "There is no task"),
+    (2, "modalities.image.encoder.what=1", "modalities.image.encoder.what"),
+    (3, "data.sources.0.shards=nowhere-{000..001}.tar", "nowhere-000.tar"),
+    (2, "engine.device=cuda", "torch sees no CUDA device"),
+    (2, "schedule.warmup_samples=1000000", "the learning rate would never reach its peak"),
+    (2, "optim.lr=.inf", "optim.lr"),
+    (2, "optim.betas=[0.9, 1.0]", "optim.betas.1"),
+    (2, "logit_scale={init: 200, max: 100}", "init (200) is above max (100)"),
+    (2, "modalities.image.input.std=[0.3, 0.3, 0]", "modalities.image.input.std.2"),
+    (2, "pairs=[[image, text], [text, image]]", "['text', 'image'] stands twice"),
+    (2, "pairs=[[image, text], [image, text]]", "['image', 'text'] stands twice"),
+    (2, "data.sources.0.members={imagee: [webp]}", "Did you mean 'image'?"),
+]
+
+
+@pytest.mark.parametrize(("code", "item", "words"), WRONG)
+def test_dry_run_finds(
+    code: int, item: str, words: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    items = [*SMALL, "schedule.warmup_samples=0", "budget.steps=4", item]
+    monkeypatch.setattr(sys, "argv", ["dualenc", "train", str(RECIPE), "--dry-run", *items])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = " ".join(capfd.readouterr().err.split())
+    assert ended.value.code == code, said
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_a_budget_on_the_command_line_replaces_the_recipes(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {RECIPE}\nbudget: {{steps: 7}}\noptim: {{ema_samples: 100}}\n")
+    assert load_recipe(mine).budget.steps == 7
+    budget = load_recipe(mine, ["budget.samples=640"]).budget
+    assert (budget.steps, budget.samples, budget.passes) == (None, 640, None)
+    assert load_recipe(mine, ["budget={passes: 2}"]).budget.passes == 2
+    assert load_recipe(mine, ["optim.trajectory={}"]).optim.ema_samples is None
+    over = tmp_path / "over.yaml"
+    over.write_text("base: mine.yaml\nbudget: {samples: 64}\n")
+    assert load_recipe(over).budget.model_dump() == {"steps": None, "samples": 64, "passes": None}
+    with pytest.raises(ConfigError, match="exactly one of steps, samples, passes"):
+        load_recipe(mine, ["budget.samples=640", "budget.steps=3"])
+    both = tmp_path / "both.yaml"
+    both.write_text(f"base: {RECIPE}\nbudget: {{steps: 7, samples: 9}}\n")
+    with pytest.raises(ConfigError, match="exactly one of steps, samples, passes"):
+        load_recipe(both)
+
+
+def test_resuming_with_another_rate_says_so_and_keeps_the_old_recipe(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quick = [*SMALL, "data.workers=0", "batch.size=16", f"out={tmp_path}"]
+    train(load_recipe(RECIPE, [*quick, "budget.steps=2", "optim.lr=1e-3"]))
+    train(load_recipe(RECIPE, [*quick, "budget.steps=3", "optim.lr=1e-3"]))
+    assert list(tmp_path.glob("recipe-*.yaml")) == []
+    assert "Changed since" not in capfd.readouterr().err
+    train(load_recipe(RECIPE, [*quick, "budget.steps=4", "optim.lr=0.002", "schedule.name=cosine"]))
+    said = " ".join(capfd.readouterr().err.split())
+    assert (
+        "Changed since the last start: optim.lr = 0.002 (was 0.001); schedule.name = 'cosine' (was 'constant')" in said
+    )
+    assert load_recipe(tmp_path / "recipe-0000000003.yaml").optim.lr == 1e-3
+    assert load_recipe(tmp_path / "recipe.yaml").optim.lr == 0.002
