@@ -81,11 +81,11 @@ class Distillation(Loss):
     def _side(self, t: TeacherInfo, extras: Extras, ids: Tensor) -> tuple[TeacherSide, Tensor]:
         """The teacher's features of a pair, and the ids, absent where the teacher has no features."""
         scale, bias = t.scale[extras.pair], t.bias.get(extras.pair, 0.0)
-        (a, b), said = extras.pair, extras.teachers[t.name]
-        kept = torch.where(said.has[a] & said.has[b], ids, ABSENT)
+        (a, b), rows = extras.pair, extras.teachers[t.name]
+        kept = torch.where(rows.has[a] & rows.has[b], ids, ABSENT)
         if t.fusion:
-            return TeacherSide(None, None, scale, bias, said.scores[a, b], said.scores[b, a]), kept
-        return TeacherSide(said.features[a], said.features[b], scale, bias), kept
+            return TeacherSide(None, None, scale, bias, rows.scores[a, b], rows.scores[b, a]), kept
+        return TeacherSide(rows.features[a], rows.features[b], scale, bias), kept
 
 
 def build_terms(config: Distill) -> list[tuple[str, Term]]:

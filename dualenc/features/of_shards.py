@@ -105,7 +105,7 @@ def embed_shards(
 
     Raises:
         ConfigError: for a modality the model does not have; ``out`` holds other features.
-        DataError: for missing or broken shards, and where nothing at all could be embedded.
+        DataError: for missing or broken shards, or if no sample could be embedded.
     """
     world = world or World()
     chosen = list(modalities) or bundle.modalities
@@ -140,15 +140,15 @@ def shard_jobs(
 
     jobs = []
     for k, (name, info) in enumerate(zip(opened.names, opened.infos, strict=True)):
-        said: dict[str, Any] = {} if source is None else {"source": source}
-        said |= {"shard": name, "samples": info.samples, "bytes": info.bytes}
+        about: dict[str, Any] = {} if source is None else {"source": source}
+        about |= {"shard": name, "samples": info.samples, "bytes": info.bytes}
         # The digest of the shard's headers, from its index or from reading them: the same with an index or without.
         headers = info.headers or (opened.memory[k].digest if k in opened.memory else "")
         if headers:
-            said["headers"] = headers
-        said["members"] = {m: list(e) for m, e in wanted.items()}
+            about["headers"] = headers
+        about["members"] = {m: list(e) for m, e in wanted.items()}
         words = (name,) if source is None else (source, name)
-        jobs.append(ShardJob(part_name(*words), said, lambda k=k: samples(k)))  # type: ignore[misc]
+        jobs.append(ShardJob(part_name(*words), about, lambda k=k: samples(k)))  # type: ignore[misc]
     return jobs
 
 

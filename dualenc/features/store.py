@@ -107,13 +107,13 @@ class FeaturePart:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.path = name, folder / f"{name}.safetensors"
-        said = read_json(folder / f"{name}.json")
+        record = read_json(folder / f"{name}.json")
         try:
-            self.ids: list[str] = [str(x) for x in said["ids"]]
-            self.lost = [Lost(str(x["id"]), str(x["modality"]), str(x["reason"])) for x in said["lost"]]
-            self.data: dict[str, Any] = dict(said["data"])
-            self.digest, self.sha256, self.bytes = str(said["of"]), str(said["sha256"]), int(said["bytes"])
-            self.counts: dict[str, int] = {str(m): int(n) for m, n in said["rows"].items()}
+            self.ids: list[str] = [str(x) for x in record["ids"]]
+            self.lost = [Lost(str(x["id"]), str(x["modality"]), str(x["reason"])) for x in record["lost"]]
+            self.data: dict[str, Any] = dict(record["data"])
+            self.digest, self.sha256, self.bytes = str(record["of"]), str(record["sha256"]), int(record["bytes"])
+            self.counts: dict[str, int] = {str(m): int(n) for m, n in record["rows"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise DataError(
                 f"{folder}/{name}.json does not describe a part of stored features ({e!r}); write it again"

@@ -93,7 +93,7 @@ class FeatureWriter:
         raw = save(tensors)
         counts = {m: len(which) for m, (which, _) in rows.items()}
         sha = hashlib.sha256(raw).hexdigest()
-        said = {
+        record = {
             "format": FORMAT,
             "of": self.digest,
             "data": dict(data or {}),
@@ -105,7 +105,7 @@ class FeatureWriter:
         }
         (self.folder / f"{name}.parquet").unlink(missing_ok=True)  # a table of the part that was here before
         self._put(f"{name}.safetensors", raw)
-        self._put_json(f"{name}.json", said)
+        self._put_json(f"{name}.json", record)
         return FeaturePart(self.folder, name).info()
 
     def finish(self, mine: Iterable[PartInfo], order: Sequence[str]) -> list[PartInfo]:

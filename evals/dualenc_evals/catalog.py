@@ -76,7 +76,7 @@ def parse_task(raw: Mapping[str, Any], origin: Mapping[str, str] | None = None, 
     if not known:
         raise ConfigError(f"kind: unknown kind of task {kind!r} (in {said}). {did_you_mean(kind, kinds)}")
     cls = kinds[kind].Task
-    others = kinds.loaded()  # kinds from outside that nobody asked for stay unread
+    others = kinds.loaded()  # kinds of plugins that are not named stay unloaded
     foreign = {k: [n for n in others if k in others[n].Task.model_fields] for k in raw if k not in cls.model_fields}
     wrong = {k: owners for k, owners in foreign.items() if owners and raw[k] is not None}
     if wrong:

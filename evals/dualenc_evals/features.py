@@ -209,22 +209,22 @@ class Store:
     def _keeping(self) -> bool:
         """Whether features are kept; the same on every rank, and rank 0 then has a writer."""
         if self._keeps is None:
-            said = self.embedder.describe()
+            about = self.embedder.describe()
             # A model in training, or one that does not say which weights it has, cannot be told apart from another.
-            weights = [v for k, v in said.items() if k.startswith("weights")]
+            weights = [v for k, v in about.items() if k.startswith("weights")]
             known = bool(weights) and all(v and v != "in training" for v in weights)
             self._keeps = known and self.cache_dir is not None
             if self._keeps and self.ranks.is_main:
-                self._open(said)
+                self._open(about)
         return self._keeps
 
-    def _open(self, said: dict[str, Any]) -> None:
+    def _open(self, about: dict[str, Any]) -> None:
         assert self.cache_dir is not None
         # The same weights give slightly other features on another kind of device, or in batches of another size.
         device = self.embedder.device.type if isinstance(self.embedder, OnDevice) else "cpu"
         made = {"batch_size": self.batch_size, "device": device, "torch": str(torch.__version__)}
         names = list(self.embedder.modalities)
-        description = Description(said, {m: m for m in names}, dict.fromkeys(names, 1), "fp32", made)
+        description = Description(about, {m: m for m in names}, dict.fromkeys(names, 1), "fp32", made)
         try:
             self._writer = FeatureWriter(self.cache_dir / description.digest, description, growing=True)
         except DataError as e:

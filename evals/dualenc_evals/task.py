@@ -178,7 +178,7 @@ class Task(Section):
     version: Positive = 1
     kind: str
     plugins: list[str] = Field(
-        default_factory=list, exclude=True, description="modules imported first: they bring kinds and modalities"
+        default_factory=list, exclude=True, description="modules to import first; they register kinds and modalities"
     )
     description: str = ""
     source: TaskSource

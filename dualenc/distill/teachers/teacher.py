@@ -275,5 +275,5 @@ def info_of(
 
 def with_teachers(batch: Batch, teachers: Sequence[TeacherSource]) -> Batch:
     """The batch with every teacher's output, and without the views, which are no longer needed."""
-    said = {t.name: t.features(batch) for t in teachers}
-    return replace(batch, teachers={**batch.teachers, **said}, views={})
+    outputs = {t.name: t.features(batch) for t in teachers}
+    return replace(batch, teachers={**batch.teachers, **outputs}, views={})

@@ -66,10 +66,10 @@ def render(all_results: Sequence[Mapping[str, Any]]) -> str:
 
 def model_views(all_results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Name, colour and provenance of each model; equal names are told apart by their files."""
-    said = [str(r["model"].get("name") or r["file"]) for r in all_results]
-    counts = Counter(said)
+    names = [str(r["model"].get("name") or r["file"]) for r in all_results]
+    counts = Counter(names)
     out = []
-    for n, (name, r) in enumerate(zip(said, all_results, strict=True), 1):
+    for n, (name, r) in enumerate(zip(names, all_results, strict=True), 1):
         unique = name if counts[name] == 1 else f"{name} ({r['file']})"
         facts = flat(r["model"]) + flat(r.get("environment", {}))
         out.append({"name": unique, "colour": n, "facts": facts})

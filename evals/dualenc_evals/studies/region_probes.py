@@ -236,9 +236,9 @@ def occupancy(
         for f in frames:
             kept = rng.random(len(f.points)) < 0.5
             items.append(f.lidar(kept=kept))
-            asked, said = _cells(f, kept, rng)
+            asked, occupied = _cells(f, kept, rng)
             places.append(asked)
-            labels.append(said)
+            labels.append(occupied)
         if not items or not sum(map(len, labels)):
             return {}
         values = torch.cat(at(embedder, m, items, places))
