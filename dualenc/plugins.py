@@ -76,6 +76,11 @@ def import_allowed() -> None:
     import_plugins(names, f"{ENV} (or --plugins)")
 
 
+def are_named() -> bool:
+    """Whether ``--plugins`` or DUALENC_PLUGINS names any, or one was imported already."""
+    return bool(_allowed or _environment())
+
+
 def is_reference(name: str) -> bool:
     """Whether a name is written ``pkg.mod:Name``."""
     return _NAMED.fullmatch(name) is not None

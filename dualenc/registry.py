@@ -115,11 +115,17 @@ class Registry(Generic[T]):
 
     def _check(self, name: str, entry: Any) -> None:
         if self.base is not None and not (isinstance(entry, type) and issubclass(entry, self.base)):
-            package = self.base.__module__.rpartition(".")[0]
             raise ConfigError(
-                f"{self.what} {name!r} must be a class that derives from {package}.{self.base.__name__}; docs/extend "
-                "shows one"
+                f"{self.what} {name!r} must be a class that derives from {_public(self.base)}; docs/extend shows one"
             )
         lacking = [n for n in self.needs if not hasattr(entry, n)]
         if lacking:
             raise ConfigError(f"{self.what} {name!r} has no {lacking[0]!r}; docs/extend says what one needs")
+
+
+def _public(cls: type) -> str:
+    """A class as others import it: from the highest package that has it."""
+    parts = cls.__module__.split(".")
+    packages = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    where = next(p for p in packages if p in sys.modules and vars(sys.modules[p]).get(cls.__name__) is cls)
+    return f"{where}.{cls.__name__}"

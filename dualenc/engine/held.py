@@ -7,16 +7,25 @@ speak of whole tensors, or of flat ranges of them, by name and know no engine.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from dualenc.checkpoint.ranges import Piece, Stored, deal
 from dualenc.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def _dtensor(data: Tensor) -> DTensor | None:
+    """``data`` if it is a DTensor. Their module takes a second to import: where nobody has, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return data if module is not None and isinstance(data, module.DTensor) else None
 
 
 def _partition(p: Tensor) -> Tensor | None:
@@ -27,17 +36,16 @@ def _partition(p: Tensor) -> Tensor | None:
 def local(p: Tensor) -> Tensor:
     """The part of a parameter or buffer that this rank holds (shares memory with it)."""
     data = p.detach()
-    if isinstance(data, DTensor):
-        return data.to_local()
+    if (shards := _dtensor(data)) is not None:
+        return shards.to_local()
     partition = _partition(p)
     return data if partition is None else partition.data
 
 
 def full(p: Tensor, part: Tensor) -> Tensor:
     """The whole tensor of which ``part`` is this rank's piece, cut like ``p``. All ranks must call it alike."""
-    data = p.detach()
-    if isinstance(data, DTensor):
-        whole = DTensor.from_local(
+    if (data := _dtensor(p.detach())) is not None:
+        whole = type(data).from_local(
             part, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
         return whole.full_tensor()
@@ -63,13 +71,14 @@ def all_finite(model: nn.Module) -> bool:
 
 def is_cut(p: Tensor) -> bool:
     """Whether ranks hold different parts of it."""
-    return isinstance(p.detach(), DTensor) or _partition(p) is not None
+    return _dtensor(p.detach()) is not None or _partition(p) is not None
 
 
 def extent(p: Tensor) -> tuple[int, int]:
     """[start, end) of this rank's local part in the flattened whole tensor; ZeRO-3's padding is left out."""
-    data = p.detach()
-    if isinstance(data, DTensor):
+    if (data := _dtensor(p.detach())) is not None:
+        from torch.distributed.tensor import Shard
+
         if data.device_mesh.ndim != 1 or data.placements != (Shard(0),):
             raise RuntimeError(f"shards are cut along the first dimension, got {data.placements}")
         rows, row = data.shape[0], data.shape[1:].numel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualenc.config import Recipe
+from dualenc.data.plans import chosen
 from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
@@ -19,11 +20,12 @@ def check_recipe(recipe: Recipe) -> None:
     """Build what is small, and look for what is named; the run itself would find the same, later.
 
     Raises:
-        ConfigError: an unknown loss or term, a wrong setting, a model that does not exist, no CUDA.
+        ConfigError: an unknown loss, term or plan, a wrong setting, a model that does not exist, no CUDA.
         DataError: a teacher's cache that does not exist.
         CheckpointError: a save to resume from that does not exist.
     """
     check_device(recipe.engine.device)
+    chosen(recipe.data.sampling)
     build_loss(recipe.loss)
     if recipe.distill is not None:
         build_terms(recipe.distill)

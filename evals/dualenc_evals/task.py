@@ -18,6 +18,7 @@ from dualenc.config import Positive, Section, Share
 from dualenc.data.driving.corruption import Corruption
 from dualenc.data.sources.opened import read_text
 from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.plugins import is_reference
 
 LISTS = ("jsonl", "json", "csv", "parquet")
 SHARDS = ("shards", "clip_benchmark")
@@ -118,6 +119,8 @@ class TaskSource(Section):
             try:
                 own = accepted(sources[self.kind].settings)
             except ConfigError as e:
+                if is_reference(self.kind):
+                    raise _wrong("kind", str(e), self.kind) from e
                 near = did_you_mean(self.kind, [*SHARDS, *sources])
                 raise _wrong("kind", f"unknown source. {near}", self.kind) from e
         for key in self.model_extra or {}:

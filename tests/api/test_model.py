@@ -159,7 +159,7 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (b"no picture", "no JPEG"),
+        (b"no picture", "not a JPEG"),
         (bomb(), "pixels"),
         ("nowhere.jpg", "there is no file nowhere.jpg"),
         (np.zeros((4, 4, 3), np.float32), r"uint8 \[H, W, 3\].*got float32 \[4, 4, 3\]"),

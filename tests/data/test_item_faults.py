@@ -103,7 +103,7 @@ def test_a_png_whose_checksum_is_wrong_is_refused(chunk: bytes) -> None:
     at = raw.index(chunk) - 4
     end = at + 8 + int.from_bytes(raw[at : at + 4], "big")
     raw[end] ^= 1
-    with pytest.raises(DecodeError, match="no JPEG" if chunk == b"IHDR" else "checksum"):
+    with pytest.raises(DecodeError, match="not a JPEG" if chunk == b"IHDR" else "checksum"):
         Picture(bytes(raw), (255, 255, 255)).rgb()
 
 
@@ -132,7 +132,11 @@ def test_cropping_first_gives_the_pixels_of_resizing_first(size: tuple[int, int]
     w, h = size
     wh = (100, int(100 * h / w)) if w <= h else (int(100 * w / h), 100)
     how = Image.Resampling[interpolation.upper()]
-    want = np.asarray(_centre(Image.fromarray(pixels).resize(wh, how), 100, (0, 0, 0))).transpose(2, 0, 1).astype(int)
+    want = (
+        np.asarray(_centre(Image.fromarray(pixels).resize(wh, how), 100, (0, 0, 0), "round"))
+        .transpose(2, 0, 1)
+        .astype(int)
+    )
     assert np.abs(got - want).max() <= 1
     assert (got != want).mean() < 0.01
 
@@ -228,7 +232,7 @@ def test_half_an_emoji_is_replaced() -> None:
 
 def test_a_caption_of_a_megabyte_is_refused_and_a_long_one_is_not() -> None:
     part = text()
-    with pytest.raises(DecodeError, match="more than"):
+    with pytest.raises(DecodeError, match="at most 1,048,576 are allowed"):
         part.decode(b"a " * (1 << 20))
     part.eval(part.decode("word " * 100_000))
 

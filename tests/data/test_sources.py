@@ -198,7 +198,7 @@ def test_a_column_is_written_alike_in_packing_and_in_tasks(spec: str, tmp_path: 
 
 def test_members_and_the_old_spelling_do_not_contradict_each_other(tmp_path: Path) -> None:
     path = listing(tmp_path, [{"image": "a.png", "text": "x"}])
-    with pytest.raises(ConfigError, match=r"jsonl\.members\.image: jsonl\.image says this too"):
+    with pytest.raises(ConfigError, match=r"jsonl\.members\.image: jsonl\.image sets this too"):
         build("jsonl", tmp_path / "o", path=str(path), image="image", members={"image": ["image"]}, progress=False)
     with pytest.raises(ConfigError, match=r"rows are packed with image, audio and text, not 'lidar'"):
         build("jsonl", tmp_path / "o", path=str(path), members={"lidar": ["image"]}, progress=False)
@@ -220,7 +220,7 @@ def test_packing_and_tasks_read_the_same_file_the_same_way(tmp_path: Path) -> No
         lambda: build("csv", tmp_path / "out", path=str(tmp_path / "r.csv"), progress=False),
         lambda: list(iter_source("csv", {"path": str(tmp_path / "r.csv")})),
     ):
-        with pytest.raises(DataError, match=r"r\.csv:3 has 1 columns, the header 2: image, caption"):
+        with pytest.raises(DataError, match=r"r\.csv:3 has 1 columns, the header has 2: image, caption"):
             read()
 
 

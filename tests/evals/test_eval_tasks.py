@@ -271,7 +271,7 @@ def test_a_folder_a_class_and_an_empty_one(tmp_path: Path) -> None:
     got = task(tmp_path, kind="classification", source={"kind": "folder", "path": "./f"}, templates=["{}"])
     rows = read_rows(got)
     assert [(r.id, r.label) for r in rows.rows] == [("cat/1.png", "cat"), ("dog/1.png", "dog")]
-    assert rows.notes == ["The class folder 'eel' is empty: the class stays a wrong answer to choose from."]
+    assert rows.notes == ["The class folder 'eel' is empty: the class remains among the candidates, as a wrong answer."]
 
 
 def test_expand() -> None:

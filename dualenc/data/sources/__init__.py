@@ -1,4 +1,4 @@
-"""Data sets in the layouts they come in; one module a layout, each registered in :data:`sources`."""
+"""Data sets in their own layouts: one module per layout, each registered in :data:`sources`."""
 
 from dualenc.data.sources import driving, folder, hub, tables
 from dualenc.data.sources.item import Content, Item, Layout, captions, sources
