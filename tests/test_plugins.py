@@ -361,7 +361,7 @@ def test_what_is_missing_is_said_in_one_sentence(place: Place, runs: dict[str, P
     assert "plan 'dualenc_series.as_it_lies:AsItLies', but there is no module 'dualenc_series'" in said
     assert "There is no plan 'as_it_lies'" in place.run(None, "train", "entry.yaml", code=2)
     said = place.run(None, "eval", "run_entry", "--task", "task_entry.yaml", code=2)
-    assert "kind: there is no kind of task 'two_choices' (in task_entry.yaml)" in said
+    assert "kind: unknown kind of task 'two_choices' (in task_entry.yaml)" in said
     said = place.run(None, "export", "run_entry", "--format", "safetensors", "--out", "never", code=4)
     assert "needs the plugin 'dualenc_series.series', which is not installed; pip install dualenc-series==0.3.0" in said
     said = place.run("reference", "train", "reference.yaml", "loss.name=dualenc_series.hinge:Hing", code=2)

@@ -147,9 +147,9 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         build("painted", tmp_path, {"conut": 1}, progress=False)
     said = tmp_path / "t.yaml"
     for source, message in (
-        ({"kind": "panited"}, r"source\.kind: there is no such source\. Did you mean 'painted'\?"),
+        ({"kind": "panited"}, r"source\.kind: unknown source\. Did you mean 'painted'\?"),
         ({"kind": "painted", "conut": 1}, r"source\.conut: unknown key of this source\. Did you mean 'count'\?"),
-        ({"kind": "jsonl"}, r"source\.path: a source jsonl needs it"),
+        ({"kind": "jsonl"}, r"source\.path: missing: a jsonl source needs the path of its data"),
     ):
         said.write_text(yaml.safe_dump({"kind": "retrieval", "source": source}))
         with pytest.raises(ConfigError, match=message):
@@ -268,7 +268,7 @@ def test_a_folder_with_texts_beside_the_files_is_a_retrieval_task(tmp_path: Path
     assert {r.id: r.label for r in read_rows(classes).rows} == {f"{c}/{n}.png": c for n, c in enumerate(COLOURS)}
     loose = tmp_path / "9.png"
     loose.write_bytes(png((1, 1, 1)))
-    with pytest.raises(DataError, match=r"label: 9\.png is in no class"):
+    with pytest.raises(DataError, match=r"label: 9\.png has no class"):
         read_rows(classes)
 
 

@@ -139,7 +139,7 @@ def test_the_curve_is_evaluated_kept_and_drawn(
     assert json.loads((tmp_path / "out" / "interpolate.json").read_text())["kept"] == 0.5
     page = (tmp_path / "out" / "interpolate.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2
-    assert "0.5 · kept" in page
+    assert "0.5 · saved" in page
     over = charts(got)[1]["svg"]
     assert all(f">{x}</text>" in over for x in ("0", "0.5", "1"))
     assert markdown(got).count("\n") == 4

@@ -89,7 +89,7 @@ def test_a_fall_stops_two_ranks_and_goes_on_when_allowed(able: str, tmp_path: Pa
     page = write_report(out).read_text(encoding="utf-8")
     assert "Before and after" in page
     assert f"{100 * before:.1f} %" in page
-    assert f"Fallen by more than that: {TASK}" in page
+    assert f"Dropped by more than that: {TASK}" in page
 
 
 @pytest.mark.dist
