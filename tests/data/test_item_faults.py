@@ -156,6 +156,14 @@ def test_heic_is_read_or_its_package_is_named() -> None:
         Picture(raw, (255, 255, 255))
 
 
+def test_heic_is_read_with_its_package() -> None:
+    heif = pytest.importorskip("pillow_heif", reason="pip install 'dualenc[heic]'")
+    heif.register_heif_opener()
+    smooth = np.kron(NOISE[:6, :4], np.ones((8, 8, 1), np.uint8))
+    pixels = np.asarray(Picture(encoded(smooth, "HEIF"), (255, 255, 255)).rgb()).astype(int)
+    assert np.abs(pixels - smooth).mean() < 12
+
+
 # --- sounds ------------------------------------------------------------------------------------------------------
 
 FORMATS = [
@@ -194,6 +202,24 @@ def test_m4a_and_webm_are_read_or_their_package_is_named() -> None:
     for raw in (b"\x00\x00\x00\x20ftypM4A " + bytes(200), b"\x1aE\xdf\xa3" + bytes(200)):
         with pytest.raises(DecodeError, match=r"dualenc\[av\]|damaged"):
             Sound(raw)
+
+
+@pytest.mark.parametrize(("container", "codec"), [("ipod", "aac"), ("webm", "libopus")])
+def test_m4a_and_webm_are_read_with_their_package(container: str, codec: str) -> None:
+    av = pytest.importorskip("av", reason="pip install 'dualenc[av]'")
+    tone = (0.3 * np.sin(2 * np.pi * 440 * np.arange(96_000) / 48_000)).astype(np.float32)
+    out = io.BytesIO()
+    with av.open(out, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=48_000)
+        frame = av.AudioFrame.from_ndarray(tone[None], format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            file.mux(packet)
+    sound = Sound(out.getvalue())
+    wave = sound.read(0, 96_000, 48_000)
+    assert abs(len(wave) - 96_000) <= 2048
+    loudest = np.abs(np.fft.rfft(wave[24_000:72_000])).argmax()
+    assert loudest == 440  # a second of it: bins are Hz
 
 
 # --- texts -------------------------------------------------------------------------------------------------------
