@@ -193,7 +193,7 @@ def test_wrong_arguments_say_what_to_write(model: dualenc.Model, clip: Path, pat
         (lambda: model.similarity(torch.ones(2, 3), torch.ones(2, 4)), r"got \[2, 3\] and \[2, 4\]"),
         (lambda: model.similarity(torch.ones(2, 3), torch.ones(2, 3), scaled=True, pair="a-b"), "has no pair 'a-b'"),
         (lambda: model.batch(image=[]), "image has no items"),
-        (lambda: dualenc.Model(model.bundle).recipe("x.tar", steps=1), "save it and load it"),
+        (lambda: dualenc.Model(model.bundle).recipe("x.tar", steps=1), "save this one and load it"),
         (lambda: model.recipe("x.tar", steps=1, overrides=["optim.lrr=1"]), "Did you mean 'lr'"),
     ):
         with pytest.raises(ConfigError, match=words):
