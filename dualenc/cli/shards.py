@@ -12,7 +12,9 @@ from dualenc.cli.app import Debug, app
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError
 
-shards_app = typer.Typer(help="Build, index, check and look at webdataset shards.", no_args_is_help=True)
+shards_app = typer.Typer(
+    help="Build, index, check and look at webdataset shards.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(shards_app, name="shards")
 
 

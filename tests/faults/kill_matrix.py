@@ -101,7 +101,7 @@ def _names(folder: Path) -> bytes:
 
 
 TRAIN = ["train", str(RECIPE), *SMALL, "data.sources=[{{name: few, shards: '{inputs}/few-*.tar'}}]"]
-EVAL = ["eval.tasks=['{inputs}/pictures.yaml']", "eval.every_steps=4"]
+EVAL = ["eval.tasks=['{inputs}/pictures.yaml']", "eval.every_steps=4", "eval.at_start=true"]
 PLAIN = ["eval.tasks=[]", "data.workers=0"]
 SHARDED = [*PLAIN, "checkpoint.sharded=true"]
 ZERO_2 = [*SHARDED, "engine.kind=deepspeed", "engine.zero_stage=2"]
