@@ -8,6 +8,8 @@ milliseconds. Every rank is killed, as the launcher's death does it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -17,6 +19,7 @@ import socket
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -48,6 +51,9 @@ SMALL = [
 ]
 """Of every training; the run's folder is ``run`` in the folder that the command is started in."""
 
+MODULES = "modules.txt"
+"""Where an unbroken run writes down what it imported on its way, for the parent to import before the next fork."""
+
 TIMED = ("samples_per_s", "data_wait_share")
 """Numbers of a metrics line that say how fast the machine was."""
 
@@ -61,12 +67,14 @@ class Kind:
         result: the folder a command was started in → name → bytes that must be the same.
         ranks: processes.
         at_save: kill while a save is being written, not at any moment.
+        by_files: every second time, kill when some number of files has been written, not at any moment.
     """
 
     command: list[str]
     result: Callable[[Path], dict[str, bytes]]
     ranks: int = 1
     at_save: bool = False
+    by_files: bool = False
 
 
 # --- what a command leaves -----------------------------------------------------------------------------------------
@@ -118,15 +126,19 @@ KINDS = {
     "shards build": Kind(
         ["shards", "build", "folder", "--out", "out", "path={inputs}/pictures", "shard_samples=16", "overwrite=true"],
         written,
+        by_files=True,
     ),
-    "embed, 1 rank": Kind(["embed", "{inputs}/model", "{inputs}/few-*.tar", "--out", "out"], written),
-    "embed, 2 ranks": Kind(["embed", "{inputs}/model", "{inputs}/few-*.tar", "--out", "out"], written, 2),
+    "embed, 1 rank": Kind(["embed", "{inputs}/model", "{inputs}/few-*.tar", "--out", "out"], written, by_files=True),
+    "embed, 2 ranks": Kind(
+        ["embed", "{inputs}/model", "{inputs}/few-*.tar", "--out", "out"], written, 2, by_files=True
+    ),
     "eval --resume": Kind(
         [
             *("eval", "{inputs}/model", "--task", "{inputs}/pictures.yaml", "--task", "{inputs}/others.yaml"),
             *("--out", "results.json", "--cache", "cache", "--batch-size", "4", "--resume"),
         ],
         evaluated,
+        by_files=True,
     ),
 }
 
@@ -196,7 +208,7 @@ def run(kind: Kind, inputs: Path, folder: Path, moment: Callable[[Path], bool] |
                 os.kill(pid, signal.SIGKILL)
             if late:
                 raise SystemExit(f"{command}: no end in {TIMEOUT_S:.0f} s: {_tail(folder)}")
-        time.sleep(0.001 if kind.at_save else 0.005)
+        time.sleep(0.002)
     return None if killed else next((c for c in ended.values() if c), 0)
 
 
@@ -233,6 +245,8 @@ def _fork(command: list[str], folder: Path, rank: int, world_size: int, port: in
     except BaseException:  # noqa: BLE001 – the child must not go on as a copy of this process
         traceback.print_exc()
     finally:
+        if "whole-" in folder.name and rank == 0:
+            Path(MODULES).write_text("\n".join(sys.modules), encoding="utf-8")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -252,12 +266,13 @@ class Cell:
     Attributes:
         late: commands that had ended before the kill came; they count as none.
         seconds: of an unbroken run.
-        saves: seconds of its saves.
+        files: how many it leaves.
         where: what the kill found: number of saves (trainings) or files.
     """
 
     whole: dict[str, bytes]
     seconds: float
+    files: int
     kills: int = 0
     late: int = 0
     differences: list[str] = field(default_factory=list)
@@ -274,9 +289,20 @@ def unbroken(name: str, inputs: Path, folder: Path) -> Cell:
         if code != 0:
             raise SystemExit(f"{name}: the unbroken run ended with {code}: {_tail(folder / f'whole-{k}')}")
         results.append(kind.result(folder / f"whole-{k}"))
+        import_all(folder / f"whole-{k}" / MODULES)
     if differing(*results):
         raise SystemExit(f"{name}: two unbroken runs differ in {differing(*results)}")
-    return Cell(results[0], seconds)
+    return Cell(results[0], seconds, _files(folder / "whole-0"))
+
+
+def import_all(listed: Path) -> None:
+    """Import what a process had imported at its end, as far as modules can be imported by their name."""
+    for name in listed.read_text(encoding="utf-8").split():
+        if name.split(".")[0] in ("torch", "PIL", "deepspeed", "networkx", "triton", "dualenc", "dualenc_evals"):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    if threading.active_count() > 1:
+        raise SystemExit(f"importing started threads, which a fork loses: {threading.enumerate()}")
 
 
 def differing(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:
@@ -287,7 +313,12 @@ def differing(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:
 def kill_once(name: str, cell: Cell, inputs: Path, folder: Path, rng: random.Random) -> None:
     """Kill at a random moment, run the same command to its end, compare."""
     kind = KINDS[name]
-    moment = at_a_save(rng) if kind.at_save else after(rng.uniform(0, cell.seconds))
+    if kind.at_save:
+        moment = at_a_save(rng)
+    elif kind.by_files and rng.random() < 0.5:
+        moment = at_files(rng.randint(1, cell.files), rng.uniform(0, 0.02))
+    else:
+        moment = after(rng.uniform(0, cell.seconds))
     code = run(kind, inputs, folder, moment)
     if code == 0:
         cell.late += 1
@@ -314,13 +345,29 @@ def _state(folder: Path) -> str:
         names = [p.name for p in saves.iterdir()] if saves.is_dir() else []
         step = max((int(n[5:]) for n in names if n.startswith("step-")), default=0)
         return f"save {step}" + (" +" if any(n.startswith(".writing") for n in names) else "")
-    return f"{sum(p.is_file() for p in folder.rglob('*')) - 1} files"
+    return f"{_files(folder)} files"
+
+
+def _files(folder: Path) -> int:
+    return sum(p.is_file() and p.name not in ("said.txt", MODULES) for p in folder.rglob("*"))
 
 
 def after(seconds: float) -> Callable[[Path], bool]:
     """True once so many seconds have passed."""
     until = time.monotonic() + seconds
     return lambda _: time.monotonic() >= until
+
+
+def at_files(count: int, wait: float) -> Callable[[Path], bool]:
+    """True so many seconds after there are so many files."""
+    seen = [0.0]
+
+    def moment(folder: Path) -> bool:
+        if not seen[0] and _files(folder) >= count:
+            seen[0] = time.monotonic()
+        return bool(seen[0]) and time.monotonic() >= seen[0] + wait
+
+    return moment
 
 
 def at_a_save(rng: random.Random) -> Callable[[Path], bool]:
