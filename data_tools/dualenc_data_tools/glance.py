@@ -44,10 +44,10 @@ def glance(recipe: Recipe, sets: Sequence[ShardSet]) -> list[str]:
             )
         for m in recipe.data.sources[i].members if stats.samples else ():
             if not found[m]:
-                there = ", ".join(f".{e}" for e, _ in stats.members.most_common(8))
+                endings = ", ".join(f".{e}" for e, _ in stats.members.most_common(8))
                 notes.append(
                     f"data.sources.{i}.members.{m}: none of the {stats.samples:,} samples looked at has "
-                    f"{' or '.join(wanted.members[m])}; there are {there}"
+                    f"{' or '.join(wanted.members[m])}; there are {endings}"
                 )
     return notes
 

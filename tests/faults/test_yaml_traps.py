@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -25,12 +26,12 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 def bomb(levels: int = 9, key: str = "") -> str:
     """Lists of nine aliases of the list before."""
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip(LETTERS, LETTERS[1:levels], strict=False)]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise(LETTERS[:levels])]
     return "\n".join(lines) + f"\n{key}\n"
 
 
 MERGES = "a: &a {k0: 0, k1: 1}\n" + "".join(
-    f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}], {b}: 1}}\n" for a, b in zip(LETTERS, LETTERS[1:10], strict=False)
+    f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}], {b}: 1}}\n" for a, b in itertools.pairwise(LETTERS[:10])
 )
 
 TRAPS = {

@@ -1,4 +1,4 @@
-"""What a dry run learns from the data: endings that no shard has, and with --probe memory and time of two real steps."""
+"""What a dry run learns from the data: endings that no shard has, and with --probe what two real steps take."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def test_a_modality_that_no_sample_has_is_named(
     assert "data.sources.0.members.title: none of the 20 samples looked at has title.txt; there are .png, .txt" in said
 
 
-def test_names_with_dots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_names_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     if not (FAULTS / "dots_version.tar").is_file():
         pytest.skip(f"needs {FAULTS}")
     monkeypatch.chdir(tmp_path)
