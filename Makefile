@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test test-all test-fast check format gradcheck gradcheck-all bench distill clean
+.PHONY: help setup quickstart test test-all test-fast check format gradcheck gradcheck-all fuzz kills bench distill clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,12 @@ gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, real smal
 
 gradcheck-all: $(STAMP) ## gradcheck with every combination of tower, loss, engine, micro-batch and world size (hours)
 	PYTHONPATH=tests $(PY) tests/distributed/gradcheck.py --all
+
+fuzz: $(STAMP) ## damaged bytes in front of every reader for SECONDS (3600): cases, escapes, hangs
+	PYTHONPATH=.:evals:data_tools:tests $(PY) tests/fuzz/test_fuzz.py $(or $(SECONDS),3600)
+
+kills: $(STAMP) ## KILLS (220) kill -9 of train, save, build, embed, eval at random moments: differences from an unbroken run
+	PYTHONPATH=.:evals:data_tools:tests $(PY) tests/faults/kill_matrix.py --kills $(or $(KILLS),220)
 
 bench: $(STAMP) ## time and memory of the losses, plain and tiled, up to N = 32k
 	$(PY) -m benchmarks.losses loss

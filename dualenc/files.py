@@ -29,7 +29,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
-    """Write ``content`` (text as UTF-8) and return the path. Raises OSError as :func:`replacing` does."""
+    """Write ``content`` and return the path: text as UTF-8, half characters (of a shard's names that are no UTF-8) as
+    ``\\udcXX``, which JSON reads back. Raises OSError as :func:`replacing` does."""
     with replacing(path) as hidden:
-        hidden.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        hidden.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     return Path(path)

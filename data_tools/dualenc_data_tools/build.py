@@ -149,7 +149,7 @@ def _judge(drops: list[Dropped], path: Path, cfg: SourceConfig, report: BuildRep
         lines = (
             json.dumps({"name": d.name, "reason": d.reason, "detail": d.detail}, ensure_ascii=False) for d in drops
         )
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
         report.dropped_file = path
     total = report.samples + len(drops)
     said = ", ".join(f"{n:,} × {reason}" for reason, n in report.dropped.items())

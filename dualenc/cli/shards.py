@@ -12,7 +12,9 @@ from dualenc.cli.app import Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError
 
-shards_app = typer.Typer(help="Build, index, check and view webdataset shards.", no_args_is_help=True)
+shards_app = typer.Typer(
+    help="Build, index, check and view webdataset shards.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(shards_app, name="shards")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
@@ -21,7 +22,12 @@ from dualenc.errors import ConfigError
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, without reading samples.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, without reading samples (but for --probe).")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--probe", help="With --dry-run: take two steps and print the memory and time they took.")
+    ] = False,
     allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
@@ -31,22 +37,28 @@ def train(
 
     said = [*(overrides or []), *(["data.allow_pipe=true"] if allow_pipe else [])]
     loaded = load_recipe(recipe, said, completed)
+    if measure and not dry_run:
+        raise ConfigError("--probe belongs to --dry-run: write dualenc train RECIPE --dry-run --probe")
     if dry_run:
         check_recipe(loaded)
         tasks_of(loaded)
-        print_plan(loaded)
+        if os.environ.get("RANK", "0") == "0":
+            print_plan(loaded)
+        if measure:
+            print_probe(loaded)
     else:
         run(loaded)
 
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
-    from dualenc.data.shards.index import samples_per_pass
+    from dualenc.data.shards.index import open_sources
     from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
     from dualenc.train.build import total_steps
     from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
+    from dualenc_data_tools.glance import glance
 
     console = Console()
     console.print(dump_yaml(recipe), highlight=False, markup=False)
@@ -65,7 +77,8 @@ def print_plan(recipe: Recipe) -> None:
         console.print(note, highlight=False, markup=False)
     print_rates(console, bundle.model, recipe)
     print_pipes(console, recipe)
-    per_pass = samples_per_pass(recipe.data)
+    sets = open_sources(recipe.data)
+    per_pass = sum(sum(s.counts) for s in sets)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size
@@ -73,9 +86,20 @@ def print_plan(recipe: Recipe) -> None:
     console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
     check_length(recipe, steps)
     check_data(recipe, bundle)
+    for note in glance(recipe, sets):
+        console.print(note, highlight=False, markup=False)
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
+
+
+def print_probe(recipe: Recipe) -> None:
+    """--probe: two real steps, on every rank of a launcher; rank 0 says what they took."""
+    from dualenc.train.probe import probe
+
+    measured = probe(recipe)
+    if os.environ.get("RANK", "0") == "0":
+        Console().print(measured.said(), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_pipes(console: Console, recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """The recipe: everything about one run, as typed data; see :mod:`dualenc.config.recipe`."""
 
 from dualenc.config.distill import Anchor, Distill, LookAhead, Teacher
-from dualenc.config.reading import apply_override, dump_yaml, parse, read_yaml, settings_as
+from dualenc.config.reading import apply_override, dump_yaml, load_yaml, parse, read_yaml, settings_as
 from dualenc.config.recipe import (
     Batches,
     Budget,
@@ -54,6 +54,7 @@ __all__ = [
     "apply_override",
     "dump_yaml",
     "load_recipe",
+    "load_yaml",
     "pair_name",
     "parse",
     "read_yaml",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,33 +19,69 @@ S = TypeVar("S", bound=BaseModel)
 COMMAND_LINE = "the command line"
 
 
-def read_yaml(path: Path, key: str = "base", seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a mapping with inheritance by ``key``; return it and a map of dotted key → the file that set it."""
-    path = Path(path)
+def read_yaml(path: Path, key: str = "base") -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a mapping with inheritance by ``key``; return it and a map of dotted key → the file that set it.
+
+    Raises:
+        ConfigError: no such file, no YAML of keys and values, more of it than the bounds allow, or a circle.
+    """
+    return _read(Path(path), key, (), {})
+
+
+_Read = tuple[dict[str, Any], dict[str, str]]
+
+
+def _read(path: Path, key: str, seen: tuple[Path, ...], done: dict[Path, _Read]) -> _Read:
+    """``seen``: the files that led here; ``done``: every file is read once, however often it is a base."""
     if not path.is_file():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise ConfigError(f"There is no file {path}. {near}".strip())
+        names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"There is no file {path}. {did_you_mean(path.name, names) if names else ''}".strip())
     if path.resolve() in seen:
-        raise ConfigError(
-            f"{path}: {key}: files include each other in a circle ({' → '.join(p.name for p in (*seen, path))})"
-        )
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold keys and values, not {'nothing' if raw is None else type(raw).__name__}")
-    bases = raw.pop(key, [])
-    own = _resolve_paths(raw, path.parent)
+        chain = " → ".join(p.name for p in (*seen, path))
+        raise ConfigError(f"{path}: {key}: files include each other in a circle ({chain})")
+    if len(seen) >= MAX_DEPTH:
+        raise ConfigError(f"{path}: {key}: more than {MAX_DEPTH} files include one another")
+    if path.resolve() in done:
+        return done[path.resolve()]
+    raw = _mapping(path)
+    own = _resolve_paths({k: v for k, v in raw.items() if k != key}, path.parent)
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for base in [bases] if isinstance(bases, str) else bases or []:
-        base_raw, base_origin = read_yaml(path.parent / base, key, (*seen, path.resolve()))
+    for base in _bases(raw.get(key), f"{path}: {key}"):
+        base_raw, base_origin = _read(path.parent / base, key, (*seen, path.resolve()), done)
         merged = _merge(merged, base_raw)
         origin |= base_origin
     origin |= dict.fromkeys(_dotted(own), str(path))
     _drop_siblings(merged, [k for k in _dotted(own) if _value_at(own, k) is not None], origin, keep=str(path))
-    return _merge(merged, own), origin
+    done[path.resolve()] = _merge(merged, own), origin
+    return done[path.resolve()]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """What a YAML file holds."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ConfigError(f"{path} has {size:,} bytes; recipes and tasks have at most {MAX_BYTES:,}")
+    try:
+        raw = load_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(raw).__name__}")
+    return raw
+
+
+def _bases(said: Any, where: str) -> list[str]:
+    """The files that ``base:`` or ``include:`` names."""
+    bases = [said] if isinstance(said, str) else said or []
+    if not isinstance(bases, list) or not all(isinstance(b, str) and b and "\0" not in b for b in bases):
+        raise ConfigError(f"{where}: {_short(said)} is not the path of a file or a list of paths")
+    return bases
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _value_at(raw: Any, key: str) -> Any:
@@ -76,9 +113,9 @@ def apply_override(raw: dict[str, Any], item: str, origin: dict[str, str]) -> No
     if not eq or not re.fullmatch(r"[\w\-]+(\.[\w\-]+)*", key):
         raise ConfigError(f"Cannot read {item!r}: write key=value, for example optim.lr=1e-3")
     try:
-        value = yaml.load(text, Loader=_StrictLoader) if text else None
+        value = load_yaml(text) if text else None
     except yaml.YAMLError as e:
-        raise ConfigError(f"{key}: {text!r} is not valid YAML: {' '.join(str(e).split())}") from e
+        raise ConfigError(f"{key}: {_short(text)} is not valid YAML: {' '.join(str(e).split())}") from e
     node: Any = raw
     *parents, last = key.split(".")
     for part in parents:
@@ -113,7 +150,7 @@ def parse(cls: type[S], raw: Mapping[str, Any], origin: Mapping[str, str], where
         return cls.model_validate(raw)
     except ValidationError as e:
         lines = [_sentence(cls, err, origin, where) for err in e.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from e
+        raise ConfigError(_some(lines)) from e
 
 
 def settings_as(cls: type[S], settings: Mapping[str, Any], where: str) -> S:
@@ -122,7 +159,17 @@ def settings_as(cls: type[S], settings: Mapping[str, Any], where: str) -> S:
         return cls.model_validate(dict(settings))
     except ValidationError as e:
         lines = [_sentence(cls, err, {}, where, prefix=where + ".") for err in e.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from e
+        raise ConfigError(_some(lines)) from e
+
+
+_SHOWN = 20
+
+
+def _some(lines: list[str]) -> str:
+    """The first of the sentences, each once."""
+    lines = list(dict.fromkeys(lines))
+    more = [f"… and {len(lines) - _SHOWN:,} more."] if len(lines) > _SHOWN else []
+    return "\n".join([*lines[:_SHOWN], *more])
 
 
 def dump_yaml(model: BaseModel) -> str:
@@ -207,14 +254,77 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
     return out
 
 
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 64
+MAX_VALUES = 50_000
+"""Of a YAML text: its size, lists and mappings within each other, and values once every alias is written out."""
+_DEEP = f"more than {MAX_DEPTH} lists and mappings stand within each other"
+_MANY = f"more than {MAX_VALUES:,} values with the aliases (*) written out"
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says, within bounds of size, depth and aliases: those that a person writes stay far below.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, goes beyond the bounds, or holds a value that Python cannot.
+    """
+    if len(text) > MAX_BYTES:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, at most {MAX_BYTES:,} are read")
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()  # type: ignore[no-untyped-call]
+        if node is None:
+            return None
+        _count(node, {}, [])
+        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+    except (ValueError, OverflowError) as e:  # a date without such a day, a number of 5,000 digits
+        raise yaml.YAMLError(str(e)) from e
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _count(node: yaml.Node, counted: dict[int, int], above: list[int]) -> int:
+    """Values in a node with its aliases written out; one that holds itself has no end."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.YAMLError(f"{_at(node)}: this value holds itself, through an alias (*)")
+    if id(node) not in counted:
+        if len(above) >= MAX_DEPTH:
+            raise yaml.YAMLError(f"{_at(node)}: {_DEEP}")
+        above.append(id(node))
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [x for pair in node.value for x in pair]
+        counted[id(node)] = 1 + sum(_count(x, counted, above) for x in parts)
+        above.pop()
+        if counted[id(node)] > MAX_VALUES:
+            raise yaml.YAMLError(f"{_at(node)}: {_MANY}")
+    return counted[id(node)]
+
+
+def _at(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number and refuses a key given twice."""
+    """SafeLoader that reads 1e-3 as a number, refuses a key given twice, and goes no deeper than the bound."""
+
+    _depth = _nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth, self._nodes = self._depth + 1, self._nodes + 1
+        if self._depth > MAX_DEPTH + 1 or self._nodes > MAX_VALUES:
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"line {line}: {_MANY if self._nodes > MAX_VALUES else _DEEP}")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]  # type: ignore[no-untyped-call]
-        twice = {k for k in keys if isinstance(k, str) and keys.count(k) > 1}
+        own = [k for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
+        keys = Counter(self.construct_object(k, deep=True) for k in own if isinstance(k, yaml.ScalarNode))  # type: ignore[no-untyped-call]
+        twice = [k for k, n in keys.items() if n > 1 and isinstance(k, str)]
         if twice:
-            raise yaml.YAMLError(f"{node.start_mark}: key {sorted(twice)[0]!r} is given twice")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {min(twice)!r} is given twice")
         return super().construct_mapping(node, deep)
 
 

@@ -20,7 +20,8 @@ def table(part: FeaturePart, modalities: Sequence[str]) -> pa.Table:
     """A part as a table: ``id`` and a list of floats (fp32, whatever the store's dtype) for each modality, null where
     an id has no row. With several views, they are columns ``MODALITY.0`` … ``MODALITY.V-1``."""
     pa = _pyarrow()
-    columns: dict[str, Any] = {"id": pa.array(part.ids, pa.string())}
+    ids = [key.encode("utf-8", "backslashreplace").decode("utf-8") for key in part.ids]
+    columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
     for m in modalities:
         x, place = part.features(m), part.row_of(m)
         for v in range(x.shape[1]):

@@ -7,6 +7,7 @@ resumed run needs no loader state and no RNG state: it sets the step and continu
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -103,6 +104,13 @@ class Run:
                     hook.run(now)
                     if hook.pauses:
                         self.log.exclude(time.perf_counter() - began)
+
+    def steps(self, count: int) -> Iterator[Moment]:
+        """The next steps and nothing else: no hook logs, saves or evaluates. As with training, all ranks together."""
+        for batch in itertools.islice(self.parts.loader, count):
+            now = self._step(batch)
+            float(now.result.loss)  # waits for the device
+            yield now
 
     def _probe(self) -> Loader:
         """Batches of one slot, read by this process."""

@@ -13,6 +13,7 @@ from dualenc.model import Embedder
 from dualenc.train.build import Parts
 from dualenc.train.guard import Watch
 from dualenc.train.hooks import Moment
+from dualenc.train.tracking import metrics_at
 
 HEADLINE = ("_R@1", "_R@10", "top1")
 """Endings of the metrics that are worth a line on the terminal; all of them go to metrics.jsonl."""
@@ -30,16 +31,27 @@ class Evaluate:
         self._parts, self._evaluation = parts, evaluation
 
     def due(self, now: Moment) -> bool:
-        every = self._parts.recipe.eval.every_steps
-        return now.last or bool(every and now.step % every == 0)
+        return now.last or self._by_step(now.step)
 
     def run(self, now: Moment) -> None:
         self.now(now.step)
 
     def at_start(self) -> None:
-        """Before the first step of a run that asks for it."""
-        if self._parts.recipe.eval.at_start and self._parts.state.step == 0:
-            self.now(0)
+        """Before the first step of a run that asks for it; or what a run that was killed after its save owes."""
+        p = self._parts
+        asked = p.recipe.eval.at_start and p.state.step == 0
+        if asked or (p.resumed_from is not None and self._by_step(p.state.step) and not self._stands(p.state.step)):
+            self.now(p.state.step)
+
+    def _by_step(self, step: int) -> bool:
+        every = self._parts.recipe.eval.every_steps
+        return step == self._parts.total_steps or bool(every and step % every == 0)
+
+    def _stands(self, step: int) -> bool:
+        """Whether metrics.jsonl has the evaluation after a step; the same on all ranks."""
+        p = self._parts
+        found = p.world.rank == 0 and any(k.startswith("eval/") for k in metrics_at(p.run_dir / "metrics.jsonl", step))
+        return any_true(found, p.world)
 
     def now(self, step: int) -> None:
         """Measure, write the numbers to metrics.jsonl and print the main ones."""

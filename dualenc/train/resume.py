@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dualenc.checkpoint import save as ckpt
-from dualenc.config import Recipe, dump_yaml
+from dualenc.config import Recipe, dump_yaml, load_yaml
 from dualenc.distributed.world import World
 from dualenc.errors import CheckpointError
 from dualenc.files import write_atomically
@@ -88,12 +88,12 @@ def keep_old_recipe(recipe: Recipe, run_dir: Path, step: int) -> list[str]:
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        old = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        old = load_yaml(text)
+    except yaml.YAMLError:
         old = None
     if not isinstance(old, dict):
         return [f"{path} could not be read and is rewritten"]
-    now = yaml.safe_load(dump_yaml(recipe))
+    now = load_yaml(dump_yaml(recipe))
     found = [f"{k} = {new!r} (was {was!r})" for k, was, new in differences("", old, now) if k not in NO_PART]
     if found:
         write_atomically(run_dir / f"recipe-{step:010d}.yaml", text)

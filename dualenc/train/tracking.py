@@ -41,7 +41,7 @@ class JsonlSink:
     """One JSON object a line. A resumed run drops the lines after its checkpoint, so no step appears twice."""
 
     def __init__(self, path: Path, start_step: int) -> None:
-        keep_until(path, start_step)
+        keep_until(path, start_step or -1)  # what a run that begins anew measured before its first step goes too
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -66,6 +66,15 @@ def keep_rank_files_until(run_dir: Path, step: int, rank: int, world_size: int) 
         number = path.stem.rpartition("-rank")[2]
         if number.isdigit() and int(number) % world_size == rank:
             keep_until(path, step)
+
+
+def metrics_at(path: Path, step: int) -> dict[str, Any]:
+    """All that metrics.jsonl says of a step."""
+    found: dict[str, Any] = {}
+    for line in _lines(path):
+        if _step_of(line) == step:
+            found |= json.loads(line)
+    return found
 
 
 def _lines(path: Path) -> list[str]:

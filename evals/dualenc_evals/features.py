@@ -74,7 +74,7 @@ class Inspected:
 
 def digest(raw: bytes | str) -> str:
     """128-bit digest of an item; a string and its bytes differ."""
-    data = b"s" + raw.encode("utf-8") if isinstance(raw, str) else b"b" + raw
+    data = b"s" + raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else b"b" + raw
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

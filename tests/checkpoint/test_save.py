@@ -52,11 +52,12 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_prune_keeps_the_newest_and_sweeps_staged(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_and_sweep_removes_what_was_staged(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, step)
     (tmp_path / "checkpoints" / ".writing-step-0000000020-1").mkdir()
     ckpt.prune(tmp_path, keep=2)
+    ckpt.sweep(tmp_path / "checkpoints")
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["step-0000000010", "step-0000000015"]
 
 

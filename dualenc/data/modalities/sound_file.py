@@ -176,7 +176,7 @@ def _through_av(raw: bytes) -> bytes:
     import av
 
     try:
-        with av.open(io.BytesIO(raw)) as container:
+        with av.open(io.BytesIO(raw), "r") as container:
             if not container.streams.audio:
                 raise DecodeError("the file has no audio track")
             stream = container.streams.audio[0]

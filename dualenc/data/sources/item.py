@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from dualenc.config import Section
+from dualenc.data.modalities.text import whole
 from dualenc.data.sources.opened import MAX_BYTES, open_binary
 from dualenc.errors import DataError
 from dualenc.registry import Registry
@@ -41,6 +42,10 @@ class Content:
     error: str = ""
     load: Callable[[], bytes] | None = None
     shown: Callable[[], dict[str, str]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is not None:
+            object.__setattr__(self, "text", whole(self.text))
 
     def read(self) -> bytes | str:
         """The string, or the bytes. Raises DataError when they cannot be read."""

@@ -104,8 +104,10 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def _recipe(text: str) -> dict[str, Any]:
     import yaml
 
+    from dualenc.config import load_yaml
+
     try:
-        got = yaml.safe_load(text) if text else {}
+        got = load_yaml(text) if text else {}
     except yaml.YAMLError:  # shown as it is; only its name is unknown
         return {}
     return got if isinstance(got, dict) else {}

@@ -1,0 +1,103 @@
+"""Two real steps of a run, to see how much memory and time it takes; nothing of them is kept."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dualenc.config import Recipe
+from dualenc.distributed.world import World, all_gather_object, close_world, init_world
+from dualenc.train.loop import Run
+
+STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What two steps took.
+
+    Attributes:
+        resident: bytes of main memory, the most a rank had at once since it began.
+        worker: bytes, the most one of its data workers had; 0 without workers.
+        cuda: bytes that torch held on the device; None on a CPU.
+        seconds: of the last step, with waiting for its batch. The first also starts workers and compiles.
+        ranks: how many there are; the numbers above are of the one that took most.
+    """
+
+    resident: int
+    worker: int
+    cuda: int | None
+    seconds: float
+    ranks: int
+
+    def said(self) -> str:
+        """One line for a person."""
+        parts = [f"{_size(self.resident)} of main memory"]
+        if self.worker:
+            parts.append(f"{_size(self.worker)} for each data worker")
+        if self.cuda is not None:
+            parts.append(f"{_size(self.cuda)} on the device")
+        return (
+            f"measured on {STEPS} steps, {self.ranks} rank(s): at most {', '.join(parts)} a rank; {self.seconds:.3g} s "
+            f"a step, so {_duration(1000 * self.seconds)} for 1,000 steps"
+        )
+
+
+def probe(recipe: Recipe) -> Measured:
+    """Begin ``recipe`` anew in a temporary folder, take two steps, and measure; all ranks of a launcher call it alike.
+
+    Nothing is evaluated, saved or sent to a tracker.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as a run does before and in its first steps.
+    """
+    engine = recipe.engine
+    world = init_world(engine.device, engine.timeout_s, engine.threads)
+    clean = False
+    try:
+        with tempfile.TemporaryDirectory(prefix="dualenc-probe-") as folder:
+            measured = _measure(recipe, Path(folder), world)
+        clean = True
+    finally:
+        close_world(world, clean=clean)
+    return measured
+
+
+def _measure(recipe: Recipe, folder: Path, world: World) -> Measured:
+    changed = {
+        "checkpoint": recipe.checkpoint.model_copy(update={"resume": "none"}),
+        "tracking": recipe.tracking.model_copy(update={"tensorboard": False, "wandb": False, "sample_ids": False}),
+    }
+    run = Run(recipe.model_copy(update=changed), folder, world)
+    seconds = 0.0
+    try:
+        began = time.perf_counter()
+        for _ in run.steps(STEPS):
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+        cuda = torch.cuda.max_memory_reserved() if world.device.type == "cuda" else None
+    finally:
+        run.close()
+    own, child = (
+        resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    worker = child if recipe.data.workers else 0
+    rows = all_gather_object((own, worker, cuda, seconds), world)
+    most = [max(x) for x in zip(*((a, b, c or 0, d) for a, b, c, d in rows), strict=True)]
+    return Measured(int(most[0]), int(most[1]), None if cuda is None else int(most[2]), most[3], world.world_size)
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 10 * 2**30 else f"{n / 2**20:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

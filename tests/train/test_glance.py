@@ -1,0 +1,143 @@
+"""What a dry run learns from the data: endings that no shard has, and with --probe what two real steps take."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from _shared import DATA
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _runs import RECIPE, SMALL, environment
+
+from dualenc.cli import main
+
+FAULTS = DATA.parent / "faults"
+QUICK = [*SMALL, "batch.size=16", "budget.steps=4", "schedule.warmup_samples=0", "data.workers=0", "out=run"]
+RAW = b"nothing that a dry run decodes"
+
+
+def shard(path: Path, members: list[str], samples: int = 20) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            for ending in members:
+                info = tarfile.TarInfo(f"{i:03d}.{ending}")
+                info.size = len(RAW)
+                tar.addfile(info, io.BytesIO(RAW))
+    return path
+
+
+def dry_run(patch: pytest.MonkeyPatch, captured: pytest.CaptureFixture[str], *items: str) -> tuple[int, str]:
+    patch.setenv("COLUMNS", "300")
+    patch.setattr(sys, "argv", ["dualenc", "train", str(RECIPE), "--dry-run", *QUICK, *items])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = captured.readouterr()
+    return int(ended.value.code or 0), " ".join((said.out + said.err).split())
+
+
+def source(shards: object, members: str = "{}") -> str:
+    return f"data.sources=[{{name: mine, shards: '{shards}', members: {members}}}]"
+
+
+def test_endings_that_no_shard_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = shard(tmp_path / "one.tar", ["left.png", "caption.txt"])
+    code, said = dry_run(monkeypatch, capfd, source(one))
+    assert code == 3, said
+    assert "training would use none of the 20 samples of 'mine'" in said
+    assert "they end in .left.png (20), .caption.txt (20)" in said
+    assert "members: {image: [left.png], text: [caption.txt]}" in said
+    assert "Traceback" not in said
+    code, said = dry_run(monkeypatch, capfd, source(one, "{image: [left.png], text: [caption.txt]}"))
+    assert code == 0, said
+    code, said = dry_run(monkeypatch, capfd, source(one, "{image: [left.png], text: [right.txt]}"))
+    assert code == 3, said
+    # Found in one of several shards: that is a source like others. The dry run looks at all of few.
+    shard(tmp_path / "two.tar", ["png", "txt"])
+    code, said = dry_run(monkeypatch, capfd, source(tmp_path / "{one,two}.tar"))
+    assert code == 0, said
+    json = shard(tmp_path / "three.tar", ["png", "json"])
+    assert dry_run(monkeypatch, capfd, source(json, "{image: [png], text: [json:title]}"))[0] == 0
+    code, said = dry_run(monkeypatch, capfd, source(one, "{image: [left.png+right.png], text: [caption.txt]}"))
+    assert code == 3, said
+
+
+def test_a_modality_that_no_sample_has_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where other pairs are left the run would go on without a word; the dry run has one."""
+    monkeypatch.chdir(tmp_path)
+    path = shard(tmp_path / "one.tar", ["png", "txt"])
+    third = [
+        "modalities.title={kind: text, input: {tokenizer: 'clip-bpe:1024'}, "
+        "encoder: {name: own/transformer, width: 32, layers: 1, heads: 2}}",
+        "pairs=[[image, text], [image, title]]",
+    ]
+    members = "{image: [png], text: [txt], title: [title.txt]}"
+    code, said = dry_run(monkeypatch, capfd, source(path, members), *third)
+    assert code == 0, said
+    assert "data.sources.0.members.title: none of the 20 samples looked at has title.txt; there are .png, .txt" in said
+
+
+def test_names_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    if not (FAULTS / "dots_version.tar").is_file():
+        pytest.skip(f"needs {FAULTS}")
+    monkeypatch.chdir(tmp_path)
+    code, said = dry_run(monkeypatch, capfd, source(FAULTS / "dots_version.tar"))
+    assert code == 3, said
+    assert ".0.jpg (1)" in said
+    assert "'_' for '.'" in said
+
+
+PROBED = re.compile(
+    r"measured on 2 steps, (\d) rank\(s\): at most ([\d,]+) MiB of main memory(, [\d,]+ MiB for each data worker)? a "
+    r"rank; ([\d.e-]+) s a step, so \d+ (s|min) for 1,000 steps"
+)
+
+
+def test_the_probe_takes_two_steps_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said = dry_run(monkeypatch, capfd, "--probe")
+    assert code == 0, said
+    found = PROBED.search(said)
+    assert found, said
+    assert found[1] == "1"
+    assert 200 < int(found[2].replace(",", "")) < 8000  # what Python and torch take, and a small model
+    assert 0 < float(found[4]) < 60
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(sys, "argv", ["dualenc", "train", str(RECIPE), "--probe"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--dry-run --probe" in capfd.readouterr().err
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_probe_on_two_ranks_with_workers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dualenc", "launch", "--nproc", "2", "train", str(RECIPE), "--dry-run", "--probe"]
+    env = environment(COLUMNS="300")
+    done = subprocess.run(
+        [*command, *QUICK, "data.workers=1"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = PROBED.finditer(done.stdout)
+    assert found[1] == "2"
+    assert found[3]
+    assert list(tmp_path.iterdir()) == []
