@@ -1,6 +1,6 @@
-"""Log-mel features, ours against ClapFeatureExtractor, in one run on one core.
+"""Log-mel features of dualenc against ClapFeatureExtractor, in one run on one core.
 
-``python -m benchmarks.audio_front_end FOLDER``: FOLDER holds sound files. Both start from the same decoded 48 kHz
+``python -m benchmarks.audio_front_end FOLDER``: FOLDER holds audio files. Both start from the same decoded 48 kHz
 waveforms and end with features of 10 s (repeatpad).
 """
 
@@ -32,7 +32,7 @@ def compare(folder: Path) -> None:
 
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".wav", ".flac", ".ogg", ".mp3"))[:CLIPS]
     if not files:
-        raise ConfigError(f"{folder} holds no sound files (wav, flac, ogg, mp3).")
+        raise ConfigError(f"{folder} holds no audio files (wav, flac, ogg, mp3).")
     torch.set_num_threads(1)
     source = AudioInput(AudioConfig(**audio_defaults(_UNFUSED, {})))
     rows = [source.eval(source.decode(p.read_bytes())) for p in files]
@@ -40,17 +40,17 @@ def compare(folder: Path) -> None:
     front = FrontEnd(source.describe())
     extractor = ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad")
 
-    def theirs() -> Any:
+    def clap() -> Any:
         return extractor(waves, sampling_rate=source.config.rate, return_tensors="np")["input_features"]
 
     runs: dict[str, Callable[[], Any]] = {
-        "ClapFeatureExtractor": theirs,
-        "ours, evaluation (fp64)": lambda: front.eval()(source.collate(rows)).values,
-        "ours, training (fp32)": lambda: front.train()(source.collate(rows)).values,
+        "ClapFeatureExtractor": clap,
+        "dualenc, evaluation (fp64)": lambda: front.eval()(source.collate(rows)).values,
+        "dualenc, training (fp32)": lambda: front.train()(source.collate(rows)).values,
     }
-    reference = theirs()[:, 0]
+    reference = clap()[:, 0]
     best = dict.fromkeys(runs, float("inf"))
-    # Seconds of this process on its core, round by round: what else runs on the machine slows all of them alike.
+    # CPU seconds of this process, round by round: other load on the machine then slows all of them alike.
     for _ in range(ROUNDS):
         for name, run in runs.items():
             start = time.process_time()
@@ -62,7 +62,7 @@ def compare(folder: Path) -> None:
     for name, run in runs.items():
         far = np.abs(np.asarray(run()).reshape(reference.shape) - reference)
         print(
-            f"{name:>24}  {len(files) / best[name]:7.1f} clips/s  {slow / best[name]:5.2f} ×  "
+            f"{name:>26}  {len(files) / best[name]:7.1f} clips/s  {slow / best[name]:5.2f} ×  "
             f"difference at most {far.max():.1g} dB, on average {far.mean():.1g} dB"
         )
 
@@ -70,7 +70,7 @@ def compare(folder: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Run the comparison on a folder."""
     if len(arguments) != 1:
-        raise ConfigError("write: python -m benchmarks.audio_front_end FOLDER_OF_SOUND_FILES")
+        raise ConfigError("usage: python -m benchmarks.audio_front_end FOLDER_OF_AUDIO_FILES")
     compare(Path(arguments[0]))
 
 

@@ -1,8 +1,8 @@
 """Lift-splat and pillars against their textbook versions, in one run: same numbers, seconds and peak memory.
 
 ``python -m benchmarks.bev_towers SHARD``: SHARD holds keyframes (``dualenc shards build nuscenes …``). The textbook
-lift-splat makes the whole frustum of features and keeps it for the backward; the textbook pillars are padded to the
-fullest pillar. Memory is the most that torch holds at once in forward and backward, above what it held before.
+lift-splat builds the whole frustum of features and keeps it for the backward; the textbook pillars are padded to the
+fullest pillar. Memory is the peak of torch in forward and backward, above what it held before.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def naive_pillars(features: Tensor, pillar: Tensor, size: int) -> Tensor:
     return features.new_zeros(size, features.shape[1]).index_copy(0, used, table.amax(1))
 
 
-def our_pillars(features: Tensor, pillar: Tensor, size: int) -> Tensor:
+def sparse_pillars(features: Tensor, pillar: Tensor, size: int) -> Tensor:
     """As own/pillars does it."""
     used, inverse = torch.unique(pillar, return_inverse=True)
     top = scatter_max(features, inverse, len(used))
@@ -56,7 +56,7 @@ def our_pillars(features: Tensor, pillar: Tensor, size: int) -> Tensor:
 def compare(shard: str, device: str) -> None:
     """Print seconds, memory and the largest difference of values and gradients of both pairs."""
     cameras = CameraInput(CameraConfig())
-    # Returns off the car itself fill one pillar with thousands of points, which the padded table would pay for.
+    # Returns from the car itself fill one pillar with thousands of points, which the padded table would pay for.
     lidar = LidarInput(LidarConfig(range=BOX, min_distance=2.0))
     wanted = {"camera": cameras.default_members[:1], "lidar": lidar.default_members[:1]}
     found = next((f for _, f in iter_samples(shard, wanted) if not isinstance(f, Exception)), None)
@@ -76,20 +76,20 @@ def compare(shard: str, device: str) -> None:
     pillar = grid.index(sweep["points"][0, :, :2])
     values = torch.randn(int((pillar >= 0).sum()), CHANNELS)
     to = torch.device(device)
-    many = f"{rig['image'].shape[1]} pictures of {height}×{width}, {len(cells):,} places × {BINS} depths × {CHANNELS}"
+    many = f"{rig['image'].shape[1]} images of {height}×{width}, {len(cells):,} places × {BINS} depths × {CHANNELS}"
     _report(f"lift-splat: {many}", naive_splat, splat, [features, weights], [cells], grid.cells, to)
     pillars = pillar[pillar >= 0]
     many = f"{len(values):,} points × {CHANNELS} in {len(torch.unique(pillars)):,} pillars"
-    _report(f"pillars: {many}", naive_pillars, our_pillars, [values], [pillars], grid.cells, to)
+    _report(f"pillars: {many}", naive_pillars, sparse_pillars, [values], [pillars], grid.cells, to)
 
 
 def _report(
-    title: str, naive: Callable[..., Tensor], ours: Callable[..., Tensor], inputs: list[Tensor], more: list[Tensor],
+    title: str, naive: Callable[..., Tensor], own: Callable[..., Tensor], inputs: list[Tensor], more: list[Tensor],
     size: int, device: torch.device,
 ) -> None:  # fmt: skip
     print(title)
     results = {}
-    for name, run in (("textbook", naive), ("ours", ours)):
+    for name, run in (("textbook", naive), ("dualenc", own)):
         leaves = [x.to(device).requires_grad_() for x in inputs]
         fixed = [x.to(device) for x in more]
         best, peak, out = float("inf"), 0, None
@@ -121,7 +121,7 @@ def _now(device: torch.device) -> float:
 
 
 def _peak(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes at the most."""
+    """Peak bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -142,7 +142,7 @@ def _peak(run: Callable[[], Any], device: torch.device) -> int:
 def main(arguments: list[str]) -> None:
     """Run the comparison on a shard; a second argument names the device."""
     if len(arguments) not in (1, 2):
-        raise ConfigError("write: python -m benchmarks.bev_towers SHARD.tar [cuda]")
+        raise ConfigError("usage: python -m benchmarks.bev_towers SHARD.tar [cuda]")
     torch.set_num_threads(1)
     compare(arguments[0], arguments[1] if len(arguments) == 2 else "cpu")
 

@@ -1,4 +1,4 @@
-"""Benchmarks that print the numbers claimed elsewhere.
+"""Benchmarks that print the numbers quoted elsewhere.
 
     python -m benchmarks.losses loss [N …] [--max-gib 12] [--runs 3] [--threads T]
     python -m benchmarks.losses ranks [--size 100000] [--dim 256]
@@ -30,7 +30,7 @@ from dualenc.losses.sigmoid import sigmoid_loss
 DIM = 512
 SIZES = (2048, 4096, 8192, 16384, 32768)
 PLAIN_BYTES = {"info_nce": 40, "sigmoid": 30}
-"""Per logit, a little more than measured: to know beforehand what would not fit."""
+"""Per logit, a little more than measured: tells beforehand what would not fit."""
 
 Cell = tuple[float, float]
 
@@ -57,7 +57,7 @@ def _mib(path: str, field: str) -> float:
 
 
 def measure(kind: str, size: int, impls: list[str], runs: int, threads: int) -> dict[str, Cell]:
-    """Medians by implementation; they take turns, so that a slower minute of the machine falls on all."""
+    """Medians by implementation; they take turns, so that a slow minute of the machine affects all alike."""
     found: dict[str, list[Cell]] = {impl: [] for impl in impls}
     for _ in range(runs):
         for impl in impls:
@@ -114,13 +114,16 @@ def ranks(size: int, dim: int) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the benchmark that is named."""
+    """Run the named benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses")
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("loss", help="time and memory of the losses, plain and tiled")
     table.add_argument("sizes", type=int, nargs="*", default=list(SIZES), metavar="N")
     table.add_argument(
-        "--max-gib", type=float, default=12.0, help="no plain run that needs more than this, or 80 % of what is free"
+        "--max-gib",
+        type=float,
+        default=12.0,
+        help="skip plain runs that need more than this, or than 80 %% of the free memory",
     )
     table.add_argument("--runs", type=int, default=3)
     table.add_argument("--threads", type=int, default=torch.get_num_threads())

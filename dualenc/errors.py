@@ -1,7 +1,7 @@
-"""Errors a person can act on.
+"""Errors that a user can act on.
 
-Everything that a user can cause is raised as a :class:`DualencError`: the command line prints its one sentence and
-exits with its code, without a traceback (``--debug`` shows it). Anything else is a bug and is shown whole.
+Everything that a user can cause is raised as a :class:`DualencError`: the command line prints its message and exits
+with its code, without a traceback (``--debug`` shows it). Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class DualencError(Exception):
 
 
 class ConfigError(DualencError):
-    """A recipe, task or command line says something that cannot be: names the key, the value and the remedy."""
+    """A recipe, task or command line is invalid: the message names the key, the value and what to write instead."""
 
     exit_code = 2
 
 
 class DataError(DualencError):
-    """Shards, members or files are missing, empty or broken beyond the share that was allowed."""
+    """Shards, members or files are missing, empty or broken, beyond the allowed share."""
 
     exit_code = 3
 
@@ -33,31 +33,31 @@ class DecodeError(DataError):
 
 
 class CheckpointError(DualencError):
-    """A checkpoint is missing, damaged, or does not fit what is to be built from it."""
+    """A checkpoint is missing, damaged, or does not fit the model or run that needs it."""
 
     exit_code = 4
 
 
 class DivergenceError(DualencError):
-    """Training cannot go on: non-finite losses beyond the allowed number of steps in a row."""
+    """Training diverged: more non-finite steps in a row than allowed."""
 
     exit_code = 5
 
 
 class GuardError(DualencError):
-    """Fine-tuning unlearned more than the recipe allows (``eval.guard``); the run is saved."""
+    """Fine-tuning made the model forget more than ``eval.guard`` allows; a checkpoint was written."""
 
     exit_code = 6
 
 
 class Interrupted(DualencError):
-    """The run was asked to stop (SIGTERM, Ctrl-C), saved, and says how to go on."""
+    """The run was asked to stop (SIGTERM, Ctrl-C) and wrote a checkpoint; the message says how to resume."""
 
     exit_code = 130
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence with the nearest of ``known``, or the list of them when nothing is near.
+    """Return a sentence with the nearest of ``known``, or the list of them if none is near.
 
     >>> did_you_mean("info_nec", ["info_nce", "sigmoid"])
     "Did you mean 'info_nce'?"
@@ -67,4 +67,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"Did you mean {near[0]!r}?"
     shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
-    return f"Known: {shown}." if names else "Nothing is registered here."
+    return f"Known: {shown}." if names else "None is known."

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader, or a new start after a kill, sees the old one or the new one, never a part of it."""
+"""Atomic writes: a reader, or a restart after a kill, sees the old file or the new one, never a part of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
     """A hidden path beside ``path`` to write to; at the end it becomes ``path``, after an error it is removed.
 
-    The folder is made where it is absent. Files get the mode that the umask gives, as with a plain ``open``.
+    The folder is created if needed. Files get the mode that the umask gives, as with a plain ``open``.
 
     Raises:
         OSError: the folder cannot be made or written to, or the disk is full.

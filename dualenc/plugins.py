@@ -1,6 +1,6 @@
-"""Parts from outside: modules that register losses, encoders, modalities … of their own, and where they were named.
+"""Plugins: modules that register losses, encoders, modalities … of their own, and where they were named.
 
-There are three ways in, and none needs an edit of this package:
+There are three ways to use one, none of which edits this package:
 
 * ``plugins: [mypkg]`` in a recipe or task: the module is imported before names are looked up, and registers its parts;
 * ``pkg.mod:Name`` wherever a recipe or task takes a name;
@@ -8,7 +8,7 @@ There are three ways in, and none needs an edit of this package:
   first looked up.
 
 Importing a module runs its code. A recipe, a task and a command line are the user's own and may name any module. A
-checkpoint is data, perhaps somebody else's: what it names is imported only if it is allowed, by an entry point of an
+checkpoint is data, perhaps somebody else's: what it names is imported only if it is allowed: by an entry point of an
 installed package, by a recipe or task read before it, by ``--plugins``, or by the environment variable DUALENC_PLUGINS.
 """
 
@@ -27,10 +27,10 @@ from typing import Any
 from dualenc.errors import CheckpointError, ConfigError, DualencError, did_you_mean
 
 ENV = "DUALENC_PLUGINS"
-"""Modules to allow, commas between. Imported plugins are added, so that every process started from here has them."""
+"""Allowed modules, comma-separated. Imported plugins are added, so that every process started from here has them."""
 OURS = ("dualenc", "dualenc_evals", "dualenc_data_tools", "benchmarks")
 GROUPS = "dualenc."
-"""What the groups of entry points begin with."""
+"""Prefix of the groups of entry points."""
 
 _MODULE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _NAMED = re.compile(rf"({_MODULE}):([A-Za-z_]\w*)")
@@ -49,7 +49,7 @@ def import_plugins(names: Iterable[str], where: str) -> None:
     """
     for name in names:
         if not isinstance(name, str) or re.fullmatch(_MODULE, name) is None:
-            raise ConfigError(f"{where}: {name!r} is not the name of a module; write for example plugins: [mypkg]")
+            raise ConfigError(f"{where}: {name!r} is not a module name; write for example plugins: [mypkg]")
         _import(name, f"{where} names the plugin {name!r}", ConfigError)
         _allow(name)
 
@@ -76,13 +76,18 @@ def import_allowed() -> None:
     import_plugins(names, f"{ENV} (or --plugins)")
 
 
+def are_named() -> bool:
+    """Whether ``--plugins`` or DUALENC_PLUGINS names any, or one was imported already."""
+    return bool(_allowed or _environment())
+
+
 def is_reference(name: str) -> bool:
     """Whether a name is written ``pkg.mod:Name``."""
     return _NAMED.fullmatch(name) is not None
 
 
 def referenced(name: str, what: str) -> tuple[str, Any]:
-    """The module of ``pkg.mod:Name`` and what stands there under that name.
+    """The module of ``pkg.mod:Name`` and the object of that name in it.
 
     Args:
         what: "loss", "encoder" …, for messages.
@@ -104,7 +109,7 @@ def referenced(name: str, what: str) -> tuple[str, Any]:
 
 @cache
 def entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
-    """Name → the entry points of installed packages under it; read once a process."""
+    """Name → the entry points of installed packages under it; read once per process."""
     out: dict[str, list[metadata.EntryPoint]] = {}
     for e in metadata.entry_points(group=group):
         same = out.setdefault(e.name, [])
@@ -114,7 +119,7 @@ def entry_points(group: str) -> dict[str, list[metadata.EntryPoint]]:
 
 
 def entry(group: str, name: str, what: str) -> tuple[str, Any] | None:
-    """The module and object of the entry point ``name``, or None where no package has it.
+    """The module and object of the entry point ``name``, or None if no package has it.
 
     Raises:
         ConfigError: if two packages have it, or its module cannot be imported.
@@ -124,13 +129,15 @@ def entry(group: str, name: str, what: str) -> tuple[str, Any] | None:
         return None
     if len(found) > 1:
         raise ConfigError(
-            f"{what} {name!r} is brought by {' and by '.join(_brought_by(e) for e in found)}; say which with "
+            f"{what} {name!r} is provided by {' and by '.join(_brought_by(e) for e in found)}; choose with "
             f"{' or '.join(e.value for e in found)}"
         )
     (e,) = found
     loaded = _import(e.module, f"{what} {name!r} of {_brought_by(e)}", ConfigError)
     if e.attr not in vars(loaded):
-        raise ConfigError(f"{what} {name!r} of {_brought_by(e)}: {e.module} has no {e.attr!r}; tell its authors")
+        raise ConfigError(
+            f"{what} {name!r} of {_brought_by(e)}: {e.module} has no {e.attr!r}; report this to its authors"
+        )
     return e.module, vars(loaded)[e.attr]
 
 
@@ -142,7 +149,7 @@ def _brought_by(e: metadata.EntryPoint) -> str:
 
 
 def about(modules: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What a checkpoint says of the plugins it needs: module → distribution and version, as far as they are known."""
+    """What a checkpoint records about its plugins: module → distribution and version, as far as known."""
     brought = metadata.packages_distributions() if modules else {}
     out: dict[str, dict[str, str]] = {}
     for module in sorted(set(modules)):
@@ -174,11 +181,13 @@ def import_recorded(recorded: Mapping[str, Mapping[str, str]], names: Iterable[s
     for module, said in wanted.items():
         who = f"{where} needs the plugin {module!r}"
         if re.fullmatch(_MODULE, module) is None or module.partition(".")[0] in OURS:
-            raise CheckpointError(f"{who}, which is not the name of a module from outside")
+            raise CheckpointError(f"{who}, which is not the name of a plugin module")
         if module in sys.modules and module not in references:
             continue  # nothing is run by importing it again
         if module == "__main__":
-            raise CheckpointError(f"{who}: a script made it; put its parts into a module and name that in plugins")
+            raise CheckpointError(
+                f"{who}: its parts were defined in a script; move them into a module and name it in plugins"
+            )
         said = said or recorded.get(module, {})
         if module.partition(".")[0] not in sys.modules and importlib.util.find_spec(module.partition(".")[0]) is None:
             raise CheckpointError(f"{who}, which is not installed; {_how_to_install(module, said)}")
@@ -202,7 +211,7 @@ def is_allowed(module: str) -> bool:
 
 
 def changed(recorded: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The plugins of a checkpoint that have another version here, as "name old → new"."""
+    """The plugins of a checkpoint that have another version now, as "name old → new"."""
     now = about(recorded)
     return [
         f"{module} {said['version']} → {now[module].get('version', 'unknown')}"
@@ -211,7 +220,7 @@ def changed(recorded: Mapping[str, Mapping[str, str]]) -> list[str]:
     ]
 
 
-# --- small things -------------------------------------------------------------------------------------------------
+# --- helpers -------------------------------------------------------------------------------------------------
 
 
 def origin(module: str) -> str | None:
@@ -235,17 +244,17 @@ def _allow(module: str) -> None:
 
 
 def _import(module: str, who: str, error: type[DualencError], said: Mapping[str, str] | None = None) -> Any:
-    """Import ``module``. An error of its own is a bug of the plugin, and its traceback is what its author needs."""
+    """Import ``module``. Other errors are bugs of the plugin and keep their traceback for its author."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
         absent = e.name or ""
         if _within(module, absent):
             raise error(f"{who}, but there is no module {absent!r}; {_how_to_install(module, said or {})}") from e
-        raise error(f"{who}, which needs the package {absent!r}, and that is not installed: pip install it") from e
+        raise error(f"{who}, which needs the package {absent!r}; it is not installed, pip install it") from e
 
 
 def _how_to_install(module: str, said: Mapping[str, str]) -> str:
     if "distribution" in said:
         return f"pip install {said['distribution']}=={said['version']}"
-    return f"install the package that has it, or put the folder that holds {module.partition('.')[0]} on PYTHONPATH"
+    return f"install the package that has it, or put the folder with {module.partition('.')[0]} on PYTHONPATH"

@@ -1,4 +1,4 @@
-"""Names to classes, for the parts a recipe refers to by name: those of this project, and those from outside."""
+"""Names to classes, for the parts a recipe refers to by name: those of this project, and those of plugins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A dictionary that explains itself when a name is wrong, and finds parts from outside (:mod:`dualenc.plugins`).
+    """A dictionary that suggests names when one is wrong, and finds parts of plugins (:mod:`dualenc.plugins`).
 
     >>> losses: Registry[type] = Registry("loss")
     >>> @losses.register("info_nce")
@@ -22,13 +22,13 @@ class Registry(Generic[T]):
     'InfoNCE'
 
     A name is looked up among what is registered; then among what ``--plugins`` names; then among the entry points of
-    installed packages. ``pkg.mod:Name`` is taken from that module. A name of this project's cannot be taken by others.
+    installed packages. ``pkg.mod:Name`` is taken from that module. Plugins cannot take a name of this project.
 
     Args:
         what: "loss", "modality" …, for messages.
-        group: of the entry points that bring more; None: there are none.
-        needs: attributes that a part must have; one from outside without them is refused by name.
-        base: the class that a part from outside must derive from; None: any that has what it needs will do.
+        group: entry points that provide more; None: there are none.
+        needs: attributes that a part must have; a plugin's part without them is refused by name.
+        base: the class that a plugin's part must derive from; None: any with the needed attributes.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Registry(Generic[T]):
         self._origins: dict[str, str | None] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate a class or function to make it known as ``name``; a name is taken only once."""
+        """Decorate a class or function to make it known as ``name``; a name can be used only once."""
         origin = plugins.origin(str(sys._getframe(1).f_globals.get("__name__", "__main__")))
 
         def add(entry: T) -> T:
@@ -73,7 +73,7 @@ class Registry(Generic[T]):
         return dict(sorted(self._entries.items()))
 
     def origin(self, name: str) -> str | None:
-        """The module that brings ``name``, or None for a part of this project.
+        """The module that provides ``name``, or None for a part of this project.
 
         Raises:
             ConfigError: if there is no such name.
@@ -82,7 +82,7 @@ class Registry(Generic[T]):
         return self._origins[name]
 
     def source(self, name: str) -> str:
-        """Where ``name`` comes from, in words, for lists: nothing is imported."""
+        """Where ``name`` comes from, as text for lists; nothing is imported."""
         if name in self._origins:
             return self._origins[name] or "dualenc"
         if self.group is None:
@@ -102,7 +102,7 @@ class Registry(Generic[T]):
             found = plugins.entry(self.group, name, self.what)
             if found is not None and self._entries.get(name, found[1]) is not found[1]:
                 raise ConfigError(
-                    f"{self.what} {name!r}: its module registers another under that name; tell its authors"
+                    f"{self.what} {name!r}: its module registers another one under that name; tell its authors"
                 )
             if found is not None and name not in self._entries:
                 self._keep(name, found[1], plugins.origin(found[0]))
@@ -115,11 +115,17 @@ class Registry(Generic[T]):
 
     def _check(self, name: str, entry: Any) -> None:
         if self.base is not None and not (isinstance(entry, type) and issubclass(entry, self.base)):
-            package = self.base.__module__.rpartition(".")[0]
             raise ConfigError(
-                f"{self.what} {name!r} must be a class that derives from {package}.{self.base.__name__}; docs/extend "
-                "shows one"
+                f"{self.what} {name!r} must be a class that derives from {_public(self.base)}; docs/extend shows one"
             )
         lacking = [n for n in self.needs if not hasattr(entry, n)]
         if lacking:
             raise ConfigError(f"{self.what} {name!r} has no {lacking[0]!r}; docs/extend says what one needs")
+
+
+def _public(cls: type) -> str:
+    """A class as others import it: from the highest package that has it."""
+    parts = cls.__module__.split(".")
+    packages = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    where = next(p for p in packages if p in sys.modules and vars(sys.modules[p]).get(cls.__name__) is cls)
+    return f"{where}.{cls.__name__}"

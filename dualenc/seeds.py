@@ -1,4 +1,4 @@
-"""Seeds made of names and numbers."""
+"""Seeds derived from names and numbers."""
 
 from __future__ import annotations
 

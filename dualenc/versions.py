@@ -13,7 +13,7 @@ def versions(names: Iterable[str], absent: str | None = None) -> dict[str, str]:
 
     Args:
         names: as ``pip`` knows them.
-        absent: what stands for one that is not installed; None: it is left out.
+        absent: value for one that is not installed; None: leave it out.
     """
     out: dict[str, str] = {}
     for name in names:

@@ -135,7 +135,7 @@ def trained(world: World, path: str, recipe: str, parts: list[list[str]]) -> lis
         run = Run(loaded, folder, world, None)
         run.train()
         run.close()
-        out.append(run.engine.model_state())
+        out.append(run.parts.engine.model_state())
     return out
 
 

@@ -149,7 +149,7 @@ def test_hostile_members_are_refused_and_nothing_is_executed_or_written(tmp_path
     rows = [json.loads(x) for f in (tmp_path / "run").glob("quarantine*.jsonl") for x in f.read_text().splitlines()]
     reasons = {r["key"]: r["reason"] for r in rows}
     assert "900000000 pixels" in reasons["huge"]
-    assert "refused before decoding" in reasons["huge"]
+    assert "rejected before decoding" in reasons["huge"]
     assert "no member for image" in reasons["code"]
     assert any("outside" in k for k in reasons)
     assert "evil" not in reasons  # its picture and words are fine; the pickle was never opened
@@ -159,12 +159,12 @@ def test_hostile_members_are_refused_and_nothing_is_executed_or_written(tmp_path
 def test_dry_run_prints_the_plan_and_leaves_no_run(tmp_path: Path) -> None:
     result = dualenc("train", str(RECIPE), "--dry-run", "out=run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for words in ("samples a pass: 3,912", "whole model", "info_nce", "steps:"):
+    for words in ("samples per epoch: 3,912", "whole model", "info_nce", "steps:"):
         assert words in result.stdout
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("what", ["recipes", "encoders", "losses", "terms", "tasks"])
+@pytest.mark.parametrize("what", ["recipes", "encoders", "losses", "terms", "sources", "tasks"])
 def test_lists(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     ended, out, err = in_process((monkeypatch, capsys), "list", what)
@@ -174,6 +174,7 @@ def test_lists(what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         "encoders": "own/",
         "losses": "info_nce",
         "terms": "dcd",
+        "sources": "parquet",
         "tasks": "quickstart_val_style",
     }
     assert expected[what] in out

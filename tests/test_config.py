@@ -81,10 +81,10 @@ def test_overrides_reach_lists_and_components(recipe: Path) -> None:
         ("optim.lrr=1", r"optim\.lrr: unknown key \(in the command line\)\. Did you mean 'lr'\?"),
         ("modalitis.image=1", r"modalitis: unknown key .*Did you mean 'modalities'\?"),
         ("data.sources.0.weigth=2", r"data\.sources\.0\.weigth: unknown key .*Did you mean 'weight'\?"),
-        ("data.sources.1.weight=2", r"data\.sources\.1\.weight: '1' is not a position in a list of 1"),
+        ("data.sources.1.weight=2", r"data\.sources\.1\.weight: '1' is not a position in a list of length 1"),
         ("optim.lr=fast", r"optim\.lr: .*valid number.*got 'fast' \(in the command line\)"),
         ("optim.name=adam", r"optim\.name: .*'adamw', 'muon' or 'sgd', got 'adam'"),
-        ("budget={}", r"budget: give exactly one of steps, samples, passes"),
+        ("budget={}", r"budget: give exactly one of steps, samples, epochs"),
         ("pairs=[[image,txt]]", r"no modality 'txt'\. Did you mean 'text'\?"),
         ("batch.micro=16", r"batch\.micro \(16\) is larger than batch\.size \(8\)"),
         ("eval.guard.max_fall=3", r"eval\.guard\.tasks: this key is needed"),
@@ -101,7 +101,7 @@ def test_errors_say_key_file_and_remedy(recipe: Path, override: str, message: st
 def test_mixtures_have_no_teacher(recipe: Path) -> None:
     """A teacher, run or stored, sees the item unmixed; the student's own average sees what the student sees."""
     terms = "terms: [{name: feature}]"
-    with pytest.raises(ConfigError, match=r"data\.mix: 0\.5 cannot be used under distill\.teachers.*data\.mix: 0"):
+    with pytest.raises(ConfigError, match=r"data\.mix: 0\.5 cannot be used with distill\.teachers.*data\.mix: 0"):
         load_recipe(recipe, ["data.mix=0.5", f"distill={{teachers: [{{cache: x}}], {terms}}}"])
     load_recipe(recipe, ["data.mix=0.5", f"distill={{look_ahead: {{}}, {terms}}}"])
 

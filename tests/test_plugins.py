@@ -16,18 +16,22 @@ from typing import Any
 import pytest
 import torch
 from _plugin_jobs import NAMES, Server, difference, environment, install, lay, recipe, task, write_series
+from _shared import ROOT
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from _spawn import spawn
 
 from dualenc import plugins
+from dualenc.distill import terms
 from dualenc.errors import CheckpointError, ConfigError
+from dualenc.losses import losses as losses_
 from dualenc.registry import Registry
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 JOBS = Path(__file__).with_name("_plugin_jobs.py")
 FORMS = ("entry", "plugins", "reference")
+ACCELERATE = ["--config_file", str(ROOT / "recipes" / "launch" / "accelerate.yaml"), "--num_processes", "2"]
 
 
 class Place:
@@ -91,6 +95,11 @@ def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:010d}" / "model" / "model.safetensors")
 
 
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in rows if "loss" in r]
+
+
 def description(run: Path) -> dict[str, Any]:
     path = run / "checkpoints" / "step-0000000006" / "model" / "dualenc.json"
     said: dict[str, Any] = json.loads(path.read_text())
@@ -136,7 +145,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Place) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert "Going on from" in place.run(form, *longer, f"out={killed}")
+    assert "Resuming from" in place.run(form, *longer, f"out={killed}")
     assert same(weights(killed, 60), weights(place.folder / f"whole_{form}", 60))
 
 
@@ -158,8 +167,34 @@ def test_torchrun_has_the_plugin_by_the_environment_too(place: Place) -> None:
         [*command, *arguments], env=env, cwd=place.folder, text=True, capture_output=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "There is no modality 'series'" in place.run("plugins", "train", "unsaid.yaml", code=2)
+    assert "There is no plan 'as_it_lies'" in place.run("plugins", "train", "unsaid.yaml", code=2)
     place.run("plugins", "train", "unsaid.yaml", "--dry-run", "--plugins", "dualenc_series.register")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [
+        (["accelerate", "launch", *ACCELERATE, "-m", "dualenc"], "accelerate"),
+        pytest.param(["deepspeed", "--num_gpus", "2", "--module", "dualenc"], "deepspeed", marks=pytest.mark.extra),
+    ],
+    ids=["accelerate", "deepspeed"],
+)
+def test_other_launchers_have_the_plugin(place: Place, launcher: list[str], engine: str) -> None:
+    """The loss of two ranks under it is that of two ranks under dualenc launch."""
+    program, *options = launcher
+    more = ["optim.name=sgd", "budget.steps=3"]
+    out = place.folder / f"by_{program}"
+    found = Path(sys.executable).parent
+    env = environment(place.laid, PATH=f"{found}:{os.environ['PATH']}")
+    command = [str(found / program), *options, "train", "plugins.yaml", *more, f"engine.kind={engine}", f"out={out}"]
+    done = subprocess.run(command, env=env, cwd=place.folder, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "environment.json").read_text())["world_size"] == 2
+    one = place.folder / f"alone_{program}"
+    place.run("plugins", "train", "plugins.yaml", *more, f"out={one}")
+    assert losses(out) == pytest.approx(losses(one), abs=1e-5)
 
 
 def test_workers_that_are_spawned_make_the_same_batches(place: Place) -> None:
@@ -228,7 +263,7 @@ def test_export_and_interpolation(place: Place, runs: dict[str, Path]) -> None:
         place.run("entry", "eval", model, "--task", "task_entry.yaml", "--out", out, "--no-cache")
     first, second = (json.loads((place.folder / n).read_text())["tasks"] for n in (one, two))
     assert first == second
-    for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "graphs are written for image and text")):
+    for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "only image and text towers")):
         said = place.run("entry", "export", "run_entry", "--format", layout, "--out", f"as_{layout}", code=2)
         assert "safetensors" in said
         assert why in said or "has no series" in said
@@ -239,10 +274,80 @@ def test_export_and_interpolation(place: Place, runs: dict[str, Path]) -> None:
     assert torch.allclose(made["towers.series.head.weight"], (ends[0] + ends[1]) / 2)
 
 
-def test_lists_and_embeddings(place: Place, runs: dict[str, Path]) -> None:
-    assert "hinge" in place.run("entry", "list", "losses")
-    assert "hinge" not in place.run(None, "list", "losses")
+def test_embeddings(place: Place, runs: dict[str, Path]) -> None:
     place.run("entry", "embed", "run_entry", place.shards, "--out", "features")
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "module"),
+    [
+        ("losses", "hinge", "dualenc_series.hinge"),
+        ("terms", "same_cosines", "dualenc_series.same_cosines"),
+        ("sources", "series_csv", "dualenc_series.series_csv"),
+        ("encoders", "series_cnn", "dualenc_series.series"),
+        ("tasks", "two_choices", "dualenc_series.two_choices"),
+    ],
+)
+def test_lists_say_where_a_part_comes_from(place: Place, what: str, name: str, module: str) -> None:
+    wide = {"COLUMNS": "200"}
+    said = place.run("entry", "list", what, **wide)
+    assert name in said
+    assert module in said
+    said = place.run("plugins", "list", what, "--plugins", "dualenc_series.register", **wide)
+    assert name in said
+    assert "dualenc_series.register" in said
+    assert name not in place.run(None, "list", what, **wide)
+
+
+def test_a_page_of_shards_shows_a_modality_by_its_preview(place: Place) -> None:
+    place.run("entry", "shards", "view", place.shards, "--out", str(place.folder / "page.html"), "--n", "3")
+    page = (place.folder / "page.html").read_text()
+    assert page.count("3 channels of 96 values, from -1") == 3
+    place.run(None, "shards", "view", place.shards, "--out", str(place.folder / "bare.html"), "--n", "3")
+    assert "channels" not in (place.folder / "bare.html").read_text()
+
+
+SOURCE = """
+import hashlib, sys
+from pathlib import Path
+from dualenc.data.sources import iter_source
+from dualenc.data.shards.index import expand
+from dualenc_data_tools.build import build
+from dualenc_evals.catalog import parse_task
+from dualenc_evals.read.rows import Rows
+from dualenc_evals.read.shards import read_rows
+
+kind, out = sys.argv[1:]
+both = ["series", "text"]
+given = dict(iter_source(kind, {"path": "csv"}, both))
+task = {"name": "x", "kind": "retrieval", "modalities": both, "source": {"kind": kind, "path": "csv"}}
+rows = read_rows(parse_task(task)).rows
+assert {r.id: {m: r.contents[m][0].read() for m in both} for r in rows} == given
+report = build(kind, out, path="csv", shard_samples=20, progress=False)
+print(report.samples, report.dropped, hashlib.sha256(b"".join(p.read_bytes() for p in report.shards)).hexdigest())
+print(type(given["012.csv"]["series"]).__name__, given["012.csv"]["text"])
+"""
+
+
+def test_a_source_serves_packing_tasks_and_embedding(place: Place) -> None:
+    """One module; the same bytes however it is named, but for how a modality that nobody registered is packed."""
+    said = []
+    for form, at in (("entry", 0), ("reference", 1)):
+        command = [sys.executable, "-c", SOURCE, NAMES["source"][at], str(place.folder / f"packed_{form}")]
+        env = environment(place.package(form))
+        done = subprocess.run(command, env=env, cwd=place.folder, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0].startswith("48 {} ")
+    assert "bytes a swing of 5 Hz along x, number 12" in said[0]
+    shards = [sorted((place.folder / f).glob("*.tar")) for f in ("shards", "packed_entry", "packed_reference")]
+    assert [p.read_bytes() for p in shards[0]] == [p.read_bytes() for p in shards[1]]
+    assert len(shards[2]) == 3
+    unknown = place.run(None, "shards", "build", NAMES["source"][1], "--out", "no", "path=csv", code=2)
+    assert "there is no module 'dualenc_series'" in unknown
+    assert "There is no source 'series_csw'. Did you mean 'series_csv'?" in place.run(
+        "entry", "shards", "build", "series_csw", "--out", "no", "path=csv", code=2
+    )
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -253,10 +358,10 @@ def test_what_is_missing_is_said_in_one_sentence(place: Place, runs: dict[str, P
     assert "plugins.yaml) names the plugin 'dualenc_series.register', but there is no module 'dualenc_series'" in said
     assert "PYTHONPATH" in said
     said = place.run(None, "train", "reference.yaml", code=2)
-    assert "modality 'dualenc_series.series:SeriesInput', but there is no module 'dualenc_series'" in said
-    assert "There is no modality 'series'" in place.run(None, "train", "entry.yaml", code=2)
+    assert "plan 'dualenc_series.as_it_lies:AsItLies', but there is no module 'dualenc_series'" in said
+    assert "There is no plan 'as_it_lies'" in place.run(None, "train", "entry.yaml", code=2)
     said = place.run(None, "eval", "run_entry", "--task", "task_entry.yaml", code=2)
-    assert "kind: there is no kind of task 'two_choices' (in task_entry.yaml)" in said
+    assert "kind: unknown kind of task 'two_choices' (in task_entry.yaml)" in said
     said = place.run(None, "export", "run_entry", "--format", "safetensors", "--out", "never", code=4)
     assert "needs the plugin 'dualenc_series.series', which is not installed; pip install dualenc-series==0.3.0" in said
     said = place.run("reference", "train", "reference.yaml", "loss.name=dualenc_series.hinge:Hing", code=2)
@@ -341,7 +446,7 @@ def test_entry_points_are_imported_when_they_are_first_needed(module: str) -> No
     assert parts["a"].Config == 1
     assert parts.origin("a") == module
     with pytest.raises(
-        ConfigError, match=r"'both' is brought by one 1.0 and by two 1.0; say which with small_parts:A or"
+        ConfigError, match=r"'both' is provided by one 1.0 and by two 1.0; choose with small_parts:A or"
     ):
         parts["both"]
     assert parts["small_parts:A"].Config == 1
@@ -351,15 +456,35 @@ def test_entry_points_are_imported_when_they_are_first_needed(module: str) -> No
         parts["lamm"]
 
 
+def test_a_part_has_to_be_of_its_class(module: str) -> None:
+    Path(sys.path[0], "half_parts.py").write_text("class A:\n    Config = 1\n")
+    for registry, base in ((losses_, "dualenc.losses.Loss"), (terms, "dualenc.distill.Term")):
+        with pytest.raises(ConfigError, match=rf"'half_parts:A' must be a class that derives from {base}"):
+            registry["half_parts:A"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.sampling=as_it_lie", "data.sampling: There is no plan 'as_it_lie'. Did you mean 'as_it_lies'?"),
+        ("data.sampling={name: as_it_lies, begin: 3}", "data.sampling.begin"),
+        ("loss.name=hinges", "There is no loss 'hinges'. Did you mean 'hinge'?"),
+        ("loss.margins=1", "loss.margins"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would(place: Place, override: str, words: str) -> None:
+    assert words in place.run("entry", "train", "entry.yaml", "--dry-run", override, code=2)
+
+
 def test_a_plugin_that_lacks_a_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needy.py").write_text("import a_package_nobody_has\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="needs the package 'a_package_nobody_has', and that is not installed"):
+    with pytest.raises(ConfigError, match="needs the package 'a_package_nobody_has'; it is not installed"):
         plugins.import_plugins(["needy"], "plugins (in x.yaml)")
     with pytest.raises(ZeroDivisionError):  # a bug of the plugin, shown whole
         plugins.import_plugins(["broken"], "plugins (in x.yaml)")
-    with pytest.raises(ConfigError, match=r"plugins \(in x.yaml\): 'a-b' is not the name of a module"):
+    with pytest.raises(ConfigError, match=r"plugins \(in x.yaml\): 'a-b' is not a module name"):
         plugins.import_plugins(["a-b"], "plugins (in x.yaml)")
     with pytest.raises(ConfigError, match="write a list of modules"):
         plugins.named_in({"plugins": "mypkg"}, "x.yaml")

@@ -1,4 +1,4 @@
-"""Pack a data set into shards: records of a source → checked pictures, sounds and captions → tars with an index."""
+"""Pack a data set into shards: records of a source → checked images, audio and captions → tars with an index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dualenc_data_tools.writer import ShardWriter
 
 MAX_SPLITS = 32
 PREPARE = {"image": images.prepare, "audio": sounds.prepare}
-"""Kinds of media that are checked and may be written anew; anything else is packed as it is."""
+"""Kinds of media that are checked and may be re-encoded; anything else is packed as it is."""
 
 
 @dataclass(slots=True)
@@ -32,9 +32,9 @@ class BuildReport:
         written: split → samples.
         shards: the tars, in order.
         size: bytes of all tars.
-        captions: texts in all samples.
-        dropped: reason → records left out; ``dropped_file`` names each of them.
-        notes: what the source has to say.
+        captions: number of texts in all samples.
+        dropped: reason → number of records left out; ``dropped_file`` lists them.
+        notes: remarks of the source.
     """
 
     source: str
@@ -70,16 +70,16 @@ def build(
 
     Texts: a sample with one caption and no other fields gets ``KEY.txt``; a source with lists of captions, or with
     other fields, gets ``KEY.json`` holding ``{"captions": […], field: value, …}``, which recipes read as
-    ``json:captions``. No caption stands in both.
+    ``json:captions``. No caption is in both.
 
     Args:
         source_kind: a name in :data:`dualenc_data_tools.sources.sources`.
         out: folder for the shards, ``index.json`` and ``dropped-NAME.jsonl``.
-        options: settings of the source, checked by its ``Config``; ``more`` are added to them.
+        options: settings of the source, checked by its ``Config``; ``more`` is added to them.
         progress: show a counter on a terminal.
 
     Raises:
-        ConfigError: unknown source or setting (with the nearest one), or shards are there already.
+        ConfigError: unknown source or setting (with the nearest one), or the shards already exist.
         DataError: nothing was written, or more than ``max_dropped_share`` was dropped.
     """
     kind = sources[source_kind]
@@ -115,7 +115,7 @@ def _pack(
     report: BuildReport,
     progress: bool,
 ) -> list[Dropped]:
-    """Write every good record; return the others."""
+    """Write every good record; return the dropped ones."""
     drops: list[Dropped] = []
     with _counter(progress) as count:
         for done in _in_order(_limited(records, cfg.limit), cfg):
@@ -141,7 +141,7 @@ def _pack(
 
 
 def _judge(drops: list[Dropped], path: Path, cfg: SourceConfig, report: BuildReport) -> None:
-    """Write the names of what was dropped; refuse a build that lost too much."""
+    """Write the names of the dropped records; refuse a build that dropped too many."""
     report.dropped = dict(Counter(d.reason for d in drops).most_common())
     path.unlink(missing_ok=True)
     if drops:
@@ -159,7 +159,7 @@ def _judge(drops: list[Dropped], path: Path, cfg: SourceConfig, report: BuildRep
     if len(drops) > cfg.max_dropped_share * total:
         raise DataError(
             f"{report.source}: {len(drops):,} of {total:,} records were dropped ({said}), more than max_dropped_share="
-            f"{cfg.max_dropped_share:g}. {path} names them. No shard was written; raise the share if that is fine."
+            f"{cfg.max_dropped_share:g}. {path} lists them. No shard was written; raise the share if that is fine."
         )
 
 
@@ -167,7 +167,7 @@ def _judge(drops: list[Dropped], path: Path, cfg: SourceConfig, report: BuildRep
 
 
 def _in_order(records: Iterable[Record | Dropped], cfg: SourceConfig) -> Iterator[_Packed | Dropped]:
-    """Pack records in threads (decoders run outside the GIL), hand them on in order, with few in memory."""
+    """Pack records in threads (decoders release the GIL) and yield them in order, with few in memory."""
     keys: dict[str, Keys] = {}
     waiting: deque[Future[_Packed | Dropped]] = deque()
     with ThreadPoolExecutor(cfg.threads) as pool:
@@ -223,9 +223,7 @@ def text_members(record: Record, cfg: SourceConfig) -> dict[str, bytes] | Droppe
         return {}
     if layout == "txt":
         if len(record.captions) != 1:
-            return Dropped(
-                record.name, "several captions", f"text=txt has room for one caption, not {len(record.captions)}"
-            )
+            return Dropped(record.name, "several captions", f"text=txt holds one caption, not {len(record.captions)}")
         return {"txt": record.captions[0].encode()}
     doc: dict[str, Any] = {"captions": list(record.captions)} if record.captions or record.many else {}
     doc |= {k: v for k, v in record.fields.items() if k != "captions"}
@@ -287,7 +285,7 @@ def print_report(report: BuildReport) -> None:
     for reason, n in report.dropped.items():
         console.print(f"[yellow]dropped[/] {n:,} × {reason}", highlight=False)
     if report.dropped_file is not None:
-        console.print(f"their names: {report.dropped_file}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"dropped records: {report.dropped_file}", highlight=False, markup=False, soft_wrap=True)
     for note in report.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"index: {report.index}", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Read and decode every sample of some shards once, by training's own reader, and say what is wrong with them."""
+"""Read and decode every sample of some shards once, with training's own reader, and report problems."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ TEXT = tuple(modalities["text"].default_members)
 CAPTIONS = ("captions", "caption", "text")
 SHOWN = 8
 _WORTH_A_PROCESS = 64_000_000
-"""Bytes of shards: a new process needs seconds before it reads its first."""
+"""Bytes of shards per process: a new process takes seconds to start."""
 TENTHS_BINS = (2, 5, 10, 20, 50, 100, 200, 300, 600, 3000)
-"""Of a second: what most sounds are longer than."""
+"""Bins of clip lengths, in tenths of a second."""
 PIXEL_BINS = (32, 64, 128, 224, 256, 384, 512, 1024, 2048)
 WORD_BINS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
@@ -56,7 +56,7 @@ PROBLEMS = (
     "unsafe name",
     "pickled member",
 )
-"""What makes shards not ok; each is counted and its first cases are named."""
+"""What makes shards not ok; each is counted and its first cases are listed."""
 _BROKEN = {
     "image": "broken image",
     "audio": "broken sound",
@@ -72,10 +72,10 @@ class Wanted:
 
     Attributes:
         members: modality → endings tried in turn.
-        kinds: modality → kind, where that is not its own name.
+        kinds: modality → kind, where it differs from the name.
         pairs: the pairs of which a sample needs one; None: any two modalities.
-        inputs: modality → what decodes it, for kinds other than pictures, sounds and text.
-        max_pixels: larger pictures are refused by their header.
+        inputs: modality → what decodes it, for kinds other than images, audio and text.
+        max_pixels: larger images are rejected by their header.
     """
 
     members: Mapping[str, Sequence[str]]
@@ -85,7 +85,7 @@ class Wanted:
     max_pixels: int = MAX_PIXELS
 
     def kind(self, modality: str) -> str:
-        """Which kind of bytes a modality is."""
+        """The kind of a modality."""
         return self.kinds.get(modality, modality)
 
     def paired(self, found: set[str]) -> bool:
@@ -96,12 +96,12 @@ class Wanted:
 
 
 def usual(max_pixels: int = MAX_PIXELS) -> Wanted:
-    """What a recipe that names no members looks for, whatever modalities it is of."""
+    """What a recipe without ``members`` looks for, whatever its modalities."""
     sensors: dict[str, ModalityInput] = {
         "camera": CameraInput(CameraConfig()),
         "lidar": LidarInput(LidarConfig(features=[])),
     }
-    # Pictures and arrays alone are also cameras' and sweeps'; only with a calibration are they surely meant as such.
+    # Bare images and arrays could also be cameras and sweeps; only a calibration makes that certain.
     members = {"image": IMAGE, "audio": AUDIO, "text": TEXT, **{m: x.default_members[:1] for m, x in sensors.items()}}
     return Wanted(members, inputs=sensors, max_pixels=max_pixels)
 
@@ -110,7 +110,7 @@ def of_recipe(recipe: Recipe, source: int) -> Wanted:
     """What a recipe looks for in one of its sources.
 
     Raises:
-        ConfigError: as when it is trained.
+        ConfigError: as in training.
     """
     inputs = build_inputs(recipe.modalities)
     kinds = {m: part.kind or m for m, part in recipe.modalities.items()}
@@ -122,7 +122,7 @@ def of_recipe(recipe: Recipe, source: int) -> Wanted:
 
 @dataclass(slots=True)
 class ShardStats:
-    """What one shard holds (or several, after :meth:`add`)."""
+    """Statistics of one shard (or of several, after :meth:`add`)."""
 
     samples: int = 0
     size: int = 0
@@ -149,7 +149,7 @@ class ShardStats:
             shown.append(where)
 
     def add(self, other: ShardStats, name: str) -> None:
-        """Add another shard's numbers; keys that are in both count as duplicates."""
+        """Add another shard's numbers; keys in both count as duplicates."""
         self.samples += other.samples
         self.size += other.size
         self.paired += other.paired
@@ -171,7 +171,7 @@ class ShardStats:
             shown += cases[: SHOWN - len(shown)]
         twice = self.keys & other.keys
         for _ in twice:
-            self.problem("duplicate key", f"{name}: {len(twice)} keys are in an earlier shard too")
+            self.problem("duplicate key", f"{name}: {len(twice)} keys are also in an earlier shard")
         self.keys |= other.keys
         for kind, lacking in other.lacking.items():
             self.lacking.setdefault(kind, []).extend(lacking)
@@ -182,8 +182,8 @@ class CheckReport:
     """The numbers of all shards together.
 
     Attributes:
-        shards: how many were read.
-        stats: counts over all of them; ``stats.problems`` says what is wrong.
+        shards: number of shards read.
+        stats: counts over all of them; ``stats.problems`` lists what is wrong.
         distinct_captions, total_captions: after folding case and spaces.
     """
 
@@ -207,7 +207,7 @@ class CheckReport:
 
     @property
     def duplicate_share(self) -> float:
-        """Share of captions that some other sample (or place) has too."""
+        """Share of captions that occur more than once."""
         repeated = sum(n for n in self.stats.captions.values() if n > 1)
         return repeated / self.total_captions if self.total_captions else 0.0
 
@@ -220,16 +220,16 @@ def check(
     progress: bool = True,
     wanted: Wanted | None = None,
 ) -> CheckReport:
-    """Read every sample of ``shards`` once as training would, decode what it would use, and look at texts and names.
+    """Read every sample of ``shards`` once as training would, decode what it would use, and check texts and names.
 
     Args:
-        shards: paths, brace patterns, ``pipe:`` commands, URLs; remote shards are fetched whole, one after the other.
-        max_pixels: larger pictures are a problem (found by their header, never decoded).
+        shards: paths, brace patterns, ``pipe:`` commands, URLs; remote shards are downloaded whole, one by one.
+        max_pixels: larger images are a problem (found by their header, never decoded).
         workers: processes; default: one for every 64 MB, at most the CPUs and the shards.
-        wanted: members and pairs, as :func:`of_recipe` gives them; default: those of recipes that name none.
+        wanted: members and pairs, as :func:`of_recipe` gives them; default: those of a recipe without ``members``.
 
     Raises:
-        DataError: no shard is named, or a local one is not there. A shard that is there but broken is counted.
+        DataError: no shard is named, or a local one is missing. A broken shard is only counted.
     """
     urls = expand(shards)
     missing = next((u for u in urls if is_local(u) and not Path(local_path(u)).is_file()), None)
@@ -252,10 +252,10 @@ def check(
 
 
 def check_recipe(recipe: Recipe, *, workers: int | None = None, progress: bool = True) -> CheckReport:
-    """Check every source of a recipe by its own members and pairs.
+    """Check every source of a recipe with its own members and pairs.
 
     Raises:
-        ConfigError: what training would refuse too, such as ``pipe:`` shards that are not allowed.
+        ConfigError: whatever training would refuse, such as ``pipe:`` shards that are not allowed.
         DataError: as :func:`check`.
     """
     total, shards = ShardStats(), 0
@@ -268,7 +268,7 @@ def check_recipe(recipe: Recipe, *, workers: int | None = None, progress: bool =
 
 
 def _judge_pairs(total: ShardStats, wanted: Wanted) -> None:
-    """Problems that only the whole shows: members most samples have and some lack, samples and shards without pairs."""
+    """Problems visible only over all shards: members that most samples have and some lack, samples without pairs."""
     flagged = set()
     for m, lacking in sorted(total.lacking.items()):
         if 2 * total.kinds[m] > total.samples:
@@ -278,7 +278,7 @@ def _judge_pairs(total: ShardStats, wanted: Wanted) -> None:
     total.lacking.clear()
     unpaired, total.unpaired = total.unpaired, {}
     if total.samples and not total.paired and unpaired:
-        total.problem("no pair", f"training would use none of {total.samples:,} samples: {advice(total, wanted)}")
+        total.problem("no pair", f"training could use none of the {total.samples:,} samples: {advice(total, wanted)}")
         return
     for key, there in unpaired.items():
         if key not in flagged:
@@ -286,7 +286,7 @@ def _judge_pairs(total: ShardStats, wanted: Wanted) -> None:
 
 
 def advice(total: ShardStats, wanted: Wanted) -> str:
-    """Which endings there are where training finds no pair, and what to write."""
+    """The endings found where training finds no pair, and what to write in the recipe."""
     some = total.members.most_common(6)
     more = f" and {len(total.members) - len(some):,} more" if len(total.members) > len(some) else ""
     there = ", ".join(f".{e} ({n:,})" for e, n in some) + more
@@ -296,19 +296,19 @@ def advice(total: ShardStats, wanted: Wanted) -> str:
     fitting = {m: e for m, e in fitting.items() if e}
     shown = named if wanted.pairs is not None else [m for m in named if m in fitting or m in ("image", "text")]
     looked = "; ".join(f"{m}: {', '.join(wanted.members[m])}" for m in shown)
-    said = f"they end in {there}, and it looks for {looked}. "
+    said = f"their endings are {there}; training looks for {looked}. "
     if not fitting:
         entry = "json:KEY" if "json" in total.members else "ENDING"
         written = ", ".join(f"{m}: [{'ENDING' if m != 'text' else entry}]" for m in shown)
-        return said + f"Name what there is in the recipe's source, as members: {{{written}}}"
+        return said + f"Name the right endings in the recipe's source: members: {{{written}}}"
     if all(len(e) <= 4 for e in fitting.values()):
         have = {m: e or [x for x in wanted.members[m] if x in total.members] for m, e in fitting.items()}
         have |= {m: [x for x in wanted.members[m] if x in total.members] for m in named if m not in have}
         written = ", ".join(f"{m}: [{', '.join(e)}]" for m, e in have.items() if e)
         return said + f"Write in the recipe's source: members: {{{written}}}"
     return said + (
-        "A key ends at the first dot of its name, so names with dots in them have an ending each: pack them again with "
-        "other names ('_' for '.'), or with: dualenc shards build"
+        "A key ends at the first dot of a file name, so names with further dots each have an ending of their own: pack "
+        "them again with other names ('_' instead of '.'), or with: dualenc shards build"
     )
 
 
@@ -335,7 +335,7 @@ def _run(
 
 
 def check_shard(url: str, name: str, wanted: Wanted) -> ShardStats:
-    """One shard's numbers. A shard that training could not read, or would stop at, counts as one broken shard."""
+    """One shard's statistics. A shard that training could not read, or would stop at, counts as one broken shard."""
     stats = ShardStats()
     cache = None if is_local(url) else ShardCache.temporary(50.0, 3)
     reader = None
@@ -345,11 +345,13 @@ def check_shard(url: str, name: str, wanted: Wanted) -> ShardStats:
         opened = open_source(Source(name="check", shards=[path]), scan_remote=True)
         with open(path, "rb") as f:
             if not ends_properly(lambda at, n: os.pread(f.fileno(), n, at), stats.size):
-                stats.problem("broken shard", f"{name} has no end mark: it was cut short, or its writer was stopped")
+                stats.problem(
+                    "broken shard", f"{name} has no end-of-archive mark: it was cut short, or its writer was stopped"
+                )
         reader = Reader([opened], None, retries=0)
         apart = set(reader.index(0, 0).scattered())
         for key in sorted(apart):
-            stats.problem("scattered members", f"{name}/{key}: its members do not stand next to each other")
+            stats.problem("scattered members", f"{name}/{key}: its members are not adjacent")
         for i in range(opened.infos[0].samples):
             _check_sample(reader, reader.locate(0, 0, i), name, wanted, apart, stats)
     except (DataError, SampleError, OSError) as e:
@@ -381,7 +383,7 @@ def _check_sample(
     found = set()
     for m, endings in wanted.members.items():
         kind = wanted.kind(m)
-        # Pictures, sounds and text may stand with a json that is not meant for sensors: then it is not read for them.
+        # The json beside images, audio and text may not describe sensors: then it is not read as such.
         if wanted.pairs is None and kind in ("camera", "lidar") and "lidar.npy" not in sample.members:
             continue
         try:
@@ -402,7 +404,7 @@ def _check_sample(
 
 
 def _look(raw: Any, modality: str, where: str, wanted: Wanted, stats: ShardStats) -> None:
-    """Decode one value of a sample and count what it is like."""
+    """Decode one value of a sample and count its properties."""
     kind = wanted.kind(modality)
     try:
         with of_one_item():
@@ -469,14 +471,14 @@ def print_check(report: CheckReport) -> None:
     if stats.tenths:
         _histogram(console, "length, tenths of a second", stats.tenths, TENTHS_BINS)
         rates = ", ".join(f"{n:,} at {rate:,} Hz" for rate, n in stats.rates.most_common(8))
-        console.print(f"{sum(stats.tenths.elements()) / 36000:.2f} hours of sound: {rates}", highlight=False)
+        console.print(f"{sum(stats.tenths.elements()) / 36000:.2f} hours of audio: {rates}", highlight=False)
     if stats.words:
         _histogram(console, "caption length, words", stats.words, WORD_BINS)
         counts = ", ".join(f"{n:,} with {k}" for k, n in sorted(stats.per_sample.items())[:8])
-        console.print(f"captions a sample: {counts}", highlight=False)
+        console.print(f"captions per sample: {counts}", highlight=False)
         console.print(
             f"{report.total_captions:,} captions, {report.distinct_captions:,} distinct; "
-            f"{report.duplicate_share:.1%} stand more than once (positives of each other need equal pair ids)",
+            f"{report.duplicate_share:.1%} occur more than once (only equal pair ids make them positives)",
             highlight=False,
         )
     console.print(f"training finds a pair in {stats.paired:,} of {stats.samples:,} samples", highlight=False)
@@ -495,7 +497,7 @@ def print_check(report: CheckReport) -> None:
 
 
 def _histogram(console: Any, title: str, counts: Counter[int], bins: Sequence[int]) -> None:
-    """Bars of how many values are at most each bin (and more than the one before)."""
+    """A bar per bin: how many values are at most the bin and more than the previous one."""
     rows: Counter[int] = Counter()
     for value, n in counts.items():
         rows[next((i for i, b in enumerate(bins) if value <= b), len(bins))] += n

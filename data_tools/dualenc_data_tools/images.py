@@ -1,4 +1,4 @@
-"""Pictures on their way into a shard: checked, made smaller, written anew."""
+"""Images on their way into a shard: checked, resized, re-encoded."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MAX_PIXELS: int = ImageInput.Config.model_fields["max_pixels"].default
-"""What the trainer accepts by default; larger pictures are dropped, or made smaller where ``size`` is given."""
+"""What the trainer accepts by default; larger images are dropped, or resized where ``size`` is set."""
 _HARD_LIMIT = 8 * MAX_PIXELS
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif", "JPEG2000": "jp2"}
 _WHITE = (255, 255, 255)
 
 
 class BadPicture(BadMedia):
-    """A picture cannot be packed."""
+    """An image cannot be packed."""
 
 
 def open_picture(raw: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
-    """The picture's header.
+    """Open an image and read its header.
 
     Raises:
-        BadPicture: "broken image" or "too large" (by the header: nothing is decoded).
+        BadPicture: "broken image" or "too large" (judged by the header, without decoding).
     """
     from PIL import Image
 
@@ -38,12 +38,12 @@ def open_picture(raw: bytes, max_pixels: int = MAX_PIXELS) -> Picture:
         raise BadPicture("too large" if bomb else "broken image", str(e)) from e
     width, height = picture.size
     if width * height > max_pixels:
-        raise BadPicture("too large", f"{width}×{height} px are more than {max_pixels:,} pixels")
+        raise BadPicture("too large", f"{width}×{height} is more than {max_pixels:,} pixels")
     return picture
 
 
 def decode(picture: Picture) -> Image.Image:
-    """Its pixels as upright RGB on white.
+    """The pixels as upright RGB on white.
 
     Raises:
         BadPicture: "broken image".
@@ -55,14 +55,14 @@ def decode(picture: Picture) -> Image.Image:
 
 
 def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
-    """(ending, bytes) of a picture as the settings want it: the original bytes wherever nothing has to change.
+    """(ending, bytes) of an image according to the settings: the original bytes wherever nothing has to change.
 
     Raises:
         BadPicture: it is broken, or too large.
     """
     from PIL import Image
 
-    # A picture that is made smaller anyway may be larger than what the trainer takes.
+    # An image that will be resized may be larger than the trainer accepts.
     picture = open_picture(raw, _HARD_LIMIT if cfg.size else MAX_PIXELS)
     kind = format_of(raw)
     too_long = cfg.size is not None and max(picture.size) > cfg.size
@@ -75,7 +75,7 @@ def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
     if too_long and cfg.size is not None:
         scale = cfg.size / max(image.size)
         image = image.resize([max(round(v * scale), 1) for v in image.size], Image.Resampling.LANCZOS)
-    # Formats the trainer does not read (TIFF, PPM) become PNG, which loses nothing; GIF and BMP too once decoded.
+    # Formats that shards do not keep (TIFF, PPM) become PNG, which is lossless; so do GIF and BMP once decoded.
     target = cfg.encode.upper() if cfg.encode != "keep" else kind if kind in ("JPEG", "WEBP") else "PNG"
     return _ENDINGS[target], encode(image, target, cfg.quality)
 
@@ -93,7 +93,7 @@ def encode(image: Image.Image, target: str, quality: int) -> bytes:
 
 
 def format_of(raw: bytes) -> str:
-    """Pillow's name of the format, by content: file names lie."""
+    """Pillow's name of the format, by content, as file names can be wrong."""
     from PIL import Image
 
     with Image.open(io.BytesIO(raw)) as image:

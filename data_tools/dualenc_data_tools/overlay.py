@@ -1,4 +1,4 @@
-"""Points and boxes drawn over the pictures of a keyframe: whether a calibration is right is seen at a glance."""
+"""Points and boxes drawn over the images of a keyframe, to see at a glance whether the calibration is right."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _EDGES = [(a, b) for a in range(8) for b in range(a) if bin(a ^ b).count("1") ==
 def overlay_uri(
     lidar: Any, cameras: Mapping[str, Any], boxes: Any = None, regions: bytes | None = None
 ) -> tuple[str, str]:
-    """A ``data:`` address of one picture, and a line about it.
+    """A ``data:`` URI of one image, and a line about it.
 
-    The picture shows every camera with the points that fall into it, near ones red and far ones blue, the boxes, and
-    the cloud from above with each camera's field of view; beside it, where there are ``regions`` (a ``regions.npy``),
-    each of them in a colour of its own over the grey ground.
+    The image shows every camera with the points that project into it, near ones red and far ones blue, the boxes, and
+    the cloud from above with each camera's field of view; with ``regions`` (a ``regions.npy``) also the cloud in grey
+    with each region in its own colour.
 
     Raises:
-        DecodeError: what training would refuse too.
+        DecodeError: whatever training would refuse.
     """
     cloud = LidarInput(LidarConfig(features=[])).decode(lidar)
     shots = CameraInput(CameraConfig()).decode(cameras)
@@ -59,8 +59,8 @@ def overlay_uri(
 
 
 def _in_regions(points: F64, places: npt.NDArray[np.float32]) -> tuple[F64, npt.NDArray[np.uint8]]:
-    """The sweep in grey, then the places in regions, broad enough to be seen: neighbouring numbers get hues far apart
-    (golden angle)."""
+    """The sweep in grey, then the places in regions, drawn large enough to see; neighbouring region numbers get distant
+    hues (golden angle)."""
     inside = np.repeat(places[places[:, 3] >= 0], 9, axis=0)
     inside[:, :2] += np.tile(np.mgrid[-1:2, -1:2].reshape(2, 9).T * 0.12, (len(inside) // 9, 1))
     hues = (inside[:, 3] * 0.618034) % 1.0

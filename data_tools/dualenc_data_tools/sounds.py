@@ -1,4 +1,4 @@
-"""Sounds on their way into a shard: checked, cut, resampled, written anew."""
+"""Audio clips on their way into a shard: checked, cut, resampled, re-encoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dualenc.data.modalities.sound_file import Sound
 
 MAX_SECONDS = 3600.0
-"""Longer sounds are packed as they are, but not written anew: they would have to stand in memory whole."""
+"""Longer clips are packed as they are but not re-encoded: they would have to fit into memory."""
 _BLOCK_SECONDS = 60
 _ENDINGS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "MPEG": "mp3"}
 _FORMATS: dict[str, dict[str, Any]] = {
@@ -24,11 +24,11 @@ _FORMATS: dict[str, dict[str, Any]] = {
 
 
 class BadSound(BadMedia):
-    """A sound cannot be packed."""
+    """An audio clip cannot be packed."""
 
 
 def open_sound(raw: bytes) -> Sound:
-    """The sound's header.
+    """Open an audio file and read its header.
 
     Raises:
         BadSound: "broken sound".
@@ -42,7 +42,7 @@ def open_sound(raw: bytes) -> Sound:
 
 
 def decode(sound: Sound) -> None:
-    """Decode it once from end to end, a minute at a time.
+    """Decode it once from start to end, a minute at a time.
 
     Raises:
         BadSound: "broken sound".
@@ -59,12 +59,12 @@ def decode(sound: Sound) -> None:
 
 
 def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
-    """(ending, bytes) of a sound as the settings want it: the original bytes wherever nothing has to change.
+    """(ending, bytes) of an audio clip according to the settings: the original bytes wherever nothing has to change.
 
-    What is written anew is mono and 16 bits deep.
+    Re-encoded clips are mono with 16 bits.
 
     Raises:
-        BadSound: it is broken, or too long to be written anew.
+        BadSound: it is broken, or too long to be re-encoded.
     """
     sound = open_sound(raw)
     too_long = cfg.seconds is not None and sound.seconds > cfg.seconds
@@ -75,7 +75,7 @@ def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
         return _ENDINGS[sound.format], raw
     seconds = min(sound.seconds, cfg.seconds or math.inf)
     if seconds > MAX_SECONDS:
-        raise BadSound("too long", f"{seconds:,.0f} s are more than {MAX_SECONDS:,.0f}; set seconds to cut sounds")
+        raise BadSound("too long", f"{seconds:,.0f} s are more than {MAX_SECONDS:,.0f}; set seconds to cut clips")
     rate = cfg.rate or sound.rate
     try:
         wave = sound.read(0, math.ceil(seconds * sound.rate), rate)
@@ -86,10 +86,10 @@ def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
 
 
 def encode(wave: Any, rate: int, ending: str) -> bytes:
-    """Mono samples float32 [T] as FLAC or WAV (16 bits) or Ogg Vorbis. What is beyond full scale is made as loud as it.
+    """Mono samples float32 [T] as FLAC or WAV (16 bits) or Ogg Vorbis. Samples beyond full scale are clipped.
 
     Raises:
-        BadSound: the format does not know this rate.
+        BadSound: the format does not support this rate.
     """
     import numpy as np
     import soundfile

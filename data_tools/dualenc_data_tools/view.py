@@ -1,4 +1,4 @@
-"""One HTML page that shows samples as pictures, sounds and calibrated sensors with their captions; it needs no other
+"""One HTML page that shows samples as images, audio and calibrated sensors with their captions; it needs no other
 file."""
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 from dualenc.config import Source
 from dualenc.data.driving.places import MEMBER
 from dualenc.data.modalities import DecodeError, modalities
+from dualenc.data.modalities.modality import of_one_item
 from dualenc.data.shards.index import ShardSet, expand, open_source
 from dualenc.data.shards.reader import Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local
-from dualenc.data.show import thumbnail_uri
+from dualenc.data.shards.tar import Sample
+from dualenc.data.show import Previews, preview, thumbnail_uri
 from dualenc.errors import DataError
 from dualenc.pages import environment, write_page
 from dualenc_data_tools.check import AUDIO, CAPTIONS, IMAGE
@@ -25,7 +27,7 @@ from dualenc_data_tools.overlay import overlay_uri
 
 THUMBNAIL_PX = 256
 MAX_SOUND = 2_000_000
-"""Bytes of a sound that is put into the page."""
+"""Largest audio file embedded in the page, in bytes."""
 _SENSORS = {m: modalities[m].default_members[:1] for m in ("lidar", "camera")} | {
     "boxes": ["json:boxes"],
     "regions": [MEMBER],
@@ -51,9 +53,9 @@ class Card:
 
 
 def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: int = 0) -> Path:
-    """Write a page with ``n`` samples drawn by ``seed`` (all of them if there are fewer), in the order they lie.
+    """Write a page with ``n`` samples drawn by ``seed`` (all of them if there are fewer), in stored order.
 
-    Everything read from the shards is escaped; pictures are re-encoded thumbnails. Broken samples are shown as such.
+    Everything read from the shards is escaped; images are re-encoded thumbnails. Broken samples are shown as such.
 
     Raises:
         DataError: no such shard; a remote shard without an index.
@@ -79,7 +81,7 @@ def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: i
 
 
 def _place(counts: Sequence[int], i: int) -> tuple[int, int]:
-    """The shard and the place in it of sample ``i`` of all."""
+    """The shard of sample ``i`` of all, and its place in that shard."""
     for shard, count in enumerate(counts):
         if i < count:
             return shard, i
@@ -109,6 +111,8 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
             card.problem = str(e)
     if isinstance(found.values.get("lidar"), dict) and isinstance(found.values.get("camera"), dict):
         _overlay(card, found.values)
+    if not {"image", "audio", "lidar", "camera"} & found.values.keys():
+        _preview(card, reader, shard, sample)
     sound = found.values.get("audio")
     if sound is not None and len(sound) <= MAX_SOUND:
         mime = _MIME[found.members["audio"]]
@@ -124,12 +128,27 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
         key = next((k for k in CAPTIONS if k in doc), None)
         if key is not None and not card.captions:
             card.captions = [str(v) for v in doc[key]] if isinstance(doc[key], list) else [str(doc[key])]
-        card.fields = {k: _short(v) for k, v in doc.items() if k != key}
+        card.fields |= {k: _short(v) for k, v in doc.items() if k != key}
     return card
 
 
+def _preview(card: Card, reader: Reader, shard: int, sample: Sample) -> None:
+    """What a modality of a plugin says of its own items."""
+    foreign = {n: modalities[n] for n in modalities if modalities.source(n) != "dualenc"}
+    wanted = {n: cls.default_members for n, cls in foreign.items() if isinstance(cls, Previews)}
+    try:
+        for name, raw in reader.find(0, shard, sample, wanted).values.items():
+            with of_one_item():
+                shown = preview(raw, name)
+            card.picture, card.sound = shown.get("picture", card.picture), shown.get("sound", card.sound)
+            if "text" in shown:
+                card.fields[name] = shown["text"]
+    except (SampleError, DecodeError) as e:
+        card.problem = str(e)
+
+
 def _overlay(card: Card, values: dict[str, Any]) -> None:
-    """The calibrated pictures with the points over them."""
+    """The calibrated images with the points over them."""
     try:
         card.picture, card.size = overlay_uri(
             values["lidar"], values["camera"], values.get("boxes"), values.get("regions")
@@ -140,7 +159,7 @@ def _overlay(card: Card, values: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    """A field as text of at most 80 characters; of long ones (calibrations and boxes, which are drawn) the size."""
+    """A field as text of at most 80 characters; for longer values (calibrations, boxes) only their size."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict | list) and len(json.dumps(value)) > 80:
         text = f"{len(value)} {'keys' if isinstance(value, dict) else 'items'}"

@@ -1,4 +1,4 @@
-"""Shards with the same bytes for the same samples, that appear only when they are whole."""
+"""Shards with the same bytes for the same samples, which appear only once they are complete."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from dualenc.errors import ConfigError, DataError
 PATTERN = "{split}-{shard:06d}.tar"
 _PARTIAL = ".partial"
 _NAME_BYTES = 100
-"""Longest member name in a ustar header without a prefix, which every reader understands."""
+"""Longest member name in a ustar header without a prefix, which every reader supports."""
 
 
 class ShardWriter:
     """Writes samples into ``split-000000.tar``, ``split-000001.tar``, … of one folder.
 
-    webdataset's writer writes them, with headers that hold nothing that changes from run to run (mtime 0, uid and gid
-    0, no names, mode 644); samples and members stand in the order they are given. Until :meth:`close` the shards have
-    hidden names, then all of them appear and what they replace goes; an exception inside ``with`` leaves the folder as
-    it was.
+    webdataset's writer writes them, with headers free of anything that varies between runs (mtime 0, uid and gid 0, no
+    names, mode 644); samples and members are stored in the order given. Until :meth:`close` the shards have hidden
+    names; then all of them appear and replaced ones are deleted. An exception inside ``with`` leaves the folder as it
+    was.
 
     Args:
-        out_dir: the folder; made if it is not there.
+        out_dir: the folder; created if missing.
         pattern: the shards' names, with ``{split}`` and ``{shard:06d}``.
         max_samples, max_bytes: a shard ends before it would hold more (a single sample may be larger).
-        overwrite: shards of the same split may be there and are replaced.
+        overwrite: replace existing shards of the same split.
 
     Raises:
-        ConfigError: a bad pattern, or shards of this split are there already.
+        ConfigError: a bad pattern, or shards of this split exist already.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ShardWriter:
         self._replaced = self._existing()
         if self._replaced and not overwrite:
             first = self._replaced[0].name
-            raise ConfigError(f"{self.out} holds {first} already: choose another folder, or pass overwrite=true")
+            raise ConfigError(f"{self.out} already holds {first}: choose another folder, or pass overwrite=true")
         for left in self.out.glob("." + self._name("*") + _PARTIAL):
             left.unlink()
         self.samples = 0
@@ -68,11 +68,11 @@ class ShardWriter:
         """Append a sample: ``KEY.ENDING`` for every ending, in the order of ``members``.
 
         Raises:
-            DataError: the key or an ending cannot be a member name, or the members hold pickled objects.
+            DataError: the key or an ending is not valid in a member name, or a member would hold pickled objects.
         """
         _check_names(key, members)
         if key == self._last:
-            raise DataError(f"The key {key!r} is given twice in a row: readers would take both samples for one")
+            raise DataError(f"The key {key!r} is given twice in a row: readers would merge the two samples")
         self._last = key
         added = sum(512 + -(-len(raw) // 512) * 512 for raw in members.values())
         if self._in_shard >= self.max_samples or (self._in_shard and self._bytes + added > self.max_bytes):
@@ -80,7 +80,7 @@ class ShardWriter:
         if self._tar is None:
             self._begin_shard()
         for ending, raw in members.items():
-            # One call a member: webdataset sorts the endings of a sample, and here they stand as they were given.
+            # One call per member: webdataset would sort a sample's endings, and their order is kept here.
             self._tar.write({"__key__": key, ending: raw})
         self._bytes += added
         self._in_shard += 1
@@ -102,7 +102,7 @@ class ShardWriter:
         return self._paths
 
     def abort(self) -> None:
-        """Delete what was written; what was there before stays."""
+        """Delete what was written; existing shards stay."""
         self._end_shard()
         for path in self._paths:
             _partial(path).unlink(missing_ok=True)
@@ -146,7 +146,7 @@ class ShardWriter:
         return sorted(p for p in self.out.iterdir() if number.fullmatch(p.name))
 
     def _forget(self, names: set[str]) -> None:
-        """Take shards that are gone out of the index."""
+        """Remove deleted shards from the index."""
         path = self.out / INDEX_NAME
         if not names or not path.is_file():
             return
@@ -159,7 +159,7 @@ def safe_split(split: str) -> str:
     """A split's name as part of a file name.
 
     Raises:
-        ConfigError: for anything but letters, digits, ``_``, ``-`` and ``.`` (not in front).
+        ConfigError: for anything but letters, digits, ``_``, ``-`` and ``.`` (not as the first character).
     """
     if not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]{0,63}", split):
         raise ConfigError(
@@ -183,7 +183,9 @@ def _partial(path: Path) -> Path:
 
 def _check_names(key: str, members: Mapping[str, bytes]) -> None:
     if not key or "." in key.rsplit("/", 1)[-1] or unsafe(key) or not key.isprintable():
-        raise DataError(f"{key!r} cannot be a key: no dot, no leading slash, no '..'; dots end the key in a shard")
+        raise DataError(
+            f"{key!r} is not a valid key: use no dots (a key ends at the first one), no leading slash and no '..'"
+        )
     if not members:
         raise DataError(f"sample {key!r} has no members")
     for ending in members:
@@ -192,6 +194,8 @@ def _check_names(key: str, members: Mapping[str, bytes]) -> None:
                 f"{key}.{ending}: pickled objects can run code when read; store plain bytes, json or npy instead"
             )
         if not re.fullmatch(r"[a-z0-9_][a-z0-9_.\-]*", ending):
-            raise DataError(f"{key}.{ending}: an ending is lower-case letters, digits, '_', '-' and '.', such as 'jpg'")
+            raise DataError(
+                f"{key}.{ending}: an ending may have lower-case letters, digits, '_', '-' and '.', such as 'jpg'"
+            )
         if len(f"{key}.{ending}".encode()) > _NAME_BYTES:
             raise DataError(f"{key}.{ending}: the name is longer than {_NAME_BYTES} bytes; shorten the key")

@@ -1,1 +1,1 @@
-"""What a script of yours calls; every public name stands in ``dualenc`` itself: ``dualenc.load_model`` and so on."""
+"""The public API for scripts; every name is also in ``dualenc`` itself: ``dualenc.load_model`` and so on."""

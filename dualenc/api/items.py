@@ -1,4 +1,4 @@
-"""What a person has (paths, URLs, bytes, images, arrays) → the raw items that a modality's ``decode`` takes."""
+"""What a user has (paths, URLs, bytes, images, arrays) → the raw items that a modality's ``decode`` takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 class RawItems(Sequence[Any]):
-    """Items that are read when they are asked for: by the pool that decodes them, while others are on the device."""
+    """Items that are read on demand: by the pool that decodes them, while others are on the device."""
 
     def __init__(self, source: ModalityInput, items: Sequence[Any], rate: int | None = None) -> None:
         self.source, self.items, self.rate = source, items, rate
@@ -68,7 +68,7 @@ def raw_of(source: ModalityInput, x: Any, rate: int | None = None) -> Any:
     if isinstance(x, str | os.PathLike):
         return read(os.fspath(x))
     if isinstance(source, FromMemory):
-        raise DecodeError(f"an object of type {type(x).__name__} is not taken; give a path, URL, bytes or array")
+        raise DecodeError(f"cannot read an object of type {type(x).__name__}; give a path, URL, bytes or array")
     return x  # a modality from outside: its decode says what it takes
 
 
@@ -76,10 +76,10 @@ def read(path: str) -> bytes:
     """The bytes of a file or URL.
 
     Raises:
-        DecodeError: there is none, or it cannot be read.
+        DecodeError: it does not exist or cannot be read.
     """
     if is_pipe(path):
-        raise DecodeError(f"{path}: commands are run for shards only; give a path or URL")
+        raise DecodeError(f"{path}: pipe: commands work for shards only; give a path or URL")
     if not is_local(path):
         try:
             return fetch_bytes(path, _RETRIES)
@@ -100,7 +100,7 @@ def read(path: str) -> bytes:
 
 
 def name_of(x: Any, position: int) -> str | int:
-    """How an item is called in results: by its path or text, else by its position."""
+    """How results name an item: by its path or text, else by its position."""
     return os.fspath(x) if isinstance(x, str | os.PathLike) else position
 
 
@@ -108,7 +108,7 @@ def name_of(x: Any, position: int) -> str | int:
 
 
 def endings(source: ModalityInput) -> list[str]:
-    """Endings of the single files that a modality reads: those of its shard members that are one member each."""
+    """Extensions of the single files that a modality reads: those of its shard members that are one file each."""
     return [e.lower() for e in source.default_members if "+" not in e and ":" not in e]
 
 
@@ -118,7 +118,7 @@ def found(places: Iterable[Any], inputs: Mapping[str, ModalityInput], modality: 
     Args:
         places: folders, and whatever :func:`raw_of` takes.
         inputs: the modalities that are possible.
-        modality: the one it is; None: told by the files' endings.
+        modality: the modality of the items; None: by file extension.
 
     Raises:
         ConfigError: the files are of several modalities, or of one the model does not have.
@@ -133,7 +133,7 @@ def found(places: Iterable[Any], inputs: Mapping[str, ModalityInput], modality: 
         else:
             items.append(place)
     if not items:
-        raise DataError("there are no items: give files, URLs or a folder that holds some")
+        raise DataError("there are no items; give files, URLs or a folder with files")
     if modality is not None or len(possible) == 1:
         return modality or next(iter(possible)), items
     kinds = [_told_by_ending(x, possible) for x in items]
@@ -141,7 +141,7 @@ def found(places: Iterable[Any], inputs: Mapping[str, ModalityInput], modality: 
     if len(names) > 1:
         first = {k: items[kinds.index(k)] for k in names[:2]}
         said = " and ".join(f"{k} ({name_of(x, 0)})" for k, x in first.items())
-        raise ConfigError(f"the items are of several modalities, {said}; say which with modality={names[0]!r}")
+        raise ConfigError(f"the items are of several modalities, {said}; choose one with modality={names[0]!r}")
     return names[0] if names else next(iter(possible)), items
 
 
@@ -164,7 +164,7 @@ def _below(folder: Path, inputs: Mapping[str, ModalityInput]) -> list[str]:
             chosen.append(str(p))
     if not chosen:
         wanted = ", ".join(dict.fromkeys(e for source in inputs.values() for e in endings(source)))
-        raise DataError(f"{folder} holds no file of {' or '.join(inputs)} ({wanted})")
+        raise DataError(f"{folder} has no files of {' or '.join(inputs)} ({wanted})")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""A model that is loaded: encode, compare, classify, search."""
+"""A loaded model: encode, compare, classify, search."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_model(spec: str | Path, device: str | torch.device = "auto", dtype: str
 
 @dataclass(frozen=True)
 class Predictions:
-    """What :meth:`Model.classify` says of each item.
+    """The result of :meth:`Model.classify` for each item.
 
     Attributes:
         names: the classes, in the order they were given.
@@ -125,7 +125,7 @@ class Model:
         return self.embedder.describe()
 
     def save(self, folder: str | Path) -> Path:
-        """Write it as a folder that :func:`load_model` reads; the folder is returned."""
+        """Save the model as a folder that :func:`load_model` reads; returns the folder."""
         return self.bundle.save(folder)
 
     def recipe(
@@ -138,7 +138,7 @@ class Model:
         name: str = "finetuned",
         overrides: Iterable[str] = (),
     ) -> Recipe:
-        """A recipe that goes on training this model: ``dualenc.train(model.recipe("my-{000..099}.tar", steps=1000))``.
+        """A recipe to train this model further: ``dualenc.train(model.recipe("my-{000..099}.tar", steps=1000))``.
 
         Args:
             shards: path, brace pattern or URL of webdataset shards, or several.
@@ -151,7 +151,7 @@ class Model:
             ConfigError: naming the key, its value and what to write instead; or the model was not loaded from anywhere.
         """
         if self.source is None:
-            raise ConfigError("recipe: training starts from a model that is stored; save it and load it from there")
+            raise ConfigError("recipe: training starts from a saved model; save this one and load it from there")
         kept = ("kind", "input", "encoder", "lock", "shares")
         given = [shards] if isinstance(shards, str) else list(shards)
         raw: dict[str, Any] = {
@@ -195,11 +195,11 @@ class Model:
         Args:
             batch_size: items on the device at once.
             normalize: L2-normalise the features; False: as the tower's head gives them.
-            dtype, device: of the features that are returned.
+            dtype, device: of the returned features.
             progress: show a bar on stderr.
             sample_rate: of waveforms given as arrays, in Hz.
-            skipped: is filled with position → reason of items that cannot be used, and they get no row. Default: such
-                an item is an error.
+            skipped: filled with position → reason for unusable items, which get no row. Default: such an item is an
+                error.
             items: the modality and its items.
 
         Returns:
@@ -301,7 +301,7 @@ class Model:
         from dualenc_evals.kinds.classification import check_templates, classifier
 
         if isinstance(names, str) or len(names) < 2 or len(set(names)) < len(names):
-            raise ConfigError(f'names: write two or more different classes, such as ["cat", "dog"], got {names!r}')
+            raise ConfigError(f'names: give two or more different classes, such as ["cat", "dog"], got {names!r}')
         if templates is None:
             source = self.bundle.inputs[modality or next(iter(self._beside(text)))]
             templates = source.prompt if isinstance(source, FromMemory) else "{}"
@@ -384,7 +384,7 @@ class Model:
     def _named(
         self, modality: str, items: list[Any], options: _Options, skip: bool
     ) -> tuple[Tensor, list[str | int], dict[str | int, str]]:
-        """Features, names of the items they are of, and the items that were left out."""
+        """Features, the names of their items, and the items that were skipped."""
         bad: dict[int, str] = {}
         x = self._encoded(modality, items, options, bad if skip else None)
         called = [name_of(item, i) for i, item in enumerate(items)]
@@ -394,7 +394,7 @@ class Model:
         return {m: x for m, x in self.bundle.inputs.items() if m != known(text, self.bundle.inputs)}
 
     def _pair_of(self, a: str, b: str) -> str:
-        """The key of a pair in either order; one that was not trained together has no scale of its own."""
+        """The key of a pair in either order; only trained pairs have a logit scale."""
         for pair in (pair_name((a, b)), pair_name((b, a))):
             if pair in self._pairs():
                 return pair
@@ -405,9 +405,9 @@ class Model:
         if pair is None and len(names) == 1:
             return names[0]
         if pair is None:
-            raise ConfigError(f"pair: the model has several, say whose scale: {', '.join(names)}")
+            raise ConfigError(f"pair: the model has several logit scales; choose one of {', '.join(names)}")
         if pair not in names:
-            raise ConfigError(f"pair: there is no {pair!r}. {did_you_mean(pair, names)}")
+            raise ConfigError(f"pair: the model has no pair {pair!r}. {did_you_mean(pair, names)}")
         return pair
 
     def _pairs(self) -> list[str]:
@@ -433,7 +433,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 @contextmanager
 def _progress(shown: bool, what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many items are done."""
+    """A function to call with the number of items done."""
     if not shown:
         yield lambda done: None
         return

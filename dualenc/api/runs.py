@@ -17,7 +17,7 @@ __all__ = ["evaluate", "evaluation_of", "load_recipe", "resolve_tasks", "train"]
 
 
 def train(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Path:
-    """Train a recipe; called again, it goes on from the newest save. All ranks of a launcher call it alike.
+    """Train a recipe; called again, it resumes from the newest checkpoint. All ranks of a launcher call it alike.
 
     Args:
         recipe: a recipe, a YAML file, or the name of one that comes with the package, such as ``quickstart``.
@@ -119,10 +119,10 @@ def evaluate(
 
 
 def resolve_tasks(names: Sequence[str | Path | Task]) -> list[Task]:
-    """Task names or YAML files → tasks; empty names are passed over.
+    """Task names or YAML files → tasks; empty names are skipped.
 
     Raises:
-        ConfigError: a name that is none, before the first step and not after the last.
+        ConfigError: an unknown name; raised before the first step, not after the last.
     """
     from dualenc_evals.catalog import load_task
     from dualenc_evals.task import Task
@@ -131,7 +131,7 @@ def resolve_tasks(names: Sequence[str | Path | Task]) -> list[Task]:
 
 
 def evaluation_of(tasks: list[Task]) -> Callable[[Any, Any], Mapping[str, float]]:
-    """The evaluation that the training loop calls: it knows tasks, the loop knows none."""
+    """The evaluation that the training loop calls, so that the loop need not know tasks."""
     seen: dict[Any, Any] = {}  # a run evaluates the same files again and again
 
     def measure(embedder: Any, world: Any) -> dict[str, float]:

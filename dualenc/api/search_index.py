@@ -16,7 +16,7 @@ _BLOCK = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """What a search found.
+    """One item that a search found.
 
     Attributes:
         item: the item's path or text; its position where it has neither.
@@ -47,7 +47,9 @@ class SearchIndex:
 
     def __post_init__(self) -> None:
         if len(self.items) != len(self.features):
-            raise ConfigError(f"a search index has one feature for each item, got {len(self.features)} for {len(self)}")
+            raise ConfigError(
+                f"a search index needs one feature per item, got {len(self.features)} features for {len(self)} items"
+            )
 
     def __len__(self) -> int:
         return len(self.items)

@@ -1,4 +1,4 @@
-"""Tensors that several ranks write together and any number of ranks reads: flat ranges in safetensors files.
+"""Tensors that several ranks write together and any number of ranks can read: flat ranges in safetensors files.
 
 ``STEM-00003-of-00008.safetensors`` holds what one of eight ranks wrote: each entry is a flat (1-D) run of elements of
 a tensor, and the file's header says of which: name → whole shape, start, end (in elements, row-major). FSDP2's shards
@@ -29,7 +29,7 @@ _FILE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safeten
 
 
 class WriteError(OSError):
-    """safetensors could not write a file; it says the reason, usually a full disk, in words only."""
+    """safetensors could not write a file; the reason, usually a full disk, is only in its message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def file_name(stem: str, rank: int, world_size: int) -> str:
 
 
 def write(path: Path, pieces: Iterable[Piece]) -> None:
-    """Write one rank's file; its pieces pass through CPU memory, and nothing else does.
+    """Write one rank's file; only its own pieces pass through CPU memory.
 
     Raises:
         OSError: if it cannot be written.
@@ -136,7 +136,7 @@ class InMemory:
 
 
 class Joined:
-    """The tensors of ``first``, and those of ``second`` that it has not, as a :class:`Stored`."""
+    """The tensors of ``first``, and those only ``second`` has, as a :class:`Stored`."""
 
     def __init__(self, first: Stored, second: Stored) -> None:
         self._first, self._second = first, second
@@ -255,7 +255,7 @@ class Files:
 
 
 def find(folder: Path, stem: str) -> list[Path]:
-    """The files of ``stem`` in ``folder``: the one that holds it whole, else all that ranks wrote; [] if none is there.
+    """The files of ``stem`` in ``folder``: the one that holds it whole, else all that ranks wrote; [] if there is none.
 
     Raises:
         CheckpointError: naming a file that the others speak of and that is missing.
@@ -266,7 +266,7 @@ def find(folder: Path, stem: str) -> list[Path]:
     matches = [m for p in folder.glob(f"{stem}-*.safetensors") if (m := _FILE.fullmatch(p.name)) and m["stem"] == stem]
     counts = {int(m["count"]) for m in matches}
     if len(counts) > 1:
-        raise CheckpointError(f"{folder} mixes {stem} files of saves by {' and '.join(map(str, sorted(counts)))} ranks")
+        raise CheckpointError(f"{folder} mixes {stem} files written by {' and '.join(map(str, sorted(counts)))} ranks")
     paths = [folder / file_name(stem, r, n) for n in counts for r in range(n)]
     for path in paths:
         if not path.is_file():
@@ -282,7 +282,7 @@ def stored(folder: Path, stem: str) -> Files:
     """
     paths = find(folder, stem)
     if not paths:
-        raise CheckpointError(f"{folder} holds neither {stem}.safetensors nor pieces of it")
+        raise CheckpointError(f"{folder} has neither {stem}.safetensors nor its shards")
     return Files(paths)
 
 
@@ -290,11 +290,11 @@ def _check_coverage(name: str, size: int, runs: Sequence[_Run]) -> None:
     at = 0
     for run in runs:
         if run.start != at:
-            what = f"elements {at} to {run.start - 1} are missing" if run.start > at else "some elements stand twice"
+            what = f"elements {at} to {run.start - 1} are missing" if run.start > at else "some elements appear twice"
             raise CheckpointError(f"{run.path.parent}: {name}: {what} (seen at {run.path.name})")
         at = run.end
     if at != size:
-        raise CheckpointError(f"{runs[-1].path.parent}: {name}: {at} of its {size} elements are there")
+        raise CheckpointError(f"{runs[-1].path.parent}: {name}: only {at} of its {size} elements are present")
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -1,18 +1,18 @@
-"""Saves that are atomic, verified, found by themselves, and independent of engine and world size.
+"""Checkpoints: atomic, verified, found automatically, and independent of engine and world size.
 
     RUN/checkpoints/step-0000000100/
         model/                   the bundle: what `dualenc eval` loads (the moving average, if the recipe keeps one)
         weights.safetensors      the trained weights, only where model/ holds their moving average, or where a loss
-                                 has heads of its own, which are no part of the model
+                                 has heads of its own, which are not part of the model
         teachers.safetensors     when distilling: the state of teachers that follow the student
         optimizer.safetensors    optimizer state by parameter name, whatever engine wrote it
         state.json               step, samples_seen, lost-sample counts, small optimizer values
         manifest.json            size and sha256 of every file above, written last
 
-In a sharded save every rank writes what it holds (:mod:`dualenc.checkpoint.ranges`): the three files of tensors are
-then ``model/model-00001-of-00008.safetensors`` and so on. The folder must be one that all ranks see.
+In a sharded checkpoint every rank writes what it holds (:mod:`dualenc.checkpoint.ranges`): the three files of tensors
+are then ``model/model-00001-of-00008.safetensors`` and so on. The folder must be one that all ranks see.
 
-A folder without a manifest, or whose files differ from it, is not a save: the newest good one is used instead.
+A folder without a manifest, or whose files differ from it, does not count: the newest good checkpoint is used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MANIFEST = "manifest.json"
 SHARDED_FROM = 8 * 2**30
 """Bytes of weights and optimizer state from which ``checkpoint.sharded: auto`` lets every rank write its own.
 
-Below that (about 700 M parameters under AdamW) one file is what people want to copy and open, and rank 0 collects,
+Below that (about 700 M parameters under AdamW) one file is easier to copy and open, and rank 0 collects,
 hashes and writes it in seconds. Where every rank holds everything (DDP, ZeRO 0) nothing is collected at any size.
 """
 _STEP = re.compile(r"step-(\d{10})")
@@ -51,7 +51,7 @@ _STATES = {"adamw": 2, "muon": 2, "sgd": 1}  # of a parameter's size; Muon has o
 
 @dataclass
 class TrainState:
-    """Everything besides tensors that a run needs to go on. The data order and all random draws are functions of
+    """Everything besides tensors that a run needs to resume. The data order and all random draws are functions of
     ``step`` and the recipe, so no loader or RNG state is kept."""
 
     step: int = 0
@@ -84,7 +84,7 @@ class _Watched(_Strict):
 
 
 class _SavedState(_Strict):
-    """What state.json may hold: :class:`TrainState` with the types of what is inside."""
+    """The schema of state.json: :class:`TrainState` with the types of its contents."""
 
     step: int = Field(default=0, ge=0)
     samples_seen: int = Field(default=0, ge=0)
@@ -97,18 +97,18 @@ class _SavedState(_Strict):
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Where the save of ``step`` stands."""
+    """The folder of the checkpoint of ``step``."""
     return run_dir / "checkpoints" / f"step-{step:010d}"
 
 
 def step_of(save: Path) -> int:
-    """The step of a save, from its name; saves elsewhere have none: −1."""
+    """The step of a checkpoint, from its name; −1 if the name has none."""
     found = _STEP.search(save.name)
     return int(found[1]) if found else -1
 
 
 def set_aside(save: Path, name: str) -> None:
-    """Give a save a name under which :func:`newest_good` does not find it; an older one of that name goes."""
+    """Rename a checkpoint so that :func:`newest_good` does not find it; replaces an older one of that name."""
     if save.is_dir():
         target = save.with_name(name)
         shutil.rmtree(target, ignore_errors=True)
@@ -116,7 +116,7 @@ def set_aside(save: Path, name: str) -> None:
 
 
 def is_sharded(recipe: Recipe, parameters: int, trained: int, world_size: int) -> bool:
-    """Whether saves of this run are sharded: ``checkpoint.sharded``, and what ``auto`` means.
+    """Whether checkpoints of this run are sharded: ``checkpoint.sharded``, and what ``auto`` means.
 
     Args:
         parameters, trained: their numbers; weights and state are fp32.
@@ -134,12 +134,12 @@ def is_sharded(recipe: Recipe, parameters: int, trained: int, world_size: int) -
 
 
 class Saver:
-    """Writes one save: a context that stages files in a hidden folder and renames it when all are on disk.
+    """Writes one checkpoint: a context that stages files in a hidden folder and renames it when all are on disk.
 
     All ranks enter and leave it together, and the folder must be on a file system that all of them see. What is not a
     piece is written by rank 0. Every rank hashes what it wrote, so rank 0 reads nothing of the others'. An exception on
-    any rank removes the folder and is raised there; on the others it is a DualencError that names the rank (no
-    CheckpointError: a new start may well find room on the disk).
+    any rank removes the folder and is raised there; on the others it is a DualencError that names the rank (not
+    a CheckpointError: after a restart the disk may have room).
     """
 
     def __init__(self, run_dir: Path, step: int, world: World | None = None) -> None:
@@ -155,7 +155,7 @@ class Saver:
         error: OSError | None = None
         if self.world.rank == 0:
             try:
-                sweep(self.final.parent)  # before writing: a killed save may have filled the disk
+                sweep(self.final.parent)  # before writing: a killed writer may have filled the disk
                 self.folder.mkdir(parents=True)
             except OSError as e:
                 error = e
@@ -209,10 +209,10 @@ class Saver:
             self._raise_if_given_up()
 
     def _finish(self, pieces: dict[str, list[Any]]) -> None:
-        """Rank 0, when all ranks have written: the manifest, then the save's name."""
+        """On rank 0, when all ranks have written: write the manifest, then rename the folder to its final name."""
         for name, (size, _) in pieces.items():
             if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
-                raise OSError(f"{self.folder / name}, {size} bytes, is not seen by rank 0: is the run folder shared?")
+                raise OSError(f"rank 0 does not see {self.folder / name} ({size} bytes): is the run folder shared?")
         own = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
         own = [p for p in own if str(p.relative_to(self.folder)) not in pieces]
         files = pieces | {str(p.relative_to(self.folder)): _digest(p) for p in own}
@@ -221,15 +221,15 @@ class Saver:
         folders = [p for p in self.folder.rglob("*") if p.is_dir()]
         for path in [*own, *folders, manifest, self.folder]:
             _fsync(path)
-        if self.final.exists():  # a save of the same step from before a resume: the new one replaces it
+        if self.final.exists():  # a checkpoint of the same step from before a resume: the new one replaces it
             shutil.rmtree(self.final)
         self.folder.rename(self.final)
         _fsync(self.final.parent)
 
     def _exchange(self, files: dict[str, list[Any]], error: BaseException | None) -> dict[str, list[Any]]:
-        """Every rank's files, or the first error, which ends the save on all ranks.
+        """Every rank's files, or the first error, which ends the checkpoint on all ranks.
 
-        A rank that fails between two exchanges brings its error to the next one, so nobody waits for it in vain.
+        A rank that fails between two exchanges reports its error at the next one, so no rank waits for it in vain.
         """
         said = None if error is None else f"{type(error).__name__}: {error}"
         before, self._over = self._over, True  # if the exchange itself fails, there is nobody to talk to
@@ -238,17 +238,17 @@ class Saver:
         for rank, (_, failed) in enumerate(found):
             if failed is not None:
                 self._over = True
-                self._given_up = f"The save {self.final.name} was given up: rank {rank} failed ({failed})"
+                self._given_up = f"Checkpoint {self.final.name} was not written: rank {rank} failed ({failed})"
                 break
         return {name: digest for own, _ in found for name, digest in own.items()}
 
     def _raise_if_given_up(self) -> None:
         if self._over:
-            raise DualencError(self._given_up or f"The save {self.final.name} was given up")
+            raise DualencError(self._given_up or f"Checkpoint {self.final.name} was not written")
 
 
 def prune(run_dir: Path, keep: int, proven: int | None = None) -> None:
-    """Keep the newest ``keep`` saves, and the newest up to step ``proven``."""
+    """Keep the newest ``keep`` checkpoints, and the newest up to step ``proven``."""
     saves = list_saves(run_dir)
     good = [p for p in saves if proven is not None and step_of(p) <= proven]
     for path in saves[:-keep]:
@@ -257,20 +257,20 @@ def prune(run_dir: Path, keep: int, proven: int | None = None) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed writer left staged in ``folder``, the one with the saves."""
+    """Remove what a killed writer left staged in ``folder``, the one with the checkpoints."""
     for path in folder.glob(".writing-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def list_saves(run_dir: Path) -> list[Path]:
-    """Finished saves, oldest first."""
+    """Finished checkpoints, oldest first."""
     folder = run_dir / "checkpoints"
     found = [p for p in folder.iterdir() if _STEP.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(p for p in found if (p / MANIFEST).is_file())
 
 
 def newest_good(run_dir: Path, world: World | None = None) -> Path | None:
-    """The newest save whose every file is as it was written; damaged ones are named in a warning and passed over.
+    """The newest checkpoint whose files are all as written; damaged ones are named in a warning and skipped.
 
     With a world of several ranks, every rank calls it and reads its share of the files.
     """
@@ -280,12 +280,12 @@ def newest_good(run_dir: Path, world: World | None = None) -> Path | None:
         if damage is None:
             return path
         if world.rank == 0:
-            logger.warning("Passing over %s: %s", path, damage)
+            logger.warning("Skipping damaged checkpoint %s: %s", path, damage)
     return None
 
 
 def damaged(save: Path, world: World | None = None) -> str | None:
-    """What is wrong with a save, or None; the same on all ranks of ``world``, each of which reads its share of it."""
+    """What is wrong with a checkpoint, or None; the same on all ranks of ``world``; each reads a share of it."""
     world = world or World()
     found = [d for d in all_gather_object(_damaged(save, world.rank, world.world_size), world) if d is not None]
     return found[0] if found else None
@@ -302,7 +302,7 @@ def _damaged(save: Path, rank: int, world_size: int) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if _digest(path) != digest:
-            return f"{name} is not what was written (size or sha256 differs)"
+            return f"{name} is not what was written (its size or sha256 differs)"
     return None
 
 
@@ -310,15 +310,15 @@ def _manifest(save: Path) -> dict[str, list[Any]]:
     """File name → [size, sha256].
 
     Raises:
-        ValueError: it is not that, or names a file outside the save.
+        ValueError: it is not that, or names a file outside the checkpoint.
         OSError: it cannot be read.
     """
     files = json.loads((save / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(files, dict):
-        raise ValueError(f"it holds a {type(files).__name__}")
+        raise ValueError(f"it is not a mapping but a {type(files).__name__}")
     for name, entry in files.items():
         if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"it names {name!r}, which is not a file in the save")
+            raise ValueError(f"it names {name!r}, which is not a file in the checkpoint")
         if not (isinstance(entry, list) and [type(x) for x in entry] == [int, str]):
             raise ValueError(f"its entry of {name!r} is not [size, sha256]")
     return files
@@ -328,17 +328,17 @@ def refuse_damaged(save: Path, world: World | None = None) -> None:
     """Raise unless ``save`` is finished and undamaged; every rank of ``world`` calls it.
 
     Raises:
-        CheckpointError: if the folder is not a save, or a file in it is missing or changed.
+        CheckpointError: if the folder is not a checkpoint, or a file in it is missing or changed.
     """
     if not (save / MANIFEST).is_file():
-        raise CheckpointError(f"{save} is not a finished save: it has no {MANIFEST}")
+        raise CheckpointError(f"{save} is not a finished checkpoint: it has no {MANIFEST}")
     damage = damaged(save, world)
     if damage is not None:
         raise CheckpointError(f"{save} cannot be used: {damage}")
 
 
 def load_state(save: Path) -> TrainState:
-    """Read state.json of a save that was found good.
+    """Read state.json of an undamaged checkpoint.
 
     Raises:
         CheckpointError: naming the field that is not what a training run writes.
@@ -362,18 +362,18 @@ def optimizer_state(save: Path) -> Files:
 
 
 def trained_weights(save: Path) -> Files:
-    """The weights training goes on with (not their moving average)."""
+    """The weights that training resumes with (not their moving average)."""
     return stored(save, "weights") if has_average(save) else stored(save / "model", "model")
 
 
 def average_weights(save: Path) -> Joined:
     """The moving average of the weights; only where :func:`has_average`. Heads that only a loss uses are not part of
-    the bundle: their average starts again from the trained ones."""
+    the bundle: their average restarts from the trained ones."""
     return Joined(stored(save / "model", "model"), trained_weights(save))
 
 
 def has_average(save: Path) -> bool:
-    """Whether the trained weights stand beside the bundle: it holds their moving average, or lacks a loss's heads."""
+    """Whether trained weights are stored beside the bundle: it holds their average, or a loss has heads of its own."""
     return bool(find(save, "weights"))
 
 

@@ -1,7 +1,7 @@
-"""The ``dualenc`` command: the one place that joins training, evaluation and data tools.
+"""The ``dualenc`` command: the one place that brings training, evaluation and data tools together.
 
 Exit codes: 0 done; 1 other errors; 2 recipe or command line; 3 data; 4 checkpoint; 5 diverged; 6 stopped by
-eval.guard and saved; 130 stopped and saved.
+eval.guard, with a checkpoint; 130 stopped by a signal, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Entry point. Errors meant for a person are one line on stderr; ``--debug`` shows the traceback."""
+    """Entry point. Errors meant for the user are one line on stderr; ``--debug`` shows the traceback."""
     sys.argv[1:] = take_plugins(take_launcher_arguments(sys.argv[1:]))
     debug = "--debug" in sys.argv
-    if not debug:  # torch's C++ warnings come once per rank, before torch is loaded is the only time to say so
+    if not debug:  # torch's C++ warnings come once per rank and can be silenced only before torch is loaded
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(
         level=logging.INFO if debug else logging.WARNING,
@@ -61,7 +61,7 @@ def take_launcher_arguments(argv: list[str]) -> list[str]:
 
 
 def take_plugins(argv: list[str]) -> list[str]:
-    """``--plugins a,b`` may stand anywhere: it goes to DUALENC_PLUGINS, so that every process of a launch has it."""
+    """``--plugins a,b`` may appear anywhere: it goes to DUALENC_PLUGINS, so that every process of a launch has it."""
     kept, named = [], []
     rest = iter(argv)
     for arg in rest:
@@ -80,13 +80,13 @@ def take_plugins(argv: list[str]) -> list[str]:
 @app.callback(invoke_without_command=True)
 def _version(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     plugins: Annotated[
         str | None,
         typer.Option(
             "--plugins",
-            help="With any command: modules from outside, comma between, to import for their losses, encoders …; "
-            "a checkpoint that needs them may have them.",
+            help="For every command: modules to import for their losses, encoders …, comma-separated; "
+            "checkpoints that need these modules may use them.",
         ),
     ] = None,
 ) -> None:

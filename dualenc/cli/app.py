@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,20 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, dotted: optim.lr=1e-3 data.sources.0.shards=my-{000..009}.tar")
+    list[str] | None,
+    typer.Argument(
+        help="Recipe overrides, key=value with dotted keys: optim.lr=1e-3 data.sources.0.shards=my-{000..009}.tar"
+    ),
 ]
-AllowPipe = Annotated[
-    bool, typer.Option("--allow-pipe", help="Run the shell commands that pipe:COMMAND shards name; else refused.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Allow pipe:COMMAND shards to run their shell commands.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+
+
+def key_values(items: list[str]) -> dict[str, Any]:
+    """``a.b=3`` items as a nested mapping, values read as YAML."""
+    from dualenc.config import apply_override
+
+    raw: dict[str, Any] = {}
+    for item in items:
+        apply_override(raw, item, {})
+    return raw

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from dualenc.api.runs import resolve_tasks
-from dualenc.cli.app import AllowPipe, Debug, app
+from dualenc.cli.app import AllowPipe, Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 
@@ -24,28 +24,28 @@ def eval_(
             help="Run folder, checkpoint folder, open_clip:NAME[/TAG], hf:REPO, or a local folder of either."
         ),
     ],
-    tasks: Annotated[str, typer.Option("--tasks", help="Task names, comma between.")] = "",
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names, comma-separated.")] = "",
     task: Annotated[list[Path] | None, typer.Option("--task", help="A task's YAML file; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where results.json goes.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write results.json.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Folder where features are kept. Default: $DUALENC_CACHE, else in ~/.cache."),
+        typer.Option("--cache", help="Feature cache folder. Default: $DUALENC_CACHE, else in ~/.cache."),
     ] = None,
     no_cache: Annotated[
         bool,
-        typer.Option("--no-cache", help="Neither keep features nor look for kept ones."),
+        typer.Option("--no-cache", help="Do not read or write the feature cache."),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after a kill: finished tasks are taken from --out as they are.")
+        bool, typer.Option("--resume", help="Resume: take finished tasks from --out as they are.")
     ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Of bootstrap intervals and the examples shown.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap intervals and of the examples shown.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Zero-shot evaluation of any model on any task.
 
-    Features are kept by content (weights, data, batch size) and found by the next run; --no-cache turns that off.
+    Features are cached by content (weights, data, batch size) and reused by later runs; --no-cache turns that off.
     """
     from dualenc.distributed.world import close_world, init_world
     from dualenc.model import load_model
@@ -53,7 +53,9 @@ def eval_(
 
     chosen = resolve_tasks([*(n.strip() for n in tasks.split(",")), *map(str, task or [])])
     if not chosen:
-        raise ConfigError("dualenc eval: name tasks, --tasks A,B or --task FILE.yaml; dualenc list tasks shows them")
+        raise ConfigError(
+            "dualenc eval: give tasks with --tasks A,B or --task FILE.yaml; dualenc list tasks shows them"
+        )
     world = init_world(device, 600, None)
     try:
         embedder = load_model(model, device=str(world.device)).embedder()
@@ -77,7 +79,7 @@ def eval_(
 
 
 def feature_cache() -> Path:
-    """Where features are kept: $DUALENC_CACHE, else dualenc/ in the user's cache folder. Safe to delete at any time."""
+    """The feature cache: $DUALENC_CACHE, else dualenc/ in the user's cache folder. Safe to delete at any time."""
     root = os.environ.get("DUALENC_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(root) if root else base / "dualenc") / "features"
@@ -86,51 +88,65 @@ def feature_cache() -> Path:
 @app.command()
 def embed(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
-    shards: Annotated[str, typer.Argument(help="Shards: path, brace pattern or URL; none with --recipe.")] = "",
-    out: Annotated[Path, typer.Option("--out", help="Folder for the features.")] = Path("features"),
+    shards: Annotated[
+        str,
+        typer.Argument(
+            help="Shards: path, brace pattern or URL; or a source with its settings: folder path=photos; "
+            "leave out with --recipe."
+        ),
+    ] = "",
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the source, key=value, as in dualenc shards build.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Output folder for the features.")] = Path("features"),
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", help="Write teacher features of this recipe's data, as its student draws it."),
+        typer.Option("--recipe", help="Write teacher features of this recipe's data, with the student's augmentation."),
     ] = None,
-    views: Annotated[int, typer.Option("--views", min=1, help="With --recipe: augmented views of a sample.")] = 1,
+    views: Annotated[int, typer.Option("--views", min=1, help="With --recipe: augmented views per sample.")] = 1,
     plain: Annotated[
-        str, typer.Option("--plain", help="With --recipe: modalities without augmentation, comma between.")
+        str, typer.Option("--plain", help="With --recipe: modalities without augmentation, comma-separated.")
     ] = "",
-    dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16 or int8. Default: fp32, with --recipe fp16.")] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16 or int8. Default: fp32; with --recipe fp16.")] = "",
     layout: Annotated[
-        str, typer.Option("--format", help="safetensors, or parquet: a table beside every safetensors file.")
+        str, typer.Option("--format", help="safetensors; parquet also writes a table for every safetensors file.")
     ] = "safetensors",
     modalities: Annotated[
-        str, typer.Option("--modalities", help="Which to embed, comma between; default: all the model has.")
+        str, typer.Option("--modalities", help="Modalities to embed, comma-separated; default: all of the model's.")
     ] = "",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features that stand in --out.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features in --out.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
-    """Write the features of every sample: of some shards, or as a teacher's cache beside a recipe's data.
+    """Write the features of every sample: of given shards, or of a recipe's data as a teacher's cache.
 
-    Started again after a kill it keeps the shards that are finished. Several ranks share the shards:
-    dualenc launch --nproc 2 embed MODEL SHARDS.
+    The same command again keeps finished shards. Several ranks share the work:
+    dualenc launch --nproc 2 embed MODEL SHARDS. A data set that is not in shards is read as dualenc shards build
+    reads it: dualenc embed MODEL folder path=photos, dualenc embed MODEL jsonl path=captions.jsonl.
     """
     from dualenc.data.shards.index import refuse_pipes
     from dualenc.distributed.world import close_world, init_world
     from dualenc.features.arrow import write_parquet
     from dualenc.features.of_shards import embed_shards
+    from dualenc.features.of_source import embed_source
     from dualenc.features.store import FeatureStore
     from dualenc.model import load_model
 
     if (recipe is None) == (not shards):
-        raise ConfigError("dualenc embed: name shards, or --recipe RECIPE for a teacher's cache, not both")
+        raise ConfigError("dualenc embed: give either shards or --recipe RECIPE, which writes a teacher's cache")
     if layout not in ("safetensors", "parquet"):
-        raise ConfigError(f"--format: {layout!r} is unknown; write safetensors or parquet")
+        raise ConfigError(f"unknown --format {layout!r}; use safetensors or parquet")
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
-        if recipe is None:
+        chosen = words(modalities)
+        if settings:
+            given, stored = key_values(settings), dtype or "fp32"
+            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite)
+        elif recipe is None:
             refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            chosen = words(modalities)
             done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite)
         else:
             from dualenc.distill.teachers.cache import write_cache
@@ -155,7 +171,7 @@ def embed(
 
 
 _PATIENCE_S = 7 * 86400.0
-"""A rank that is done with its shards waits for the others: until their last one."""
+"""How long a rank that is done with its shards waits for the others."""
 
 
 def words(text: str) -> list[str]:
@@ -166,14 +182,14 @@ def words(text: str) -> list[str]:
 @app.command()
 def compare(
     models: Annotated[list[str], typer.Argument(help="MODELs as in dualenc eval: the teacher, then students.")],
-    tasks: Annotated[str, typer.Option("--tasks", help="Task names or YAML files, comma between.")] = "",
-    out: Annotated[Path, typer.Option("--out", help="The HTML page; a .json of that name beside it.")] = Path(
-        "compare.html"
-    ),
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the timed forwards.")] = 1,
+    tasks: Annotated[str, typer.Option("--tasks", help="Task names or YAML files, comma-separated.")] = "",
+    out: Annotated[
+        Path, typer.Option("--out", help="HTML page to write; the numbers go to a .json of the same name.")
+    ] = Path("compare.html"),
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the timed forward passes.")] = 1,
     debug: Debug = False,
 ) -> None:
-    """Teacher against students: held-out numbers by recipe over seeds, size, FLOPs, measured speed."""
+    """Compare a teacher with students: held-out metrics per recipe over seeds, size, FLOPs, measured speed."""
     from dualenc_evals.studies.compare import compare as run
     from dualenc_evals.studies.compare import markdown
 
@@ -183,35 +199,40 @@ def compare(
 
 @app.command()
 def interpolate(
-    a: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval: the one fine-tuning began with.")],
-    b: Annotated[str, typer.Argument(help="A MODEL of the same architecture: what became of it.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for interpolate.json, interpolate.html and the model.")],
-    alphas: Annotated[str, typer.Option("--alphas", help="Shares of B, comma between.")] = ",".join(
+    a: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval: the one fine-tuning started from.")],
+    b: Annotated[str, typer.Argument(help="A MODEL of the same architecture: the fine-tuned one.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Output folder for interpolate.json, interpolate.html and the model.")
+    ],
+    alphas: Annotated[str, typer.Option("--alphas", help="Shares of B, comma-separated.")] = ",".join(
         f"{i / 10:g}" for i in range(11)
     ),
     tasks: Annotated[
-        str, typer.Option("--tasks", help="Task names or YAML files; the first is the source, the others targets.")
+        str,
+        typer.Option("--tasks", help="Task names or YAML files: the first is the source task, the others are targets."),
     ] = "",
     keep: Annotated[
-        float | None, typer.Option("--keep", help="Save the model at this alpha: the folder is then a MODEL.")
+        float | None, typer.Option("--keep", help="Save the model at this alpha in --out, which is then a MODEL.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither keep features nor look for kept ones.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not read or write the feature cache.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Weights between two models, (1 - alpha) A + alpha B, evaluated (WiSE-FT)."""
+    """Evaluate weights between two models, (1 - alpha) A + alpha B (WiSE-FT)."""
     from dualenc.distributed.world import close_world, init_world
     from dualenc_evals.studies.interpolation import interpolate as run
     from dualenc_evals.studies.interpolation import markdown
 
     chosen = resolve_tasks(words(tasks))
     if not chosen and keep is None:
-        raise ConfigError("dualenc interpolate: name tasks to evaluate (--tasks A,B), an alpha to keep, or both")
+        raise ConfigError(
+            "dualenc interpolate: give tasks to evaluate (--tasks A,B), an alpha to keep (--keep 0.5), or both"
+        )
     try:
         shares = [float(x) for x in words(alphas)] if chosen else [float(keep or 0)]
     except ValueError as e:
-        raise ConfigError(f"--alphas: {alphas!r} is no list of numbers; write 0,0.5,1") from e
+        raise ConfigError(f"--alphas: {alphas!r} is not a list of numbers; write for example 0,0.5,1") from e
     world = init_world(device, 600, None)
     try:
         cache = None if no_cache else feature_cache()
@@ -226,17 +247,21 @@ def interpolate(
 
 @app.command()
 def regions(
-    model: Annotated[str, typer.Argument(help="A MODEL with a bird's-eye-view tower; a recipe: its untrained model.")],
+    model: Annotated[
+        str, typer.Argument(help="A MODEL with a bird's-eye-view tower, or a recipe for its untrained model.")
+    ],
     data: Annotated[str, typer.Option("--data", help="nuscenes:FOLDER[:TABLES] or kitti:FOLDER/training.")],
-    out: Annotated[Path, typer.Option("--out", help="The JSON file.")],
-    skip: Annotated[int, typer.Option("--skip", help="Keyframes at the beginning that are not asked about.")] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", help="And how many after them are.")] = None,
-    labels: Annotated[bool, typer.Option("--labels", help="The probes learn from the skipped keyframes.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the views; of an untrained model.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")],
+    skip: Annotated[int, typer.Option("--skip", help="How many keyframes at the beginning not to evaluate.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="How many keyframes after them to evaluate; default: all.")
+    ] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="Train probes on the skipped keyframes.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the views, and of an untrained model.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Regions found again, objects matched over time, and what a frozen bird's-eye-view map knows of places."""
+    """Evaluate a bird's-eye-view map: region retrieval, object matching over time, and probes on the frozen map."""
     from dualenc.data.driving.keyframes import kitti_object, nuscenes
     from dualenc.model import build_bundle, load_model
     from dualenc_evals.harness import write_json
@@ -245,11 +270,11 @@ def regions(
     kind, _, rest = data.partition(":")
     folder, _, tables = rest.partition(":")
     if kind not in ("nuscenes", "kitti") or not folder:
-        raise ConfigError(f"--data: {data!r}; write nuscenes:FOLDER[:TABLES] or kitti:FOLDER/training")
+        raise ConfigError(f"unknown --data {data!r}; use nuscenes:FOLDER[:TABLES] or kitti:FOLDER/training")
     keys = list(nuscenes(folder, tables or None) if kind == "nuscenes" else kitti_object(folder))
     asked = keys[skip : None if limit is None else skip + limit]
     if not asked:
-        raise ConfigError(f"--skip: {folder} has {len(keys)} keyframes, none is left")
+        raise ConfigError(f"--skip {skip} --limit {limit} leaves no keyframe: {folder} has {len(keys)}")
     if model.endswith((".yaml", ".yml")):
         bundle = build_bundle(load_recipe(model, [f"seed={seed}"])).to(device)
     else:
@@ -262,22 +287,26 @@ def regions(
 
 @app.command()
 def robustness(
-    model: Annotated[str, typer.Argument(help="A MODEL of cameras and LiDAR, as in dualenc eval.")],
-    tasks: Annotated[str, typer.Option("--tasks", help="Tasks of kitti or nuscenes, names or YAML files.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for robustness.json and robustness.html.")],
-    kinds: Annotated[str, typer.Option("--kinds", help="Which failures.")] = "beams,pictures,turned_deg,fog",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Items embedded at once.")] = 64,
+    model: Annotated[str, typer.Argument(help="A MODEL with cameras and LiDAR, as in dualenc eval.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Tasks on kitti or nuscenes: names or YAML files, comma-separated.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Output folder for robustness.json and robustness.html.")],
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="Sensor failures to test, comma-separated.")
+    ] = "beams,pictures,turned_deg,fog",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     debug: Debug = False,
 ) -> None:
-    """The same tasks with silent beams, black pictures, a calibration that is off, and fog."""
+    """Evaluate tasks with missing LiDAR beams, black images, a wrong calibration, and fog."""
     from dualenc.distributed.world import close_world, init_world
     from dualenc_evals.studies.robustness import LEVELS, markdown
     from dualenc_evals.studies.robustness import robustness as run
 
     for kind in words(kinds):
         if kind not in LEVELS:
-            raise ConfigError(f"--kinds: there is no {kind!r}. {did_you_mean(kind, LEVELS)}")
+            raise ConfigError(f"--kinds: unknown failure {kind!r}. {did_you_mean(kind, LEVELS)}")
     world = init_world(device, 600, None)
     try:
         done = run(model, resolve_tasks(words(tasks)), out, words(kinds), world, str(world.device), batch_size)
@@ -291,14 +320,14 @@ def robustness(
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
-    layout: Annotated[str, typer.Option("--format", help="hf, open_clip, onnx or safetensors.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not hold anything yet.")],
+    layout: Annotated[str, typer.Option("--format", help="Output format: hf, open_clip, onnx or safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder; must be new or empty.")],
     results: Annotated[
-        Path | None, typer.Option("--results", help="results.json for the model card; default: the run's own.")
+        Path | None, typer.Option("--results", help="results.json for the model card; default: the run's.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a model for other libraries, with a model card beside it."""
+    """Export a model for other libraries, with a model card."""
     from dualenc.model import load_model
     from dualenc.model.export.export import export
 
@@ -310,12 +339,15 @@ def export_(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="A run folder; or several results.json (or folders that hold one) to compare."),
+        typer.Argument(help="A run folder; or several results.json, or folders with one, to compare."),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="Default: report.html in the run, else models.html")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="HTML page to write. Default: report.html in the run folder, else models.html."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page: about a run (its curves too), or comparing several models.
+    """Write one self-contained HTML page: a run with its curves, or a comparison of several models.
 
     dualenc report runs/NAME; dualenc report A.json B.json … --out page.html
     """
@@ -324,7 +356,7 @@ def report(
 
     for run in runs:
         if not run.exists():
-            raise ConfigError(f"There is no {run}. {did_you_mean(run.name, _names(run.parent))}")
+            raise ConfigError(f"There is no file or folder {run}. {did_you_mean(run.name, _names(run.parent))}")
     if len(runs) == 1 and runs[0].is_dir():
         page = write_report(runs[0], out)
     else:

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import ast
-from importlib.metadata import entry_points
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from dualenc import plugins
 from dualenc.cli.app import Debug, app
 from dualenc.config import read_yaml
 from dualenc.errors import ConfigError, did_you_mean
+from dualenc.registry import Registry
 from dualenc.shipped import shipped_recipes
 
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, encoders, losses, terms or tasks")], debug: Debug = False
+    what: Annotated[str, typer.Argument(help="recipes, encoders, losses, terms, sources or tasks")],
+    debug: Debug = False,
 ) -> None:
     """List what can be named in a recipe or on the command line."""
-    listings = {"recipes": _recipes, "encoders": _encoders, "losses": _losses, "terms": _terms, "tasks": _tasks}
+    listings = {
+        "recipes": _recipes,
+        "encoders": _encoders,
+        "losses": _losses,
+        "terms": _terms,
+        "sources": _sources,
+        "tasks": _tasks,
+    }
     if what not in listings:
         raise ConfigError(f"dualenc list: cannot list {what!r}. {did_you_mean(what, listings)}")
     listings[what]()
@@ -35,38 +46,76 @@ def _recipes() -> None:
         try:
             table.add_row(name, str(read_yaml(path)[0].get("description", "")))
         except ConfigError as e:
-            table.add_row(name, f"[red]cannot be used:[/] {escape(str(e))}")
+            table.add_row(name, f"[red]unusable:[/] {escape(str(e))}")
     Console().print(table)
 
 
 def _encoders() -> None:
-    from dualenc.encoders import list_encoders
+    from dualenc.encoders import list_encoders, own_towers
 
     for family, names in list_encoders().items():
         Console().print(f"[bold]{family}/[/] {', '.join(names)}", highlight=False)
+    _print_outside("encoders", own_towers)
 
 
 def _losses() -> None:
-    _registered("loss", "losses", Path("losses"))
+    _registered("loss", "losses", "dualenc.losses")
 
 
 def _terms() -> None:
-    _registered("distillation term", "terms", Path("distill") / "terms")
+    _registered("distillation term", "terms", "dualenc.distill.terms")
 
 
-def _registered(what: str, registry: str, folder: Path) -> None:
-    table = Table(what, "what it is")
-    known = declared(registry, Path(__file__).parents[1] / folder)
-    known |= {e.name: f"from {e.value}" for e in entry_points(group=f"dualenc.{registry}")}
-    for name, doc in sorted(known.items()):
-        table.add_row(name, escape(doc))
+def _registered(what: str, registry: str, room: str) -> None:
+    """A list of ``registry`` in the package ``room``: nothing is imported but what ``--plugins`` names."""
+    package, *below = room.split(".")
+    rows = {n: (doc, "dualenc") for n, doc in declared(registry, Path(__file__).parents[1].joinpath(*below)).items()}
+    group = f"{package}.{registry}"
+    rows |= {n: ("", ", ".join(e.module for e in same)) for n, same in plugins.entry_points(group).items()}
+    if plugins.are_named():
+        found: Registry[Any] = vars(import_module(".".join([package, below[0]])))[registry]
+        rows |= {n: (_about(found, n), found.source(n)) for n in found if found.source(n) != "dualenc"}
+    _print(what, ((n, *row) for n, row in sorted(rows.items())))
+
+
+def _sources() -> None:
+    from dualenc.data.sources import sources as layouts
+    from dualenc_data_tools.sources import sources
+
+    _print(
+        "source", ((n, _about(sources if n in sources.loaded() else layouts, n), sources.source(n)) for n in sources)
+    )
+
+
+def _about(registry: Registry[Any], name: str) -> str:
+    """What an entry says of itself in a line; nothing for an entry point that nobody has imported."""
+    entry = registry.loaded().get(name)
+    if entry is None or isinstance(entry, type):
+        return ((entry.__doc__ if entry is not None else "") or "").strip().split("\n")[0]
+    return str(entry.about)
+
+
+def _print(what: str, rows: Iterable[tuple[str, str, str]]) -> None:
+    """(name, what it is, which package brings it); the last is shown where one is from outside."""
+    listed = list(rows)
+    outside = any(origin != "dualenc" for _, _, origin in listed)
+    table = Table(what, "description", *(["from"] if outside else []))
+    for name, doc, origin in listed:
+        table.add_row(name, escape(doc), *([origin] if outside else []))
     Console().print(table)
+
+
+def _print_outside(what: str, registry: Registry[Any]) -> None:
+    outside = {n: registry.source(n) for n in registry}
+    said = ", ".join(f"{n} ({source})" for n, source in outside.items() if source != "dualenc")
+    if said:
+        Console().print(f"{what} from outside: {said}", highlight=False, markup=False)
 
 
 def declared(registry: str, folder: Path) -> dict[str, str]:
     """Name → first line of the docstring of every class below ``folder`` that ``@REGISTRY.register("NAME")`` decorates.
 
-    Read from the source: importing it would import torch, and a list need not wait seconds for that.
+    Read from the source: importing it would import torch, which takes seconds.
     """
     out = {}
     for path in sorted(folder.rglob("*.py")):
@@ -85,8 +134,10 @@ def declared(registry: str, folder: Path) -> dict[str, str]:
 
 def _tasks() -> None:
     from dualenc_evals.catalog import list_tasks
+    from dualenc_evals.kinds import kinds
 
     table = Table("task", "kind", "what it measures")
     for task in list_tasks():
         table.add_row(task.name, task.kind, task.description)
     Console().print(table)
+    _print_outside("kinds of task", kinds)

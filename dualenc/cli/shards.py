@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from dualenc.cli.app import Debug, app
+from dualenc.cli.app import Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError
 
 shards_app = typer.Typer(
-    help="Build, index, check and look at webdataset shards.", no_args_is_help=True, rich_markup_mode=None
+    help="Build, index, check and view webdataset shards.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(shards_app, name="shards")
 
@@ -26,9 +26,9 @@ def shards_build(
             help="folder, jsonl, json, csv, parquet, hf, kitti, kitti_raw, nuscenes, quickstart, or a plugin's source."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the shards and their index.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder for the shards and their index.")],
     options: Annotated[
-        list[str] | None, typer.Argument(help="Settings of that source, key=value: path=captions.jsonl split=train")
+        list[str] | None, typer.Argument(help="Settings of the source, key=value: path=captions.jsonl split=train")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -38,22 +38,14 @@ def shards_build(
     print_report(build(source, out, key_values(options or [])))
 
 
-def key_values(items: list[str]) -> dict[str, Any]:
-    """``a.b=3`` items as a nested mapping, values read as YAML."""
-    from dualenc.config import apply_override
-
-    raw: dict[str, Any] = {}
-    for item in items:
-        apply_override(raw, item, {})
-    return raw
-
-
 @shards_app.command("index")
 def shards_index(
     shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Default: index.json beside local shards.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Index file. Default: index.json next to local shards.")
+    ] = None,
     headers_only: Annotated[
-        bool, typer.Option("--headers-only", help="Take no checksums of members: faster, and training checks less.")
+        bool, typer.Option("--headers-only", help="Skip the checksums of members: faster, but training checks less.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -78,18 +70,18 @@ def shards_index(
 @shards_app.command("check")
 def shards_check(
     shards: Annotated[
-        list[str] | None, typer.Argument(help="Shards: paths, brace patterns, URLs; none with --recipe.")
+        list[str] | None, typer.Argument(help="Shards: paths, brace patterns, URLs; leave out with --recipe.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Check this recipe's sources by its own members and pairs.")
+        Path | None, typer.Option("--recipe", help="Check the sources of this recipe, with its members and pairs.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Read and decode every sample once as training would; exit code 3 if something is broken or cannot be used."""
+    """Read and decode every sample once, as training would; exit code 3 if anything is broken or unusable."""
     from dualenc_data_tools.check import check, check_recipe, print_check
 
     if (recipe is None) == (not shards):
-        raise ConfigError("dualenc shards check: name shards, or --recipe RECIPE for those of its sources, not both")
+        raise ConfigError("dualenc shards check: give either shards or --recipe RECIPE, which checks its sources")
     result = check_recipe(load_recipe(recipe)) if recipe is not None else check(shards or [])
     print_check(result)
     if not result.ok:
@@ -99,12 +91,12 @@ def shards_check(
 @shards_app.command("view")
 def shards_view(
     shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
-    out: Annotated[Path, typer.Option("--out", help="The HTML page to write.")] = Path("shards.html"),
+    out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("shards.html"),
     n: Annotated[int, typer.Option("--n", help="How many samples to show.")] = 48,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choice of samples.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Write a page that shows samples as pictures with their captions."""
+    """Write an HTML page that shows samples with their captions."""
     from dualenc_data_tools.view import view
 
     Console().print(f"page: {view(shards, out, n=n, seed=seed)}", highlight=False, soft_wrap=True)

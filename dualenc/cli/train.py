@@ -23,7 +23,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would run; read no samples (but for --probe).")
+        bool, typer.Option("--dry-run", help="Print what would run, without reading samples (except for --probe).")
     ] = False,
     measure: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: take two steps and print the memory and time they took.")
@@ -31,7 +31,7 @@ def train(
     allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
-    """Train a recipe; started again, it goes on from its newest save."""
+    """Train a recipe; the same command again resumes from its newest checkpoint."""
     from dualenc.model.start_from import completed
     from dualenc.train.check import check_recipe
 
@@ -79,10 +79,10 @@ def print_plan(recipe: Recipe) -> None:
     print_pipes(console, recipe)
     sets = open_sources(recipe.data)
     per_pass = sum(sum(s.counts) for s in sets)
-    console.print(f"samples a pass: {per_pass:,}", highlight=False)
+    console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size
-    passes = f" ({seen / per_pass:.2f} passes)"
+    passes = f" ({seen / per_pass:.2f} epochs)"
     console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
     check_length(recipe, steps)
     check_data(recipe, bundle)
@@ -103,18 +103,18 @@ def print_probe(recipe: Recipe) -> None:
 
 
 def print_pipes(console: Console, recipe: Recipe) -> None:
-    """The shell commands that reading the data would run."""
+    """Print the shell commands that reading the data would run."""
     from dualenc.data.shards.remote import is_pipe
 
     for source in recipe.data.sources:
         for url in [source.shards] if isinstance(source.shards, str) else source.shards:
             if is_pipe(url.strip()):
-                state = "runs" if recipe.data.allow_pipe else "would run, and is refused without data.allow_pipe=true:"
+                state = "runs" if recipe.data.allow_pipe else "needs data.allow_pipe=true to run"
                 console.print(f"source {source.name} {state} {url.strip()[5:]!r}", highlight=False, markup=False)
 
 
 def check_data(recipe: Recipe, bundle: Any) -> None:
-    """The settings of the sources as the loader checks them: members, pairs, what can be mixed."""
+    """Check the settings of the sources as the loader does: members, pairs, what can be mixed."""
     from dualenc.data.dataset import check_mix, members_of
 
     for i in range(len(recipe.data.sources)):
@@ -123,7 +123,7 @@ def check_data(recipe: Recipe, bundle: Any) -> None:
 
 
 def print_rates(console: Console, model: Any, recipe: Recipe) -> None:
-    """The learning rate at the peak of every group of parameters."""
+    """Print the peak learning rate of every group of parameters."""
     from dualenc.engine.optim import parameter_groups
 
     table = Table("group", "parameters", "lr", "weight decay", title="learning rates", title_justify="left")
@@ -137,15 +137,18 @@ def print_rates(console: Console, model: Any, recipe: Recipe) -> None:
 def launch(
     ctx: typer.Context,
     nproc: Annotated[
-        int, typer.Option("--nproc", min=1, help="Processes on this machine (one a GPU, or several on a CPU).")
+        int, typer.Option("--nproc", min=1, help="Processes on this machine: one per GPU, or any number on CPU.")
     ] = 1,
     max_restarts: Annotated[
-        int, typer.Option("--max-restarts", min=0, help="Start again this often after a crash, from the last save.")
+        int,
+        typer.Option("--max-restarts", min=0, help="How often to restart from the newest checkpoint after a crash."),
     ] = 0,
 ) -> None:
     """Start a command on several ranks: dualenc launch --nproc 2 train RECIPE [key=value …]."""
     if not ctx.args:
-        raise ConfigError("dualenc launch: say what to start, for example: dualenc launch --nproc 2 train RECIPE")
+        raise ConfigError(
+            "dualenc launch: give the command to start, for example: dualenc launch --nproc 2 train RECIPE"
+        )
     from dualenc.distributed.launch import launch as start
 
     raise typer.Exit(start([sys.executable, "-m", "dualenc", *ctx.args], nproc, max_restarts))
@@ -155,14 +158,16 @@ def launch(
 def engine_json(
     recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option("--ranks", help="Number of ranks over all machines.")] = 1,
+    ranks: Annotated[int, typer.Option("--ranks", help="World size: number of ranks over all machines.")] = 1,
     debug: Debug = False,
 ) -> None:
-    """Print the configuration that DeepSpeed is given for a recipe (to look at: the trainer generates it itself)."""
+    """Print the DeepSpeed configuration of a recipe (for inspection: the trainer generates it itself)."""
     from dualenc.engine.deepspeed_engine import deepspeed_json
     from dualenc.model.start_from import completed
 
     loaded = load_recipe(recipe, overrides or [], completed)
     if loaded.engine.kind != "deepspeed":
-        raise ConfigError(f"engine.kind is {loaded.engine.kind}, which has no such file; add engine.kind=deepspeed")
+        raise ConfigError(
+            f"engine.kind is {loaded.engine.kind}, which has no DeepSpeed configuration; add engine.kind=deepspeed"
+        )
     print(json.dumps(deepspeed_json(loaded.engine, loaded.optim, ranks), indent=2))

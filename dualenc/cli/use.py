@@ -1,4 +1,4 @@
-"""Commands that use a model on files of yours: classify, search."""
+"""Commands that use a model on the user's files: classify, search."""
 
 from __future__ import annotations
 
@@ -19,24 +19,29 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ModelArgument = Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")]
-ModalityOption = Annotated[str | None, typer.Option("--modality", help="Of the files; default: told by their endings.")]
+ModalityOption = Annotated[
+    str | None, typer.Option("--modality", help="Modality of the files; default: by file extension.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Items encoded at once.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each result.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Number of items encoded at once.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line and result.")]
 
 
 @app.command()
 def classify(
     model: ModelArgument,
-    files: Annotated[list[str], typer.Argument(help="Images, sounds …: files, URLs, or folders of them.")],
+    files: Annotated[list[str], typer.Argument(help="Images, audio …: files, URLs, or folders of them.")],
     names: Annotated[
-        str, typer.Option("--names", help='The classes, comma between ("cat,dog"), or a .txt, one a line.')
+        str, typer.Option("--names", help='Class names, comma-separated ("cat,dog"), or a .txt file with one per line.')
     ],
     templates: Annotated[
         list[str] | None,
-        typer.Option("--templates", help="'a photo of a {}.'; may be repeated; or a .txt, one a line."),
+        typer.Option(
+            "--templates",
+            help="Prompt template, such as 'a photo of a {}.'; may be repeated; or a .txt file with one per line.",
+        ),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show of each file.")] = 3,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many classes to show per file.")] = 3,
     modality: ModalityOption = None,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
@@ -45,7 +50,7 @@ def classify(
 ) -> None:
     """Zero-shot classification of files: which of the names fits each best.
 
-    Exit code 3 if a file could not be read; the others are classified all the same.
+    Exit code 3 if a file could not be read; the others are still classified.
     """
     classes = _words(names, "--names")
     worded = [t for text in templates or [] for t in (_lines(text, "--templates") if _is_list(text) else [text])]
@@ -69,7 +74,7 @@ def classify(
 @app.command()
 def search(
     model: ModelArgument,
-    folder: Annotated[str, typer.Argument(help="A folder of images, sounds …")],
+    folder: Annotated[str, typer.Argument(help="A folder of images, audio …")],
     query: Annotated[str, typer.Argument(help='What to look for: "a red bike".')],
     k: Annotated[int, typer.Option("-k", min=1, help="How many files to show.")] = 5,
     modality: ModalityOption = None,
@@ -80,7 +85,7 @@ def search(
 ) -> None:
     """Find the files of a folder that a text describes best.
 
-    Exit code 3 if a file could not be read; the others are searched all the same.
+    Exit code 3 if a file could not be read; the others are still searched.
     """
     if "://" not in folder and not Path(folder).expanduser().exists():
         raise DataError(f"There is no folder {folder}.")
@@ -109,7 +114,7 @@ def _columns(shown: int) -> Sequence[Column]:
 
 
 def _shown(as_json: bool) -> bool:
-    """Whether there is somebody to show a progress bar to."""
+    """Whether to show a progress bar: only on a terminal."""
     return sys.stderr.isatty() and not as_json
 
 
@@ -120,7 +125,7 @@ def _is_list(text: str) -> bool:
 def _words(text: str, option: str) -> list[str]:
     words = _lines(text, option) if _is_list(text) else [w.strip() for w in text.split(",") if w.strip()]
     if len(words) < 2:
-        raise ConfigError(f'{option}: {text!r} names {len(words)} class; write two or more, such as "cat,dog"')
+        raise ConfigError(f'{option}: {text!r} names {len(words)} class(es); give two or more, such as "cat,dog"')
     return words
 
 
@@ -132,7 +137,7 @@ def _lines(path: str, option: str) -> list[str]:
 
 
 def _end(skipped: Mapping[str | int, str]) -> None:
-    """Name what could not be read; the exit code says that there was something."""
+    """Print what could not be read; the exit code is then that of a DataError."""
     stderr = Console(stderr=True)
     for item, why in skipped.items():
         stderr.print(f"[yellow]not read:[/] {escape(str(item))}: {escape(why)}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The recipe: one run, whole, as typed data; see :mod:`dualenc.config.recipe`."""
+"""The recipe: everything about one run, as typed data; see :mod:`dualenc.config.recipe`."""
 
 from dualenc.config.distill import Anchor, Distill, LookAhead, Teacher
 from dualenc.config.reading import apply_override, dump_yaml, load_yaml, parse, read_yaml, settings_as

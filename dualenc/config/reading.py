@@ -1,4 +1,4 @@
-"""YAML with inheritance and overrides → checked models; errors name the key, the file, and the nearest right key."""
+"""YAML with inheritance and overrides → checked models; errors name the key, the file, and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.shipped import recipes_folder
@@ -20,7 +20,7 @@ COMMAND_LINE = "the command line"
 
 
 def read_yaml(path: Path, key: str = "base") -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a mapping with inheritance by ``key``; return it and a map dotted key → the file that said it.
+    """Read a mapping with inheritance by ``key``; return it and a map of dotted key → the file that set it.
 
     Raises:
         ConfigError: no such file, no YAML of keys and values, more of it than the bounds allow, or a circle.
@@ -37,9 +37,11 @@ def _read(path: Path, key: str, seen: tuple[Path, ...], done: dict[Path, _Read])
         names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ConfigError(f"There is no file {path}. {did_you_mean(path.name, names) if names else ''}".strip())
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: {key}: goes round in a circle ({' → '.join(p.name for p in (*seen, path))})")
+        raise ConfigError(
+            f"{path}: {key}: files include each other in a circle ({' → '.join(p.name for p in (*seen, path))})"
+        )
     if len(seen) >= MAX_DEPTH:
-        raise ConfigError(f"{path}: {key}: more than {MAX_DEPTH} files stand on each other")
+        raise ConfigError(f"{path}: {key}: more than {MAX_DEPTH} files are built on each other")
     if path.resolve() in done:
         return done[path.resolve()]
     raw = _mapping(path)
@@ -66,7 +68,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold keys and values, it holds {type(raw).__name__}")
+        raise ConfigError(f"{path} must hold keys and values, not {'nothing' if raw is None else type(raw).__name__}")
     return raw
 
 
@@ -89,12 +91,15 @@ def _value_at(raw: Any, key: str) -> Any:
     return raw
 
 
-EXCLUSIVE = (("budget.steps", "budget.samples", "budget.passes"), ("optim.ema_samples", "optim.trajectory"))
-"""Keys of which a recipe has at most one: one that is said later replaces what a base or the file said."""
+EXCLUSIVE = (
+    ("budget.steps", "budget.samples", "budget.passes", "budget.epochs"),
+    ("optim.ema_samples", "optim.trajectory"),
+)
+"""Keys of which a recipe has at most one: one set later replaces what a base or the file set."""
 
 
 def _drop_siblings(raw: dict[str, Any], said: Iterable[str], origin: dict[str, str], keep: str) -> None:
-    """Remove from ``raw`` the siblings of the keys ``said``, unless ``keep`` (a file, the command line) said them."""
+    """Remove from ``raw`` the siblings of the keys ``said``, unless ``keep`` (a file, the command line) set them."""
     for key in said:
         for group in EXCLUSIVE:
             for other in group if key in group else ():
@@ -136,12 +141,12 @@ def _child(node: Any, part: str, key: str) -> Any:
 
 def _position(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"{key}: {part!r} is not a position in a list of {len(node)}")
+        raise ConfigError(f"{key}: {part!r} is not a position in a list of length {len(node)}")
     return int(part)
 
 
 def parse(cls: type[S], raw: Mapping[str, Any], origin: Mapping[str, str], where: str) -> S:
-    """Check ``raw`` against ``cls``; an error becomes sentences with key, file and remedy."""
+    """Check ``raw`` against ``cls``; errors become sentences with the key, its file and what to write."""
     try:
         return cls.model_validate(raw)
     except ValidationError as e:
@@ -189,14 +194,19 @@ def _sentence(cls: type[BaseModel], err: Any, origin: Mapping[str, str], where: 
 
 
 def _fields_at(cls: type[BaseModel], loc: list[str]) -> list[str]:
-    """Names of the fields a (nested) model has at ``loc``."""
+    """Names of the keys that a (nested) model has at ``loc``."""
     model: Any = cls
     for part in loc:
         if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = model.model_fields[part].annotation
         inner = [a for a in _leaves(model) if isinstance(a, type) and issubclass(a, BaseModel)]
         model = inner[0] if inner else model
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return _keys(model) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    aliases = [f.validation_alias for f in model.model_fields.values()]
+    return [*model.model_fields, *(str(c) for a in aliases if isinstance(a, AliasChoices) for c in a.choices[1:])]
 
 
 def _leaves(annotation: Any) -> list[Any]:
@@ -217,7 +227,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 RECIPES = "${RECIPES}/"
-"""What a path begins with that is looked for among the shipped recipes, wherever the package is installed."""
+"""Prefix of paths that are looked up among the shipped recipes, wherever the package is installed."""
 
 
 def _resolve_paths(node: Any, folder: Path) -> Any:

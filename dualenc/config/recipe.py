@@ -1,7 +1,7 @@
-"""The recipe: one run, whole, as typed data.
+"""The recipe: everything about one run, as typed data.
 
-A recipe is YAML. ``base:`` names a recipe it starts from; the command line adds dotted overrides; what results is
-checked against the models below. Every error names the key, the file it stands in, and the nearest right key.
+A recipe is YAML. ``base:`` names a recipe it inherits from; the command line adds dotted overrides; the result is
+checked against the models below. Every error names the key, the file it is in, and the nearest valid key.
 
 Parts chosen by name (encoders, losses, a modality's input) carry settings that only their own class can check:
 :class:`Component` keeps them, :func:`settings_as` checks them where the part is built.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
@@ -26,51 +26,52 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Unlocked(Section):
-    """A tower of which only the last part is trained."""
+    """Train only the last blocks of a tower."""
 
-    unlocked_groups: Positive = Field(description="so many blocks before the head are trained, and the head")
+    unlocked_groups: Positive = Field(description="number of last blocks to train, besides the head")
 
 
 class Lora(Section):
     """Low-rank adapters beside a tower's layers (Hu et al. 2021): nothing else of the tower is trained."""
 
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters count alpha / rank times")
+    alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters are scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["auto"] | list[str] = Field(
-        default="auto", description="endings of layers' names; auto: every linear layer, or convolution where none is"
+        default="auto",
+        description="endings of layer names; auto: every linear layer, or every convolution if there is none",
     )
-    head: bool = Field(default=False, description="train the projection to the shared space too")
+    head: bool = Field(default=False, description="also train the projection to the shared space")
 
 
 class Modality(Section):
     """One modality: how its raw bytes become tensors, and its tower."""
 
-    kind: str | None = Field(default=None, description="which modality file handles it; default: the key itself")
+    kind: str | None = Field(default=None, description="registered modality that handles it; default: the key itself")
     input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
     encoder: Component
     lock: bool | Literal["trunk"] | Unlocked = Field(
         default=False,
-        description="keep the tower's weights as they are (LiT); trunk: all but its projection; "
+        description="freeze the tower's weights (LiT); trunk: all but its projection; "
         "{unlocked_groups: N}: all but its last N blocks and its projection",
     )
     shares: str | None = Field(
-        default=None, description="another modality whose tower encodes this one too; leave out encoder then"
+        default=None, description="another modality whose tower also encodes this one; then leave encoder out"
     )
     init_from: str | None = Field(
-        default=None, description="start from this tower of a trained MODEL; MODEL#NAME: from its modality NAME"
+        default=None, description="start from the same tower of a trained MODEL; MODEL#NAME: from its modality NAME"
     )
     lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
 
     @model_validator(mode="after")
     def _one_way(self) -> Modality:
         if self.lock and self.lora is not None:
-            raise ValueError("lora keeps the tower's own weights by itself: leave lock out")
+            raise ValueError("lora already freezes the tower's own weights; leave lock out")
         return self
 
 
 def with_shared(parts: Mapping[str, Any], name: str) -> Any:
-    """The part of a recipe's ``modalities``; what ``shares`` a tower has that one's encoder, kind and lock."""
+    """One entry of a recipe's ``modalities``; with ``shares`` it takes the encoder, kind and lock of that modality."""
     part = parts[name]
     shares = part.get("shares") if isinstance(part, dict) else None
     if shares is None:
@@ -86,7 +87,7 @@ def with_shared(parts: Mapping[str, Any], name: str) -> Any:
     }
     for key, value in part.items():
         if key in ("encoder", "lock", "lora", "init_from") and value != taken.get(key, value):
-            raise ValueError(f"modalities.{name}.{key}: it shares the tower of {shares!r}; leave {key} out")
+            raise ValueError(f"modalities.{name}.{key}: this modality shares the tower of {shares!r}; leave {key} out")
     return {**part, **taken, "shares": shares}
 
 
@@ -99,11 +100,11 @@ class Source(Section):
     index: str | None = Field(default=None, description="index file; default: index.json beside the shards")
     members: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="modality → endings tried in turn; 'json:KEY' takes a key of the .json member; default: the kind's",
+        description="modality → member endings, tried in order; 'json:KEY': a key of the .json; default: the kind's",
     )
     same: str | None = Field(
         default=None,
-        description="ending (txt, json:instance) whose equal values make samples one pair: each other's positives",
+        description="member ending (txt, json:instance); samples with equal values there are positives of each other",
     )
 
 
@@ -113,35 +114,37 @@ class Data(Section):
     sources: list[Source] = Field(min_length=1)
     sampling: str | Component = Field(
         default="without_replacement",
-        description="the plan: without_replacement, with_replacement, or one from outside; {name: …} with its settings",
+        description="without_replacement, with_replacement, or a plugin's plan; {name: …} with its settings",
     )
     lanes: Positive = Field(
-        1, description="the pass is cut into this many streams of shards; ranks read their lanes' shards only"
+        1, description="each epoch is split into this many streams of shards; a rank reads only its own lanes' shards"
     )
     window: Positive = Field(default=1_000_000, description="samples shuffled together within a lane")
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3
     connect_s: Annotated[float, Field(gt=0)] = Field(
-        default=15.0, description="seconds to wait for a connection to a server of shards, before the next try"
+        default=15.0, description="seconds to wait for a connection to a shard server before retrying"
     )
     idle_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="seconds a server of shards may send nothing, before the next try; no limit in all"
+        default=60.0, description="seconds without data from a shard server before retrying; total time is not limited"
     )
     allow_pipe: bool = Field(
-        default=False, description="run the shell commands of pipe:COMMAND shards; otherwise they are refused"
+        default=False, description="run the shell commands of pipe:COMMAND shards; refused by default"
     )
     mix: Share = Field(
         default=0.0,
-        description="share of samples that another of their shard is mixed into: sounds added, captions joined",
+        description="share of samples mixed with another one of their shard: audio added, captions joined",
     )
-    max_bad_share: Share = Field(default=0.02, description="stop when a source lost more than this share")
+    max_bad_share: Share = Field(
+        default=0.02, description="stop when more than this share of a source's samples is unusable"
+    )
     cache_dir: str | None = Field(
-        default=None, description="where remote shards are kept while they are read; default: a temporary folder"
+        default=None, description="folder for remote shards while they are read; default: a temporary folder"
     )
     cache_gb: Annotated[float, Field(gt=0)] = 50.0
     stall_s: Annotated[float, Field(gt=0)] = Field(
-        120.0, description="say which batch is awaited after this many seconds"
+        120.0, description="after this many seconds, say which batch training waits for"
     )
 
 
@@ -176,23 +179,27 @@ class Optim(Section):
     betas: tuple[Decay, Decay] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
-    momentum: Share = Field(default=0.95, description="of Muon and SGD")
+    momentum: Share = Field(default=0.95, description="momentum of Muon and SGD")
     muon_lr: Annotated[float, Field(gt=0)] = 0.02
     logit_scale_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: lr")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    ema_samples: Positive | None = Field(default=None, description="half-life of the weights' average, in samples")
-    trajectory: TrajectoryAverage | None = Field(default=None, description="save a Gaussian average over the run")
+    ema_samples: Positive | None = Field(
+        default=None, description="half-life of an exponential moving average of the weights, in samples"
+    )
+    trajectory: TrajectoryAverage | None = Field(
+        default=None, description="save a Gaussian-weighted average of the run's weights"
+    )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="lr falls by this factor a block, from a tower's head to its embeddings"
+        default=None, description="learning-rate factor per block, from a tower's head down to its embeddings"
     )
     lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict, description="modality → factor on the learning rate of its tower"
+        default_factory=dict, description="modality → learning-rate factor of its tower"
     )
 
     @model_validator(mode="after")
     def _one_average(self) -> Optim:
         if self.ema_samples is not None and self.trajectory is not None:
-            raise ValueError("ema_samples and trajectory: a save holds one average; leave one of them out")
+            raise ValueError("ema_samples and trajectory: a checkpoint holds one average; leave one of them out")
         return self
 
 
@@ -207,24 +214,39 @@ class Schedule(Section):
 
 
 class Budget(Section):
-    """How long to train: exactly one of ``steps``, ``samples``, ``passes``."""
+    """How long to train: exactly one of ``steps``, ``samples``, ``epochs`` (``passes`` is another name for epochs, and
+    the one that is written)."""
 
     steps: Positive | None = None
     samples: Positive | None = None
-    passes: Annotated[float, Field(gt=0)] | None = None
+    passes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("passes", "epochs"),
+        description="epochs: full passes over the data; budget.epochs and budget.passes are the same key",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not {"epochs", "passes"} <= raw.keys():
+            return raw
+        if raw["epochs"] is not None and raw["passes"] is not None:
+            raise ValueError("epochs and passes are two names of one key; give only one of them")
+        unused = "epochs" if raw["epochs"] is None else "passes"
+        return {k: v for k, v in raw.items() if k != unused}
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
         if sum(v is not None for v in (self.steps, self.samples, self.passes)) != 1:
-            raise ValueError("give exactly one of steps, samples, passes")
+            raise ValueError("give exactly one of steps, samples, epochs")
         return self
 
 
 class EngineConfig(Section):
-    """What runs the step. ``kind: deepspeed, zero_stage: 2`` is all that has to change."""
+    """The engine that runs the step. ``kind: deepspeed, zero_stage: 2`` is the only change needed for DeepSpeed."""
 
     kind: Literal["accelerate", "deepspeed"] = "accelerate"
-    parallel: Literal["auto", "ddp", "fsdp2"] = Field(default="auto", description="auto: one process or DDP")
+    parallel: Literal["auto", "ddp", "fsdp2"] = Field(default="auto", description="auto: DDP, or a single process")
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = False
     offload_params: bool = False
@@ -240,23 +262,24 @@ class EngineConfig(Section):
 
 
 class Checkpoints(Section):
-    """When the run is saved. The last step is always saved."""
+    """When checkpoints are written. The last step always writes one."""
 
     every_steps: Positive | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
     keep: Positive = 2
     resume: str = Field(
-        default="auto", description="auto: newest good save of this run; none: start anew; or a checkpoint folder"
+        default="auto",
+        description="auto: newest good checkpoint of this run; none: start from scratch; or a checkpoint folder",
     )
     sharded: Literal["auto", True, False] = Field(
         default="auto",
-        description="every rank writes what it holds, not rank 0 all; auto: FSDP2 or ZeRO 1–3 from 8 GiB of state",
+        description="every rank writes its own part, not rank 0 all; auto: FSDP2 or ZeRO 1–3 from 8 GiB of state",
     )
     init_from: str | None = Field(default=None, description="start from the weights of this MODEL (as in eval)")
 
 
 class Tracking(Section):
-    """Where numbers go. metrics.jsonl is always written."""
+    """Where metrics are logged. metrics.jsonl is always written."""
 
     log_every: Positive = 10
     sample_ids: bool = Field(default=False, description="write every step's sample ids to samples-rankR.jsonl")
@@ -266,14 +289,22 @@ class Tracking(Section):
 
 
 class Guard(Section):
-    """Zero-shot on a small held-out set before the first step, at intervals and after: a fall means that fine-tuning
-    is unlearning what the model could (open_clip#740)."""
+    """Zero-shot on small held-out sets before the first step, at intervals and at the end: a fall means fine-tuning
+    makes the model forget (open_clip#740)."""
 
-    tasks: list[str] = Field(min_length=1, description="names or YAML files, small ones")
-    metric: str | None = Field(default=None, description="a share; default: top1, or else the first R@1, of each task")
-    every_steps: Positive | None = Field(default=None, description="default: only before the first and after the last")
-    max_fall: Annotated[float, Field(gt=0, le=100)] = Field(5.0, description="points (percent) below the start")
-    action: Literal["stop", "warn"] = Field(default="stop", description="stop: save, and end with exit code 6")
+    tasks: list[str] = Field(min_length=1, description="task names or YAML files; small tasks")
+    metric: str | None = Field(
+        default=None, description="a metric between 0 and 1; default: each task's top1, else its first R@1"
+    )
+    every_steps: Positive | None = Field(
+        default=None, description="default: only before the first and after the last step"
+    )
+    max_fall: Annotated[float, Field(gt=0, le=100)] = Field(
+        5.0, description="largest allowed fall below the start, in percentage points"
+    )
+    action: Literal["stop", "warn"] = Field(
+        default="stop", description="stop: write a checkpoint and exit with code 6; warn: only say so"
+    )
 
 
 class Evals(Section):
@@ -291,13 +322,14 @@ class Recipe(Section):
     name: str
     description: str = ""
     plugins: list[str] = Field(
-        default_factory=list, description="modules imported first: they bring losses, encoders, modalities … of others"
+        default_factory=list,
+        description="modules to import first, which register losses, encoders, modalities … of their own",
     )
     seed: int = 0
     out: str | None = Field(default=None, description="run folder; default: runs/NAME")
     modalities: dict[str, Modality] = Field(min_length=2)
     pairs: list[tuple[str, str]] = Field(
-        default_factory=list, description="default: the one pair when there are two modalities"
+        default_factory=list, description="default: the only pair, if there are two modalities"
     )
     embed_dim: Positive = 512
     logit_scale: LogitScale = LogitScale()
@@ -344,7 +376,7 @@ class Recipe(Section):
         kinds = [frozenset(pair) for pair in self.pairs]
         for k, pair in enumerate(self.pairs):
             if kinds.index(kinds[k]) < k:
-                raise ValueError(f"pairs: {list(pair)} stands twice (a pair has no direction); leave one out")
+                raise ValueError(f"pairs: {list(pair)} is listed twice (pairs have no direction); remove one")
         if self.batch.micro is not None and self.batch.micro > self.batch.size:
             raise ValueError(f"batch.micro ({self.batch.micro}) is larger than batch.size ({self.batch.size})")
         for m in self.optim.lr_scale:
@@ -352,16 +384,20 @@ class Recipe(Section):
                 raise ValueError(f"optim.lr_scale: there is no modality {m!r}. {did_you_mean(m, self.modalities)}")
         if any(m.lora for m in self.modalities.values()):
             if self.optim.ema_samples is not None or self.optim.trajectory is not None:
-                raise ValueError("optim: an average of adapters is not that of the weights; leave it out with lora")
+                raise ValueError(
+                    "optim: ema_samples and trajectory cannot average lora adapters; leave them out with lora"
+                )
             if self.checkpoint.sharded is True:
-                raise ValueError("checkpoint.sharded: adapters are merged by rank 0; write auto or false with lora")
+                raise ValueError(
+                    "checkpoint.sharded: rank 0 merges lora adapters from whole tensors; use auto or false with lora"
+                )
         sources = [s.name for s in self.data.sources]
         if len(set(sources)) != len(sources):
             raise ValueError(f"data.sources: names must differ, got {sources}")
         if self.data.mix and self.distill is not None and self.distill.teachers:
             raise ValueError(
-                f"data.mix: {self.data.mix:g} cannot be used under distill.teachers, which see every item unmixed and "
-                "would teach the mixture something else; write data.mix: 0"
+                f"data.mix: {self.data.mix:g} cannot be used with distill.teachers, which see every item unmixed, so "
+                "their features would not fit the mixture; use data.mix: 0"
             )
         return self
 
@@ -378,15 +414,15 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe file, its bases, and ``key.sub=value`` overrides; check the result.
 
-    Its ``plugins`` are imported first of all.
+    Its ``plugins`` are imported first.
 
     Args:
-        path: a YAML file, or the name of a recipe that comes with the package, such as ``quickstart``.
+        path: a YAML file, or the name of a shipped recipe, such as ``quickstart``.
         overrides: values are read as YAML.
-        complete: fills in what the recipe leaves out before it is checked, see :mod:`dualenc.model.start_from`.
+        complete: fills in what the recipe leaves out before it is checked; see :mod:`dualenc.model.start_from`.
 
     Raises:
-        ConfigError: naming the key, the file it came from, the value, and what to write instead.
+        ConfigError: naming the key, its file, the value, and what to write instead.
     """
     file = find_recipe(path)
     raw, origin = read_yaml(file)

@@ -1,4 +1,4 @@
-"""What every part of a recipe is made of."""
+"""Base classes of every part of a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 class Component(BaseModel):
-    """A part chosen by ``name``; its other keys are settings that the part's own ``Config`` checks when it is built."""
+    """A part chosen by ``name``; its other keys are settings, checked by the part's own ``Config`` when it is built."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 ABSENT = -1
-"""Pair id of a slot that has nothing to contrast: it takes part in no loss."""
+"""Pair id of a slot without a usable sample: it takes part in no loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """One sample that could not be used: what the quarantine file names."""
+    """One sample that could not be used, as the quarantine file lists it."""
 
     source: str
     shard: str
@@ -26,14 +26,14 @@ class BadSample:
 
 @dataclass(frozen=True, slots=True)
 class TeacherRows:
-    """What one teacher says of a batch, by slot, without gradient.
+    """One teacher's outputs for a batch, by slot, without gradient.
 
     Attributes:
-        has: modality → bool [B]: the slots it knows the item of.
+        has: modality → bool [B]: the slots whose item it has.
         features: modality → [B, D_t] L2-normalised fp32, zero where it has none; empty for a teacher that has only
             scores.
         scores: (first, second) modality → [B, N] logits of this rank's items of the first against the second's items of
-            the global batch; pairs that it did not score are −inf. Empty for a teacher with features.
+            the global batch; pairs it did not score are −inf. Empty for a teacher with features.
     """
 
     has: dict[str, Tensor]
@@ -46,22 +46,22 @@ class Batch:
     """One rank's share of a global batch of N = W · B slots.
 
     Attributes:
-        size: B, the number of local slots; equal on all ranks by construction.
+        size: B, the number of local slots; the same on all ranks by construction.
         inputs: modality → collated tensors (a tensor or a dict of tensors) of the n_m rows that have it. If no row
             has it: one dummy row, so that every rank runs every tower (ZeRO-3 and FSDP2 need that).
-        rows: modality → LongTensor [n_m]: which of the B slots the rows of ``inputs`` are; empty for a dummy.
-        ids: LongTensor [B], the pair id. Equal ids are positives of each other, also across ranks;
+        rows: modality → LongTensor [n_m]: the slots that the rows of ``inputs`` belong to; empty for a dummy.
+        ids: LongTensor [B], the pair id. Equal ids are positives of each other, across ranks too;
             ``ABSENT`` marks a slot whose sample was lost.
         keys: the B sample ids ("source/shard/key") for reports, tests and NaN post-mortems.
-        bad: samples lost while this batch was made.
+        bad: samples lost while making this batch.
         step: the global step this batch belongs to.
         load_s: seconds the worker spent on it.
-        passes: LongTensor [B]: which pass over its source each slot's sample was drawn in; augmentation follows it.
-        views: name → collated rows of one modality as another model takes them (a teacher's picture size or tokenizer):
-            as many rows, in the same slots, as ``inputs`` of that modality.
-        extras: name → modality (or pair) → [B, …] by slot, without gradient: what else a loss is given. The loader
-            makes it of the ``labels`` that a modality's rows have.
-        teachers: name → what a teacher says of these samples; distillation adds it on the device.
+        passes: LongTensor [B]: the epoch of its source that each slot's sample is from; augmentation depends on it.
+        views: name → collated rows of one modality as another model takes them (a teacher's image size or tokenizer):
+            the same rows and slots as ``inputs`` of that modality.
+        extras: name → modality (or pair) → [B, …] by slot, without gradient: further inputs of a loss. The loader
+            makes them from the ``labels`` in a modality's rows.
+        teachers: name → a teacher's outputs for these samples; distillation adds them on the device.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""Samples of a step → batch: found in their shards, decoded, augmented, collated; what a data worker runs."""
+"""Samples of a step → batch: read from shards, decoded, augmented, collated. Data workers run this."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ _thread = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error on its way from a worker to the consumer: the class and its sentence, without the worker's traceback."""
+    """An error passed from a worker to the consumer: the exception without the worker's traceback."""
 
     error: DualencError
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherView:
-    """A modality's item once more, as another model takes it: a teacher's picture size or tokenizer.
+    """A second version of a modality's item, as another model takes it: a teacher's image size or tokenizer.
 
     Attributes:
-        modality: whose raw value is used; a view has a row wherever that modality has one.
-        input: how it becomes a row. Drawn from the same random state as the student's row, an equal augmentation gives
+        modality: the modality whose raw value is used; a view has a row wherever that modality has one.
+        input: how it becomes a row. It uses the same random state as the student's row, so an equal augmentation gives
             the same crop, caption, …
-        plain: the item as in evaluation instead.
+        plain: preprocess the item as in evaluation instead.
     """
 
     modality: str
@@ -57,7 +57,7 @@ class TeacherView:
 
 
 class StepDataset(Dataset[Any]):
-    """Step number → batch. Lives in every worker; opens its files on first use, so that nothing is shared."""
+    """Step number → batch. Each worker has its own and opens files on first use, so that none are shared."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class StepDataset(Dataset[Any]):
         )
 
     def _collated(self, made: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-        """The rows of all slots as tensors, by modality and by view; a dummy where nothing has one."""
+        """The rows of all slots as tensors, by modality and by view; a dummy where no slot has a row."""
         out = {}
         for name, part in self._parts().items():
             rows = [rows[name] for rows in made.values() if name in rows]
@@ -168,7 +168,7 @@ class StepDataset(Dataset[Any]):
         return out
 
     def _uncollatable(self, made: Mapping[int, Mapping[str, Any]]) -> dict[int, tuple[str, str]]:
-        """Slots with a row that does not go into a batch, be it alone or beside a dummy: modality and reason."""
+        """Slots with a row that cannot be collated, alone or with a dummy: modality and reason."""
         out = {}
         for slot, rows in made.items():
             for name, part in self._parts().items():
@@ -178,11 +178,11 @@ class StepDataset(Dataset[Any]):
                             part.collate([rows[name]])
                             part.collate([rows[name], part.dummy()])
                 except DecodeError as e:
-                    out[slot] = (name, f"does not go into a batch: {e}")
+                    out[slot] = (name, f"cannot be collated into a batch: {e}")
         return out
 
     def _parts(self) -> dict[str, ModalityInput]:
-        """How rows of each modality and view are made."""
+        """The input of each modality and view."""
         return {m: self.inputs[m] for m in self.modalities} | {n: v.input for n, v in self.views.items()}
 
     def _rows(self, reader: Reader, source: int, shard: int, sample: Sample, one: int) -> dict[str, Any]:
@@ -218,8 +218,8 @@ class StepDataset(Dataset[Any]):
         return out
 
     def _partner(self, reader: Reader, source: int, shard: int, full: str, one: int) -> dict[str, Any]:
-        """Decoded items of the sample that is mixed into this one: any of its shard, which is open already; empty
-        where none is. One that cannot be used is left out here: it is counted when its own turn comes."""
+        """Decoded items of the sample mixed into this one, drawn from the same shard, which is already open; empty for
+        no mixing. An unusable partner is skipped here: it is counted when its own turn comes."""
         if not self.data.mix:
             return {}
         rng = sample_rng(self.seed, full, one, "mix")
@@ -231,11 +231,11 @@ class StepDataset(Dataset[Any]):
             with of_one_item():
                 return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
         except (SampleError, DecodeError) as e:
-            logger.debug("nothing is mixed into %s: %s", full, e)
+            logger.debug("nothing was mixed into %s: %s", full, e)
             return {}
 
     def _refuse_hopeless(self, bad: list[BadSample]) -> None:
-        """A source of which nothing was usable so far has a wrong key or ending: say so now, not after a pass."""
+        """A source without a single usable sample so far has a wrong key or ending: fail now, not after an epoch."""
         for source, (used, lost) in enumerate(zip(self._used, self._lost, strict=True)):
             if used == 0 and lost >= _HOPELESS:
                 name = self.sets[source].source
@@ -245,7 +245,7 @@ class StepDataset(Dataset[Any]):
 
     def _open(self) -> Reader:
         if self._reader is None or self._owner != os.getpid():
-            # After a fork the parent's file offsets and connections are not ours.
+            # After a fork, file offsets and connections are the parent's.
             span = self.data.window * self.data.lanes
             self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
@@ -253,7 +253,7 @@ class StepDataset(Dataset[Any]):
 
 
 class StepSampler(Sampler[int]):
-    """The steps from start to stop, in order; torch hands whole steps to its workers in turn."""
+    """The steps from start to stop, in order; torch gives whole steps to its workers in turn."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.start, self.stop = start, stop
@@ -270,8 +270,8 @@ def members_of(
 ) -> dict[str, list[str]]:
     """Modality → endings of source i.
 
-    A source that has ``members`` brings the modalities named there and no others; one without brings every modality of
-    the pairs, under the usual endings, as far as each sample has it.
+    A source with ``members`` has only the modalities listed there; one without has every modality of the pairs, with
+    the default endings, as far as each sample has it.
 
     Raises:
         ConfigError: for an unknown modality, a source that cannot make any pair, an ending that holds pickles.
@@ -280,7 +280,7 @@ def members_of(
     where = f"data.sources.{i}.members"
     paired = list(dict.fromkeys(m for pair in pairs for m in pair))
     if "/" in source.name:
-        raise ConfigError(f"data.sources.{i}.name: {source.name!r} must not have a '/' in it.")
+        raise ConfigError(f"data.sources.{i}.name: {source.name!r} must not contain a '/'.")
     for m in source.members:
         if m not in inputs:
             raise ConfigError(f"{where}: there is no modality {m!r}. {did_you_mean(m, inputs)}")
@@ -288,7 +288,7 @@ def members_of(
     if source.members:
         out = {m: e for m, e in out.items() if m in source.members}
     if not any(a in out and b in out for a, b in pairs):
-        raise ConfigError(f"{where}: {sorted(out)} make none of the pairs {[list(p) for p in pairs]}.")
+        raise ConfigError(f"{where}: {sorted(out)} form none of the pairs {[list(p) for p in pairs]}.")
     check_members(out, where)
     if source.same is not None:
         check_members({"same": [source.same]}, f"data.sources.{i}")
@@ -309,10 +309,10 @@ def check_mix(data: Data, inputs: Mapping[str, ModalityInput], pairs: Sequence[t
 
 
 def _pair(reader: Reader, source: int, shard: int, sample: Sample, same: str) -> str:
-    """The value that makes samples one pair, as text. Raises SampleError where the sample has none."""
+    """The value that samples of one pair share, as text. Raises SampleError where the sample has none."""
     found = reader.find(source, shard, sample, {"same": [same]}).values
     if "same" not in found:
-        raise SampleError(same, f"there is no {same}, which data.sources.{source}.same takes pairs from")
+        raise SampleError(same, f"the sample has no {same}, which data.sources.{source}.same needs")
     value = found["same"]
     return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value)
 
@@ -325,10 +325,10 @@ def stable_id(key: str) -> int:
 
 
 def sample_rng(seed: int, key: str, one: int, modality: str) -> np.random.Generator:
-    """The generator for one sample's augmentation in one pass: Philox (Salmon et al. 2011) keyed by blake2b.
+    """The generator for one sample's augmentation in one epoch: Philox (Salmon et al. 2011) keyed by blake2b.
 
-    A thread has one generator that is set to the key, which is several times faster than making one for each sample;
-    what an earlier call returned must not be used any more.
+    Each thread has one generator that is set to the key, which is several times faster than making one per sample; the
+    generator returned by an earlier call must not be used any more.
     """
     text = f"{seed}\0{one}\0{modality}\0{key}".encode("utf-8", "surrogateescape")
     words = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), np.dtype("<u8"))

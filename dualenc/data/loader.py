@@ -1,4 +1,4 @@
-"""Batches in step order: workers decode, one process consumes, nothing depends on how many there are."""
+"""Batches in step order: workers decode, one process consumes, and the number of workers changes nothing."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class Loader:
         data: the recipe's ``data`` section.
         inputs: modality → its input.
         pairs: the recipe's pairs. A sample is used if it has both sides of at least one.
-        seed: of the order and of all augmentation.
+        seed: for the order and all augmentation.
         batch_size: global; must be a multiple of ``world``.
         rank, world: this process and how many there are.
-        start_step: the first step; resuming is setting it.
+        start_step: the first step; set it to resume.
         pin_memory: copy batches into pinned memory (for a GPU).
-        start_method: how workers start; default: fork where there is fork.
-        views: name → what else to make of a modality's items.
-        redraw: modality → (seed, passes): its augmentation is drawn as in run ``seed``, and pass p as pass
-            p % ``passes``, so that views that were stored before come again.
+        start_method: how workers start; default: fork where available.
+        views: name → a further version of a modality's items.
+        redraw: modality → (seed, passes): its augmentation is drawn as in run ``seed``, with epoch p as epoch
+            p % ``passes``, so that stored views are repeated.
 
     Attributes:
         plan: the order.
@@ -57,7 +57,7 @@ class Loader:
     Raises:
         ConfigError: for a batch that cannot be split, an unknown modality in a source's ``members``, ``pipe:`` shards
             without ``data.allow_pipe``.
-        DataError: for missing or broken shards; while iterating, for a source of which nothing can be used.
+        DataError: for missing or broken shards; while iterating, for a source without usable samples.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class Loader:
             self._watchdog.stop()
             self._watchdog = None
         iterator, self._iterator = self._iterator, None
-        # Releasing torch's iterator stops its workers, but a traceback on its way up may still hold it.
+        # Releasing torch's iterator stops its workers, but the traceback of a pending exception may still hold it.
         shutdown = getattr(iterator, "_shutdown_workers", None)
         if shutdown is not None:
             try:
                 shutdown()
             except RuntimeError as e:
-                # torch's SIGCHLD handler reports a dead worker wherever the main thread is, so also here, once more.
+                # torch's SIGCHLD handler reports a dead worker wherever the main thread is, so possibly here again.
                 if not self._lost_worker or "killed by" not in str(e):
                     raise
                 shutdown()
@@ -167,7 +167,7 @@ class Loader:
             raise lost from e
 
     def lost_worker(self, error: Exception, step: int) -> DataError | None:
-        """What to raise instead of ``error`` if that says that a data worker died; None if it says something else.
+        """What to raise instead of ``error`` if it means that a data worker died; else None.
 
         A dead worker shows itself as a broken connection when its tensors are fetched, or as torch's RuntimeError; the
         latter comes out of a signal handler, so wherever the main thread is, also in the middle of a step.
@@ -178,21 +178,21 @@ class Loader:
             return None
         self._lost_worker = True
         return DataError(
-            f"A data worker died while step {step} was read ({text.splitlines()[0]}); usually memory ran out: "
+            f"A data worker died while reading step {step} ({text.splitlines()[0]}), usually for lack of memory: "
             "lower data.workers or data.prefetch."
         )
 
     def _awaited(self, step: int) -> str:
-        """What the stall message says about a step."""
+        """The part of the stall message that describes a step."""
         refs = self.plan.local(step, self.rank, self.world, self.batch_size)
         at = sorted({(int(s), int(h)) for s, h in zip(refs.source, refs.shard, strict=True)})
         names = [self.sets[s].urls[h] for s, h in at]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        return f"step {step} on rank {self.rank} is awaited; it reads {', '.join(names[:4])}{more}"
+        return f"rank {self.rank} is waiting for step {step}, which reads {', '.join(names[:4])}{more}"
 
 
 class Watchdog:
-    """Logs a line whenever a wait has lasted another ``every`` seconds."""
+    """Logs a line for every ``every`` seconds that a wait lasts."""
 
     def __init__(self, every: float, describe: Any) -> None:
         self.every, self._describe = every, describe
@@ -243,11 +243,11 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _quiet_worker(worker: int) -> None:
-    """One thread each, as workers are many and share the cores with training; signals are the main process's affair.
+    """One thread each, as the many workers share the cores with training; the main process handles signals.
 
-    Ctrl-C and a scheduler's SIGTERM reach every process of a job. Workers must outlive them, or the run could not
-    finish its step and save; only a SIGTERM sent by the main process itself ends a worker. It is blocked since the
-    worker began (see :func:`_sigterm_blocked`).
+    Ctrl-C and a scheduler's SIGTERM reach every process of a job. Workers must survive them, or the run could not
+    finish its step and write a checkpoint; only a SIGTERM from the main process itself ends a worker. SIGTERM is
+    blocked from the worker's start (see :func:`_sigterm_blocked`).
     """
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -258,19 +258,19 @@ def _quiet_worker(worker: int) -> None:
 
 
 def _end_on_failed_hand_over(error: Exception, _: Any) -> None:
-    """A batch that cannot be put into shared memory is lost, and the trainer would wait for it for ever: end here."""
+    """Exit where a batch cannot be put into shared memory: it is lost, and the trainer would wait for it forever."""
     print(f"dualenc: a data worker cannot hand over a batch ({error})", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _report_while_alive(parent: int) -> None:
-    """A worker whose trainer was killed loses its connections: no error of its own, and nobody is left to read it."""
+    """Suppress the lost-connection error of a worker whose trainer was killed: nobody is left to read it."""
     report = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lost = isinstance(error, OSError | EOFError)
         if lost:
-            time.sleep(1.0)  # the connection goes before the process is seen to be gone
+            time.sleep(1.0)  # the connection is lost before the process is seen to have exited
         if os.getppid() == parent or not lost:
             report(kind, error, trace)
 
@@ -279,7 +279,7 @@ def _report_while_alive(parent: int) -> None:
 
 @contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Processes and threads that start inside have SIGTERM blocked, each of their own threads too."""
+    """Processes and threads started inside have SIGTERM blocked, and so have all their threads."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,18 +1,19 @@
-"""Which sample stands at which place of the global stream: a pure function of (counts, seed, recipe).
+"""Which sample is at which position of the global stream: a pure function of (counts, seed, recipe).
 
-Nothing here knows ranks, workers or files, and nothing is replayed: every position is computed from its number, so
-resuming is starting at another number. All randomness is 64-bit integer arithmetic written out below (SplitMix64 and a
-Feistel network over it), not a library's generator: the order is the same on every machine, numpy and Python version.
+Nothing here depends on ranks, workers or files, and nothing is replayed: the sample at a position is computed from its
+number, so resuming means starting at another number. All randomness is 64-bit integer arithmetic written out below
+(SplitMix64 and a Feistel network over it), not a library's generator: the order is the same on every machine and for
+every version of numpy and Python.
 
-**One source, without replacement.** A source of n samples gives position q the place ``p = q % n`` of pass ``q // n``.
-The pass permutes the shards, lays their samples end to end, and cuts that line into ``lanes`` parts that differ by at
-most one sample; place p belongs to lane ``p % lanes``. Inside a lane, stretches of ``window`` samples are permuted. All
-three maps are bijections, so a pass holds every sample exactly once whatever the shards' sizes are.
+**One source, without replacement.** In a source of n samples, position q is place ``p = q % n`` of epoch ``q // n``.
+The epoch permutes the shards, lays their samples end to end, and cuts that line into ``lanes`` parts that differ by at
+most one sample; place p belongs to lane ``p % lanes``. Inside a lane, runs of ``window`` samples are permuted. All
+three maps are bijections, so an epoch holds every sample exactly once whatever the shards' sizes are.
 
 **With replacement.** Position q draws one of the n samples from the counter (seed, source, q).
 
-**Mixtures.** The stream is cut into blocks; a block holds each source's share of positions (rounded so that the error
-never adds up) in a seeded order. A source's own order does not depend on the other sources.
+**Mixtures.** The stream is cut into blocks; a block holds each source's share of positions (rounded so that errors
+never accumulate) in a seeded order. A source's own order does not depend on the other sources.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _BLOCK = 1024
 _BLOCK_MAX = 1 << 20
 
 
-# --- stated arithmetic -------------------------------------------------------------------------------------------
+# --- fixed arithmetic --------------------------------------------------------------------------------------------
 
 
 def mix64(x: Words) -> Words:
@@ -70,7 +71,7 @@ def hashed(key: int, counters: Ints) -> Words:
 def permute(key: int, size: int, index: Ints) -> Ints:
     """Apply the key's pseudo-random permutation of ``range(size)`` to every index, without storing it.
 
-    A Feistel network on the next power of two; values that fall outside the range go round again ("cycle walking",
+    A Feistel network on the next power of two; values that fall outside the range are mapped again ("cycle walking",
     Black and Rogaway 2002), which keeps it a bijection of the range. Costs O(len(index)).
     """
     if size <= 1:
@@ -112,9 +113,9 @@ class SourceOrder:
         self._shards: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
 
     def at(self, q: Ints) -> tuple[Ints, Ints, Ints]:
-        """Shard, sample in shard, pass of the source's positions ``q``.
+        """Shard, sample in shard, and epoch of the source's positions ``q``.
 
-        With replacement the third number is the position itself, so that a sample drawn twice is augmented twice.
+        With replacement the epoch is the position itself, so that a sample drawn twice is augmented differently.
         """
         if self.replace:
             uniform = (hashed(self.key, q) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -134,7 +135,7 @@ class SourceOrder:
         return shard, sample, passes
 
     def _place(self, one: int, p: Ints) -> Ints:
-        """Where place ``p`` of a pass lies on the pass's line of samples."""
+        """Where place ``p`` of an epoch is on the epoch's line of samples."""
         lane, i = p % self.lanes, p // self.lanes
         small, more = divmod(self.n, self.lanes)
         start = lane * small + np.minimum(lane, more)
@@ -151,7 +152,7 @@ class SourceOrder:
         return out
 
     def _shard_order(self, one: int) -> tuple[Ints, Ints]:
-        """The pass's permutation of shards and where each ends on the line."""
+        """The epoch's permutation of shards and where each ends on the line."""
         if one not in self._shards:
             index = np.arange(len(self.counts))
             order = permute(derive_key(self.key, 2, one), len(self.counts), index)
@@ -181,14 +182,14 @@ class Plan:
     """The whole order. Built from shard counts only (``dualenc.data.shards.index.build_plan`` reads them from indexes).
 
     Args:
-        names: the sources' names; a source's order depends on its name and the seed, not on its place.
+        names: the sources' names; a source's order depends on its name and the seed, not on its place in the list.
         counts: for each source, the samples of each shard, in the order of its shard list.
         seed: any integer.
         weights: relative shares of samples among the sources; default: equal.
         sampling, lanes, window: as in the recipe's ``data`` section.
 
     Raises:
-        ConfigError: if a source's share is too small to be apportioned.
+        ConfigError: if a source's share is less than one sample per block.
         DataError: if a source or a shard has no samples.
     """
 
@@ -230,12 +231,12 @@ class Plan:
 
     @property
     def samples_per_pass(self) -> int:
-        """Positions of one pass. One source: its samples. A mixture has a pass per source; this is the sum of sizes."""
+        """Positions of one epoch: the samples of all sources. (In a mixture, each source has epochs of its own.)"""
         return self.total
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Source name → samples in one pass over it."""
+        """Source name → samples in one epoch of it."""
         return {s.name: s.n for s in self.sources}
 
     def digest(self) -> str:
@@ -246,7 +247,7 @@ class Plan:
         return h.hexdigest()
 
     def at(self, positions: Sequence[int] | Ints) -> Refs:
-        """The samples at global positions (``step · N + slot``, non-negative), in the order asked for."""
+        """The samples at global positions (``step · N + slot``, non-negative), in the order of ``positions``."""
         P = np.asarray(positions, np.int64)
         if len(P) and int(P.min()) < 0:
             raise ValueError(f"positions start at 0, got {int(P.min())}")
@@ -290,6 +291,6 @@ class Plan:
         return self._blocks[b]
 
     def _given(self, position: int) -> Ints:
-        """How many of the first ``position`` places each source has; Python integers, as the product passes 2^63."""
+        """How many of the first ``position`` places each source has; Python integers, as the product exceeds 2^63."""
         ends = [(position * b) >> 32 for b in self._bounds]
         return np.array([b - a for a, b in zip([0, *ends], ends, strict=False)], np.int64)

@@ -1,4 +1,4 @@
-"""The plans a recipe can name under ``data.sampling``: which sample stands at which place of the global stream."""
+"""The plans a recipe can name under ``data.sampling``: which sample is at which position of the global stream."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 
 from dualenc.config import Component, Section, settings_as
 from dualenc.data.order import Plan
+from dualenc.errors import ConfigError
 from dualenc.registry import Registry
 
 plans: Registry[Any] = Registry("plan", "dualenc.plans", needs=("Config", "at", "digest"))
-"""Name → a class with a pydantic ``Config``, built from (names, counts, seed, weights, lanes, window, config). Deriving
-it from :class:`~dualenc.data.order.Plan` gives it all but what it changes, such as ``at(positions) -> Refs``. It is a
-pure function of what it was built from: two of them built alike, on other ranks, in workers or after a kill, say the
-same of every position."""
+"""Name → a class with a pydantic ``Config``, built from (names, counts, seed, weights, lanes, window, config). A
+subclass of :class:`~dualenc.data.order.Plan` only defines what it changes, such as ``at(positions) -> Refs``. It must
+be a pure function of its arguments: two plans built from the same ones, on other ranks, in workers or after a restart,
+give the same sample for every position."""
 
 
 @plans.register("without_replacement")
 class WithoutReplacement(Plan):
-    """Every sample once a pass, in a seeded order."""
+    """Every sample once per epoch, in a seeded order."""
 
     Config = Section
 
@@ -37,7 +38,7 @@ class WithoutReplacement(Plan):
 
 @plans.register("with_replacement")
 class WithReplacement(Plan):
-    """Every position draws a sample anew."""
+    """Every position draws a sample independently."""
 
     Config = Section
 
@@ -70,8 +71,20 @@ def plan_for(
             apportioned.
         DataError: if a source or a shard has no samples.
     """
-    component = Component(name=sampling) if isinstance(sampling, str) else sampling
-    factory = plans[component.name]
-    config = settings_as(factory.Config, component.settings, "data.sampling")
+    factory, config = chosen(sampling)
     plan: Plan = factory(names, counts, seed, weights, lanes, window, config)
     return plan
+
+
+def chosen(sampling: str | Component) -> tuple[Any, Any]:
+    """The class that ``data.sampling`` names, and its settings.
+
+    Raises:
+        ConfigError: as :func:`plan_for`; the data are not needed to say so.
+    """
+    component = Component(name=sampling) if isinstance(sampling, str) else sampling
+    try:
+        factory = plans[component.name]
+    except ConfigError as e:
+        raise ConfigError(f"data.sampling: {e}") from e
+    return factory, settings_as(factory.Config, component.settings, "data.sampling")

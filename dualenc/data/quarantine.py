@@ -1,4 +1,4 @@
-"""Samples that were lost: counted per source, named in ``quarantine.jsonl``, and too many of them stop the run."""
+"""Lost samples: counted per source and listed in ``quarantine.jsonl``; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dualenc.distributed.world import World, all_reduce_sum
 from dualenc.errors import DataError
 
 Counts = dict[str, tuple[int, int]]
-"""Source → (samples seen, of these lost)."""
+"""Source → (samples seen, samples lost)."""
 
 _REMEMBERED = 200_000
 
@@ -37,14 +37,14 @@ class Ledger:
         name = "quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl"
         self.path = Path(run_dir) / name if run_dir is not None else None
         self.max_bad_share = max_bad_share
-        self._before: Counts = {}  # of all ranks, when the run was last saved
+        self._before: Counts = {}  # of all ranks, at the last checkpoint
         self._seen: dict[str, int] = dict.fromkeys(sources, 0)
         self._bad: dict[str, int] = dict.fromkeys(sources, 0)
         self._last: dict[str, BadSample] = {}
         self._written: set[int] = set()
 
     def add(self, batch: Batch) -> None:
-        """Count a batch and write down what it lost (each sample once, also over several passes)."""
+        """Count a batch and record its lost samples (each once, even over several epochs)."""
         for key in batch.keys:
             source = key.split("/", 1)[0]
             self._seen[source] = self._seen.get(source, 0) + 1
@@ -68,7 +68,7 @@ class Ledger:
         return True
 
     def _read_written(self) -> None:
-        """Remember what an earlier process wrote down, on any rank; a line cut short by a kill goes."""
+        """Remember what earlier processes recorded, on any rank; a line cut short by a kill is removed."""
         if self.path is None:
             return
         if self.path.exists():
@@ -81,7 +81,7 @@ class Ledger:
                     self._is_new(row["source"], row["shard"], row["key"])
 
     def counts(self) -> Counts:
-        """Counts of this rank, on top of those it was resumed with."""
+        """Counts of this rank, added to those it was resumed with."""
         names = sorted({*self._before, *self._seen, *self._bad})
         out: Counts = {}
         for s in names:
@@ -105,9 +105,9 @@ class Ledger:
     def check(self, counts: Mapping[str, tuple[int, int]] | None = None, final: bool = False) -> None:
         """Stop when a source lost more than its share.
 
-        During a run the excess must be three standard deviations of the count (lost − 3·√lost > share · seen), so
-        that bad luck among the first samples stops nothing and a source that is all bad is stopped at its tenth
-        sample; a share of 0 allows none. ``final`` compares the shares as they are.
+        During a run the excess must be three standard deviations of the count (lost − 3·√lost > share · seen), so that
+        bad luck with the first samples stops nothing, while a source that is entirely bad stops at its tenth sample; a
+        share of 0 allows none. ``final`` compares the shares as they are.
 
         Raises:
             DataError: naming the source, its counts and the last reason.
@@ -116,8 +116,8 @@ class Ledger:
             sure = bad if final or self.max_bad_share == 0 else bad - 3 * math.sqrt(bad)
             if bad and sure > self.max_bad_share * seen:
                 last = self._last.get(source)
-                why = f" The last: {last.shard}/{last.key}: {last.reason}." if last else ""
-                where = f" All are in {self.path}." if self.path is not None else ""
+                why = f" The last one: {last.shard}/{last.key}: {last.reason}." if last else ""
+                where = f" All are listed in {self.path}." if self.path is not None else ""
                 raise DataError(
                     f"Source {source!r} lost {bad} of {seen} samples, more than data.max_bad_share "
                     f"({self.max_bad_share}) allows.{why}{where}"
@@ -129,6 +129,6 @@ class Ledger:
         return {"counts": {s: list(c) for s, c in counts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved counts; an empty state begins at zero. Samples named before are not named again."""
+        """Continue from saved counts; an empty state starts at zero. Samples listed before are not listed again."""
         self._read_written()
         self._before = {s: (int(c[0]), int(c[1])) for s, c in state.get("counts", {}).items()}

@@ -1,8 +1,7 @@
-"""How one raw item is shown on a page: what a report embeds in itself, as small pictures, short sounds, or text.
+"""How one raw item is shown on a page: reports embed small images, short audio clips, or text.
 
-A modality says so with a static method ``preview(raw) -> dict``; without one its bytes are looked at. A preview has
-one of ``picture`` (a ``data:`` address), ``sound`` (likewise) or ``text``; a page shows it by what it is, never by the
-modality's name.
+A modality may have a static method ``preview(raw) -> dict``; otherwise the bytes decide. A preview has one of
+``picture`` (a ``data:`` URI), ``sound`` (likewise) or ``text``; pages decide by this, never by the modality's name.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SOUND_BYTES = 400_000
-"""Longer recordings are cut: a page holds dozens of them."""
+"""Larger recordings are cut, as a page holds dozens of them."""
 SECONDS = 8.0
 WHITE = (255, 255, 255)
 MAX_PIXELS = 100_000_000
-"""Larger pictures are not decoded for a thumbnail."""
+"""Larger images are not decoded for a thumbnail."""
 SHOWN = 5000
-"""Points drawn over a picture, about."""
+"""Approximate number of points drawn over an image."""
 FAR = 60.0
-"""Metres at which the colours end."""
+"""Distance in metres at which the colour scale ends."""
 _STOPS = np.array([[255, 70, 40], [255, 200, 40], [80, 220, 100], [60, 170, 255], [90, 70, 220]], float)
 _SOUNDS = ((b"OggS", "ogg"), (b"fLaC", "flac"), (b"RIFF", "wav"), (b"ID3", "mpeg"), (b"\xff\xfb", "mpeg"))
 
 
 @runtime_checkable
 class Previews(Protocol):
-    """A modality that knows how its items are shown."""
+    """A modality that defines how its items are shown."""
 
     @staticmethod
     def preview(raw: Any) -> dict[str, str]:
@@ -46,7 +45,7 @@ class Previews(Protocol):
 
 
 def preview(raw: bytes | str, kind: str = "") -> dict[str, str]:
-    """The preview of an item of a registered modality ``kind``, or of whatever its bytes are.
+    """The preview of an item of the registered modality ``kind``, or according to its bytes.
 
     Raises:
         DecodeError: neither the modality nor the bytes say how it can be shown.
@@ -60,25 +59,25 @@ def preview(raw: bytes | str, kind: str = "") -> dict[str, str]:
     return {"picture": thumbnail_uri(raw)}
 
 
-# --- sounds ----------------------------------------------------------------------------------------------------------
+# --- audio -----------------------------------------------------------------------------------------------------------
 
 
 def sound_kind(raw: bytes) -> str:
-    """The audio type that the first bytes say (``ogg``, ``flac``, ``wav``, ``mpeg``), else an empty string."""
+    """The audio type recognised by the first bytes (``ogg``, ``flac``, ``wav``, ``mpeg``), else an empty string."""
     return next(
         (kind for head, kind in _SOUNDS if raw.startswith(head) and (kind != "wav" or raw[8:12] == b"WAVE")), ""
     )
 
 
 def sound_uri(raw: bytes) -> str:
-    """A recording as a ``data:`` address: as it is when small, else its first seconds as mono FLAC.
+    """A recording as a ``data:`` URI: unchanged if small, else its first seconds as mono FLAC.
 
     Raises:
         DecodeError: not audio, or damaged.
     """
     kind = sound_kind(raw)
     if not kind:
-        raise DecodeError(f"no recording in a known format ({len(raw)} bytes)")
+        raise DecodeError(f"not a recording in a known format ({len(raw)} bytes)")
     if len(raw) > SOUND_BYTES:
         raw, kind = _excerpt(raw), "flac"
     return f"data:audio/{kind};base64," + base64.b64encode(raw).decode("ascii")
@@ -88,7 +87,7 @@ def _excerpt(raw: bytes) -> bytes:
     try:
         import soundfile
     except ImportError as e:
-        raise DecodeError(f"{len(raw)} bytes are too many for a page, and soundfile, which cuts them, is absent") from e
+        raise DecodeError(f"{len(raw)} bytes are too many for a page; to shorten recordings, install soundfile") from e
     try:
         with soundfile.SoundFile(io.BytesIO(raw)) as f:
             rate = f.samplerate
@@ -96,21 +95,21 @@ def _excerpt(raw: bytes) -> bytes:
     except (soundfile.LibsndfileError, RuntimeError) as e:
         raise DecodeError(f"the recording is damaged ({e})") from e
     if rate > 32_000:
-        # Pairs averaged: a crude low-pass, good enough to listen to on a page, at half the bytes.
+        # Average pairs of samples: a crude low-pass, good enough for listening on a page, at half the bytes.
         wave, rate = wave[: len(wave) // 2 * 2].reshape(-1, 2).mean(1), rate // 2
     out = io.BytesIO()
     soundfile.write(out, wave, rate, format="FLAC", subtype="PCM_16")
     return out.getvalue()
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 def thumbnail(raw: bytes, px: int = 96) -> bytes:
     """``raw`` upright, flattened on white, as WebP whose longer side is at most ``px`` pixels.
 
     Raises:
-        DecodeError: not a picture, damaged, or with too many pixels to be decoded for a thumbnail.
+        DecodeError: not an image, damaged, or with too many pixels to be decoded for a thumbnail.
     """
     from PIL import Image
 
@@ -124,7 +123,7 @@ def thumbnail(raw: bytes, px: int = 96) -> bytes:
 
 
 def thumbnail_uri(raw: bytes, px: int = 96) -> str:
-    """:func:`thumbnail` as a ``data:`` address that a page can hold."""
+    """:func:`thumbnail` as a ``data:`` URI for a page."""
     return _data_uri(thumbnail(raw, px))
 
 
@@ -135,9 +134,9 @@ def colours(metres: F64, far: float = FAR) -> npt.NDArray[np.uint8]:
 
 
 def points_over(image: Image.Image, uv: F64, depth: F64, width: int, far: float = FAR, dot: float = 0.6) -> Image.Image:
-    """The picture at ``width`` pixels with a dot for every point: ``uv [n, 2]`` in its own pixels, ``depth [n]`` in m.
+    """The image at ``width`` pixels with a dot for every point: ``uv [n, 2]`` in its own pixels, ``depth [n]`` in m.
 
-    Near points are drawn last, over far ones. A dense sweep is thinned to about ``SHOWN`` points, so that the picture
+    Near points are drawn last, over far ones. A dense sweep is thinned to about ``SHOWN`` points, so that the image
     can still be seen.
     """
     from PIL import Image, ImageDraw
@@ -152,7 +151,7 @@ def points_over(image: Image.Image, uv: F64, depth: F64, width: int, far: float 
 
 
 def webp_uri(image: Image.Image) -> str:
-    """A picture as a ``data:`` address of a WebP."""
+    """An image as a ``data:`` URI of a WebP."""
     return _data_uri(_webp(image, quality=85, method=2))
 
 

@@ -16,12 +16,12 @@ from dualenc.losses import Extras, Loss, LossOutput
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What the loss has to know of a teacher.
+    """What the loss needs to know about a teacher.
 
     Attributes:
         name: of its rows in :attr:`dualenc.data.batch.Batch.teachers`.
         weight: relative, among the teachers of a pair.
-        scale, bias: by pair of the student: of its logits.
+        scale, bias: of its logits, by pair of the student.
         fusion: it gives scores, not features.
     """
 
@@ -55,7 +55,7 @@ class Distillation(Loss):
         *,
         extras: Extras,
     ) -> LossOutput:
-        """As :class:`dualenc.losses.Loss`; ``extras`` brings what the teachers say and the projected features."""
+        """As :class:`dualenc.losses.Loss`; ``extras`` brings the teachers' output and the projected features."""
         value, metrics = logit_scale.new_zeros(()), {}
         if self.weight:
             more = {"extras": extras} if self.hard.takes_extras else {}
@@ -79,17 +79,17 @@ class Distillation(Loss):
         return LossOutput(value, metrics)
 
     def _side(self, t: TeacherInfo, extras: Extras, ids: Tensor) -> tuple[TeacherSide, Tensor]:
-        """The teacher's features of a pair, and the ids with the slots it has nothing of marked absent."""
+        """The teacher's features of a pair, and the ids, absent where the teacher has no features."""
         scale, bias = t.scale[extras.pair], t.bias.get(extras.pair, 0.0)
-        (a, b), said = extras.pair, extras.teachers[t.name]
-        kept = torch.where(said.has[a] & said.has[b], ids, ABSENT)
+        (a, b), rows = extras.pair, extras.teachers[t.name]
+        kept = torch.where(rows.has[a] & rows.has[b], ids, ABSENT)
         if t.fusion:
-            return TeacherSide(None, None, scale, bias, said.scores[a, b], said.scores[b, a]), kept
-        return TeacherSide(said.features[a], said.features[b], scale, bias), kept
+            return TeacherSide(None, None, scale, bias, rows.scores[a, b], rows.scores[b, a]), kept
+        return TeacherSide(rows.features[a], rows.features[b], scale, bias), kept
 
 
 def build_terms(config: Distill) -> list[tuple[str, Term]]:
-    """The recipe's terms; a term that is named twice gets a number.
+    """The recipe's terms; a term that is listed twice gets a number.
 
     Raises:
         ConfigError: for an unknown name (with the nearest known one) or setting.

@@ -22,7 +22,7 @@ from dualenc.model.bundle import seeded
 
 
 class Distiller:
-    """What a run asks of distillation.
+    """The distillation of a run.
 
     Attributes:
         teachers: in the recipe's order.
@@ -53,7 +53,7 @@ class Distiller:
         return Distillation(self.config, hard, [t.info for t in self.teachers])
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
-        """Refuse data that a cached teacher has nothing of."""
+        """Refuse data that a cached teacher has no features of."""
         for t in self.teachers:
             t.covers(sets)
 
@@ -66,7 +66,7 @@ class Distiller:
         return batch
 
     def describe(self) -> list[dict[str, Any]]:
-        """Of every teacher, what must stay the same when the run is resumed."""
+        """What must stay the same in every teacher when the run is resumed."""
         return [t.describe() for t in self.teachers]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -85,7 +85,7 @@ class Distiller:
                 if out.setdefault(m, how) != how:
                     raise ConfigError(
                         f"distill.teachers.{k}.cache: its views of {m} were drawn with (seed, views) {how}, another "
-                        f"teacher's with {out[m]}: the student can follow one of them only; write one anew"
+                        f"teacher's with {out[m]}: the student can follow only one; write one of the caches again"
                     )
         return out
 
@@ -94,7 +94,7 @@ class Distiller:
             if not self.config.hard and not any(tuple(pair) in t.info.scale for t in self.teachers):
                 raise ConfigError(
                     f"distill.hard is 0 and no teacher has both sides of {pair_name(pair)}: nothing would train this "
-                    "pair; raise distill.hard or name a teacher of it"
+                    "pair; raise distill.hard or add a teacher for it"
                 )
 
     def _check_modalities(self) -> None:
@@ -121,8 +121,8 @@ class Distiller:
                     continue
                 if term.project is False and t.embed_dim != dim:
                     raise ConfigError(
-                        f"distill.terms.{k}.project: false needs equal dimensions, the student has {dim}, {t.name} "
-                        f"{t.embed_dim}; leave it out"
+                        f"distill.terms.{k}.project: false needs equal dimensions, but the student has {dim} and "
+                        f"{t.name} {t.embed_dim}; leave project out"
                     )
                 if term.project is False or (term.project is None and t.embed_dim == dim):
                     continue

@@ -1,1 +1,1 @@
-"""Ranks and the only collectives on features: world, gather, what to say when a rank is lost."""
+"""Ranks and the only collectives on features: world, gather, messages about lost ranks."""

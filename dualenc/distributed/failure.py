@@ -29,7 +29,7 @@ def naming_missing_ranks(world: World, grace_s: float = 5.0) -> Iterator[None]:
     """Turn a failed collective inside the context into one line that says which ranks are missing.
 
     Every rank that sees the failure reports to the store of the process group and waits ``grace_s`` seconds for the
-    others to do so; who has not reported is missing.
+    others to do so; ranks that have not reported are missing.
 
     Raises:
         LostRankError: in place of the backend's error.
@@ -53,7 +53,7 @@ def _who(world: World, grace_s: float) -> str:
             missing -= {r for r in missing if store.check([f"failed/{r}"])}
             time.sleep(0.1)
     except (dist.DistError, RuntimeError) as e:
-        return f"Rank {world.rank} lost the others, and rank 0, which keeps the store, does not answer: {e!s:.80}"
+        return f"Rank {world.rank} lost the other ranks, and rank 0, which keeps the store, does not answer: {e!s:.80}"
     if not missing:
         return f"A collective failed on all {world.world_size} ranks; see each rank's first error"
     names = ", ".join(map(str, sorted(missing)))

@@ -1,4 +1,4 @@
-"""All-gather of features with the one gradient that is right.
+"""All-gather of features with the correct gradient.
 
 Each rank's loss is a function of every rank's features. With L = mean over ranks of L_r, the gradient at a rank's
 features is the sum over ranks of what each L_r sends back: the backward is a reduce-scatter with SUM. Engines average
@@ -44,8 +44,8 @@ _equal: set[tuple[int, ...]] = set()
 def check_equal_shapes(x: Tensor) -> None:
     """Raise on all ranks alike if ``x`` has another shape on some rank.
 
-    Ranks ask each other once for each shape: batches have one size on all ranks, so a shape that is new is new on all
-    of them, and a step on known ones asks nothing and waits for nothing.
+    Ranks compare each shape once: batches have one size on all ranks, so a new shape is new on all of them, and a step
+    on known shapes communicates nothing and waits for nothing.
     """
     known = (world_size(), *x.shape)
     if world_size() == 1 or known in _equal:
@@ -54,7 +54,9 @@ def check_equal_shapes(x: Tensor) -> None:
     shapes = all_gather(mine).view(-1, x.ndim).tolist()
     if any(s != shapes[0] for s in shapes):
         listed = ", ".join(f"rank {r}: {s}" for r, s in enumerate(shapes))
-        raise DualencError(f"Features must have one shape on all ranks, got {listed}; give every rank the same batch")
+        raise DualencError(
+            f"Features must have the same shape on all ranks, got {listed}; give every rank the same batch size"
+        )
     _equal.add(known)
 
 

@@ -1,7 +1,7 @@
-"""Start the ranks of one machine and watch over them: ``dualenc launch --nproc N``.
+"""Start the ranks of one machine and supervise them: ``dualenc launch --nproc N``.
 
-It does what ``torchrun --standalone`` does, and a person sees less of it: one line says which rank ended how, the exit
-code is that rank's own, and only a crash is started again (torchrun also restarts a run whose recipe is wrong).
+It does what ``torchrun --standalone`` does with less output: one line says which rank ended how, the exit code is that
+rank's, and only crashes are restarted (torchrun also restarts a run whose recipe is wrong).
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from contextlib import contextmanager
 from types import FrameType
 
 FINAL = frozenset({0, 2, 3, 4, 5, 6, 130})
-"""Exit codes that a new start would give again: done, wrong recipe, data, checkpoint, diverged, stopped by the guard,
-stopped and saved."""
+"""Exit codes that a restart would give again: done, wrong recipe, data, checkpoint, diverged, stopped by the guard,
+stopped with a checkpoint."""
 
 GRACE_S = 20.0
-"""How long the other ranks may take to say what they lost once one has ended; longer than ``naming_missing_ranks``."""
+"""How long the other ranks may take to report once one has ended; longer than ``naming_missing_ranks``."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def launch(command: Sequence[str], nproc: int, max_restarts: int = 0, grace_s: float = GRACE_S) -> int:
-    """Run ``command`` in ``nproc`` processes that find each other; start all again when one crashes.
+    """Run ``command`` in ``nproc`` processes that find each other; restart all of them when one crashes.
 
     Args:
         command: what each rank runs; ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` … are in its environment.
         nproc: number of ranks, ≥ 1.
-        max_restarts: how often a crash is followed by a new start.
+        max_restarts: how often to restart after a crash.
         grace_s: seconds until the ranks left over by a crash are killed.
 
     Returns:
-        The exit code of the rank that ended first in another way than 0 (128 + N if signal N ended it), else 0.
+        The exit code of the first rank that failed (128 + N if signal N ended it), else 0.
     """
     for attempt in range(max_restarts + 1):
         ranks = RankProcesses(command, nproc, grace_s)
         code = ranks.run()
         if code in FINAL or ranks.signalled or attempt == max_restarts:
             break
-        _say(f"starting all ranks again ({attempt + 1} of {max_restarts}), from the newest save")
+        _say(f"restarting all ranks ({attempt + 1} of {max_restarts}) from the newest checkpoint")
     return code
 
 
 class RankProcesses:
-    """One start of all ranks, with a store of its own: gloo would find the addresses of the dead in an old one."""
+    """One start of all ranks, with its own store: in an old one gloo would find the addresses of dead ranks."""
 
     def __init__(self, command: Sequence[str], nproc: int, grace_s: float) -> None:
         self.command, self.nproc, self.grace_s = list(command), nproc, grace_s
@@ -81,7 +81,7 @@ class RankProcesses:
                     deadline = time.monotonic() + self.grace_s
             if time.monotonic() > deadline:
                 left = [str(r) for r, p in enumerate(self.processes) if p.poll() is None]
-                _say(f"rank {', '.join(left)} did not end within {self.grace_s:.0f} s after that and is killed")
+                _say(f"rank {', '.join(left)} did not exit within {self.grace_s:.0f} s; killing it")
                 self._kill()
             time.sleep(0.05)
         return code or self._first_failure()
@@ -108,7 +108,7 @@ class RankProcesses:
 
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
-        """SIGTERM, SIGINT and SIGHUP go to every rank, which saves and ends; the launcher waits for that."""
+        """SIGTERM, SIGINT and SIGHUP go to every rank, which writes a checkpoint and exits; the launcher waits."""
 
         def forward(number: int, _: FrameType | None) -> None:
             self.signalled = True
@@ -142,7 +142,7 @@ def rank_environment(env: Mapping[str, str], rank: int, nproc: int, port: int) -
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """What a rank does first: ask Linux to kill it when the launcher is killed; an orphan would go on writing saves."""
+    """What a rank does first: ask Linux to kill it with the launcher; an orphan would keep writing checkpoints."""
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl

@@ -17,7 +17,7 @@ Visit = Callable[[Sequence[Tensor], Tensor], None]
 
 
 def circulate(visit: Visit, fixed: Sequence[Tensor], found: Tensor) -> Tensor:
-    """Let every rank's block meet every rank once, and bring what was found home.
+    """Pass every rank's block by every rank once, and return the results to its owner.
 
     Not differentiable: for use inside an autograd function, whose backward circulates the gradients as ``found``.
     Every rank must call it in the same order with the same shapes; the world has two ranks or more.
@@ -42,7 +42,7 @@ def circulate(visit: Visit, fixed: Sequence[Tensor], found: Tensor) -> Tensor:
 
 
 def _pass_on(block: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Start to send tensors to the next rank and to receive the previous rank's; the result waits and gives these.
+    """Start sending tensors to the next rank and receiving the previous rank's; the result waits and returns these.
 
     All ranks post the same list in the same order, which is how messages of one pair of ranks are matched.
     """

@@ -1,4 +1,4 @@
-"""Who is who: ranks, devices, the process group, and the few small collectives the rest needs.
+"""Ranks, devices, the process group, and the few small collectives that the rest needs.
 
 One process has no process group: every collective is then the identity. Several processes may come from torchrun,
 ``accelerate launch``, the ``deepspeed`` launcher (``RANK``, ``WORLD_SIZE`` …) or from ``srun`` (``SLURM_PROCID`` …).
@@ -56,7 +56,7 @@ class _Place:
 
 
 def init_world(device: str = "auto", timeout_s: float = 600.0, threads: int | None = None) -> World:
-    """Join the process group that the environment describes; without one, be a world of one.
+    """Join the process group that the environment describes; without one, the world is this process alone.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
@@ -109,7 +109,7 @@ def _join(place: _Place, backend: str, timeout: datetime.timedelta, device: torc
         )
     except (dist.DistNetworkError, dist.DistStoreError) as e:
         raise DualencError(
-            f"Rank {place.rank} cannot meet the others at {env['MASTER_ADDR']}:{env['MASTER_PORT']} within "
+            f"Rank {place.rank} cannot reach the other ranks at {env['MASTER_ADDR']}:{env['MASTER_PORT']} within "
             f"{timeout.total_seconds():.0f} s: {_first_line(e)}"
         ) from e
     # After a restart the launcher's store still holds the addresses of the dead attempt: each has its own key space.
@@ -174,7 +174,7 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     if text is None and default is not None:
         return default
     if text is None or not text.lstrip("-").isdigit():
-        raise ConfigError(f"The environment variable {key} must be a whole number, it is {text!r}")
+        raise ConfigError(f"The environment variable {key} must be an integer, got {text!r}")
     return int(text)
 
 
@@ -185,13 +185,13 @@ def _bound_by_slurm(env: Mapping[str, str]) -> bool:
 
 
 def check_device(name: str) -> None:
-    """Refuse ``engine.device: cuda`` where there is none.
+    """Refuse ``engine.device: cuda`` on a machine without a CUDA device.
 
     Raises:
         ConfigError: if there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device is cuda, but torch sees no CUDA device; write auto or cpu")
+        raise ConfigError("engine.device is cuda, but torch sees no CUDA device; use auto or cpu")
 
 
 def _device(name: str, local_rank: int, bound: bool = False) -> torch.device:
@@ -204,7 +204,7 @@ def _device(name: str, local_rank: int, bound: bool = False) -> torch.device:
         local_rank = 0
     if local_rank >= count:
         raise ConfigError(
-            f"Local rank {local_rank} has no GPU: this machine shows {count}; start at most that many ranks"
+            f"Local rank {local_rank} has no GPU: this machine has {count}; start at most that many ranks on it"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -238,7 +238,7 @@ def rank() -> int:
 
 
 def current_world() -> World:
-    """The process group that there is, as a world; a world of one without one. It starts nothing."""
+    """The existing process group as a world; a world of one if there is none. It starts nothing."""
     if world_size() == 1:
         return World()
     backend = dist.get_backend()

@@ -1,4 +1,4 @@
-"""Towers and the model made of them; every file below this folder is imported, so adding a tower is adding its file."""
+"""Towers and the model made of them; every file below this folder is imported, so to add a tower, add its file."""
 
 import math
 import pkgutil
@@ -63,7 +63,7 @@ def build_tower(
 
 
 def input_defaults(kind: str, component: Component, where: str = "encoder") -> dict[str, Any]:
-    """Settings of the modality's ``input`` that this encoder was made with: what the recipe leaves out."""
+    """Settings of the modality's ``input`` that this encoder was made with; defaults for the recipe."""
     family, name, config = find(kind, component, where)
     return family.input_defaults(kind, name, config)
 

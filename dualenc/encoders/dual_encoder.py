@@ -141,7 +141,7 @@ class DualEncoder(nn.Module):
         return tower
 
     def trained_towers(self) -> dict[str, Tower]:
-        """Modality → tower, of those that are not locked; a shared tower stands under its owner."""
+        """Modality → tower, of those that are not locked; a shared tower is listed under its owner."""
         return {m: self.tower(m) for m in self.towers if m not in self.locked}
 
     def train(self, mode: bool = True) -> DualEncoder:
@@ -165,7 +165,7 @@ class DualEncoder(nn.Module):
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Rows of length 1 in fp32: autocast may hand over bf16, the norm and all that follows are fp32."""
+    """Rows of length 1 in fp32: autocast may give bf16, but the norm and everything after it is fp32."""
     return nn.functional.normalize(x.float(), dim=-1)
 
 

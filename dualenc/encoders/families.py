@@ -33,7 +33,7 @@ class Family(Protocol):
         """Settings of the modality's ``input`` that this tower was made with; only what it cares about."""
 
     def demands(self, kind: str, name: str, config: Any) -> dict[str, Any]:
-        """Of those, the ones that must not differ: another value would give other features and no error."""
+        """Those of them that must not differ: another value would silently change the features."""
 
     def build(
         self, kind: str, name: str, config: Any, describe: Mapping[str, Any], embed_dim: int, where: str
@@ -88,11 +88,11 @@ def split(full: str, where: str) -> tuple[str, str]:
         return "own", full
     near = [f"{f}/{n}" for f in families for n in families[f]().names() if n == full]
     hint = f"Did you mean {near[0]!r}?" if near else f"Write FAMILY/NAME; families: {', '.join(families)}."
-    raise ConfigError(f"{where}.name: {full!r} has no family, and no plugin brings it. {hint}")
+    raise ConfigError(f"{where}.name: {full!r} has no family, and no plugin provides it. {hint}")
 
 
 def encoder_origin(component: Component) -> str | None:
-    """The module that brings an encoder, or its family; None for one of this project."""
+    """The plugin module of an encoder or its family; None for one of this project."""
     head, name = split(component.name, "encoder")
     return own_towers.origin(name) if head == "own" else families.origin(head)
 
@@ -105,7 +105,9 @@ def own_towers_for(kind: str, name: str, where: str) -> OwnTower:
         raise ConfigError(f"{where}.name: there is no tower 'own/{name}'. {did_you_mean(f'own/{name}', known)}")
     tower: OwnTower = own_towers[name]
     if kind not in tower.kinds:
-        instead = f"Write {' or '.join(fitting)}." if fitting else f"No tower for {kind!r} is known; name its plugin."
+        instead = (
+            f"Use {' or '.join(fitting)}." if fitting else f"There is no tower for {kind!r}; name a plugin with one."
+        )
         raise ConfigError(
             f"{where}.name: {shown(name)} is a tower for {', '.join(tower.kinds)}, not for {kind!r}. {instead}"
         )

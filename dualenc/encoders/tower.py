@@ -1,4 +1,4 @@
-"""What every tower is: collated inputs of one modality → features [n, D], not yet normalised."""
+"""The base of every tower: collated inputs of one modality → features [n, D], not yet normalised."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tower(nn.Module):
     channels_last: bool = False
 
     def pooled(self, x: Any) -> Tensor:
-        """The collated rows of one modality → [n, W]: what the encoder itself says of them, before the head."""
+        """The collated rows of one modality → [n, W]: the encoder's own output, before the head."""
         raise NotImplementedError
 
     def outputs(self, x: Any) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class Tower(nn.Module):
                 norm.eval()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward instead of keeping them; towers too small to gain leave it out."""
+        """Recompute activations in the backward instead of keeping them; small towers ignore it."""
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks, from input to output: what ``unlocked_groups`` and ``layer_decay`` count."""
@@ -89,7 +89,7 @@ class Recomputing(Protocol):
 
 
 class ImageTower(Tower):
-    """Pictures uint8 [n, 3, S, S] → normalised on the device → ``trunk`` → ``head`` → [n, D].
+    """Images uint8 [n, 3, S, S] → normalised on the device → ``trunk`` → ``head`` → [n, D].
 
     Mean and std are an input's settings, kept in dualenc.json; the buffers that hold them are not part of the weights.
     """
@@ -120,7 +120,7 @@ class ImageTower(Tower):
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """The batch norms of a tower; those of a tower inside it, which has a setting of its own, are left out."""
+    """The batch norms of a tower; those of a nested tower, which has its own setting, are excluded."""
     found: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""What runs the step: one small protocol, two engines. Nothing else in the project knows which one it is."""
+"""What runs the step: one small protocol, two engines. The rest of the project does not know which one it has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Engine", "Stepped", "build_engine", "lr_factor"]
 
 
 def build_engine(config: EngineConfig, optim: Optim, model: nn.Module, world: World) -> Engine:
-    """The engine a recipe asks for, around ``model`` (changed in place; its weights must be alike on all ranks).
+    """The engine a recipe asks for, around ``model`` (changed in place; its weights must be equal on all ranks).
 
     Raises:
         ConfigError: if settings do not go together, or deepspeed is asked for and not installed.

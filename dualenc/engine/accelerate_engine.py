@@ -102,7 +102,7 @@ class AccelerateEngine:
     # --- the step ---------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Mapping[str, Any]) -> Outputs:
-        """Run the model; without grad, past DDP, whose buffer broadcast would wait for ranks with fewer batches."""
+        """Run the model; without grad, bypass DDP, whose buffer broadcast would wait for ranks with fewer batches."""
         unwrap = not torch.is_grad_enabled() and self.config.parallel != "fsdp2"
         with self._autocast():
             return cast(Outputs, (self.module if unwrap else self._wrapped)(inputs))
@@ -157,7 +157,7 @@ class AccelerateEngine:
             set_lr_factor(optimizer.param_groups, factor)
 
     def train(self) -> None:
-        """Training mode; FSDP2 lets go of the weights it had collected for evaluation."""
+        """Training mode; FSDP2 frees the weights it gathered for evaluation."""
         self._reshard()
         self._wrapped.train()
 
@@ -247,5 +247,5 @@ def _refuse(config: EngineConfig) -> None:
         raise ConfigError("engine.offload_optimizer and engine.offload_params need engine.kind: deepspeed")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
-            "accelerate launch was told to use DeepSpeed; write engine.kind: deepspeed in the recipe instead"
+            "accelerate launch is configured for DeepSpeed; set engine.kind: deepspeed in the recipe instead"
         )

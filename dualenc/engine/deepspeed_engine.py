@@ -8,7 +8,7 @@ What is different here from the usual set-up, and why (each is a test):
 * bf16 is torch's autocast over fp32 weights; ``bf16.enabled`` would cast the temperature too. Gradients are reduced in
   fp32.
 * The shared-memory op is switched off on the CPU: it is for inference, and building it takes a minute and a compiler.
-* Weights, moving averages and optimizer state are collected by name through ``shards`` and ``state``, so a save does
+* Weights, moving averages and optimizer state are collected by name through ``shards`` and ``state``: a checkpoint does
   not depend on the stage or the number of ranks.
 """
 
@@ -106,7 +106,7 @@ class DeepSpeedEngine:
         return Stepped(norm.detach(), torch.as_tensor(overflow, dtype=torch.bool, device=self.device))
 
     def _step_unsharded(self) -> Stepped:
-        """ZeRO 0 keeps no norm and checks nothing: both are done here, and its own clipping is off."""
+        """ZeRO 0 computes no norm and checks nothing: both are done here, and its own clipping is off."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads)
         if self.optim.clip_grad_norm is not None:
@@ -257,7 +257,7 @@ class DeepSpeedEngine:
 
 
 def deepspeed_json(config: EngineConfig, optim: Optim, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe; nothing has to be said twice, in a file of DeepSpeed's."""
+    """DeepSpeed's configuration for a recipe; no separate DeepSpeed file is needed."""
     clip = optim.clip_grad_norm or 0.0
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer:
@@ -313,19 +313,21 @@ def import_deepspeed(world: World) -> Any:
 
 
 def _not_about_our_optimizer(record: logging.LogRecord) -> bool:
-    """DeepSpeed warns of every optimizer but its own; torch's are tested here under every stage."""
+    """DeepSpeed warns about every optimizer but its own; torch's are tested here under every stage."""
     return "untested optimizer" not in record.getMessage()
 
 
 def _refuse(config: EngineConfig, optim: Optim) -> None:
     if optim.name == "muon":
         raise ConfigError(
-            "optim.name: muon needs whole matrices, ZeRO cuts them into flat pieces; "
-            "write adamw, or engine.kind: accelerate"
+            "optim.name: muon needs whole matrices, but ZeRO cuts them into flat pieces; "
+            "use adamw, or engine.kind: accelerate"
         )
     if config.offload_params and config.zero_stage != 3:
         raise ConfigError(f"engine.offload_params needs zero_stage: 3, got {config.zero_stage}")
     if config.offload_optimizer and config.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer needs zero_stage 1, 2 or 3, got 0")
     if config.parallel != "auto":
-        raise ConfigError(f"engine.parallel: {config.parallel} is for kind: accelerate; deepspeed has zero_stage")
+        raise ConfigError(
+            f"engine.parallel: {config.parallel} needs engine.kind: accelerate; for deepspeed set engine.zero_stage"
+        )

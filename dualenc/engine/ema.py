@@ -1,4 +1,4 @@
-"""Averages of the weights: exponential, its memory counted in samples; or Gaussian over the length of the run."""
+"""Averages of the weights: exponential, with a half-life in samples; or Gaussian over the length of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Average:
         self._average = {name: shards.local(x).clone() for name, x in _tensors(model).items()}
 
     def update(self, model: nn.Module, samples: int, skipped: Tensor | None = None) -> None:
-        """Take in ``model``'s weights after a step on ``samples`` samples.
+        """Add ``model``'s weights after a step on ``samples`` samples.
 
         ``skipped`` (a scalar bool tensor): the step changed nothing. It is not read by the host.
         """
@@ -97,7 +97,7 @@ class Trajectory(Average):
         self._log_sum = _log_sum([self._log(k) for k in range(step, seen + 1, step)])
 
     def update(self, model: nn.Module, samples: int, skipped: Tensor | None = None) -> None:
-        """Take in ``model``'s weights with this step's weight."""
+        """Add ``model``'s weights with this step's weight."""
         self.seen += samples
         now = self._log(self.seen)
         self._log_sum = _log_sum([self._log_sum, now])

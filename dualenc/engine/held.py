@@ -1,4 +1,4 @@
-"""One view on parameters that an engine may have cut into pieces.
+"""One view of parameters, whether or not an engine has sharded them.
 
 A parameter's *local* tensor is what this rank holds: all of it (one process, DDP, ZeRO 0–2), its DTensor shard
 (FSDP2), or its flat partition (ZeRO-3). Both directions are here, so that saves, moving averages and optimizer state
@@ -7,37 +7,45 @@ speak of whole tensors, or of flat ranges of them, by name and know no engine.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from dualenc.checkpoint.ranges import Piece, Stored, deal
 from dualenc.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def _dtensor(data: Tensor) -> DTensor | None:
+    """``data`` if it is a DTensor. Their module takes a second to import: where nobody has, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return data if module is not None and isinstance(data, module.DTensor) else None
+
 
 def _partition(p: Tensor) -> Tensor | None:
-    """ZeRO-3's flat part of a parameter; DeepSpeed hangs it on the parameter, whose class does not declare it."""
+    """ZeRO-3's flat part of a parameter; DeepSpeed sets it on the parameter, whose class does not declare it."""
     return getattr(p, "ds_tensor", None)
 
 
 def local(p: Tensor) -> Tensor:
     """The part of a parameter or buffer that this rank holds (shares memory with it)."""
     data = p.detach()
-    if isinstance(data, DTensor):
-        return data.to_local()
+    if (shards := _dtensor(data)) is not None:
+        return shards.to_local()
     partition = _partition(p)
     return data if partition is None else partition.data
 
 
 def full(p: Tensor, part: Tensor) -> Tensor:
     """The whole tensor of which ``part`` is this rank's piece, cut like ``p``. All ranks must call it alike."""
-    data = p.detach()
-    if isinstance(data, DTensor):
-        whole = DTensor.from_local(
+    if (data := _dtensor(p.detach())) is not None:
+        whole = type(data).from_local(
             part, data.device_mesh, data.placements, run_check=False, shape=data.shape, stride=data.stride()
         )
         return whole.full_tensor()
@@ -63,13 +71,14 @@ def all_finite(model: nn.Module) -> bool:
 
 def is_cut(p: Tensor) -> bool:
     """Whether ranks hold different parts of it."""
-    return isinstance(p.detach(), DTensor) or _partition(p) is not None
+    return _dtensor(p.detach()) is not None or _partition(p) is not None
 
 
 def extent(p: Tensor) -> tuple[int, int]:
     """[start, end) of this rank's local part in the flattened whole tensor; ZeRO-3's padding is left out."""
-    data = p.detach()
-    if isinstance(data, DTensor):
+    if (data := _dtensor(p.detach())) is not None:
+        from torch.distributed.tensor import Shard
+
         if data.device_mesh.ndim != 1 or data.placements != (Shard(0),):
             raise RuntimeError(f"shards are cut along the first dimension, got {data.placements}")
         rows, row = data.shape[0], data.shape[1:].numel()
@@ -77,7 +86,7 @@ def extent(p: Tensor) -> tuple[int, int]:
         start = min(data.device_mesh.get_local_rank() * each, rows)
         end = min(start + each, rows)
         if (end - start) * row != data.to_local().numel():
-            raise RuntimeError(f"rows {start} to {end} of {rows} are expected here, got {data.to_local().shape}")
+            raise RuntimeError(f"expected rows {start} to {end} of {rows} here, got {data.to_local().shape}")
         return start * row, end * row
     partition = _partition(p)
     if partition is None:
@@ -91,7 +100,7 @@ def piece(name: str, p: Tensor, part: Tensor) -> Piece:
     """``part``, cut like ``p``, as a flat range of the whole."""
     (start, end), flat = extent(p), part.detach().flatten()
     if len(flat) != local(p).numel():
-        raise RuntimeError(f"{name}: {len(flat)} elements are not cut like the {local(p).numel()} of its parameter")
+        raise RuntimeError(f"{name}: {len(flat)} elements, but this rank holds {local(p).numel()} of the parameter")
     return Piece(name, tuple(shape(p)), start, flat[: end - start])
 
 
@@ -99,7 +108,7 @@ def own(parts: Mapping[str, tuple[Tensor, Tensor]], rank: int, world_size: int) 
     """What this rank writes of tensors given as (parameter or buffer, local part): together, every element once.
 
     Parts that only this rank holds, an equal share of the parameters that all ranks hold, and rank 0 the buffers
-    (running statistics may differ between ranks; those of rank 0 are what a whole save keeps, too).
+    (running statistics may differ between ranks; an unsharded checkpoint keeps those of rank 0, too).
     """
     mine, everywhere = [], []
     for name, (p, part) in parts.items():
@@ -114,11 +123,11 @@ def read_all(tensors: Mapping[str, Tensor], saved: Stored) -> Iterator[tuple[str
     """(name, parameter or buffer, its saved local part) of a whole model, one after another.
 
     Raises:
-        CheckpointError: if the save has a tensor that the model has not, or lacks one, or its shape is another.
+        CheckpointError: the checkpoint has an extra tensor, lacks one, or one has another shape.
     """
     for name in saved.shapes:
         if name not in tensors:
-            raise CheckpointError(f"The save has a tensor {name}, which has no place in the model")
+            raise CheckpointError(f"The checkpoint has a tensor {name}, which the model does not have")
     for name, x in tensors.items():
         yield name, x, read(x, saved, name)
 
@@ -127,13 +136,13 @@ def read(p: Tensor, saved: Stored, name: str) -> Tensor:
     """This rank's part of a saved tensor, in the shape of :func:`local` (on the CPU); only this part is read.
 
     Raises:
-        CheckpointError: if the saved tensor is not there or has another shape.
+        CheckpointError: the saved tensor is missing or has another shape.
     """
     if name not in saved.shapes:
-        raise CheckpointError(f"The save has no tensor {name}, which the model needs")
+        raise CheckpointError(f"The checkpoint has no tensor {name}, which the model needs")
     if saved.shapes[name] != tuple(shape(p)):
         raise CheckpointError(
-            f"{name} has shape {list(saved.shapes[name])} in the save, the model needs {list(shape(p))}"
+            f"{name} has shape {list(saved.shapes[name])} in the checkpoint, but the model needs {list(shape(p))}"
         )
     start, end = extent(p)
     flat, mine = saved.read(name, start, end), local(p)

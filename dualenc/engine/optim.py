@@ -72,12 +72,12 @@ def build_optimizers(model: nn.Module, optim: Optim, fused: bool = False) -> lis
     """
     groups = parameter_groups(model, optim)
     if not groups:
-        raise ConfigError("Nothing to train: every tower is locked and logit_scale.learnable is false")
+        raise ConfigError("Nothing to train: every tower is locked and logit_scale.learnable is false; unlock one")
     if optim.name != "muon":
         return [_plain_optimizer(optim, groups, fused)]
     muon = vars(torch.optim).get("Muon")
     if muon is None:
-        raise ConfigError(f"optim.name: muon needs torch 2.9 or newer, this is {torch.__version__}; write adamw")
+        raise ConfigError(f"optim.name: muon needs torch 2.9 or newer, this is {torch.__version__}; use adamw")
     matrices = [g for g in groups if g["role"] == "matrix"]
     rest = [g for g in groups if g["role"] != "matrix"]
     optimizers: list[torch.optim.Optimizer] = []
@@ -120,7 +120,7 @@ def set_lr_factor(groups: list[dict[str, Any]], factor: float) -> None:
 
 @contextmanager
 def stepping_if(finite: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[bool]:
-    """Around ``optimizer.step()``: gives whether to call it at all.
+    """Context around ``optimizer.step()``; yields whether to call it at all.
 
     Fused optimizers are always to be called: they are told on the device to change nothing where ``finite`` (a scalar
     bool tensor) is false, as ``torch.amp.GradScaler`` tells them, so the host waits for nothing. The others (on the
@@ -145,7 +145,7 @@ def _as_amp_takes_it(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Zeros where fused SGD has no momentum yet: were the first step left out, it would keep memory it never wrote."""
+    """Zeros where fused SGD has no momentum yet: if the first step is skipped, it would keep uninitialized memory."""
     if isinstance(optimizer, torch.optim.SGD):
         for group in optimizer.param_groups:
             for p in group["params"] if group["momentum"] else []:

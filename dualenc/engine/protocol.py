@@ -1,4 +1,4 @@
-"""What the rest of the project knows about an engine."""
+"""The engine protocol: all that the rest of the project knows about an engine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Outputs = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One optimizer step: the norm of the averaged gradient before clipping, and whether the step was left out.
+    """One optimizer step: the norm of the averaged gradient before clipping, and whether the step was skipped.
 
-    Both are scalar tensors on the device, ``skipped`` a bool. A step is left out when that norm is not finite. It is
-    a norm of reduced gradients, the same number on all ranks, so the decision is one of all ranks.
+    Both are scalar tensors on the device, ``skipped`` a bool. A step is skipped when that norm is not finite. It is
+    a norm of reduced gradients, equal on all ranks, so all ranks decide alike.
     """
 
     grad_norm: Tensor
@@ -37,7 +37,7 @@ class Switchable(Protocol):
     """A model whose towers can trade time for memory."""
 
     def set_grad_checkpointing(self) -> None:
-        """Keep fewer activations and compute them again in the backward."""
+        """Keep fewer activations and recompute them in the backward."""
         ...
 
     def compile_towers(self) -> None:
@@ -117,12 +117,14 @@ def check_shapes(model: nn.Module) -> None:
     """Refuse 0-D parameters, which DeepSpeed and FSDP2 cannot hold."""
     scalars = [name for name, p in model.named_parameters() if p.ndim == 0]
     if scalars:
-        raise ConfigError(f"Parameter {scalars[0]} is 0-D; register it with shape [1] (DeepSpeed and FSDP2 need that)")
+        raise ConfigError(
+            f"Parameter {scalars[0]} is 0-D, which DeepSpeed and FSDP2 cannot hold; register it with shape [1]"
+        )
 
 
 @torch.no_grad()
 def make_contiguous(model: nn.Module) -> None:
-    """Lay channels-last weights out plainly: DeepSpeed reads parameters as flat runs of bytes, FSDP2 refuses others."""
+    """Make channels-last weights contiguous: DeepSpeed reads parameters as flat runs of bytes, FSDP2 refuses others."""
     for x in [*model.parameters(), *model.buffers()]:
         x.data = x.data.contiguous()
 
@@ -151,7 +153,7 @@ def apply_memory_and_compile(model: nn.Module, config: EngineConfig) -> None:
     wanted = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
     for key in (k for k, asked in wanted.items() if asked):
         if not isinstance(model, Switchable):
-            raise ConfigError(f"engine.{key}: {type(model).__name__} cannot do that; write false")
+            raise ConfigError(f"engine.{key}: {type(model).__name__} does not support it; use false")
         if key == "compile":
             model.compile_towers()
         else:

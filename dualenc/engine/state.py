@@ -1,4 +1,4 @@
-"""Optimizer state by parameter name: the form that saves have, whatever engine and world size wrote them."""
+"""Optimizer state by parameter name: the form it has in checkpoints, whatever engine and world size wrote them."""
 
 from __future__ import annotations
 
@@ -85,14 +85,20 @@ def check(name: str, parameters: Mapping[str, Any], saved: Stored, info: Mapping
     if not saved.shapes and not info.get("scalars"):
         return out
     if info.get("name") != name:
-        raise CheckpointError(f"The saved optimizer state is of {info.get('name')!r}, the recipe says {name!r}")
+        raise CheckpointError(
+            f"The saved optimizer state is of {info.get('name')!r}, but the recipe has optim.name: {name!r}"
+        )
     for key, shape in saved.shapes.items():
         parameter, _, field = key.rpartition("/")
         if parameter not in parameters:
-            raise CheckpointError(f"The saved optimizer state has {parameter}, which is not trained here (locked?)")
+            raise CheckpointError(
+                f"The saved optimizer state has {parameter}, which is not trained here; is its tower locked?"
+            )
         wanted = list(parameters[parameter])
         if list(shape) != wanted:
-            raise CheckpointError(f"The saved {field} of {parameter} has shape {list(shape)}, not {wanted}")
+            raise CheckpointError(
+                f"The saved {field} of {parameter} has shape {list(shape)}, but the model needs {wanted}"
+            )
         out.setdefault(parameter, {})[field] = key
     return out
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def table(part: FeaturePart, modalities: Sequence[str]) -> pa.Table:
     """A part as a table: ``id`` and a list of floats (fp32, whatever the store's dtype) for each modality, null where
-    an id has no row. Views above one are columns ``MODALITY.0`` … ``MODALITY.V-1``."""
+    an id has no row. With several views, they are columns ``MODALITY.0`` … ``MODALITY.V-1``."""
     pa = _pyarrow()
     ids = [key.encode("utf-8", "backslashreplace").decode("utf-8") for key in part.ids]
     columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
@@ -34,7 +34,7 @@ def table(part: FeaturePart, modalities: Sequence[str]) -> pa.Table:
 
 
 def write_parquet(store: FeatureStore, world: World | None = None) -> None:
-    """``NAME.parquet`` beside every part of a finished store; the parts are dealt out to the ranks.
+    """``NAME.parquet`` beside every part of a finished store; the parts are distributed over the ranks.
 
     Raises:
         ConfigError: pyarrow is not installed.

@@ -1,4 +1,4 @@
-"""Features of every sample of some shards: one part of the store a shard, every rank its share of the shards."""
+"""Features of every sample of some shards: one part of the store per shard, each rank its share of the shards."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Samples = Iterator[tuple[str, Found | SampleError]]
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One shard to be embedded: the part's name, what is noted of the data, and how to read it."""
+    """One shard to be embedded: the part's name, what is recorded about the data, and how to read it."""
 
     name: str
     data: dict[str, Any]
     samples: Callable[[], Samples]
-    """Key of each sample, whole, and its raw values or why there are none."""
+    """The whole key of each sample, and its raw values or why there are none."""
 
 
 @dataclass(slots=True)
 class Gathered:
-    """What comes of one shard, as it comes.
+    """The features of one shard, collected as they are made.
 
     Attributes:
         shapes: modality → (V, D).
@@ -51,21 +51,21 @@ class Gathered:
     _lost: list[tuple[int, str, str]] = field(default_factory=list)
 
     def sample(self, key: str) -> int:
-        """A sample by its whole key; returns its number, which the other methods take."""
+        """Add a sample by its whole key; returns its number, which the other methods take."""
         self.ids.append(key)
         return len(self.ids) - 1
 
     def add(self, m: str, which: Sequence[int], x: Tensor) -> None:
-        """PartRows [n, V, D] of a modality, of the samples ``which`` [n]."""
+        """Rows [n, V, D] of a modality, of the samples ``which`` [n]."""
         self._which.setdefault(m, []).extend(which)
         self._rows.setdefault(m, []).append(x)
 
     def lose(self, i: int, m: str, reason: str) -> None:
-        """A row that cannot be made."""
+        """Record a row that cannot be made."""
         self._lost.append((i, m, reason))
 
     def rows(self) -> PartRows:
-        """As the writer takes them; every modality is there."""
+        """As the writer takes them, for every modality."""
         empty = {m: torch.zeros(0, *shape) for m, shape in self.shapes.items()}
         return {m: (self._which.get(m, []), torch.cat([x, *self._rows.get(m, [])])) for m, x in empty.items()}
 
@@ -86,9 +86,9 @@ def embed_shards(
     world: World | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Embed the samples of ``shards`` in the order they lie, into a :class:`~dualenc.features.store.FeatureStore`.
+    """Embed the samples of ``shards`` in their order, into a :class:`~dualenc.features.store.FeatureStore`.
 
-    A sample that lacks a modality has no row for it; one whose bytes are bad is named with the reason. Parts that are
+    A sample that lacks a modality has no row for it; one whose bytes are bad is listed with the reason. Parts that are
     finished already (after a kill) are kept.
 
     Args:
@@ -97,7 +97,7 @@ def embed_shards(
         modalities: which to embed; empty: all of the model's.
         dtype: how features are stored: fp32, fp16 or int8.
         world: the ranks that share the work, each on its own copy of the model; all of them must call this.
-        overwrite: replace other features that stand in ``out``.
+        overwrite: replace other features in ``out``.
 
     Returns:
         ``{"out", "shards", "kept" (shards that were finished already), "samples"}`` and, by modality, rows that were
@@ -105,20 +105,17 @@ def embed_shards(
 
     Raises:
         ConfigError: for a modality the model does not have; ``out`` holds other features.
-        DataError: for missing or broken shards, and where nothing at all could be embedded.
+        DataError: for missing or broken shards, or if no sample could be embedded.
     """
     world = world or World()
-    chosen = list(modalities) or bundle.modalities
-    for m in chosen:
-        if m not in bundle.inputs:
-            raise ConfigError(f"--modalities: there is no modality {m!r}. {did_you_mean(m, bundle.inputs)}")
+    chosen = chosen_of(bundle, modalities)
     embedder = bundle.embedder()
     wanted = {m: bundle.inputs[m].default_members for m in chosen}
     opened = agree(lambda: open_source(Source.model_validate({"name": "embed", "shards": shards})), world)
     jobs = shard_jobs(opened, wanted, None)
     description = Description(embedder.describe(), {m: m for m in chosen}, dict.fromkeys(chosen, 1), dtype)
     writer = FeatureWriter(out, description, world, overwrite=overwrite)
-    done = write_shards(writer, jobs, lambda job: _one_shard(embedder, job.samples(), chosen, batch_size))
+    done = write_shards(writer, jobs, lambda job: embed_samples(embedder, job.samples(), chosen, batch_size))
     if not any(done["embedded"].values()):
         looked = "; ".join(f"{m}: {', '.join(e)}" for m, e in wanted.items())
         raise DataError(
@@ -128,10 +125,22 @@ def embed_shards(
     return done
 
 
+def chosen_of(bundle: Bundle, modalities: Sequence[str]) -> list[str]:
+    """The modalities to embed; all of the model's where none is named.
+
+    Raises:
+        ConfigError: for one the model does not have.
+    """
+    for m in modalities:
+        if m not in bundle.inputs:
+            raise ConfigError(f"--modalities: there is no modality {m!r}. {did_you_mean(m, bundle.inputs)}")
+    return list(modalities) or bundle.modalities
+
+
 def shard_jobs(
     opened: ShardSet, wanted: Mapping[str, Sequence[str]], data: Data | None, source: str | None = None
 ) -> list[ShardJob]:
-    """A job for each shard of an opened source; ``source``: its name, where parts of several stand in one store."""
+    """A job for each shard of an opened source; ``source``: its name, if one store holds parts of several."""
 
     def samples(shard: int) -> Samples:
         start = len(opened.names[shard]) + 1
@@ -140,22 +149,22 @@ def shard_jobs(
 
     jobs = []
     for k, (name, info) in enumerate(zip(opened.names, opened.infos, strict=True)):
-        said: dict[str, Any] = {} if source is None else {"source": source}
-        said |= {"shard": name, "samples": info.samples, "bytes": info.bytes}
+        about: dict[str, Any] = {} if source is None else {"source": source}
+        about |= {"shard": name, "samples": info.samples, "bytes": info.bytes}
         # The digest of the shard's headers, from its index or from reading them: the same with an index or without.
         headers = info.headers or (opened.memory[k].digest if k in opened.memory else "")
         if headers:
-            said["headers"] = headers
-        said["members"] = {m: list(e) for m, e in wanted.items()}
+            about["headers"] = headers
+        about["members"] = {m: list(e) for m, e in wanted.items()}
         words = (name,) if source is None else (source, name)
-        jobs.append(ShardJob(part_name(*words), said, lambda k=k: samples(k)))  # type: ignore[misc]
+        jobs.append(ShardJob(part_name(*words), about, lambda k=k: samples(k)))  # type: ignore[misc]
     return jobs
 
 
 def write_shards(
     writer: FeatureWriter, jobs: Sequence[ShardJob], embed: Callable[[ShardJob], Gathered]
 ) -> dict[str, Any]:
-    """Write a part for each job that has none yet; the jobs are dealt out to the ranks in turn.
+    """Write a part for each job that has none yet; the ranks take jobs in turn.
 
     Returns:
         As :func:`embed_shards`, the same on every rank.
@@ -184,7 +193,8 @@ def write_shards(
     }
 
 
-def _one_shard(embedder: Embedder, samples: Samples, chosen: Sequence[str], batch_size: int) -> Gathered:
+def embed_samples(embedder: Embedder, samples: Samples, chosen: Sequence[str], batch_size: int) -> Gathered:
+    """Features of samples as they come; a value that is a DataError is a row that is lost."""
     out = Gathered(dict.fromkeys(chosen, (1, embedder.embed_dim)))
     waiting: dict[str, list[tuple[int, Any]]] = {m: [] for m in chosen}
 
@@ -201,6 +211,8 @@ def _one_shard(embedder: Embedder, samples: Samples, chosen: Sequence[str], batc
         for m in chosen:
             if isinstance(found, SampleError):
                 out.lose(i, m, str(found))
+            elif isinstance(found.values.get(m), DataError):
+                out.lose(i, m, str(found.values[m]))
             elif m in found.values:
                 waiting[m].append((i, found.values[m]))
                 if len(waiting[m]) >= _CHUNK * batch_size:

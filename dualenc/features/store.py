@@ -1,20 +1,20 @@
-"""Features on disk: what the files are, and how they are read.
+"""Features on disk: the files, and how they are read.
 
-    FOLDER/features.json        format, description, its digest, whether all is there, the parts in order
+    FOLDER/features.json        format, description, its digest, whether it is complete, the parts in order
     FOLDER/NAME.safetensors     one part (a shard, or a block of items), plain safetensors:
                                   MODALITY        features [n, D], or [n, V, D] with V > 1 views; fp32, fp16 or int8
                                   MODALITY.scale  int8 only, fp32 [n] or [n, V]: feature = int8 · scale
-                                  MODALITY.rows   int64 [n]: which of the part's ids each row is of
+                                  MODALITY.rows   int64 [n]: the part's id that each row belongs to
     FOLDER/NAME.json            ids of the part, what was lost and why, what it was made from, size and SHA-256 of its
                                 safetensors file
 
-The description is what every feature depends on: the model, the views, how rows are drawn, the dtype. A part says of
-which description it is and of what data, so a run that was killed keeps the parts that are finished and writes the
-others: the folder is then byte for byte what an unbroken run leaves. A part's json is written after its features, and
+The description is what every feature depends on: the model, the views, how rows are drawn, the dtype. A part records
+its description and its data, so a run that was killed keeps the parts that are finished and writes the others: the
+folder is then byte for byte what an uninterrupted run leaves. A part's json is written after its features, and
 ``features.json`` says ``finished`` last.
 
-An id may come up more than once (a shard that repeats a key): every sample has its row. What has no row is either
-named under ``lost``, or simply has no such modality.
+An id may occur more than once (a shard that repeats a key): every sample has its row. A sample without a row is either
+listed under ``lost`` or has no such modality.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Description:
     """What all features of a store depend on.
 
     Attributes:
-        model: what the model says of itself: hash of its weights, inputs, versions.
+        model: how the model describes itself: hash of its weights, inputs, versions.
         modalities: name in the store → the model's name for it.
         views: V of each modality.
         dtype: fp32, fp16 or int8 (each row scaled by its largest entry: an error below 1/254 of that).
-        preprocessing: what a row depends on beside the model's own input (augmentation, seed …).
+        preprocessing: what a row depends on besides the model's own input (augmentation, seed …).
     """
 
     model: dict[str, Any]
@@ -63,7 +63,7 @@ class Description:
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """As plain JSON data."""
         out: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return out
 
@@ -75,7 +75,7 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A row that is not there: its bytes could not be used, or its sample could not be read."""
+    """A missing row: its bytes could not be used, or its sample could not be read."""
 
     id: str
     modality: str
@@ -96,10 +96,10 @@ class PartInfo:
 
 
 class FeaturePart:
-    """One part of a store. Features are mapped from the file, and read where they are used.
+    """One part of a store. Features are memory-mapped, and read where they are used.
 
     Attributes:
-        ids: of all its samples or items, in order, those without any row too.
+        ids: of all its samples or items, in order, including those without a row.
         lost: the rows that could not be made.
         data: what the part was made from.
         digest: of the description its features belong to.
@@ -107,28 +107,28 @@ class FeaturePart:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self.path = name, folder / f"{name}.safetensors"
-        said = read_json(folder / f"{name}.json")
+        record = read_json(folder / f"{name}.json")
         try:
-            self.ids: list[str] = [str(x) for x in said["ids"]]
-            self.lost = [Lost(str(x["id"]), str(x["modality"]), str(x["reason"])) for x in said["lost"]]
-            self.data: dict[str, Any] = dict(said["data"])
-            self.digest, self.sha256, self.bytes = str(said["of"]), str(said["sha256"]), int(said["bytes"])
-            self.counts: dict[str, int] = {str(m): int(n) for m, n in said["rows"].items()}
+            self.ids: list[str] = [str(x) for x in record["ids"]]
+            self.lost = [Lost(str(x["id"]), str(x["modality"]), str(x["reason"])) for x in record["lost"]]
+            self.data: dict[str, Any] = dict(record["data"])
+            self.digest, self.sha256, self.bytes = str(record["of"]), str(record["sha256"]), int(record["bytes"])
+            self.counts: dict[str, int] = {str(m): int(n) for m, n in record["rows"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise DataError(
-                f"{folder}/{name}.json does not describe a part of stored features ({e!r}); write it anew"
+                f"{folder}/{name}.json does not describe a part of stored features ({e!r}); write it again"
             ) from e
 
     @classmethod
     def whole(cls, folder: Path, name: str, digest: str) -> FeaturePart | None:
-        """The part of that name, where it stands there undamaged and belongs to the description of that digest."""
+        """The part of that name, if it is undamaged and belongs to the description of that digest."""
         if not (folder / f"{name}.json").is_file():
             return None
         try:
             part = cls(folder, name)
             part.verify()
         except DataError as e:
-            logger.warning("%s: it is made again", e)
+            logger.warning("%s (it is being written again)", e)
             return None
         return part if part.digest == digest else None
 
@@ -149,9 +149,9 @@ class FeaturePart:
             with self.path.open("rb") as f:
                 whole = hashlib.file_digest(f, "sha256").hexdigest() == self.sha256
         except OSError as e:
-            raise DataError(f"{self.path} cannot be read ({e}); write it anew") from e
+            raise DataError(f"{self.path} cannot be read ({e}); write it again") from e
         if not whole:
-            raise DataError(f"{self.path} is damaged: its SHA-256 is not the one in {self.name}.json; write it anew")
+            raise DataError(f"{self.path} is damaged: its SHA-256 is not the one in {self.name}.json; write it again")
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -162,24 +162,24 @@ class FeaturePart:
             if self.path.stat().st_size != self.bytes:
                 raise DataError(
                     f"{self.path} has {self.path.stat().st_size} bytes, {self.name}.json says {self.bytes}; write it "
-                    "anew"
+                    "again"
                 )
             with safe_open(str(self.path), framework="pt") as f:
                 out = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as e:
-            raise DataError(f"{self.path} cannot be read ({e}); write it anew") from e
+            raise DataError(f"{self.path} cannot be read ({e}); write it again") from e
         for m, n in self.counts.items():
             x, rows = out.get(m), out.get(f"{m}.rows")
             if x is None or rows is None or len(x) != n or len(rows) != n or x.ndim not in (2, 3):
-                raise DataError(f"{self.path} does not hold the {n} rows of {m} that {self.name}.json names")
+                raise DataError(f"{self.path} does not hold the {n} rows of {m} that {self.name}.json lists")
             if n and not 0 <= int(rows.min()) <= int(rows.max()) < len(self.ids):
                 raise DataError(f"{self.path}: {m}.rows names ids that are not in {self.name}.json")
             if x.dtype is torch.int8 and f"{m}.scale" not in out:
-                raise DataError(f"{self.path} has no {m}.scale, without which int8 features mean nothing")
+                raise DataError(f"{self.path} has no {m}.scale, which int8 features need")
         return out
 
     def rows(self, m: str) -> Tensor:
-        """int64 [n]: which id each row of a modality is of."""
+        """int64 [n]: the id that each row of a modality belongs to."""
         return self.tensors[f"{m}.rows"]
 
     @cached_property
@@ -224,29 +224,27 @@ class FeatureStore:
         self.folder = Path(folder)
         about = read_about(self.folder)
         if not about["finished"]:
-            raise DataError(
-                f"{folder} is not finished: dualenc embed was stopped; start it again as it was and it goes on"
-            )
+            raise DataError(f"{folder} is not finished: dualenc embed was stopped; run the same command to resume")
         try:
             self.description = Description(**about["description"])
             self.digest, listed = str(about["digest"]), list(about["parts"])
             self.infos = [PartInfo(**x) for x in listed]
         except (KeyError, TypeError) as e:
-            raise DataError(f"{self.folder / ABOUT} does not describe stored features ({e!r}); write them anew") from e
+            raise DataError(f"{self.folder / ABOUT} does not describe stored features ({e!r}); write them again") from e
         self._parts: dict[str, FeaturePart] = {}
 
     def part(self, name: str) -> FeaturePart:
         """A part by name.
 
         Raises:
-            DataError: it is not there, damaged, or was made under another description.
+            DataError: it is missing, damaged, or was made under another description.
         """
         if name not in self._parts:
             part = FeaturePart(self.folder, name)
             if part.digest != self.digest:
                 raise DataError(
                     f"{self.folder}/{name}.json belongs to other features ({part.digest[:12]}…, {ABOUT} says "
-                    f"{self.digest[:12]}…); write them anew"
+                    f"{self.digest[:12]}…); write them again"
                 )
             self._parts[name] = part
         return self._parts[name]
@@ -264,7 +262,7 @@ class FeatureStore:
             if part.info() != info:
                 raise DataError(
                     f"{self.folder}/{info.name}.json is not what {ABOUT} lists: it was changed after it was written; "
-                    "write the features anew"
+                    "write the features again"
                 )
             out.append(part)
         return out
@@ -284,11 +282,11 @@ class FeatureStore:
         return ids, torch.cat([p.features(m) for p in parts])
 
 
-# --- small things ------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------
 
 
 def stored(x: Tensor, dtype: str, name: str) -> dict[str, Tensor]:
-    """Features [n, V, D] fp32 as the tensors of a part; one view has no axis of its own."""
+    """Features [n, V, D] fp32 as the tensors of a part; a single view has no axis."""
     x = x[:, 0] if x.shape[1] == 1 else x
     if dtype != "int8":
         return {name: x.to(DTYPES[dtype]).contiguous()}
@@ -297,7 +295,7 @@ def stored(x: Tensor, dtype: str, name: str) -> dict[str, Tensor]:
 
 
 def part_name(*words: str) -> str:
-    """A file name for a part; words with what a file name cannot have get a hash, so that no two are the same."""
+    """A file name for a part; words with characters a file name cannot have get a hash, so that names stay distinct."""
     joined = "_".join(words)
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in joined)[-120:].lstrip(".")
     if len(words) == 1 and safe == joined:
@@ -315,24 +313,24 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What a folder's features.json says.
 
     Raises:
-        DataError: it is not there, damaged, or of another format.
+        DataError: it is missing, damaged, or of another format.
     """
     path = folder / ABOUT
     if not path.is_file():
         if (folder / _OLD).is_file():
             raise DataError(
-                f"{folder} holds teacher features in a format that is read no more; write them anew with dualenc embed "
-                f"MODEL --recipe RECIPE --out {folder}"
+                f"{folder} holds teacher features in a format that is no longer supported; write them again with "
+                f"dualenc embed MODEL --recipe RECIPE --out {folder}"
             )
         raise DataError(
-            f"{folder} holds no features ({ABOUT} is not there): write them with dualenc embed MODEL SHARDS or dualenc "
+            f"{folder} holds no features ({ABOUT} is missing): write them with dualenc embed MODEL SHARDS or dualenc "
             f"embed MODEL --recipe RECIPE, --out {folder}"
         )
     about = read_json(path)
     if about.get("format") != FORMAT:
-        raise DataError(f"{path}: format: {about.get('format')!r} is not {FORMAT}; write the features anew")
+        raise DataError(f"{path}: format: {about.get('format')!r} is not {FORMAT}; write the features again")
     if not {"finished", "description", "digest", "parts"} <= about.keys():
-        raise DataError(f"{path} does not describe stored features; write them anew")
+        raise DataError(f"{path} does not describe stored features; write them again")
     return about
 
 
@@ -341,14 +339,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         out = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise DataError(f"{path} cannot be read ({e}); write the features anew") from e
+        raise DataError(f"{path} cannot be read ({e}); write the features again") from e
     if not isinstance(out, dict):
-        raise DataError(f"{path} does not describe stored features; write them anew")
+        raise DataError(f"{path} does not describe stored features; write them again")
     return out
 
 
 def totals(infos: Iterable[PartInfo], modalities: Sequence[str]) -> dict[str, Any]:
-    """Samples, and rows that were embedded, lost (unusable, each named in its part's json) and absent, by modality."""
+    """Samples, and rows that were embedded, lost (unusable, each listed in its part's json) and absent, by modality."""
     infos = list(infos)
     samples = sum(i.ids for i in infos)
     rows = {m: sum(i.rows.get(m, 0) for i in infos) for m in modalities}

@@ -1,4 +1,4 @@
-"""Features to disk: every rank writes the parts it made, rank 0 the list of all of them."""
+"""Writes features to disk: every rank the parts it made, rank 0 the list of all parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dualenc.features.store import (
 from dualenc.files import write_atomically
 
 PartRows = Mapping[str, tuple[Sequence[int], Tensor]]
-"""Modality → which ids its rows are of [n], and the rows [n, V, D] fp32."""
+"""Modality → the ids its rows belong to [n], and the rows [n, V, D] fp32."""
 
 
 class FeatureWriter:
@@ -37,7 +37,7 @@ class FeatureWriter:
 
     Args:
         growing: parts are added by name and never finished, and other processes may add to the folder too.
-        overwrite: replace features of another description that stand in ``folder``.
+        overwrite: replace features of another description in ``folder``.
 
     Raises:
         ConfigError: an unknown dtype; the folder holds features of another description, naming the first field that
@@ -54,21 +54,21 @@ class FeatureWriter:
         overwrite: bool = False,
     ) -> None:
         if description.dtype not in DTYPES:
-            raise ConfigError(f"dtype: {description.dtype!r} is unknown; write {', '.join(DTYPES)}")
+            raise ConfigError(f"unknown dtype {description.dtype!r}; use {', '.join(DTYPES)}")
         self.folder, self.description, self.growing = Path(folder), description, growing
         self.world, self.digest = world or World(), description.digest
         for rank, digest in enumerate(all_gather_object(self.digest, self.world)):
             if digest != self.digest:
-                raise DataError(f"rank {rank} has other weights, settings or versions than rank {self.world.rank}")
+                raise DataError(f"rank {rank} has different weights, settings or versions from rank {self.world.rank}")
         agree(lambda: self._begin(overwrite) if self.world.rank == 0 else None, self.world)
 
     def finished(self, name: str, data: Mapping[str, Any]) -> PartInfo | None:
-        """The part of that name, where it stands there whole, of this description and made from the same data."""
+        """The part of that name, if it is complete, of this description and made from the same data."""
         part = self.part(name)
         return part.info() if part is not None and part.data == dict(data) else None
 
     def part(self, name: str) -> FeaturePart | None:
-        """The part of that name, where it stands there whole and of this description."""
+        """The part of that name, if it is complete and of this description."""
         return FeaturePart.whole(self.folder, name, self.digest)
 
     def write(
@@ -93,7 +93,7 @@ class FeatureWriter:
         raw = save(tensors)
         counts = {m: len(which) for m, (which, _) in rows.items()}
         sha = hashlib.sha256(raw).hexdigest()
-        said = {
+        record = {
             "format": FORMAT,
             "of": self.digest,
             "data": dict(data or {}),
@@ -103,9 +103,9 @@ class FeatureWriter:
             "sha256": sha,
             "ids": list(ids),
         }
-        (self.folder / f"{name}.parquet").unlink(missing_ok=True)  # a table of what stood here before
+        (self.folder / f"{name}.parquet").unlink(missing_ok=True)  # a table of the part that was here before
         self._put(f"{name}.safetensors", raw)
-        self._put_json(f"{name}.json", said)
+        self._put_json(f"{name}.json", record)
         return FeaturePart(self.folder, name).info()
 
     def finish(self, mine: Iterable[PartInfo], order: Sequence[str]) -> list[PartInfo]:
@@ -123,7 +123,7 @@ class FeatureWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not self.growing:
-                for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                for left in self.folder.glob(".*.tmp"):  # left by a process that was killed while writing
                     left.unlink(missing_ok=True)
         except OSError as e:
             raise DataError(f"{self.folder} cannot be written to ({e.strerror or e}); name another folder") from e
@@ -171,7 +171,7 @@ class FeatureWriter:
     def _put_json(self, name: str, plain: Mapping[str, Any]) -> None:
         try:
             raw = json.dumps(plain, ensure_ascii=False, indent=1).encode()
-        except UnicodeEncodeError:  # an id that was no UTF-8 in its shard: escaped, so that the file is
+        except UnicodeEncodeError:  # an id that is not UTF-8 in its shard: escaped, so that the file is
             raw = json.dumps(plain, indent=1).encode()
         self._put(name, raw)
 

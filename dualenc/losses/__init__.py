@@ -6,9 +6,9 @@ In your own training loop: :func:`info_nce`, :func:`sigmoid`, :func:`cwcl`, :fun
 A recipe's ``loss: {name: …}`` is looked up in ``losses`` and built by :func:`build_loss`. To add a loss: write
 ``losses/yours.py`` with a registered subclass of :class:`Loss`, import it here, and write its test.
 
-The losses here have no parameters: logit scale and bias are the model's. A loss with parameters must have them reduced
-over ranks and stepped like every other: it has to be a submodule of the module that the engine wraps, so such a
-loss reads its parameters from ``outputs`` of the model's forward, as scale and bias do. ``build_loss`` refuses others.
+The losses here have no parameters: logit scale and bias belong to the model. Parameters have to be reduced over ranks
+and stepped, so they must be part of the module that the engine wraps; a loss with parameters reads them from the
+``outputs`` of the model's forward, like scale and bias. ``build_loss`` refuses a loss that holds its own.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def cwcl(
         frozen: for ``a`` and for ``b`` the frozen encoder's normalised embeddings [B, W], or None where that side is
             trained. With both, both directions are weighted.
         sharpen: exponent of w; 1 is the paper's.
-        strip_mb: MiB of logits (and as much of targets) that exist at one time.
+        strip_mb: MiB of logits (and as much again of targets) held at once.
 
     Returns:
         value = Σ_{local valid i} ½ (ℓ_i(a→b) + ℓ_i(b→a)) / (n / W) with n valid rows in the global batch; the share of
@@ -140,7 +140,7 @@ class CWCL(Loss):
         """Settings."""
 
         sharpen: Annotated[float, Field(gt=0)] = Field(1.0, description="power of the weights; 1 as published")
-        strip_mb: Annotated[float, Field(gt=0)] = Field(64.0, description="MiB of logits that exist at one time")
+        strip_mb: Annotated[float, Field(gt=0)] = Field(64.0, description="MiB of logits held at once")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

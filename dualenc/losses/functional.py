@@ -44,12 +44,12 @@ def info_nce(
 
     Args:
         a, b: [B, D] features of this rank's pairs, of any floating type; computed in fp32. B is equal on all ranks.
-        logit_scale: the factor of the cosines (not its logarithm), a number or [1]; CLIP learns its logarithm from
+        logit_scale: multiplies the cosines (itself, not its logarithm), a number or [1]; CLIP learns its logarithm from
             log(1 / 0.07).
         ids: [B] int64; rows with equal ids, here or on another rank, are positives of each other, −1 takes no part.
             Default: every row is a pair of its own.
         label_smoothing: in [0, 1).
-        normalize: scale features to length 1 first; False: they have it already.
+        normalize: L2-normalise the features first; False: they already are.
         impl: ``auto`` never holds the [N, N] logits once the global batch N is 2048 or more.
 
     Returns:
@@ -57,7 +57,7 @@ def info_nce(
         gradient of that loss.
 
     Raises:
-        ConfigError: features that are not two equal [B, D]; ``impl: triton`` where it cannot run.
+        ConfigError: ``a`` and ``b`` are not both [B, D]; ``impl: triton`` where it cannot run.
         DualencError: B or D differs between ranks.
     """
     with _fp32(a):
@@ -143,7 +143,7 @@ def _prepared(
     if ids is None:
         ids = torch.arange(len(a), device=a.device) + rank() * len(a)
     elif ids.shape != (len(a),):
-        raise ConfigError(f"ids: {list(ids.shape)} does not fit {len(a)} rows of features; write one id for each row")
+        raise ConfigError(f"ids: shape {list(ids.shape)} does not match {len(a)} rows of features; give one id per row")
     return a, b, ids.to(a.device), _one(logit_scale, a)
 
 

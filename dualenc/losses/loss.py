@@ -1,4 +1,4 @@
-"""What a loss takes and gives."""
+"""What a loss takes and returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LossOutput:
     Attributes:
         value: scalar tensor. Its mean over ranks is the loss of the global batch, and the mean over ranks of its
             gradients (what every engine computes) is the gradient of that loss.
-        metrics: name → scalar tensor without gradient, on the same footing: the mean over ranks is the global number.
+        metrics: name → scalar tensor without gradient, averaged alike: the mean over ranks is the global number.
     """
 
     value: Tensor
@@ -35,7 +35,7 @@ class LossOutput:
 
 @dataclass(slots=True)
 class Extras:
-    """What stands beside the features of a pair, by slot like them: [B, …], zero where a slot has none.
+    """What a loss may get besides the features of a pair, by slot like them: [B, …], zero where a slot has none.
 
     Attributes:
         pair: the two modalities.
@@ -83,7 +83,8 @@ class TiledConfig(Section):
         "auto", description="auto: the plain matrix below a global batch of 2048, else triton on CUDA, else tiled"
     )
     columns: Literal["gathered", "ring"] = Field(
-        "gathered", description="ring: features travel around the ranks, none holds all of them; never plain"
+        "gathered",
+        description="ring: features travel around the ranks, so no rank holds all of them; not with impl: plain",
     )
     tile_mb: Annotated[float, Field(gt=0)] | None = Field(
         None, description="MiB of a tile of logits; default 2 on CPU (it stays in the cache), 128 on CUDA"
@@ -92,7 +93,9 @@ class TiledConfig(Section):
     @model_validator(mode="after")
     def _ring_is_tiled(self) -> Self:
         if self.impl == "plain" and self.columns == "ring":
-            raise ValueError("impl: plain holds all columns, so it does not go with columns: ring; write impl: auto")
+            raise ValueError(
+                "impl: plain needs all columns at once, which columns: ring does not gather; write impl: auto"
+            )
         return self
 
     def choose(self, global_batch: int, device: torch.device) -> How | None:
@@ -111,7 +114,7 @@ class TiledConfig(Section):
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """What is missing for the Triton kernels, or None if nothing is."""
+    """What is missing for the Triton kernels, or None."""
     if device.type != "cuda":
         return f"the features are on {device.type} and it needs CUDA"
     return None if importlib.util.find_spec("triton") else "the package triton is not installed"

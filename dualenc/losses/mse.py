@@ -4,7 +4,7 @@ against a frozen image tower.
     L = 1/n Σ_{i valid} ‖a_i − b_i‖² = 1/n Σ (2 − 2 a_i·b_i)
 
 LidarCLIP takes the mean over the D components of embeddings as CLIP gives them; features here have length 1, so this is
-D times that, on directions alone. One tower has to be locked: both would agree on a single point otherwise.
+D times that, on directions alone. One tower has to be locked: otherwise both collapse to a single point.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def objective(
 ) -> LossOutput:
     """Apply ``loss`` to every pair of modalities and average the pairs, each with the same weight.
 
-    A slot takes part in a pair if it has both modalities and a pair id. Features that take part in nothing (dummy rows,
-    a modality in no pair) and unused scales keep a path with gradient zero, so that on every rank every parameter
+    A slot takes part in a pair if it has both modalities and a pair id. Features that are in no pair (dummy rows,
+    a modality without one) and unused scales keep a path with gradient zero, so that on every rank every parameter
     gets a gradient: engines that reduce parameter by parameter would wait for it.
 
     Args:
@@ -30,7 +30,7 @@ def objective(
         pairs: (modality, modality).
 
     Returns:
-        value and metrics on the footing of :class:`LossOutput`; metrics are named ``loss/PAIR``, ``top1/A-to-B`` …,
+        value and metrics as in :class:`LossOutput`; metrics are named ``loss/PAIR``, ``top1/A-to-B`` …,
         ``logit_scale/PAIR`` and, where there is one, ``logit_bias/PAIR``.
     """
     features, scales, biases = outputs["features"], outputs["logit_scale"], outputs["logit_bias"]
@@ -57,7 +57,7 @@ SHARED = ("features", "logit_scale", "logit_bias")
 
 
 def extras_of(outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pair: tuple[str, str]) -> Extras:
-    """What the batch and the model's further outputs say of a pair."""
+    """What the batch and the model's further outputs hold for a pair."""
     out = Extras(pair, {}, {}, teachers=batch.teachers)
     for group, rows in outputs.items():
         for side, m in zip((out.a, out.b), pair, strict=True):

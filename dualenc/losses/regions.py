@@ -8,15 +8,15 @@ features of the two sides, s_ij = α q_i·k_j over the places j of the *global* 
     PLRC_i = −1/|P_i| Σ_{j ∈ P_i} log softmax_j(s_i)          P_i = {j: r_j = r_i}; the softmax is over all places
     RAPC_i = −s_ii + log( e^{s_ii} + Σ_{j: r_j ≠ r_i} e^{s_ij} )
     PRC    = 1/N Σ_i a PLRC_i + (1 − a) RAPC_i                 over the N places in regions
-    RAD    = Σ_i w_i NCE_i,  w_i = 1 / (R |r_i|)               cameras against the frozen LiDAR, each region alike
+    RAD    = Σ_i w_i NCE_i,  w_i = 1 / (R |r_i|)               cameras against the frozen LiDAR, regions weigh the same
     PointContrast = 1/M Σ_i −log softmax_i(s_i)                over all M places; only the place itself is positive
 
 Places in no region ("poor") are columns only, except in PointContrast. PRC and PointContrast are averaged over the two
-directions. The paper's text was not at hand for RAPC's denominator and RAD's positives (region or place): both are
-settings, and the region is the default as reviewers describe it.
+directions. RAPC's denominator and RAD's positives (region or place) could not be checked in the paper: both are
+settings, and the region is the default, as reviews of the paper describe it.
 
 Rows are local, columns come from every rank; a value is W times this rank's share of the sum, so its mean over ranks is
-the loss of the global batch. A sample that is in the batch twice is one sample: its regions are the same regions.
+the loss of the global batch. A sample that is in the batch twice counts as one sample with one set of regions.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def contrast_sum(
         regions: ([n], [C]) int64; equal numbers are one region.
         places: ([n], [C]) int64, for parts whose positive is the place itself.
         weights: [n] w_i; None: 1.
-        strip_mb: MiB of logits that exist at one time.
+        strip_mb: MiB of logits held at once.
     """
     row_places, column_places = places if places is not None else regions
     w = queries.new_ones(len(queries)) if weights is None else weights
@@ -98,7 +98,7 @@ def contrast_sum(
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """The places of a pair of modalities that both have.
+    """The places that both modalities of a pair have.
 
     Attributes:
         a, b: [B·K, D] local features.
@@ -116,7 +116,7 @@ class Sides:
 
     @classmethod
     def of(cls, extras: Extras | None, ids: Tensor, name: str) -> Sides:
-        """From what stands beside the features of a pair; ids: [B] pair ids.
+        """From the extras of a pair; ids: [B] pair ids.
 
         Raises:
             ConfigError: naming the settings that are missing.
@@ -124,7 +124,7 @@ class Sides:
         for side, m in zip((extras.a, extras.b) if extras else (), extras.pair if extras else (), strict=True):
             if "local" not in side or "region" not in side:
                 raise ConfigError(
-                    f"loss: {name} compares places of bird's-eye-view maps; {m!r} gives none: set modalities.{m}.input."
+                    f"loss: {name} compares places of bird's-eye-view maps; {m!r} has none: set modalities.{m}.input."
                     f"places and modalities.{m}.encoder.local_dim (of own/pillars or own/lift_splat)"
                 )
         assert extras is not None
@@ -173,7 +173,7 @@ class Sides:
 
     @torch.no_grad()
     def top1(self, queries: Tensor, keys: Tensor, rows: Tensor, strip: int = 1024) -> Tensor:
-        """How many of the rows have a column of their own region nearest; [] float."""
+        """How many of the rows have a column of their own region as the nearest; [] float."""
         c = self.columns()
         k, rk = keys[c].detach(), self.all_region[c]
         q, r = queries[rows].detach(), self.region[rows]
@@ -182,13 +182,13 @@ class Sides:
 
 
 class RegionConfig(Section):
-    """What these losses share."""
+    """Settings that these losses share."""
 
-    strip_mb: Annotated[float, Field(gt=0)] = Field(64.0, description="MiB of logits that exist at one time")
+    strip_mb: Annotated[float, Field(gt=0)] = Field(64.0, description="MiB of logits held at once")
 
 
 def both_ways(s: Sides, parts: list[Part], logit_scale: Tensor, poor: bool, strip_mb: float) -> LossOutput:
-    """The mean of both directions over the rows of the global batch, and how often the nearest is of the own region."""
+    """The mean of both directions over the rows of the global batch, and how often the nearest has the same region."""
     rows = s.rows(poor)
     found = (s.all_region >= 0).sum().clamp(min=1) / world_size()
     share = s.columns().sum().clamp(min=1) / world_size() if poor else found
@@ -224,7 +224,7 @@ class PRC(Loss):
         logit_bias: Tensor | None = None,
         extras: Extras | None = None,
     ) -> LossOutput:
-        """See the module; a and b, the features of whole sweeps, take no part."""
+        """See the module; a and b, the features of whole sweeps, are not used."""
         alpha = self.config.alpha
         parts = [Part(alpha, "region"), Part(1 - alpha, "place", "others")]
         s = Sides.of(extras, ids, "prc")
@@ -293,7 +293,7 @@ class RAD(Loss):
 
 
 def region_weights(s: Sides) -> Tensor:
-    """1 / (R |r|) of each local row, [n]: over the global batch they sum to 1, each of its R regions alike."""
+    """1 / (R |r|) of each local row, [n]: over the global batch they sum to 1, each of its R regions equally."""
     names, sizes = torch.unique(s.all_region[s.all_region >= 0], return_counts=True)
     mine = s.region[s.rows()]
     if not len(names):

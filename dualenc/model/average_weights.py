@@ -1,4 +1,4 @@
-"""Between a model and what it was fine-tuned to: (1 − α) A + α B of every weight (WiSE-FT, Wortsman et al. 2022).
+"""Models between a model and its fine-tuned version: (1 − α) A + α B of every weight (WiSE-FT, Wortsman et al. 2022).
 
 Models that lie in one basin stay good in between: part of what fine-tuning gained, most of what it would have lost.
 """
@@ -58,7 +58,7 @@ class Interpolation:
 
 
 def between(a: Mapping[str, Tensor], b: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """(1 − α) a + α b, taken in fp64; whole numbers (tables of places, counters) from the nearer end.
+    """(1 − α) a + α b, taken in fp64; integers (position tables, counters) come from the nearer end.
 
     The temperature is among the tensors as its logarithm, so it is interpolated geometrically.
 
@@ -99,7 +99,7 @@ def _state(bundle: Bundle) -> dict[str, Tensor]:
 
 
 def _architecture(bundle: Bundle, m: str) -> dict[str, Any]:
-    """What of a tower's settings its function depends on once it has its weights."""
+    """The settings that a tower's function depends on, given its weights."""
     tower = bundle.model.towers[m]
     assert isinstance(tower, Tower)
     family, _, name = tower.component.name.partition("/")
@@ -109,7 +109,7 @@ def _architecture(bundle: Bundle, m: str) -> dict[str, Any]:
 
 
 def _without_dropout(x: Any) -> Any:
-    """Dropout, patch dropout and stochastic depth are of training only."""
+    """Drop dropout, patch dropout and stochastic depth, which act in training only."""
     if isinstance(x, dict):
         return {k: _without_dropout(v) for k, v in x.items() if "drop" not in k}
     return x
@@ -121,7 +121,7 @@ def _same(one: Any, two: Any, field: str) -> None:
             if k not in one or k not in two:
                 has, lacks = ("first", "second") if k in one else ("second", "first")
                 raise ConfigError(
-                    f"interpolate: {field}.{k}: the {has} model has it, the {lacks} has not; only models of one "
+                    f"interpolate: {field}.{k}: the {has} model has it, the {lacks} does not; only models of one "
                     "architecture can be mixed."
                 )
             _same(one[k], two[k], f"{field}.{k}")

@@ -1,4 +1,4 @@
-"""A bundle: a DualEncoder, how its inputs are made, and where it came from; kept as a folder that explains itself.
+"""A bundle: a DualEncoder, how its inputs are made, and where it came from; saved as a self-describing folder.
 
 FOLDER/model.safetensors      the weights (or model-00001-of-00008.safetensors …, as the ranks of a run wrote them)
 FOLDER/dualenc.json           inputs, architectures, activations, tokenizer hashes, versions, hash of the weights
@@ -77,7 +77,7 @@ class Bundle:
         return list(self.parts)
 
     def to(self, device: torch.device | str) -> Bundle:
-        """Move the model; ``auto`` is CUDA where there is one."""
+        """Move the model; ``auto`` is CUDA if there is a device."""
         self.device = resolve_device(device)
         self.model.to(self.device)
         return self
@@ -103,7 +103,7 @@ class Bundle:
         }
 
     def plugins(self) -> list[str]:
-        """The modules from outside that this model is made with."""
+        """The plugin modules that this model is built with."""
         names = {modalities.origin(kind_of(m, part)) for m, part in self.parts.items()}
         names |= {encoder_origin(part.encoder) for part in self.parts.values()}
         return sorted(n for n in names if n is not None)
@@ -169,7 +169,9 @@ class Bundle:
         tensors = self.model.plain(state if state is not None else own)
         wrong = set(tensors) ^ set(self.model.plain(own))
         if wrong:
-            raise CheckpointError(f"save: tensor {sorted(wrong)[0]!r} is not in both the model and what is to be saved")
+            raise CheckpointError(
+                f"save: tensor {sorted(wrong)[0]!r} must be both in the model and in the weights to save"
+            )
         # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
         flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
         write_tensors(path, flat, record(self))
@@ -231,7 +233,7 @@ def build_input(kind: str, settings: Mapping[str, Any], where: str, base_dir: Pa
 
 
 def kind_of(m: str, part: Modality) -> str:
-    """Which modality file handles it."""
+    """The registered modality that handles it."""
     return part.kind or m
 
 
@@ -306,7 +308,7 @@ def part_of(
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """``auto`` → CUDA where there is one, else the CPU.
+    """``auto`` → CUDA if there is a device, else the CPU.
 
     Raises:
         ConfigError: if CUDA is asked for and there is none.
@@ -316,9 +318,9 @@ def resolve_device(device: torch.device | str) -> torch.device:
     try:
         out = torch.device(device)
     except RuntimeError as e:
-        raise ConfigError(f"device: {device!r} is none; write auto, cpu or cuda") from e
+        raise ConfigError(f"unknown device {device!r}; use auto, cpu or cuda") from e
     if out.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: there is no CUDA device here; write auto or cpu")
+        raise ConfigError(f"device {str(device)!r}: there is no CUDA device on this machine; use auto or cpu")
     return out
 
 

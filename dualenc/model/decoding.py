@@ -18,7 +18,7 @@ _AHEAD = 2
 
 
 def read_ahead(read: Callable[[int], T], count: int, batch_size: int) -> Iterator[list[T | DecodeError]]:
-    """What ``read`` gives for 0 … count − 1, ``batch_size`` at a time, in order.
+    """The results of ``read`` for 0 … count − 1, ``batch_size`` at a time, in order.
 
     PIL and tokenizers free the GIL, so threads are enough. Whatever goes wrong while one item is read is that item's:
     its place holds the error.

@@ -1,4 +1,4 @@
-"""Raw items → features: what evaluation, distillation and a user's own script see of a model."""
+"""Raw items → features: the interface to a model for evaluation, distillation and scripts."""
 
 from __future__ import annotations
 

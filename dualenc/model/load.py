@@ -1,4 +1,4 @@
-"""MODEL, as every command takes it → a bundle. What would silently change a number is refused."""
+"""MODEL, as every command takes it → a bundle. Anything that would silently change a number is refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _FORMS = (
     "a run folder, a checkpoint or bundle folder, open_clip:NAME/TAG, hf:REPO, laion_clap:FILE.pt, or a folder in "
     "either layout"
 )
-# Only these carry a number from the input to the features; a newer version is worth a word where one differs.
+# Only these compute features from inputs; a different version is worth a log line.
 _NOTED = ("torch", "open_clip_torch", "timm", "transformers")
 
 
@@ -54,7 +54,7 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
     """Load a model.
 
     Args:
-        spec: a run folder (its newest finished save), a save's folder, a bundle's folder, ``open_clip:NAME[/TAG]``
+        spec: a run folder (its newest finished checkpoint), a checkpoint, a bundle folder, ``open_clip:NAME[/TAG]``
             (TAG may be a file; without it the weights are random, with a warning), ``hf:REPO_OR_FOLDER`` (CLIPModel,
             SiglipModel, ClapModel), ``laion_clap:FILE.pt``, or a folder in open_clip's or transformers' layout.
         device: auto, cpu, cuda …
@@ -84,7 +84,7 @@ def _load_folder(spec: str) -> Bundle:
             raise ConfigError(f"{spec} is a file; a MODEL is {_FORMS}.")
         near = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         raise ConfigError(
-            f"There is no model {spec!r}: write {_FORMS}. {did_you_mean(folder.name, near) if near else ''}"
+            f"There is no model {spec!r}; give {_FORMS}. {did_you_mean(folder.name, near) if near else ''}"
         )
     if (folder / "checkpoints").is_dir():
         folder = newest_save(folder)
@@ -96,11 +96,11 @@ def _load_folder(spec: str) -> Bundle:
         return _released(from_open_clip_folder(folder), spec)
     if (folder / "config.json").is_file():
         return _released(from_hf(str(folder)), spec)
-    raise ConfigError(f"{spec} holds no model: none of {DESCRIPTION}, open_clip_config.json, config.json is in it.")
+    raise ConfigError(f"{spec} has no model: there is no {DESCRIPTION}, open_clip_config.json or config.json in it.")
 
 
 def newest_save(run: Path) -> Path:
-    """The newest finished save of a run folder (its manifest and description are there).
+    """The newest finished checkpoint of a run folder (with its manifest and description).
 
     Raises:
         CheckpointError: if there is none.
@@ -111,11 +111,11 @@ def newest_save(run: Path) -> Path:
         if not p.name.startswith(".") and (p / "manifest.json").is_file() and (p / "model" / DESCRIPTION).is_file()
     ]
     if not saves:
-        raise CheckpointError(f"{run} holds no finished save: it stopped before its first checkpoint.")
+        raise CheckpointError(f"{run} has no finished checkpoint: the run stopped before its first one.")
     return max(saves, key=lambda p: p.name)
 
 
-# --- our own layout ----------------------------------------------------------------------------------------------
+# --- dualenc's layout ----------------------------------------------------------------------------------------------
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -170,8 +170,8 @@ def _weights(folder: Path, said: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
         found = file_digest(path)
         if found != digest:
             raise CheckpointError(
-                f"{folder}: weights.sha256: {name} has {found[:12]}…, {DESCRIPTION} says "
-                f"{digest[:12]}…: it was changed or damaged after it was saved."
+                f"{folder}: weights.sha256: {name} has {found[:12]}…, but {DESCRIPTION} says "
+                f"{digest[:12]}…: the file was changed or damaged after it was saved."
             )
     paths = [folder / name for name in sorted(files)]
     if "files" not in said:
@@ -200,12 +200,12 @@ class _DescribedWeights(BaseModel):
     @model_validator(mode="after")
     def _one(self) -> _DescribedWeights:
         if (self.file is None) == (self.files is None):
-            raise ValueError("one of file and files is needed")
+            raise ValueError("give either file or files")
         return self
 
 
 class _Described(BaseModel):
-    """What ``dualenc.json`` must hold; other keys are from another version and are left alone."""
+    """What ``dualenc.json`` must hold; other keys are from another version and are ignored."""
 
     format: int
     name: str
@@ -226,7 +226,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({e})") from e
     if isinstance(said, dict) and said.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
-            f"{path}: format: {said['format']!r} is not {FORMAT}; it needs another version of dualenc"
+            f"{path}: format: {said['format']!r} is not {FORMAT}; this folder needs another version of dualenc"
         )
     try:
         settings_as(_Described, said if isinstance(said, dict) else {}, str(path))
@@ -236,16 +236,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _same(saved: Any, now: Any, where: str, skip: tuple[str, ...] = ()) -> None:
-    """Raise CheckpointError at the first field whose value is not the saved one. Fields added since are no change."""
+    """Raise CheckpointError at the first field that differs from the saved one. Fields added since do not count."""
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         for k, v in saved.items():
             if k in skip:
                 continue
             if k not in now:
-                raise CheckpointError(f"{where}.{k}: saved as {v!r}, this version has no such field")
+                raise CheckpointError(f"{where}.{k}: saved as {v!r}, but this version has no such field")
             _same(v, now[k], f"{where}.{k}", skip)
     elif json.dumps(saved) != json.dumps(now):
-        raise CheckpointError(f"{where}: saved as {saved!r}, here it is {now!r}: features would not be the same.")
+        raise CheckpointError(f"{where}: saved as {saved!r}, but here it is {now!r}; features would differ.")
 
 
 def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
@@ -255,13 +255,13 @@ def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
         logger.info("%s was saved with other versions: %s", folder, ", ".join(other))
 
 
-# --- other people's layouts --------------------------------------------------------------------------------------
+# --- other libraries' layouts --------------------------------------------------------------------------------------
 
 
 def _released(found: Released, spec: str) -> Bundle:
     first, second = found.inputs
     made = read_record(found.file) if found.file is not None else {}
-    # Neither library's layout has a word for how an odd border is cut: a file of ours keeps what it was made with.
+    # Neither library's layout records how an odd border is cut: the record in a dualenc file does.
     centres = {m: {"centre": facts["input"]["centre"]} for m, facts in made.items() if "centre" in facts["input"]}
     inputs = {
         m: build_input(m, {**found.inputs[m], **centres.get(m, {})}, f"{spec}: input of {m}") for m in (first, second)

@@ -1,4 +1,4 @@
-"""Two rows of every modality, to try whether its tower keeps rows apart."""
+"""Two rows of every modality, to test whether its tower keeps rows apart."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dualenc.encoders import DualEncoder, refuse_mixing, warn_of_untrained_norms
 def check_trained_towers(
     model: DualEncoder, inputs: Mapping[str, ModalityInput], begun_elsewhere: Collection[str] = ()
 ) -> None:
-    """Refuse towers to be trained that mix the rows of a batch; warn of frozen batch norms that nobody has trained.
+    """Refuse trained towers that mix the rows of a batch; warn of frozen batch norms with untrained statistics.
 
     Args:
-        begun_elsewhere: modalities whose weights another model gives later: no warning for them.
+        begun_elsewhere: modalities whose weights come from another model later: no warning for them.
 
     Raises:
         ConfigError: see :func:`dualenc.encoders.refuse_mixing`.

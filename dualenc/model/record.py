@@ -1,4 +1,4 @@
-"""What weights were made with, kept inside the weights' own file.
+"""How the inputs of weights were made, kept inside the weights file.
 
 A folder's json files can be edited or mixed up, and most such changes raise no error: the features are only worse. So
 every safetensors file that is written here carries, in its header, how its inputs are made and which activations its
@@ -66,7 +66,9 @@ def check_inputs(said: Mapping[str, Any], inputs: Mapping[str, ModalityInput], w
     """
     for m, facts in said.items():
         if m not in inputs:
-            raise CheckpointError(f"{where}: modalities.{m}: the weights were made with it, the description lacks it")
+            raise CheckpointError(
+                f"{where}: modalities.{m}: the weights were made with it, but the description lacks it"
+            )
         now = input_facts(inputs[m])
         for key, value in facts["input"].items():
             _compare(value, now["input"].get(key, value), f"{where}: modalities.{m}.input.config.{key}")
@@ -85,7 +87,7 @@ def check_activations(said: Mapping[str, Any], bundle: Bundle, where: str) -> No
 
 
 def input_facts(source: ModalityInput) -> dict[str, Any]:
-    """What of an input every feature depends on, in values that are the same for every layout it is read from."""
+    """The settings of an input that features depend on, with equal values for every layout it is read from."""
     config = json.loads(json.dumps(source.describe()["config"]))
     facts: dict[str, Any] = {"input": {k: v for k, v in config.items() if k not in _FREE}}
     if isinstance(source, TextInput):
@@ -117,8 +119,8 @@ def _compare(saved: Any, now: Any, field: str) -> None:
             return
     if saved != now:
         raise CheckpointError(
-            f"{field}: the weights were made with {_shown(saved)}, here it is {_shown(now)}: features would not be the "
-            "same. Put it back, or take the folder the weights came with."
+            f"{field}: the weights were made with {_shown(saved)}, but here it is {_shown(now)}; features would "
+            "differ. Change it back, or use the folder the weights came with."
         )
 
 

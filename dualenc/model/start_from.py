@@ -1,4 +1,4 @@
-"""``checkpoint.init_from: MODEL`` alone: what a recipe leaves out of the model is taken from MODEL.
+"""``checkpoint.init_from: MODEL`` alone: whatever a recipe leaves out of its model is taken from MODEL.
 
 A recipe may then say nothing of its towers, or only what is done to them (``lock``, ``lora``, ``input.augment`` …): the
 architectures, projections, inputs, temperature and bias are those of MODEL, so that the features before the first step
@@ -24,7 +24,7 @@ def completed(raw: Mapping[str, Any]) -> dict[str, Any]:
     weights only.
 
     Raises:
-        ConfigError: if the recipe lacks a model and names none to start from, or speaks of a modality that MODEL lacks.
+        ConfigError: if the recipe lacks a model and names none to start from, or has a modality that MODEL lacks.
         CheckpointError: if MODEL cannot be loaded.
     """
     parts = raw.get("modalities") or {}
@@ -35,12 +35,14 @@ def completed(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(spec, str):
         if parts:
             return dict(raw)  # the recipe's own check names the key that is missing
-        raise ConfigError(f"modalities: this recipe fine-tunes a model that it does not name; add {_EXAMPLE}")
+        raise ConfigError(
+            f"modalities: this recipe has no modalities and does not name a model to fine-tune; add {_EXAMPLE}"
+        )
     model = load_model(spec)
     for m, part in parts.items():
         if m not in model.modalities and not _is_whole(part):
             raise ConfigError(
-                f"modalities.{m}: {spec} has no modality of that name, so encoder is needed. "
+                f"modalities.{m}: {spec} has no modality of that name, so this one needs an encoder. "
                 f"{did_you_mean(m, model.modalities)}"
             )
     found = {m: _merged(_part(model, m), parts.get(m) or {}) for m in model.modalities}
@@ -60,7 +62,7 @@ def _is_whole(part: Any) -> bool:
 
 
 def _part(model: Bundle, m: str) -> dict[str, Any]:
-    """A modality of MODEL as a recipe says it."""
+    """A modality of MODEL as it is written in a recipe."""
     part, shares = model.parts[m], model.parts[m].shares
     described = {"kind": part.kind, "input": dict(part.input)}
     if shares is not None:
@@ -69,7 +71,7 @@ def _part(model: Bundle, m: str) -> dict[str, Any]:
 
 
 def _merged(base: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's word over MODEL's, section by section; a part with an encoder of its own stands alone."""
+    """The recipe's values over MODEL's, section by section; a part with its own encoder replaces MODEL's."""
     if said.get("encoder") is not None:
         return dict(said)
     out = dict(base)

@@ -1,7 +1,7 @@
-"""What every HTML page is made with: one file that loads nothing from anywhere, one look, everything escaped.
+"""What every HTML page shares: a single file that loads nothing, one look, everything escaped.
 
 A page is a Jinja template that extends ``base.html.j2`` and fills its blocks: ``title``, ``header``, ``main``, and
-where needed ``style`` (more CSS), ``allows`` (what the Content-Security-Policy allows beside styles, such as
+where needed ``style`` (more CSS), ``allows`` (what the Content-Security-Policy allows besides styles, such as
 ``img-src data:;``), ``scripts`` and ``end`` (before the end of the body).
 """
 
@@ -28,5 +28,5 @@ def environment(*folders: Path) -> Environment:
 
 
 def write_page(page: Path, html: str) -> Path:
-    """Write a page, so that a reader finds the old one or the new one, and return where. Raises OSError."""
+    """Write a page atomically (a reader finds the old one or the new one) and return its path. Raises OSError."""
     return write_atomically(page, html)

@@ -31,14 +31,14 @@ class Parts:
 
     Attributes:
         bundle: the model as it is saved; ``engine`` trains its ``model``.
-        loss: the recipe's, or with a ``distiller`` that one's around it.
+        loss: the recipe's; with a ``distiller``, wrapped by its objective.
         state: what is saved besides tensors; it moves on with every step.
         average: of the weights, if the recipe keeps one.
-        samples: where the ids of every step's samples go, if they are asked for.
-        resumed_from: the save this run goes on from.
+        samples: where the ids of every step's samples are written, if the recipe asks for them.
+        resumed_from: the checkpoint this run resumes from.
         total_steps: length of the whole run.
         parameter_count: of the whole model, also where a rank holds a part of it.
-        sharded: whether every rank writes its own part of a save.
+        sharded: whether every rank writes its own part of a checkpoint.
     """
 
     recipe: Recipe
@@ -68,10 +68,10 @@ class Parts:
 
 
 def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
-    """Build a run that begins, or goes on from its save. All ranks call it alike.
+    """Build a run that starts from scratch or resumes from its checkpoint. All ranks call it alike.
 
     Raises:
-        ConfigError, DataError, CheckpointError: for what the recipe asks and cannot be had.
+        ConfigError, DataError, CheckpointError: the recipe asks for something that does not exist or cannot be built.
     """
     save = find_save(recipe, run_dir, world)
     bundle = begin_model(recipe, fresh=save is None)
@@ -124,7 +124,7 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
 
 
 def begin_model(recipe: Recipe, fresh: bool) -> Bundle:
-    """The model; ``fresh``: with the weights the recipe starts from, else those of a save are to follow."""
+    """The model; ``fresh``: with the weights the recipe starts from; else a checkpoint's weights are loaded later."""
     bundle = build_bundle(recipe)
     if fresh and recipe.checkpoint.init_from:
         init_weights(bundle, recipe.checkpoint.init_from)
@@ -138,7 +138,7 @@ def begin_model(recipe: Recipe, fresh: bool) -> Bundle:
 
 
 def init_weights(bundle: Bundle, spec: str) -> None:
-    """Take over the weights of another model; what does not fit is an error that names the first such tensor."""
+    """Load the weights of another model; an error names the first tensor that does not fit."""
     source = load_model(spec).model.state_dict()
     own = bundle.model.state_dict()
     _check(own, source, "checkpoint.init_from", spec)
@@ -146,7 +146,7 @@ def init_weights(bundle: Bundle, spec: str) -> None:
 
 
 def init_towers(bundle: Bundle, recipe: Recipe) -> None:
-    """Take over single towers, as ``modalities.NAME.init_from: MODEL#MODALITY`` says.
+    """Load single towers, as ``modalities.NAME.init_from: MODEL#MODALITY`` says.
 
     Raises:
         CheckpointError: the model has no such modality, or its tower is another architecture.
@@ -170,7 +170,7 @@ def init_towers(bundle: Bundle, recipe: Recipe) -> None:
 def _check(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, spec: str) -> None:
     for name, tensor in own.items():
         if name not in source:
-            raise CheckpointError(f"{where}: {spec} has no tensor {name}; it is another architecture")
+            raise CheckpointError(f"{where}: {spec} has no tensor {name}; its architecture differs")
         if source[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {list(source[name].shape)} in {spec}, {list(tensor.shape)} in this recipe"
@@ -181,7 +181,7 @@ def _check(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, 
 
 
 def begin_state(recipe: Recipe, distiller: Distiller | None, save: Path | None) -> ckpt.TrainState:
-    """The state of a new run, or that of a save, which must be of the same run."""
+    """The state of a new run, or that of a checkpoint, which must belong to the same run."""
     now = fingerprint(recipe)
     if distiller is not None:
         now["teachers"] = distiller.describe()
@@ -216,7 +216,7 @@ def build_loader(
 
 
 def build_average(recipe: Recipe, engine: Engine, seen: int, total_steps: int, save: Path | None) -> Average | None:
-    """The average of the weights that the recipe keeps."""
+    """The weight average that the recipe keeps, if any."""
     optim, size = recipe.optim, recipe.batch.size
     average: Average
     if optim.trajectory is not None:

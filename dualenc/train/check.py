@@ -1,10 +1,11 @@
-"""What can be known of a recipe before anything large is built: settings of its components, and what it points to."""
+"""What can be checked before anything large is built: settings of a recipe's components, and what it points to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from dualenc.config import Recipe
+from dualenc.data.plans import chosen
 from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
@@ -12,18 +13,19 @@ from dualenc.losses import build_loss
 from dualenc.model import load_model
 
 FORMS = ("open_clip:", "hf:", "laion_clap:")
-"""Models that are no folder: only loading one tells whether it is there."""
+"""Prefixes of models that are not folders: only loading one tells whether it exists."""
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Build what is small, and look for what is named; the run itself would find the same, later.
+    """Build what is small and look up what is named; the run itself would find the same errors, only later.
 
     Raises:
-        ConfigError: an unknown loss or term, a wrong setting, a model that does not exist, no CUDA.
+        ConfigError: an unknown loss, term or plan, a wrong setting, a model that does not exist, no CUDA.
         DataError: a teacher's cache that does not exist.
-        CheckpointError: a save to resume from that does not exist.
+        CheckpointError: a checkpoint to resume from that does not exist.
     """
     check_device(recipe.engine.device)
+    chosen(recipe.data.sampling)
     build_loss(recipe.loss)
     if recipe.distill is not None:
         build_terms(recipe.distill)
@@ -31,7 +33,9 @@ def check_recipe(recipe: Recipe) -> None:
             where = f"distill.teachers.{k}"
             _check_model(f"{where}.model", teacher.model if teacher.fusion is None else None)
             if teacher.cache is not None and not Path(teacher.cache).is_dir():
-                raise DataError(f"{where}.cache: there is no folder {teacher.cache}; dualenc embed --recipe writes one")
+                raise DataError(
+                    f"{where}.cache: there is no folder {teacher.cache}; write it with dualenc embed --recipe"
+                )
     _check_model("checkpoint.init_from", recipe.checkpoint.init_from)
     for m, part in recipe.modalities.items():
         _check_model(f"modalities.{m}.init_from", part.init_from and part.init_from.partition("#")[0])
@@ -42,7 +46,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_length(recipe: Recipe, total_steps: int) -> None:
-    """Refuse a warm-up that the run would not come out of.
+    """Refuse a warm-up that is as long as the run, or longer.
 
     Raises:
         ConfigError: naming both lengths.
@@ -51,7 +55,7 @@ def check_length(recipe: Recipe, total_steps: int) -> None:
     if warmup >= samples:
         raise ConfigError(
             f"schedule.warmup_samples: {warmup:,} is as long as the whole run ({total_steps:,} steps of "
-            f"{recipe.batch.size:,} = {samples:,} samples), so the learning rate would never reach its peak; write less"
+            f"{recipe.batch.size:,} = {samples:,} samples), so the learning rate would never reach its peak; shorten it"
         )
 
 

@@ -1,7 +1,7 @@
 """GradCache (Gao et al., arXiv 2101.06983): the exact gradient of a large batch with the activations of a small one.
 
-Features of every chunk without a graph, the loss and its gradient at the features, then each chunk again with the same
-random numbers, its cached gradient pushed in. What the chunks give adds up; gradients are reduced over ranks once.
+First the features of every chunk without a graph, then the loss and its gradient at the features, then each chunk again
+with the same random numbers and its cached gradient. The chunks' gradients add up and are reduced over ranks once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def join(
 
 
 def row_groups(outputs: Mapping[str, Any]) -> list[str]:
-    """``features`` and whatever else the model gives for each row."""
+    """``features`` and any other output that has a row for each sample."""
     return [group for group in outputs if group not in PER_PAIR]
 
 
@@ -97,14 +97,14 @@ class RandomState:
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
-        """Make the generators go on from that moment."""
+        """Set the generators back to that moment."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, the draws of that moment come again; after, the generators are as they were before."""
+        """Inside, the generators draw again what they drew then; afterwards they are as before."""
         now = RandomState(self.device)
         self.restore()
         try:
@@ -115,7 +115,7 @@ class RandomState:
 
 @contextmanager
 def kept_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms see every chunk twice; their running statistics move in the second pass only."""
+    """Batch norms see every chunk twice; their running statistics are updated in the second pass only."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     kept = [(x, x.clone()) for m in norms for x in m.buffers(recurse=False)]
     try:

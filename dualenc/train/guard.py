@@ -1,7 +1,7 @@
 """The guard: what a fine-tuned model could do before the first step, it must still be able to do.
 
-The numbers before the first step stand in the training save, so a resumed run compares with them and not with where it
-went on. In metrics.jsonl they are ``guard/TASK/METRIC``, at step 0 and at every check.
+The numbers before the first step are kept in the checkpoint, so a resumed run compares with them and not with the step
+it resumed from. In metrics.jsonl they are ``guard/TASK/METRIC``, at step 0 and at every check.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Measure = Callable[[], Mapping[str, float]]
 
 
 class Watch:
-    """Compares with the beginning.
+    """Compares the watched metrics with their values before the first step.
 
     Args:
         state: ``before`` (task/metric → value before the first step), ``step`` of that measurement and ``fallen``
-            (the last check was beyond the bound); changed in place, and kept in the training save.
+            (the last check was beyond the bound); changed in place, and kept in the checkpoint.
     """
 
     def __init__(self, conf: Guard, state: dict[str, Any]) -> None:
@@ -36,11 +36,11 @@ class Watch:
 
     @property
     def before_going_on(self) -> bool:
-        """Whether to measure before the next step: nothing is known yet, or the run was stopped for a fall."""
+        """Whether to measure before the next step: nothing is measured yet, or the guard stopped the run."""
         return "before" not in self.state or bool(self.state.get("fallen"))
 
     def check(self, values: Mapping[str, float], step: int) -> dict[str, float]:
-        """The numbers that are watched; :attr:`sentence` says which fell too far. The first call sets the mark.
+        """The watched numbers; :attr:`sentence` says which fell too far. The first call sets the reference.
 
         Raises:
             ConfigError: if a task has no such metric.
@@ -52,8 +52,8 @@ class Watch:
         gone = [k for k in before if k not in now]
         if gone:
             raise ConfigError(
-                f"eval.guard: this run began by watching {', '.join(before)}; {gone[0]} is not measured any more. Put "
-                "tasks and metric back, or start anew: checkpoint.resume=none."
+                f"eval.guard: this run started with {', '.join(before)}; {gone[0]} is no longer measured. Restore the "
+                "tasks and metric, or start from scratch: checkpoint.resume=none."
             )
         falls = {k: 100 * (v - now[k]) for k, v in before.items()}
         worst = max(falls, key=lambda k: falls[k])
@@ -74,14 +74,13 @@ class Watch:
             GuardError: always.
         """
         raise GuardError(
-            f"Stopped by eval.guard and saved in {save}: {self.sentence}. Lower optim.lr, lock a tower, or say what "
-            "may be lost: eval.guard.max_fall=POINTS, or eval.guard.action=warn; the same command then "
-            "goes on from there."
+            f"Stopped by eval.guard: {self.sentence}. Checkpoint: {save}. Lower optim.lr, lock a tower, or allow a "
+            "larger fall: eval.guard.max_fall=POINTS, or eval.guard.action=warn. Then run the same command to resume."
         )
 
 
 def watched(values: Mapping[str, float], metric: str | None) -> dict[str, float]:
-    """One number a task: ``metric``, or else top1, or the first R@1.
+    """One number per task: ``metric``, else top1, else the first R@1.
 
     Raises:
         ConfigError: naming the metrics that the task has.
@@ -97,7 +96,8 @@ def watched(values: Mapping[str, float], metric: str | None) -> dict[str, float]
             found = "top1" if "top1" in names else next((n for n in names if n.endswith("_R@1")), None)
         if found is None or not 0 <= values[f"{task}/{found}"] <= 1:
             raise ConfigError(
-                f"eval.guard.metric: {task} has no share {metric or 'top1 or R@1'!r}; it has {', '.join(names)}."
+                f"eval.guard.metric: {task} has no metric {metric or 'top1 or R@1'!r} between 0 and 1; it has "
+                f"{', '.join(names)}."
             )
         out[f"{task}/{found}"] = float(values[f"{task}/{found}"])
     return out

@@ -1,4 +1,4 @@
-"""What happens after a step: small parts, each of which says when it is due and does one thing.
+"""Hooks that run after a step: each says when it is due and does one thing.
 
 The loop asks them in one fixed order (:class:`dualenc.train.loop.Run`). Between two *looks* nothing is read from the
 device and no rank asks another one whether to go on: see :class:`Agree`.
@@ -22,20 +22,20 @@ from dualenc.train.step import StepResult
 from dualenc.train.stop import StopFlag
 
 PROMPT_S = 2.0
-"""Ranks look about this often (in seconds): a signal, or a save by the clock, waits no longer than this and a step."""
+"""Ranks look about this often (in seconds): a signal or a timed checkpoint waits no longer than this plus one step."""
 MOST_STEPS = 16
-"""… and at least after so many steps, however short they are."""
+"""… and at least every so many steps, however short they are."""
 
 
 @dataclass(slots=True)
 class Moment:
-    """A step that was just done, as the hooks see it. What they find out is the same on all ranks.
+    """The step that was just done, as the hooks see it. Its values are the same on all ranks.
 
     Attributes:
-        looking: the device is read and ranks agree after this step.
+        looking: after this step the device is read and the ranks agree.
         stopping: a rank was asked to stop.
-        save_due: the clock says that it is time for a save.
-        fallen: the guard says that the run is to stop.
+        save_due: by the clock, a checkpoint is due.
+        fallen: the guard stops the run.
     """
 
     step: int
@@ -48,7 +48,7 @@ class Moment:
 
 
 class Hook(Protocol):
-    """One thing that is done after some steps. ``pauses``: its time is not part of the training speed."""
+    """One thing done after some steps. ``pauses``: its time does not count towards the training speed."""
 
     pauses: bool
 
@@ -62,7 +62,7 @@ class Hook(Protocol):
 
 
 class KeepAverage:
-    """Moves the average of the weights."""
+    """Updates the average of the weights."""
 
     pauses = False
 
@@ -79,7 +79,7 @@ class KeepAverage:
 
 
 class Agree:
-    """Looks: makes what one rank knows known to all, and has the device read.
+    """A look: shares what one rank knows with all ranks, and reads the device.
 
     Signals reach ranks at different steps and their clocks differ, so a flag that is up on any rank is up on all after
     a look. One is due where numbers are read anyway (``also``: before logging, saving, measuring, at the end) and at
@@ -112,15 +112,15 @@ class Agree:
 
 
 class Finite:
-    """Counts the steps that were left out because they were not finite, and ends a run that does not recover.
+    """Counts the steps that were skipped because they were not finite, and ends a run that does not recover.
 
-    Whether a step was left out is decided on the device and read at the next look, so a run that diverges goes on for
+    Whether a step is skipped is decided on the device and read at the next look, so a run that diverges continues for
     up to k − 1 steps (see :class:`Agree`) after the one that ends it, and changes no weight in them.
 
     Attributes:
         in_a_row: how many of the last steps were not finite.
-        proven: the newest step whose weights gave a finite loss and gradient in a later step: a save of it, or of one
-            before, is good.
+        proven: the newest step whose weights gave a finite loss and gradient in a later step: a checkpoint of it, or
+            of an earlier one, is good.
     """
 
     pauses = False
@@ -160,13 +160,13 @@ class Finite:
         """End the run.
 
         Raises:
-            DivergenceError: always; says what to change and where the same command goes on.
+            DivergenceError: always; says what to change and where the same command resumes.
         """
         engine = self._parts.recipe.engine
-        or_fp32 = "" if engine.precision == "fp32" else ", or write engine.precision=fp32"
+        or_fp32 = "" if engine.precision == "fp32" else ", or use engine.precision=fp32"
         raise DivergenceError(
-            f"{why} {self._set_aside(self.proven)} Lower optim.lr{or_fp32}, and give the same command again; the "
-            f"samples of the steps that were left out are in {self._parts.run_dir}/nonfinite-rank*.jsonl."
+            f"{why} {self._set_aside(self.proven)} Lower optim.lr{or_fp32}, then run the same command again. The "
+            f"samples of the skipped steps are in {self._parts.run_dir}/nonfinite-rank*.jsonl."
         )
 
     def _write_down(self, step: int, samples: list[str]) -> None:
@@ -174,7 +174,7 @@ class Finite:
         p.state.nonfinite_steps += 1
         with (p.run_dir / f"nonfinite-rank{p.world.rank}.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "samples": samples}) + "\n")
-        p.tracker.say(f"Step {step}: loss or gradient is not finite; skipped on all ranks, samples noted.")
+        p.tracker.say(f"Step {step}: loss or gradient is not finite; step skipped on all ranks, sample ids recorded.")
 
 
 class Log:
@@ -192,19 +192,19 @@ class Log:
         self._wait, self._since = 0.0, time.perf_counter()
 
     def note(self, loss: Tensor, wait_s: float) -> None:
-        """Take in a step; ``wait_s``: seconds that it waited for its batch."""
+        """Add a step; ``wait_s``: seconds that it waited for its batch."""
         self._losses.append(loss)
         self._wait += wait_s
 
     def exclude(self, seconds: float) -> None:
-        """Time that no step took."""
+        """Do not count ``seconds`` towards the training speed."""
         self._since += seconds
 
     def due(self, now: Moment) -> bool:
         return self.by_step(now) or now.stopping
 
     def by_step(self, now: Moment) -> bool:
-        """Whether a line is due by the number of the step alone."""
+        """Whether a line is due by the step number alone."""
         return now.step % self._parts.recipe.tracking.log_every == 0 or now.last
 
     def run(self, now: Moment) -> None:
@@ -251,8 +251,8 @@ class Stop:
             Interrupted: always.
         """
         raise Interrupted(
-            f"Stopped by {self._stop.name or 'a signal to another rank'} and {self._saved()}. The same command goes on "
-            "from there."
+            f"Stopped by {self._stop.name or 'a signal to another rank'}; {self._saved()}. Run the same command to "
+            "resume."
         )
 
 

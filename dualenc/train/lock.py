@@ -17,14 +17,14 @@ NAME = "lock.json"
 BEAT_S = 20.0
 """How often the holder touches the file."""
 STALE_S = 300.0
-"""A lock of another machine that is not touched so long is taken over; of this one, as soon as its process is gone."""
+"""Another machine's lock is taken over once untouched for this long; this machine's, once its process is gone."""
 
 
 class RunLock:
     """Held while the context lasts.
 
     Args:
-        run_dir: exists already.
+        run_dir: an existing folder.
 
     Raises:
         ConfigError: another process is training into the folder.
@@ -41,7 +41,7 @@ class RunLock:
                 threading.Thread(target=self._beat, name="dualenc-lock", daemon=True).start()
                 return self
             self._take_over()
-        raise ConfigError(f"{self.path} is taken again and again by others: start one run in this folder at a time")
+        raise ConfigError(f"{self.path}: other processes keep taking this lock; start one run in this folder at a time")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -51,7 +51,7 @@ class RunLock:
             if self.path.read_text(encoding="utf-8") == self._own:
                 self.path.unlink()
         except OSError:
-            return  # gone with its folder, or the disk; a next run sees that this process has ended
+            return  # gone with its folder or disk; the next run sees that this process has ended
 
     def _create(self) -> bool:
         try:
@@ -70,8 +70,8 @@ class RunLock:
             return
         if _is_alive(holder, age):
             raise ConfigError(
-                f"{self.path.parent} is being trained into by process {holder.get('pid')} on {holder.get('host')}. "
-                f"Stop that run, or write another folder: out=FOLDER. (If it is gone: remove {self.path}.)"
+                f"{self.path.parent} is in use: process {holder.get('pid')} on {holder.get('host')} trains in it. "
+                f"Stop that run, or use another folder: out=FOLDER. (If that process is gone, remove {self.path}.)"
             )
         stale = self.path.with_name(f".{NAME}.{os.getpid()}.tmp")
         try:
@@ -89,7 +89,7 @@ class RunLock:
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    """What a lock says; nothing if it was cut short or is no lock."""
+    """The content of a lock; empty if it was cut short or is not a lock."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -105,7 +105,7 @@ def _is_alive(holder: dict[str, Any], age_s: float) -> bool:
 
 
 def _began(pid: int) -> str | None:
-    """When a process of this machine began, in a form that only another process of the same number differs in."""
+    """When a process of this machine started, in a form that tells it from an earlier process with the same id."""
     stat = Path(f"/proc/{pid}/stat")
     if stat.parent.parent.is_dir():
         try:

@@ -1,7 +1,7 @@
 """The run: step, look, log, save, evaluate, stop cleanly.
 
 The clock is samples seen. Everything random is a function of (seed, step, rank) or (seed, sample id, pass), so a
-resumed run needs no loader state and no RNG state: it sets the step and goes on with the samples it would have read.
+resumed run needs no loader state and no RNG state: it sets the step and continues with the samples it would have read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dualenc.train.stop import StopFlag
 from dualenc.train.tracking import environment
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR}
-"""What a disk answers that is full, read-only, broken, or not there any more."""
+"""Errors of a disk that is full, read-only, broken, or gone."""
 
 
 class RunFolderError(DualencError):
@@ -184,10 +184,10 @@ def _train(
 
 @contextmanager
 def _folder(run_dir: Path, world: World) -> Iterator[None]:
-    """The run folder, made and locked by rank 0; what its disk refuses becomes one sentence.
+    """The run folder, made and locked by rank 0; disk errors become one sentence.
 
     Raises:
-        ConfigError: it cannot be made, or another run is in it.
+        ConfigError: it cannot be made, or another run uses it.
         RunFolderError: it cannot be written to.
     """
     said: str | None = None
@@ -201,7 +201,7 @@ def _folder(run_dir: Path, world: World) -> Iterator[None]:
             except ConfigError as e:
                 said = str(e)
             except (OSError, ValueError) as e:
-                said = f"out: the run folder {str(run_dir)!r} cannot be used ({_reason(e)}); write another: out=FOLDER"
+                said = f"out: the run folder {str(run_dir)!r} cannot be used ({_reason(e)}); choose another: out=FOLDER"
         said = broadcast_object(said, world)
         if said is not None:
             raise ConfigError(said)
@@ -211,8 +211,8 @@ def _folder(run_dir: Path, world: World) -> Iterator[None]:
             if e.errno not in DISK and not isinstance(e, WriteError):
                 raise
             raise RunFolderError(
-                f"{run_dir} cannot be written to ({_reason(e)}). Its finished saves are whole: make room, and the same "
-                "command goes on from the newest."
+                f"{run_dir} cannot be written to ({_reason(e)}). Its finished checkpoints are intact: free some space "
+                "and run the same command to resume from the newest."
             ) from e
 
 
@@ -238,16 +238,16 @@ def _carry_out(run: Run) -> None:
 
 
 def greet(parts: Parts) -> None:
-    """The lines that say what is about to happen."""
+    """Say what is about to run."""
     r = parts.recipe
     parts.tracker.say(
         f"{r.name}: {parts.parameter_count / 1e6:.2f} M parameters, "
         f"global batch {r.batch.size} on {parts.world.world_size} rank(s), "
-        f"{parts.total_steps} steps = {parts.total_steps * r.batch.size:,} samples, in {parts.run_dir}"
+        f"{parts.total_steps} steps = {parts.total_steps * r.batch.size:,} samples, run folder {parts.run_dir}"
     )
     if parts.resumed_from is not None:
         done = " (nothing left to train)" if parts.state.step >= parts.total_steps else ""
-        parts.tracker.say(f"Going on from {parts.resumed_from}, step {parts.state.step}{done}.")
+        parts.tracker.say(f"Resuming from {parts.resumed_from}, step {parts.state.step}{done}.")
 
 
 def run_folder(recipe: Recipe) -> Path:

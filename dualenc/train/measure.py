@@ -1,4 +1,4 @@
-"""Measuring the model during a run: evaluation, and the guard's comparison with the beginning."""
+"""Measuring the model during a run: evaluation, and the guard's comparison with the start of the run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Evaluate:
         return any_true(found, p.world)
 
     def now(self, step: int) -> None:
-        """Measure, write the numbers down and say the main ones."""
+        """Measure, write the numbers to metrics.jsonl and print the main ones."""
         if self._evaluation is None:
             return
         values = measure(self._parts, self._evaluation)
@@ -66,7 +66,7 @@ class Evaluate:
 
 
 class CheckGuard:
-    """Compares with the beginning (:class:`dualenc.train.guard.Watch`) and says whether the run is to stop for it."""
+    """Compares with the start of the run (:class:`dualenc.train.guard.Watch`) and says whether the run must stop."""
 
     pauses = True
 
@@ -81,7 +81,7 @@ class CheckGuard:
         now.fallen = self._fallen(now.step)
 
     def at_start(self) -> None:
-        """Before the first step: the mark to compare with, or whether a run that was stopped may go on now.
+        """Before the first step: measure the reference, or check whether a run that was stopped may continue now.
 
         Raises:
             GuardError: it may not.

@@ -1,4 +1,4 @@
-"""What a run goes on from, and what must not have changed since."""
+"""What a run resumes from, and what must not have changed since."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dualenc.files import write_atomically
 
 
 def find_save(recipe: Recipe, run_dir: Path, world: World) -> Path | None:
-    """The save that ``checkpoint.resume`` means; None: the run begins anew. All ranks call it.
+    """The checkpoint that ``checkpoint.resume`` means; None: start from scratch. All ranks call it.
 
     Raises:
-        CheckpointError: there is no such folder, or it holds no finished, undamaged save.
+        CheckpointError: there is no such folder, or it has no finished, undamaged checkpoint.
     """
     resume = recipe.checkpoint.resume
     if resume == "none":
@@ -29,13 +29,13 @@ def find_save(recipe: Recipe, run_dir: Path, world: World) -> Path | None:
         return ckpt.newest_good(run_dir, world)
     path = Path(resume)
     if not path.is_dir():
-        raise CheckpointError(f"checkpoint.resume: there is no folder {resume}; write auto, none, or a save's folder")
+        raise CheckpointError(f"checkpoint.resume: there is no folder {resume}; use auto, none, or a checkpoint folder")
     if not (path / "checkpoints").is_dir():
         ckpt.refuse_damaged(path, world)
         return path
     save = ckpt.newest_good(path, world)
     if save is None:
-        raise CheckpointError(f"checkpoint.resume: {resume} holds no finished save")
+        raise CheckpointError(f"checkpoint.resume: {resume} has no finished checkpoint")
     return save
 
 
@@ -46,7 +46,7 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     sources = [{k: s[k] for k in ("name", "weight", "members")} for s in full["data"]["sources"]]
     keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
     distill = full["distill"]
-    if distill is not None:  # where a teacher lies may change; what it is, is compared by its hash
+    if distill is not None:  # a teacher's location may change; its content is compared by hash
         where = ("model", "cache", "precision", "max_missing")
         distill["teachers"] = [{k: v for k, v in t.items() if k not in where} for t in distill["teachers"]]
     return {k: full[k] for k in keys} | {
@@ -58,30 +58,30 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
 
 
 def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path) -> None:
-    """Raise CheckpointError naming the first field that differs: a silent change would make another run of it."""
+    """Raise CheckpointError naming the first field that differs: continuing with it would be another run."""
     for key, value in json.loads(json.dumps(dict(now))).items():
         if saved.get(key) != value:
             where, old, new = first_difference(key, saved.get(key), value)
             raise CheckpointError(
-                f"{save} was written with {where} = {old!r}, the recipe now says {new!r}. Change it back, or start "
-                "anew: checkpoint.resume=none, or checkpoint.init_from=SAVE to take over the weights only."
+                f"{save} was written with {where} = {old!r}, but the recipe now has {new!r}. Change it back, or start "
+                "from scratch with checkpoint.resume=none, or from its weights with checkpoint.init_from=CHECKPOINT."
             )
 
 
 def check_data(state: ckpt.TrainState, digest: str, save: Path | None) -> None:
-    """Remember what data the run reads; refuse to resume on other counts of samples: it would be another order."""
+    """Remember what data the run reads; refuse to resume with other sample counts, which change the data order."""
     saved = state.data.setdefault("plan", digest)
     if saved != digest:
         raise CheckpointError(
-            f"{save} was written on other data: names, weights or sample counts of the shards differ. Give the run the "
-            "shards it began with, or start anew: checkpoint.init_from=SAVE takes over the weights only."
+            f"{save} was written on other data: names, weights or sample counts of the shards differ. Use the shards "
+            "the run started with, or start from its weights only: checkpoint.init_from=CHECKPOINT."
         )
 
 
 def keep_old_recipe(recipe: Recipe, run_dir: Path, step: int) -> list[str]:
-    """What is said differently than when the run was last started, as ``key = new (was old)``.
+    """What the recipe changes since the run was last started, as ``key = new (was old)``.
 
-    If anything is, the recipe of before stays as ``recipe-STEP.yaml``, STEP being where the new one takes over.
+    If anything does, the old recipe is kept as ``recipe-STEP.yaml``; the new one applies from STEP on.
     """
     path = run_dir / "recipe.yaml"
     if not path.is_file():
@@ -92,7 +92,7 @@ def keep_old_recipe(recipe: Recipe, run_dir: Path, step: int) -> list[str]:
     except yaml.YAMLError:
         old = None
     if not isinstance(old, dict):
-        return [f"{path} could not be read and is written anew"]
+        return [f"{path} could not be read and is rewritten"]
     now = load_yaml(dump_yaml(recipe))
     found = [f"{k} = {new!r} (was {was!r})" for k, was, new in differences("", old, now) if k not in NO_PART]
     if found:
@@ -101,7 +101,7 @@ def keep_old_recipe(recipe: Recipe, run_dir: Path, step: int) -> list[str]:
 
 
 NO_PART = {"budget.steps", "budget.samples", "budget.passes", "out", "description", "checkpoint.resume"}
-"""Keys that say how far, where and from what a run goes on, not what it is."""
+"""Keys that say how long, where and from what a run continues, not what it is."""
 
 
 def differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

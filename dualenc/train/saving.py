@@ -1,4 +1,4 @@
-"""When a run is saved, what is written, and which saves are kept."""
+"""When checkpoints are written, what they hold, and which are kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dualenc.train.tracking import git_hash
 
 
 class Save:
-    """Saves by steps, by the clock, at the end and when the run is stopped; but only weights that are finite, after a
-    step that was. What is due while steps are not finite is made up for once they are again.
+    """Writes checkpoints by steps, by the clock, at the end and when the run is stopped; but only of finite weights,
+    after a finite step. One that falls due while steps are not finite is written once they are finite again.
 
     Attributes:
-        finite: set by the loop; it and this hook know each other.
+        finite: set by the loop; the two hooks use each other.
     """
 
     pauses = True
@@ -34,7 +34,7 @@ class Save:
         self._unpruned = False
         self.steps: list[int] = []
         if parts.resumed_from == ckpt.folder_of(parts.run_dir, parts.state.step):
-            self.steps.append(parts.state.step)  # of this run and not proven either
+            self.steps.append(parts.state.step)  # of this run, and not proven yet
 
     # --- when -------------------------------------------------------------------------------------------------
 
@@ -43,17 +43,17 @@ class Save:
         return now.save_due or self.by_step(now) or now.last or now.stopping or now.fallen or owed
 
     def by_step(self, now: Moment) -> bool:
-        """Whether a save is due by the number of the step alone."""
+        """Whether a checkpoint is due by the step number alone."""
         every = self._parts.recipe.checkpoint.every_steps
         return every is not None and now.step % every == 0
 
     def by_clock(self) -> bool:
-        """Whether a save is due on this rank by the minutes since the last."""
+        """Whether a checkpoint is due on this rank by the minutes since the last one."""
         every = self._parts.recipe.checkpoint.every_minutes
         return every is not None and time.monotonic() - self._last >= 60 * every
 
     def run(self, now: Moment) -> None:
-        """Save what is due, and remove what is no longer needed.
+        """Write a checkpoint if one is due, and remove those no longer needed.
 
         Raises:
             DivergenceError: the weights after the last step are not finite.
@@ -123,7 +123,7 @@ class Save:
     # --- which are kept ---------------------------------------------------------------------------------------
 
     def _prune(self, proven: int) -> None:
-        """Keep ``checkpoint.keep`` saves, and the newest good one until a newer one is known to be good too."""
+        """Keep ``checkpoint.keep`` checkpoints, and the newest good one until a newer one is known to be good too."""
         p = self._parts
         self._unpruned = proven < self.steps[-1]
         if p.world.rank == 0:
@@ -131,8 +131,8 @@ class Save:
         barrier(p.world)
 
     def set_aside(self, proven: int) -> str:
-        """Rename the saves of this run whose weights gave no finite step afterwards, so that nobody goes on from them;
-        a sentence that says so and where the run goes on. They remain readable by their path."""
+        """Rename the checkpoints of this run that no finite step followed, so that nothing resumes from them. They
+        remain readable by path. Returns a sentence that says so, and where the run resumes."""
         p = self._parts
         bad = [s for s in self.steps if s > proven]
         names = [f"diverged-{s:010d}" for s in bad]
@@ -140,16 +140,20 @@ class Save:
             for step, name in zip(bad, names, strict=True):
                 ckpt.set_aside(ckpt.folder_of(p.run_dir, step), name)
         left = [x for x in ckpt.list_saves(p.run_dir) if ckpt.step_of(x) not in bad]
-        where = f"The run goes on from {left[-1]}" if left else "There is no earlier save, so the run begins anew"
-        because = f" (the later weights are set aside as {', '.join(names)})" if bad else ""
+        where = (
+            f"The run will resume from {left[-1]}"
+            if left
+            else "There is no earlier checkpoint, so the run will start over"
+        )
+        because = f" (later checkpoints were renamed to {', '.join(names)})" if bad else ""
         return f"{where}{because}."
 
     def said(self) -> str:
-        """What became of the save at a stop."""
+        """Whether the stop left a checkpoint, and where."""
         p = self._parts
         if self.steps and self.steps[-1] == p.state.step:
             where = ckpt.folder_of(p.run_dir, p.state.step)
-            return f"saved at step {p.state.step} of {p.total_steps} in {where}"
+            return f"wrote checkpoint {where} (step {p.state.step} of {p.total_steps})"
         newest = ckpt.list_saves(p.run_dir)
-        left = f"the newest save is {newest[-1]}" if newest else "there is no earlier save"
-        return f"not saved at step {p.state.step}, because its numbers are not finite; {left}"
+        left = f"the newest checkpoint is {newest[-1]}" if newest else "there is no earlier checkpoint"
+        return f"no checkpoint of step {p.state.step}, because its numbers are not finite; {left}"

@@ -18,17 +18,17 @@ from dualenc.errors import ConfigError
 
 SHARED = Path("/dev/shm")
 AMPLE = 16 * 2**20
-"""Bytes that no sample needs: where even these fit, none is read to find out."""
+"""More bytes than any sample needs: if even these fit, no sample is read to find out."""
 
 
 def check_shared_memory(recipe: Recipe, probe: Callable[[], Loader], world: World, folder: Path = SHARED) -> None:
-    """Compare the room there with what ``data.workers`` and ``data.prefetch`` may fill, by the size of one sample.
+    """Compare the free space with what ``data.workers`` and ``data.prefetch`` may fill, by the size of one sample.
 
     Args:
         probe: makes a loader of batches of one slot for this rank, without workers.
 
     Raises:
-        ConfigError: it does not fit; with both numbers and the remedy.
+        ConfigError: it does not fit; gives both numbers and what to change.
     """
     if not recipe.data.workers or not folder.is_dir():
         return
@@ -42,10 +42,10 @@ def check_shared_memory(recipe: Recipe, probe: Callable[[], Loader], world: Worl
         needed = batches * slots * size_of(batch)
         if needed > free:
             raise ConfigError(
-                f"Data workers hand batches over in {folder}, where {_mib(free)} are free; {recipe.data.workers} "
+                f"Data workers pass batches through {folder}, which has {_mib(free)} free; {recipe.data.workers} "
                 f"workers x {recipe.data.prefetch} batches ahead x {ranks} rank(s) on this machine may need "
-                f"{_mib(needed)}. Lower data.workers or data.prefetch (data.workers=0 needs none), or give the "
-                f"container more (docker run --shm-size={-(-needed // 2**30) + 1}g)."
+                f"{_mib(needed)}. Lower data.workers or data.prefetch (data.workers=0 uses none), or give the "
+                f"container more shared memory (docker run --shm-size={-(-needed // 2**30) + 1}g)."
             )
         return
 

@@ -1,4 +1,4 @@
-"""Being asked to stop."""
+"""Signals that ask the run to stop."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line. A resumed run drops the lines its save does not know, so no step stands twice."""
+    """One JSON object a line. A resumed run drops the lines after its checkpoint, so no step appears twice."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         keep_until(path, start_step or -1)  # what a run that begins anew measured before its first step goes too
@@ -53,12 +53,12 @@ class JsonlSink:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step`` from a JSON lines file, and the torn one that a kill may leave."""
+    """Drop the lines of steps after ``step`` from a JSON lines file, and a last line cut short by a kill."""
     write_atomically(path, "".join(line + "\n" for line in _lines(path) if _step_of(line) <= step))
 
 
 def keep_rank_files_until(run_dir: Path, step: int, rank: int, world_size: int) -> None:
-    """Drop what a resumed run will do again from the files of every rank, also of ranks that are no more.
+    """Drop what a resumed run will repeat from the files of every rank, including ranks it no longer has.
 
     Each file is rewritten by one rank only, the one that may have it open: rank r takes those of ranks r, r + W, …
     """
@@ -85,7 +85,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step_of(line: str) -> float:
-    """The step a line is about; infinite for one that a damaged disk or an editor left without."""
+    """The step a line is about; infinite for a damaged line."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -101,7 +101,7 @@ class TensorBoardSink:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise ConfigError("tracking.tensorboard needs a package: pip install 'dualenc[tracking]'") from e
+            raise ConfigError("tracking.tensorboard needs an extra: pip install 'dualenc[tracking]'") from e
         self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -114,13 +114,13 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases. The run id is kept in the run folder, so a resumed run goes on in the same curve."""
+    """Weights & Biases. The run id is kept in the run folder, so a resumed run continues the same curve."""
 
     def __init__(self, run_dir: Path, recipe: Recipe) -> None:
         try:
             import wandb
         except ImportError as e:
-            raise ConfigError("tracking.wandb needs a package: pip install 'dualenc[tracking]'") from e
+            raise ConfigError("tracking.wandb needs an extra: pip install 'dualenc[tracking]'") from e
         id_file = run_dir / "wandb_id"
         run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
         id_file.write_text(run_id)
@@ -141,7 +141,7 @@ class WandbSink:
 
 
 class PatientConsole(Console):
-    """A console that falls silent when nobody reads it any more (a closed pipe, a terminal that is gone)."""
+    """A console that stops printing when nobody reads it any more (a closed pipe, a closed terminal)."""
 
     def print(self, *args: Any, **more: Any) -> None:
         try:
@@ -154,7 +154,7 @@ class PatientConsole(Console):
 
 
 class Tracker:
-    """Rank 0's book: fans numbers out to the sinks and draws the progress line. Other ranks hold a silent one."""
+    """Sends rank 0's numbers to the sinks and draws the progress line; on other ranks it does nothing."""
 
     def __init__(self, run_dir: Path, recipe: Recipe, start_step: int, total_steps: int, is_main: bool) -> None:
         self.is_main = is_main
@@ -200,7 +200,7 @@ class Tracker:
             self._progress.update(self._task, completed=step)
 
     def say(self, text: str) -> None:
-        """One line for the person watching."""
+        """Print one line on the terminal."""
         if self.is_main:
             self.console.print(text, highlight=False)
 
@@ -222,7 +222,7 @@ def sinks_of(run_dir: Path, tracking: Tracking, recipe: Recipe, start_step: int)
 
 
 def step_line(values: Mapping[str, float]) -> str:
-    """The few numbers worth a glance at each log line."""
+    """The main numbers of a log line."""
     parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []
     if "samples_per_s" in values:
         parts.append(f"{values['samples_per_s']:.0f} samples/s")
@@ -238,7 +238,7 @@ def _clock(seconds: float) -> str:
 
 
 def git_hash() -> str | None:
-    """Commit of the code that runs, with ``+changes`` when the tree is not clean; none outside a checkout."""
+    """Commit of the running code, with ``+changes`` if the tree is not clean; None outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
@@ -251,7 +251,7 @@ def git_hash() -> str | None:
 
 
 def environment(world_size: int) -> dict[str, Any]:
-    """What a reader needs to know to run it again."""
+    """What is needed to reproduce the run: versions, hardware, command."""
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,7 +1,7 @@
-"""Finding evaluation tasks, the shipped ones and a person's own, and reading their YAML.
+"""Finding evaluation tasks, shipped ones and your own, and reading their YAML.
 
 ``include:`` names a task it starts from. Paths that begin with ``./`` or ``../`` are relative to the file;
-``${DUALENC_DATA}/…`` is the folder where a person keeps data sets that cannot be shipped.
+``${DUALENC_DATA}/…`` is the folder where you keep data sets that cannot be shipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def load_task(name: str | Path) -> Task:
         files = task_files()
         if text not in files:
             raise ConfigError(
-                f"There is no task {text!r}. {did_you_mean(text, files)} Your own task: give its .yaml file."
+                f"There is no task {text!r}. {did_you_mean(text, files)} For your own task, give its .yaml file."
             )
         path = files[text]
     raw, origin = read_yaml(path, key="include")
@@ -74,15 +74,15 @@ def parse_task(raw: Mapping[str, Any], origin: Mapping[str, str] | None = None, 
     except ConfigError as e:  # a plugin that cannot be imported
         raise ConfigError(f"kind (in {said}): {e}") from e
     if not known:
-        raise ConfigError(f"kind: there is no kind of task {kind!r} (in {said}). {did_you_mean(kind, kinds)}")
+        raise ConfigError(f"kind: unknown kind of task {kind!r} (in {said}). {did_you_mean(kind, kinds)}")
     cls = kinds[kind].Task
-    others = kinds.loaded()  # kinds from outside that nobody asked for stay unread
+    others = kinds.loaded()  # kinds of plugins that are not named stay unloaded
     foreign = {k: [n for n in others if k in others[n].Task.model_fields] for k in raw if k not in cls.model_fields}
     wrong = {k: owners for k, owners in foreign.items() if owners and raw[k] is not None}
     if wrong:
         raise ConfigError(
             "\n".join(
-                f"{k}: a {kind} task has no {k}; kind: {' or '.join(owners)} has (in {origin.get(k, where)})."
+                f"{k}: not a key of a {kind} task, only of {' and '.join(owners)} (in {origin.get(k, where)})."
                 for k, owners in wrong.items()
             )
         )

@@ -1,13 +1,13 @@
-"""Items to features: every item once, on all ranks, kept by content.
+"""From items to features: every item is embedded once, by one of the ranks, and kept by content.
 
 The cut into batches depends on the items only, never on the number of ranks: of each window of batches, batch k goes
 to rank k % W. So one and two ranks embed the very same batches and give the same numbers, and every rank calls
 ``embed`` equally often (a sharded model needs all of them): a rank without a batch left embeds the last one again and
-drops it. Strings are embedded by length, short ones together: a batch is padded to its longest.
+drops it. Strings are embedded in order of length, as a batch is padded to its longest.
 
 Features are kept in chunks of ``TOGETHER`` batches as they come, each a part of a store of features that grows
 (:mod:`dualenc.features.store`): a folder for the model, a part named by the digest of the chunk's contents. A run that
-was killed goes on at the first chunk that is not there.
+was killed resumes at the first missing chunk.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Seen = dict[tuple[str, bool, Content], tuple[str, str | None]]
 
 
 class EvalModel(Protocol):
-    """What is evaluated: any object with these two methods and ``modalities``, ours or not.
+    """What is evaluated: any object with these two methods and ``modalities``.
 
-    ``embed`` takes raw items (the bytes of a picture or a sound, a string) and gives L2-normalised fp32 features [n, D]
+    ``embed`` takes raw items (bytes of an image or audio file, a string) and gives L2-normalised fp32 features [n, D]
     on the CPU, row by row. It raises DataError (or DecodeError) for an item it cannot use. ``describe`` is written into
-    the results; where it has a key that begins with ``weights`` (a hash of the weights), features are kept under it
-    and found again, without one they are not kept.
+    the results; if it has a key that begins with ``weights`` (a hash of the weights), features are kept under it
+    and reused; without one they are not kept.
     """
 
     @property
@@ -58,7 +58,7 @@ class EvalModel(Protocol):
 
 @runtime_checkable
 class OnDevice(Protocol):
-    """A model that says where it computes; one that does not is taken to compute on the CPU."""
+    """A model that says where it computes; any other is assumed to compute on the CPU."""
 
     @property
     def device(self) -> torch.device: ...
@@ -66,14 +66,14 @@ class OnDevice(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """Digest of every content, and why those that cannot be used cannot."""
+    """Digest of every item, and the reason for each one that cannot be used."""
 
     digests: list[str]
     bad: dict[int, str]
 
 
 def digest(raw: bytes | str) -> str:
-    """128-bit digest of a content; a string and its bytes differ."""
+    """128-bit digest of an item; a string and its bytes differ."""
     data = b"s" + raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else b"b" + raw
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -89,10 +89,10 @@ class Store:
 
     Attributes:
         check: (modality, raw) → why an item cannot be used, or None. On several ranks it decides before anything is
-            embedded, so a broken picture on one rank cannot leave the others waiting inside the model.
+            embedded, so a broken image on one rank cannot leave the others waiting inside the model.
         kinds: modality → the registered kind of its items, for showing them.
         advance: called with (what, done, total) after each round, for the progress bar.
-        seen: what :meth:`inspect` found of files in earlier evaluations of the same data, see ``evaluate``.
+        seen: what :meth:`inspect` found in files in earlier evaluations of the same data, see ``evaluate``.
     """
 
     embedder: EvalModel
@@ -140,7 +140,7 @@ class Store:
         """Raises DataError when the model has no such modality."""
         if modality not in self.embedder.modalities:
             known = ", ".join(self.embedder.modalities)
-            raise DataError(f"The model has no modality {modality!r} (it has: {known}): it cannot do this task.")
+            raise DataError(f"The model has no modality {modality!r} (it has {known}), so it cannot do this task.")
 
     def features(self, modality: str, contents: Sequence[Content], digests: Sequence[str]) -> Tensor:
         """[n, D] features of ``contents`` on every rank; equal contents are embedded once and get equal features.
@@ -171,7 +171,7 @@ class Store:
             kept = self.ranks.share(lambda: [self._read(modality, ids) for ids in chunks])
         missing = [c for c, x in enumerate(kept) if x is None]
         done = n - sum(spans[c][1] - spans[c][0] for c in missing)
-        # A chunk for each rank at a time: everyone has as many batches as one call of ``embed`` likes.
+        # One chunk per rank at a time: each rank then has a full call of ``embed`` to make.
         for start in range(0, len(missing), self.ranks.size):
             window = missing[start : start + self.ranks.size]
             batches = [
@@ -209,26 +209,26 @@ class Store:
     def _keeping(self) -> bool:
         """Whether features are kept; the same on every rank, and rank 0 then has a writer."""
         if self._keeps is None:
-            said = self.embedder.describe()
-            # A model in training, or one that does not say which weights it has, cannot be told from another one.
-            weights = [v for k, v in said.items() if k.startswith("weights")]
+            about = self.embedder.describe()
+            # A model in training, or one that does not say which weights it has, cannot be told apart from another.
+            weights = [v for k, v in about.items() if k.startswith("weights")]
             known = bool(weights) and all(v and v != "in training" for v in weights)
             self._keeps = known and self.cache_dir is not None
             if self._keeps and self.ranks.is_main:
-                self._open(said)
+                self._open(about)
         return self._keeps
 
-    def _open(self, said: dict[str, Any]) -> None:
+    def _open(self, about: dict[str, Any]) -> None:
         assert self.cache_dir is not None
         # The same weights give slightly other features on another kind of device, or in batches of another size.
         device = self.embedder.device.type if isinstance(self.embedder, OnDevice) else "cpu"
         made = {"batch_size": self.batch_size, "device": device, "torch": str(torch.__version__)}
         names = list(self.embedder.modalities)
-        description = Description(said, {m: m for m in names}, dict.fromkeys(names, 1), "fp32", made)
+        description = Description(about, {m: m for m in names}, dict.fromkeys(names, 1), "fp32", made)
         try:
             self._writer = FeatureWriter(self.cache_dir / description.digest, description, growing=True)
         except DataError as e:
-            logger.warning("Features are not kept: %s", e)
+            logger.warning("Features are not cached: %s", e)
 
     def _read(self, modality: str, ids: Sequence[str]) -> Tensor | None:
         part = self._writer.part(_chunk_name(modality, ids)) if self._writer is not None else None
@@ -241,7 +241,7 @@ class Store:
         try:
             self._writer.write(_chunk_name(modality, ids), ids, rows)
         except DataError as e:
-            logger.warning("From here on features are not kept: %s", e)
+            logger.warning("Features are no longer cached: %s", e)
             self._writer = None
 
 
@@ -255,7 +255,7 @@ def _check_features(x: Tensor, n: int, modality: str) -> None:
     finite = torch.isfinite(x).all(1)
     if not bool(finite.all()):
         bad = int((~finite).sum())
-        raise DivergenceError(f"{bad} of {n} {modality} features are not finite: nothing can be ranked by them.")
+        raise DivergenceError(f"{bad} of {n} {modality} features are not finite, so nothing can be ranked.")
     norms = x.norm(dim=1)
     if float((norms - 1).abs().max()) > 1e-3:
         raise ValueError(f"embed({modality!r}, …) must give L2-normalised rows, norms reach {float(norms.max()):.4f}")

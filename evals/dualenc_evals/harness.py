@@ -46,7 +46,7 @@ OTHER_KINDS_KEYS: dict[str, Any] = {
     "identical": "distinct",
     "probe": {"k": 20, "temperature": 0.07, "ways": 5, "queries": 15, "episodes": 600},
 }
-"""Results written when all kinds of task shared one set of keys count these in a task's ``definition``."""
+"""Counted in every task's ``definition``: results were first written when all kinds shared one set of keys."""
 
 __all__ = ["EvalModel", "environment", "evaluate", "print_table", "run_task", "write_json"]
 
@@ -71,27 +71,27 @@ def evaluate(
             :class:`dualenc_evals.features.EvalModel`.
         world: the ranks that share the work; default: the process group if there is one.
         out: where rank 0 writes the results; written after each task, so a kill loses one task at most.
-        cache_dir: features are kept here by content (model, data, batch size) and found by the next run.
+        cache_dir: features are kept here by content (model, data, batch size) and reused by the next run.
         batch_size: items embedded at once.
         seed: of the bootstrap intervals and of the examples drawn.
         details: examples, confusion, similarity, for the report (rank 0's result has them).
-        resume: take the finished tasks from ``out`` as they are and go on with the next. Within a task, features that
-            ``cache_dir`` keeps are found whether or not ``resume`` is set.
-        seen: what was found in the data's files, kept by the caller from one evaluation to the next (training
-            evaluates the same files again and again, and they are then not read to be digested and checked).
+        resume: take the finished tasks from ``out`` as they are and continue with the next. Within a task, features in
+            ``cache_dir`` are reused whether or not ``resume`` is set.
+        seen: what is known of the data's files, kept by the caller from one evaluation to the next (training evaluates
+            the same files again and again and need not read, digest and check them each time).
 
     Returns:
-        The results, the same on every rank but for ``details``.
+        The results, the same on every rank except for ``details``.
 
     Raises:
-        ConfigError, DataError: a task, model and data that do not fit; ``out`` holds results of something else than
-            what is to be resumed. The same on every rank.
+        ConfigError, DataError: task, model and data do not fit together; ``out`` holds results of another evaluation
+            than the one to resume. The same on every rank.
     """
     ranks = ranks_of(world)
     names = [t.name for t in tasks]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
-        raise ConfigError(f"tasks: {sorted(twice)[0]!r} is given twice")
+        raise ConfigError(f"tasks: {sorted(twice)[0]!r} is listed twice")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     results: dict[str, Any] = {
@@ -121,11 +121,11 @@ def finished(out: Path | None, now: dict[str, Any], tasks: Sequence[Task]) -> di
 
     Raises:
         ConfigError: no ``out``; or it was written by another model, other versions or settings, or the task has
-            changed: going on would mix two evaluations in one file.
+            changed: resuming would mix two evaluations in one file.
         DataError: ``out`` is damaged.
     """
     if out is None:
-        raise ConfigError("resume: say which results to go on with (out, --out FILE.json)")
+        raise ConfigError("resume: name the results file to resume (out, --out FILE.json)")
     out = Path(out)
     if not out.is_file():
         return {}
@@ -134,7 +134,7 @@ def finished(out: Path | None, now: dict[str, Any], tasks: Sequence[Task]) -> di
         parts = {key: old[key] for key in ("model", "environment")}
         done = dict(old["tasks"])
     except (ValueError, KeyError, TypeError) as e:
-        raise DataError(f"resume: {out} holds no results ({e!r}); remove it to start anew") from e
+        raise DataError(f"resume: {out} is not a results file ({e!r}); remove it to start over") from e
     for key, saved in parts.items():
         other = sorted(k for k in {*saved, *now[key]} if saved.get(k) != now[key].get(k))
         if other:
@@ -149,7 +149,7 @@ def finished(out: Path | None, now: dict[str, Any], tasks: Sequence[Task]) -> di
 
 
 def definition(task: Task) -> str:
-    """Digest of all that a task says; of absolute paths only the last part, so that it is the same on every machine.
+    """Digest of everything a task says; of absolute paths only the last part, so that machines agree.
 
     It is taken over the keys of all built-in kinds, those that the task's own kind lacks with their defaults.
     """
@@ -174,8 +174,8 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
     except DataError:
         if store.strict:
             raise
-        # Perhaps one item is broken: look at all, leave those out, try again. Looking at every item first costs a
-        # second decoding, so one process does it only once something is wrong.
+        # Perhaps an item is broken: check all of them, leave out what is broken and try again. Checking decodes every
+        # item once more, so a single process does it only after something went wrong.
         store.strict = True
         data, got = _measure(task, rows, store, seed, details)
     notes = [*data.notes, *got.get("notes", [])]
@@ -212,7 +212,7 @@ def _measure(task: Task, rows: Rows, store: Store, seed: int, details: bool) -> 
 
 
 def refuse_too_many(task: Task, skipped: Sequence[dict[str, str]], asked: int) -> None:
-    """Raises DataError when too much is broken for the number to mean anything, or nothing is left."""
+    """Raises DataError if too many items are broken for the number to mean anything, or none is left."""
     if len(skipped) > task.max_skipped * asked or len(skipped) >= asked:
         first = skipped[0]
         raise DataError(
@@ -223,7 +223,7 @@ def refuse_too_many(task: Task, skipped: Sequence[dict[str, str]], asked: int) -
 
 @runtime_checkable
 class OfBundle(Protocol):
-    """An embedder of a bundle, which knows how each modality's items are decoded and shown."""
+    """The embedder of a bundle, which knows how each modality's items are decoded and shown."""
 
     @property
     def bundle(self) -> Bundle:
@@ -234,7 +234,7 @@ class OfBundle(Protocol):
 class Checker:
     """(modality, raw) → why an item cannot be embedded, or None: what the model's own decoder says of it.
 
-    An embedder without a bundle is asked through the modality's decoder with its default settings.
+    For an embedder without a bundle, the modality's decoder with its default settings decides.
     """
 
     def __init__(self, embedder: EvalModel) -> None:
@@ -264,7 +264,7 @@ def environment(seed: int, batch_size: int) -> dict[str, Any]:
         "batch_size": batch_size,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions(PACKAGES),  # an optional part that is not there took no part
+        "packages": versions(PACKAGES),  # an optional package that is missing was not used
     }
 
 
@@ -294,7 +294,7 @@ class Progress:
         self._bar.stop()
 
     def begin(self, name: str) -> None:
-        """The task that the next bars are of."""
+        """Name the task that the next bars belong to."""
         self._name, self._what = name, ""
 
     def advance(self, what: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The few exchanges between ranks that an evaluation needs. One process needs none, and no process group either."""
+"""The few exchanges between ranks that an evaluation needs. A single process needs neither them nor a process group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Ranks:
 
     @property
     def size(self) -> int:
-        """How many evaluate together."""
+        """How many processes evaluate together."""
         return self.world.world_size
 
     @property
@@ -48,5 +48,5 @@ class Ranks:
 
 
 def ranks_of(world: World | None) -> Ranks:
-    """Of a world, or of the process group when there is one and no world is given."""
+    """The ranks of ``world``; default: those of the process group, if there is one."""
     return Ranks(current_world() if world is None else world)

@@ -1,6 +1,6 @@
 """An evaluation task is data: a YAML file that says what is read, which classes and prompts, what others measured.
 
-Here stands what every task has (its source, and where that lies) and what all with classes have. Each kind of task
+This file has what every task has (its source and where to find it) and what all with classes have. Each kind of task
 (:mod:`dualenc_evals.kinds`) adds its own keys in a subclass; :mod:`dualenc_evals.catalog` finds and reads the files.
 """
 
@@ -18,10 +18,11 @@ from dualenc.config import Positive, Section, Share
 from dualenc.data.driving.corruption import Corruption
 from dualenc.data.sources.opened import read_text
 from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.plugins import is_reference
 
 LISTS = ("jsonl", "json", "csv", "parquet")
 SHARDS = ("shards", "clip_benchmark")
-"""Sources of evaluations alone: training reads shards by its recipe."""
+"""Sources that only evaluations have: training reads shards as its recipe says."""
 
 
 def _wrong(key: str, why: str, value: Any = None) -> ValidationError:
@@ -35,10 +36,10 @@ class Every(Section):
 
     step: Positive
     offset: Annotated[int, Field(ge=0)] = 0
-    others: bool = Field(False, description="all rows but those")
+    others: bool = Field(False, description="take all other rows instead")
 
     def of(self, rows: list[Any]) -> list[Any]:
-        """The rows that this names."""
+        """The rows that this selects."""
         if self.others:
             return [r for i, r in enumerate(rows) if i < self.offset or (i - self.offset) % self.step]
         return rows[self.offset :: self.step]
@@ -47,16 +48,16 @@ class Every(Section):
 class TaskSource(Section):
     """What is read. ``path`` is a file, pattern, folder or name; see ``kind``.
 
-    ``kind`` is also any source that is registered in :data:`dualenc.data.sources.sources`; its own settings stand
-    beside the keys below.
+    ``kind`` is also any source that is registered in :data:`dualenc.data.sources.sources`; its own settings are
+    further keys of this section.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     kind: str = Field(
         description="shards: webdataset tars; clip_benchmark: its exported folder (SPLIT/N.tar, classnames.txt); "
-        "folder: one folder for each class, or texts beside the files; jsonl, json, csv, parquet: one row an item, "
-        "files beside it; hf: a Hugging Face data set by name, or a local folder; kitti, kitti_raw, nuscenes: the "
+        "folder: one folder per class, or texts next to the files; jsonl, json, csv, parquet: one row per item, "
+        "files next to it; hf: a Hugging Face data set by name, or a local folder; kitti, kitti_raw, nuscenes: the "
         "folder as published (camera and lidar); or the name of a source that another package registers"
     )
     path: str | list[str] = ""
@@ -66,25 +67,29 @@ class TaskSource(Section):
         "the folder of tables",
     )
     subset: str | None = Field(None, description="hf: the configuration, where a data set has several")
-    revision: str | None = Field(None, description="hf: the commit or tag that is read")
+    revision: str | None = Field(None, description="hf: the commit or tag to read")
     where: dict[str, str | list[str]] = Field(default_factory=dict, description="keep rows whose column has this value")
     every: Every | None = None
-    limit: Positive | None = Field(None, description="only the first so many")
+    limit: Positive | None = Field(None, description="read only this many rows")
     members: dict[str, list[str]] = Field(
         default_factory=dict,
         description="modality → endings (shards; 'json:KEY' takes a key of the .json member) or columns, tried in "
-        "turn; 'a+b' takes both columns; 'file:COLUMN' and 'file:fold{fold}/{name}.wav' are files",
+        "order; 'a+b' takes both columns; 'file:COLUMN' and 'file:fold{fold}/{name}.wav' are files",
     )
-    files: str | None = Field(None, description="jsonl, json, csv: the folder of 'file:' columns; default: the list's")
-    columns: list[str] | None = Field(None, description="csv without a line of names: the names")
-    separator: str = Field(",", min_length=1, description="what stands between the labels of a multi-label column")
-    group: str | None = Field(None, description="lists, hf: rows with the same value of this column are one item")
-    unit: Literal["frames", "objects"] = Field("frames", description="kitti, nuscenes: pictures, or labelled objects")
-    corrupt: Corruption | None = Field(None, description="kitti, nuscenes: what is done to the sensors first")
+    files: str | None = Field(
+        None, description="jsonl, json, csv: the folder of 'file:' columns; default: the list's folder"
+    )
+    columns: list[str] | None = Field(None, description="csv without a header: the column names")
+    separator: str = Field(",", min_length=1, description="separates the labels in a multi-label column")
+    group: str | None = Field(None, description="lists, hf: rows with equal values in this column are one item")
+    unit: Literal["frames", "objects"] = Field(
+        "frames", description="kitti, nuscenes: an item is a frame or a labelled object"
+    )
+    corrupt: Corruption | None = Field(None, description="kitti, nuscenes: sensor failures to simulate")
     metadata: str | None = Field(
         None, description="shards: a .jsonl or .jsonl.gz with a 'key' per sample that adds columns"
     )
-    obtain: str = Field("", description="how a person gets this data")
+    obtain: str = Field("", description="how to get this data")
 
     @model_validator(mode="after")
     def _fits(self) -> TaskSource:
@@ -95,13 +100,13 @@ class TaskSource(Section):
         }  # fmt: skip
         for key, kinds in here.items():
             if getattr(self, key) is not None and self.kind not in kinds and key not in own:
-                raise ValueError(f"{key}: belongs to {', '.join(kinds)}, this source is {self.kind}")
+                raise ValueError(f"{key}: only sources of kind {', '.join(kinds)} have this key, not {self.kind}")
         if not self.path and ("path" in own or self.kind in SHARDS):
-            raise _wrong("path", f"a source {self.kind} needs it: where do the data stand?")
+            raise _wrong("path", f"missing: a {self.kind} source needs the path of its data")
         if self.kind == "hf" and self.split is None:
             raise ValueError("split: name the split of the Hugging Face data set, for example test")
         if self.kind == "hf" and not isinstance(self.path, str):
-            raise ValueError("path: one data set, not a list of them")
+            raise ValueError("path: name one data set, not a list")
         return self
 
     def _own_settings(self) -> set[str]:
@@ -114,8 +119,10 @@ class TaskSource(Section):
             try:
                 own = accepted(sources[self.kind].settings)
             except ConfigError as e:
+                if is_reference(self.kind):
+                    raise _wrong("kind", str(e), self.kind) from e
                 near = did_you_mean(self.kind, [*SHARDS, *sources])
-                raise _wrong("kind", f"there is no such source. {near}", self.kind) from e
+                raise _wrong("kind", f"unknown source. {near}", self.kind) from e
         for key in self.model_extra or {}:
             if key not in own:
                 known = {*type(self).model_fields, *own}
@@ -124,23 +131,23 @@ class TaskSource(Section):
 
     @property
     def says_class(self) -> bool:
-        """Whether the data say by themselves which class an item is of: tables do not, a column has to be named."""
+        """Whether the data themselves give the class of an item; for tables, the task has to name a column."""
         from dualenc.data.sources import sources
 
         return self.kind == "clip_benchmark" or (self.kind not in SHARDS and not sources[self.kind].table)
 
     @property
     def brings_prompts(self) -> bool:
-        """Whether class names and prompts lie beside the data."""
+        """Whether class names and prompts come with the data."""
         return self.kind == "clip_benchmark"
 
     @property
     def has_sensors(self) -> bool:
-        """Whether it is of cameras and LiDAR, which :class:`Corruption` can make fail."""
+        """Whether it has cameras and LiDAR, whose failures :class:`Corruption` simulates."""
         return "corrupt" in self._own_settings()
 
     def settings(self) -> dict[str, Any]:
-        """What is set of the source's own settings, but for the path."""
+        """The source's own settings that are set, without the path."""
         own = self._own_settings() - {"path"}
         given = {**{k: getattr(self, k) for k in type(self).model_fields}, **(self.model_extra or {})}
         return {k: v for k, v in given.items() if k in own and k in self.model_fields_set and v is not None}
@@ -160,27 +167,27 @@ class Task(Section):
 
     ``modalities`` are (what is looked at, what it is matched with): for classification and multilabel the items and
     the prompts, for retrieval the two sides (both directions are measured), for compositional the two sides of a small
-    puzzle (which caption belongs to which picture); a probe uses the first alone.
+    puzzle (which caption belongs to which image); a probe uses the first alone.
     """
 
     several_labels: ClassVar[bool] = False
     """An item may belong to several classes."""
     one_class: ClassVar[bool] = False
-    """Every item belongs to one class, which some sources say by themselves."""
+    """Every item belongs to one class, which some sources provide themselves."""
     metric_pattern: ClassVar[str] = r"(?!)"
-    """Metrics with a number in their name, beside the default ones."""
+    """Metrics with a number in their name, besides the default ones."""
 
     name: str
     version: Positive = 1
     kind: str
     plugins: list[str] = Field(
-        default_factory=list, exclude=True, description="modules imported first: they bring kinds and modalities"
+        default_factory=list, exclude=True, description="modules to import first; they register kinds and modalities"
     )
     description: str = ""
     source: TaskSource
     modalities: tuple[str, str] = ("image", "text")
-    metrics: list[str] = Field(default_factory=list, description="default: those of the kind")
-    max_skipped: Share = Field(0.1, description="refuse to give a number when more than this share could not be read")
+    metrics: list[str] = Field(default_factory=list, description="default: those of the kind of task")
+    max_skipped: Share = Field(0.1, description="fail if more than this share of the items cannot be read")
     reference: list[Reference] = Field(default_factory=list)
     license: str = ""
     citation: str = ""
@@ -189,7 +196,7 @@ class Task(Section):
     @classmethod
     def _plain_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", name):
-            raise ValueError("a task's name is letters, digits, '_', '-', '.'")
+            raise ValueError("a task's name may contain only letters, digits, '_', '-' and '.'")
         return name
 
     @model_validator(mode="after")
@@ -200,17 +207,17 @@ class Task(Section):
                 raise ValueError(f"metrics: a {self.kind} task has no metric {m!r}. {did_you_mean(m, known)}")
         for r in self.reference:
             if not self.may_state(r.metric):
-                raise ValueError(f"reference: {r.model}'s {r.metric!r} is no metric of this task ({self.wanted()})")
+                raise ValueError(f"reference: {r.model}'s {r.metric!r} is not a metric of this task ({self.wanted()})")
         if self.modalities[0] == self.modalities[1]:
-            raise ValueError(f"modalities: two different ones, got {list(self.modalities)}")
+            raise ValueError(f"modalities: name two different ones, got {list(self.modalities)}")
         self.check_keys()
         return self
 
     def check_keys(self) -> None:
-        """Raises ValueError for keys of the kind that do not fit together, or lack something."""
+        """Raises ValueError if keys of the kind contradict each other or one is missing."""
 
     def known(self) -> tuple[str, ...]:
-        """The metrics given where a task names none."""
+        """The metrics of a task that names none."""
         raise NotImplementedError
 
     def may_state(self, metric: str) -> bool:
@@ -222,7 +229,7 @@ class Task(Section):
         return list(self.metrics or self.known())
 
     def numbers(self, pattern: str) -> list[int]:
-        """The number in every wanted metric that ``pattern`` matches whole."""
+        """The number in every wanted metric that ``pattern`` fully matches."""
         found = (re.fullmatch(pattern, m) for m in self.wanted())
         return sorted({int(m.group(1)) for m in found if m is not None})
 
@@ -235,7 +242,7 @@ class Task(Section):
         return list(self.modalities)
 
     def label_place(self) -> tuple[str, str] | None:
-        """(key of the task, where in a row) of a row's label; None where rows have none that is read."""
+        """(key of the task, place in a row) of a row's label; None if no label is read."""
         return None
 
     @property
@@ -250,23 +257,23 @@ class Task(Section):
 
 
 class ClassesTask(Task):
-    """What the tasks of all kinds with classes have."""
+    """What all tasks with classes share."""
 
     label: str | None = Field(
         None,
-        description="where the class stands: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
+        description="where the class is: a column, a member ending, json:KEY or metadata:KEY; folder: the folder; "
         "multilabel: a column of several labels, 'a+b' takes those of both",
     )
     classes: list[str] | dict[str, str | list[str]] | str | None = Field(
         None,
         description="names in label order; or label → name(s) shown to the model; or a .txt; default: the labels",
     )
-    other_labels: Literal["error", "drop"] = Field("error", description="items whose label is in no class")
+    other_labels: Literal["error", "drop"] = Field("error", description="items whose label is not a class")
 
     def check_keys(self) -> None:
-        """Where the data do not say it by themselves, the task says where a class stands."""
+        """Unless the data give the class themselves, the task must say where it is."""
         if self.label is None and not self.source.says_class:
-            raise ValueError(f"label: say where a {self.source.kind} row's class stands, for example label: json:class")
+            raise ValueError(f"label: say where a {self.source.kind} row has its class, for example label: json:class")
 
     def read_modalities(self) -> list[str]:
         """The items; what they are matched with is made of the classes' names."""
@@ -301,13 +308,13 @@ def locate(path: str, task: Task) -> str:
     for n in names:
         if n != "DUALENC_DATA":
             raise ConfigError(
-                f"task {task.name}: source.path: only ${{DUALENC_DATA}} is filled in, got ${{{n}}} in {path!r}"
+                f"task {task.name}: source.path: only ${{DUALENC_DATA}} is expanded, got ${{{n}}} in {path!r}"
             )
     root = os.environ.get("DUALENC_DATA", "")
     if names and not root:
         how = f" How to get it: {task.source.obtain}" if task.source.obtain else ""
         raise DataError(
-            f"Task {task.name} reads {path}, data you keep yourself: "
+            f"Task {task.name} reads {path}, which is not shipped: "
             f"set the environment variable DUALENC_DATA to the folder that holds it.{how}"
         )
     return path.replace("${DUALENC_DATA}", root.rstrip("/"))

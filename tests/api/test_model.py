@@ -159,13 +159,13 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (b"no picture", "no JPEG"),
+        (b"no picture", "not a JPEG"),
         (bomb(), "pixels"),
         ("nowhere.jpg", "there is no file nowhere.jpg"),
         (np.zeros((4, 4, 3), np.float32), r"uint8 \[H, W, 3\].*got float32 \[4, 4, 3\]"),
         (np.zeros((2, 4, 4, 3), np.uint8), r"give a batch as list\(batch\)"),
-        (3, "an object of type int is not taken"),
-        ("pipe:echo x", "commands are run for shards only"),
+        (3, "cannot read an object of type int"),
+        ("pipe:echo x", "pipe: commands work for shards only"),
     ],
     ids=["bytes", "bomb", "no file", "float", "batch", "int", "pipe"],
 )
@@ -191,9 +191,9 @@ def test_wrong_arguments_say_what_to_write(model: dualenc.Model, clip: Path, pat
         (lambda: model.classify(paths, ["a", "b"], modality="audio"), "no modality 'audio' here"),
         (lambda: model.search(model.index(paths), ["a", "b"]), "takes one query, got 2"),
         (lambda: model.similarity(torch.ones(2, 3), torch.ones(2, 4)), r"got \[2, 3\] and \[2, 4\]"),
-        (lambda: model.similarity(torch.ones(2, 3), torch.ones(2, 3), scaled=True, pair="a-b"), "there is no 'a-b'"),
+        (lambda: model.similarity(torch.ones(2, 3), torch.ones(2, 3), scaled=True, pair="a-b"), "has no pair 'a-b'"),
         (lambda: model.batch(image=[]), "image has no items"),
-        (lambda: dualenc.Model(model.bundle).recipe("x.tar", steps=1), "save it and load it"),
+        (lambda: dualenc.Model(model.bundle).recipe("x.tar", steps=1), "save this one and load it"),
         (lambda: model.recipe("x.tar", steps=1, overrides=["optim.lrr=1"]), "Did you mean 'lr'"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -262,7 +262,7 @@ def test_a_folder_is_read_by_endings_and_the_rest_of_it_left_alone(
     with pytest.raises(DataError, match=r"broken.png.*cannot be encoded"):
         model.classify(tmp_path, ["a", "b"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no file of image \(jpg"):
+    with pytest.raises(DataError, match=r"empty has no files of image \(jpg"):
         model.index(tmp_path / "empty")
 
 

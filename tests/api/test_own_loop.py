@@ -50,7 +50,7 @@ def test_wrong_arguments_are_named() -> None:
     a, b = two()
     with pytest.raises(ConfigError, match=r"two sets of features \[B, D\], got \[12, 8\] and \[11, 8\]"):
         dualenc.losses.info_nce(a, b[1:], 1.0)
-    with pytest.raises(ConfigError, match="one id for each row"):
+    with pytest.raises(ConfigError, match="one id per row"):
         dualenc.losses.info_nce(a, b, 1.0, torch.arange(3))
     with pytest.raises(ConfigError, match="neither tower of this pair is locked"):
         dualenc.losses.cwcl(a, b, 1.0)

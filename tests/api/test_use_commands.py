@@ -83,14 +83,14 @@ def test_a_broken_file_is_named_and_the_others_are_used(command, clip: Path, pho
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("classify", "MODEL", "PHOTOS", "--names", "cat"), 2, "'cat' names 1 class; write two or more"),
+        (("classify", "MODEL", "PHOTOS", "--names", "cat"), 2, "'cat' names 1 class(es); give two or more"),
         (("classify", "MODEL", "PHOTOS", "--names", "names.txt"), 2, "there is no file names.txt"),
         (("classify", "MODEL", "PHOTOS", "--names", "a,b", "--templates", "photo"), 2, "needs exactly one {}"),
         (("classify", "MODEL", "PHOTOS", "--names", "a,b", "--modality", "imag"), 2, "Did you mean 'image'?"),
         (("classify", "nowhere", "PHOTOS", "--names", "a,b"), 2, "There is no model 'nowhere'"),
-        (("classify", "MODEL", "EMPTY", "--names", "a,b"), 3, "holds no file of image"),
+        (("classify", "MODEL", "EMPTY", "--names", "a,b"), 3, "has no files of image"),
         (("search", "MODEL", "nowhere", "x"), 3, "There is no folder nowhere"),
-        (("search", "MODEL", "EMPTY", "x"), 3, "holds no file of image"),
+        (("search", "MODEL", "EMPTY", "x"), 3, "has no files of image"),
     ],
 )
 def test_mistakes(args, code, words, command, clip: Path, photos: Path, tmp_path: Path) -> None:

@@ -79,14 +79,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (write_all(tmp_path, 3) / file_name("x", 1, 3)).unlink()
     with pytest.raises(CheckpointError, match=r"x-00002-of-00003\.safetensors is missing"):
         stored(tmp_path, "x")
-    with pytest.raises(CheckpointError, match=r"holds neither y\.safetensors nor pieces of it"):
+    with pytest.raises(CheckpointError, match=r"has neither y\.safetensors nor its shards"):
         stored(tmp_path, "y")
 
 
 def test_files_of_two_saves_do_not_mix(tmp_path: Path) -> None:
     write_all(tmp_path, 3)
     write_all(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="mixes x files of saves by 2 and 3 ranks"):
+    with pytest.raises(CheckpointError, match="mixes x files written by 2 and 3 ranks"):
         stored(tmp_path, "x")
 
 
@@ -101,8 +101,8 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     ("ranges", "message"),
     [
         ([(0, 4), (5, 10)], "w: elements 4 to 4 are missing"),
-        ([(0, 6), (5, 10)], "w: some elements stand twice"),
-        ([(0, 5), (5, 9)], "w: 9 of its 10 elements are there"),
+        ([(0, 6), (5, 10)], "w: some elements appear twice"),
+        ([(0, 5), (5, 9)], "w: only 9 of its 10 elements are present"),
         ([(2, 5), (5, 10)], "w: elements 0 to 1 are missing"),
     ],
 )

@@ -106,11 +106,11 @@ def broken(samples: Any) -> dict[str, tuple[bytes, str]]:
     slow = bytearray(write(samples, 44_100))
     slow[24:28] = struct.pack("<I", 3)
     return {
-        "garbage": (bytes(range(256)) * 40, "not a sound file that libsndfile reads"),
-        "text": (b"The file you asked for is not here.", "not a sound file"),
+        "garbage": (bytes(range(256)) * 40, "not an audio file that libsndfile reads"),
+        "text": (b"The file you asked for is not here.", "not an audio file"),
         "nothing": (b"", "empty (0 bytes)"),
         "no_samples": (write(samples[:0], 44_100), "holds no samples"),
-        "no_channel": (bytes(header), "not a sound file"),
+        "no_channel": (bytes(header), "not an audio file"),
         "one_sample": (write(samples[:1], 44_100), "1 samples at 44100 Hz are shorter than min_s"),
         "nan": (write(nan, 44_100, subtype="FLOAT"), "NaN or infinite"),
         "infinite": (write(np.where(np.isnan(nan), np.inf, nan), 44_100, subtype="FLOAT"), "NaN or infinite"),

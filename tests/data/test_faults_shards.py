@@ -132,7 +132,7 @@ def test_the_same_tar_gives_the_same_samples_everywhere(
     wanted = {"jpg": ["jpg"], "txt": ["txt"]}
     training = [(k, f) for k, f in iter_samples(str(path), wanted) if isinstance(f, Found)]
     assert [(k.removeprefix("odd.tar/"), f.values) for k, f in training] == ODD_SAMPLES
-    assert "the members of 1 keys (c, …) do not stand next to each other" in caplog.text
+    assert "the members of 1 keys (c, …) are not adjacent" in caplog.text
     evaluation = [(s.key, {e: s.read(e) for e in s.members}) for s in tar_samples([str(path)])]
     assert evaluation == ODD_SAMPLES
     checked = check(str(path), workers=1, progress=False)
@@ -191,9 +191,9 @@ def test_names_with_dots_in_them() -> None:
     report = check(str(fault("dots_version.tar")), workers=1, progress=False)
     assert report.stats.problems == {"no pair": 1}
     (said,) = report.stats.examples["no pair"]
-    assert "none of 20 samples" in said
+    assert "none of the 20 samples" in said
     assert ".0.jpg (1)" in said
-    assert "'_' for '.'" in said
+    assert "'_' instead of '.'" in said
 
 
 def test_keys_with_folders_are_whole() -> None:
@@ -260,8 +260,8 @@ def test_joined_compressed_and_unfinished_tars(tmp_path: Path, caplog: pytest.Lo
     # Cut between two members: only the missing end mark tells.
     bad.write_bytes(one[: 4 * 1024])
     assert len(index_local(str(bad))) == 2
-    assert "has no end mark" in caplog.text
-    assert "no end mark" in check(str(bad), workers=1, progress=False).stats.examples["broken shard"][0]
+    assert "has no end-of-archive mark" in caplog.text
+    assert "no end-of-archive mark" in check(str(bad), workers=1, progress=False).stats.examples["broken shard"][0]
 
 
 def test_a_shard_that_is_not_as_it_was_indexed(tmp_path: Path, ab: dict[str, ModalityInput]) -> None:

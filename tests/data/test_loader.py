@@ -243,7 +243,7 @@ def test_sources_with_other_modalities(texts: dict[str, ModalityInput], tmp_path
     (batch,) = take(Loader(data(sources[0]), texts, pairs, seed=0, batch_size=4), 1)
     assert batch.rows["c"].tolist() == []
     assert batch.inputs["c"]["ids"].shape == (1, 3)
-    with pytest.raises(ConfigError, match=r"\['a'\] make none of the pairs"):
+    with pytest.raises(ConfigError, match=r"\['a'\] form none of the pairs"):
         Loader(data({**sources[0], "members": {"a": ["a"]}}), texts, pairs, seed=0, batch_size=4)
     with pytest.raises(ConfigError, match="no modality 'd'"):
         Loader(data({**sources[0], "members": {"d": ["a"]}}), texts, pairs, seed=0, batch_size=4)
@@ -283,7 +283,7 @@ def test_samples_of_one_kind_are_each_other_s_positives(texts: dict[str, Modalit
         kinds = {k: int(k.rsplit("/", 1)[1]) % 3 if same == "json:k" else 0 for k in batch.keys}
         by_kind = {(kinds[k], i) for k, i in zip(batch.keys, batch.ids.tolist(), strict=True)}
         assert len(by_kind) == len({i for _, i in by_kind}) == len(set(kinds.values()))
-    with pytest.raises(DataError, match=r"there is no json:other, which data\.sources\.0\.same takes pairs from"):
+    with pytest.raises(DataError, match=r"the sample has no json:other, which data\.sources\.0\.same needs"):
         take(
             Loader(
                 data({"shards": str(shard), "members": AB, "same": "json:other"}), texts, TWO, seed=0, batch_size=12
@@ -374,7 +374,7 @@ def test_a_stall_names_what_is_awaited(
         loader = Loader(d, texts, TWO, seed=0, batch_size=8)
         (batch,) = take(loader, 1)
     assert not batch.bad
-    assert f"step 0 on rank 0 is awaited; it reads {slow}" in caplog.text
+    assert f"rank 0 is waiting for step 0, which reads {slow}" in caplog.text
     assert loader.last_wait_s > 0.9
     cache = loader._cache
     assert cache is not None

@@ -69,7 +69,7 @@ def test_when_it_stops(seen: int, bad: int, share: float, stops: bool) -> None:
     ledger = Ledger(None, share)
     ledger.add(batch("a", seen, bad))
     if stops:
-        with pytest.raises(DataError, match=rf"Source 'a' lost {bad} of {seen} samples.*The last: s.tar/.*broken"):
+        with pytest.raises(DataError, match=rf"Source 'a' lost {bad} of {seen} samples.*The last one: s.tar/.*broken"):
             ledger.check()
     else:
         ledger.check()

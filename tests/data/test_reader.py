@@ -264,7 +264,7 @@ def test_a_missing_remote_shard_is_an_error_at_once(
     with pytest.raises(DataError, match="no shard http"):
         Reader([opened], ShardCache(tmp_path / "cache", 1.0, 3), 3).locate(0, 0, 0)
     assert no_pauses == []
-    with pytest.raises(DataError, match="is in no index"):
+    with pytest.raises(DataError, match="is not indexed"):
         open_source(source(f"{url}/gone-{{0..1}}.tar"))
 
 

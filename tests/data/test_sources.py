@@ -147,9 +147,9 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         build("painted", tmp_path, {"conut": 1}, progress=False)
     said = tmp_path / "t.yaml"
     for source, message in (
-        ({"kind": "panited"}, r"source\.kind: there is no such source\. Did you mean 'painted'\?"),
+        ({"kind": "panited"}, r"source\.kind: unknown source\. Did you mean 'painted'\?"),
         ({"kind": "painted", "conut": 1}, r"source\.conut: unknown key of this source\. Did you mean 'count'\?"),
-        ({"kind": "jsonl"}, r"source\.path: a source jsonl needs it"),
+        ({"kind": "jsonl"}, r"source\.path: missing: a jsonl source needs the path of its data"),
     ):
         said.write_text(yaml.safe_dump({"kind": "retrieval", "source": source}))
         with pytest.raises(ConfigError, match=message):
@@ -198,7 +198,7 @@ def test_a_column_is_written_alike_in_packing_and_in_tasks(spec: str, tmp_path: 
 
 def test_members_and_the_old_spelling_do_not_contradict_each_other(tmp_path: Path) -> None:
     path = listing(tmp_path, [{"image": "a.png", "text": "x"}])
-    with pytest.raises(ConfigError, match=r"jsonl\.members\.image: jsonl\.image says this too"):
+    with pytest.raises(ConfigError, match=r"jsonl\.members\.image: jsonl\.image sets this too"):
         build("jsonl", tmp_path / "o", path=str(path), image="image", members={"image": ["image"]}, progress=False)
     with pytest.raises(ConfigError, match=r"rows are packed with image, audio and text, not 'lidar'"):
         build("jsonl", tmp_path / "o", path=str(path), members={"lidar": ["image"]}, progress=False)
@@ -220,7 +220,7 @@ def test_packing_and_tasks_read_the_same_file_the_same_way(tmp_path: Path) -> No
         lambda: build("csv", tmp_path / "out", path=str(tmp_path / "r.csv"), progress=False),
         lambda: list(iter_source("csv", {"path": str(tmp_path / "r.csv")})),
     ):
-        with pytest.raises(DataError, match=r"r\.csv:3 has 1 columns, the header 2: image, caption"):
+        with pytest.raises(DataError, match=r"r\.csv:3 has 1 columns, the header has 2: image, caption"):
             read()
 
 
@@ -268,7 +268,7 @@ def test_a_folder_with_texts_beside_the_files_is_a_retrieval_task(tmp_path: Path
     assert {r.id: r.label for r in read_rows(classes).rows} == {f"{c}/{n}.png": c for n, c in enumerate(COLOURS)}
     loose = tmp_path / "9.png"
     loose.write_bytes(png((1, 1, 1)))
-    with pytest.raises(DataError, match=r"label: 9\.png is in no class"):
+    with pytest.raises(DataError, match=r"label: 9\.png has no class"):
         read_rows(classes)
 
 

@@ -153,7 +153,7 @@ def test_templates_are_for_training() -> None:
     part = make(tokenizer="clip-bpe:8192", templates=["{}", "a photo of {}."])
     rows = {tuple(part.train(["socks"], rng(s)).tolist()) for s in range(40)}
     assert rows == {tuple(part.eval([t]).tolist()) for t in ("socks", "a photo of socks.")}
-    with pytest.raises(ConfigError, match=r"templates: 'a photo' must have one \{\}"):
+    with pytest.raises(ConfigError, match=r"templates: 'a photo' must contain exactly one \{\}"):
         make(templates=["a photo"])
 
 

@@ -252,7 +252,7 @@ def test_csv_with_one_row_a_caption_is_grouped(tmp_path: Path) -> None:
         assert values["licence"] == row["license"]
     ungrouped = build("csv", tmp_path / "flat", {**options, "group": False, "limit": 100}, progress=False)
     assert ungrouped.samples == 100
-    assert len(set(read_back(tmp_path / "flat"))) == 100, "the same picture again must get a key of its own"
+    assert len(set(read_back(tmp_path / "flat"))) == 100, "the same image again must get a key of its own"
 
 
 def test_folder_with_classes(tmp_path: Path) -> None:

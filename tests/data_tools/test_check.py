@@ -152,7 +152,7 @@ def test_the_gallery_escapes_what_it_shows(clipart: Members, tmp_path: Path) -> 
     assert "<i>" not in page
     assert page.count("&lt;script&gt;") == 3
     assert "<li>two</li>" in page
-    assert "class='bad'" in page, "the broken picture is shown as broken"
+    assert "class='bad'" in page, "the broken image is shown as broken"
 
 
 def test_pages_and_checks_read_sets_with_an_index(clipart: Members, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_shards_hold_the_golden_geometry(name: str, shards: Path) -> None:
             ]  # fmt: skip
             assert len(same) == 1, f"{key} {view_['name']}: no golden pair, or several"
             if name == "pairs":
-                assert len(ok) - int(ok.sum()) <= 2, "a pair has only the points inside its picture"
+                assert len(ok) - int(ok.sum()) <= 2, "a pair has only the points inside its image"
                 assert cloud.points[:, 0].min() > 0.4, "ahead of the camera"
             checked += 1
         assert cloud.points[:, 3].max() <= 1
@@ -134,7 +134,7 @@ def another_drive(folder: Path) -> None:
         (not_finite, "numbers not finite", "1 of "),
         (singular, "singular intrinsics", "camera image_2: singular intrinsics (focal lengths 0"),
         (no_sweep, "file missing", "There is no file"),
-        (another_drive, "calibration of another drive", "its calibration is of 1242×375"),
+        (another_drive, "calibration of another drive", "its calibration is for 1242×375"),
     ],
 )
 def test_broken_frames_are_dropped_by_reason(

@@ -165,7 +165,7 @@ def test_a_teacher_with_the_wrong_hash(shards: str, teacher: Path, caches: Path,
         shards,
         tmp_path / "a",
         DataError,
-        r"distill\.teachers\.0\.weights: 0123 is asked for",
+        r"distill\.teachers\.0\.weights: expected 0123",
         model=str(teacher),
         weights="0123",
     )
@@ -226,7 +226,7 @@ def test_a_teacher_of_another_modality(shards: str, teacher: Path, tmp_path: Pat
     source = recipe.data.sources[0].model_copy(update={"members": {"thermal": ["jpg"], "text": ["json:captions"]}})
     changed["data"] = recipe.data.model_copy(update={"sources": [source]})
     with pytest.raises(
-        ConfigError, match=r"is a teacher of image, text; none of the student's pairs \['thermal-text'\]"
+        ConfigError, match=r"has image, text, which covers none of the student's pairs \['thermal-text'\]"
     ):
         train(recipe.model_copy(update=changed))
     named = recipe.distill.model_copy(  # type: ignore[union-attr]

@@ -110,5 +110,5 @@ def test_the_recipe_names_errors() -> None:
         build_terms(Distill(look_ahead={}, terms=[Component(name="featur")]))
     with pytest.raises(ConfigError, match=r"distill\.terms\.0\.temprature: unknown key"):
         build_terms(Distill(look_ahead={}, terms=[Component(name="dcd", temprature=2)]))
-    with pytest.raises(ConfigError, match="nothing is left to mimic"):
+    with pytest.raises(ConfigError, match="across and within are both false; set at least one"):
         build_terms(Distill(look_ahead={}, terms=[Component(name="affinity", across=False)]))

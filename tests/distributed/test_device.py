@@ -34,5 +34,5 @@ def test_the_device_is_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert _device("auto", 3, bound=True) == torch.device("cuda", 0)
     assert taken == [torch.device("cuda", 0)]
-    with pytest.raises(ConfigError, match="Local rank 3 has no GPU: this machine shows 1"):
+    with pytest.raises(ConfigError, match="Local rank 3 has no GPU: this machine has 1"):
         _device("cuda", 3)

@@ -117,7 +117,7 @@ def test_first_host(nodes: str, host: str) -> None:
     ("env", "message"),
     [
         ({"WORLD_SIZE": "2"}, "RANK is not"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE must be a whole number, it is 'two'"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE must be an integer, got 'two'"),
     ],
 )
 def test_an_incomplete_environment_is_explained(env: dict[str, str], message: str) -> None:

@@ -192,7 +192,7 @@ def test_whisper_is_not_padded_to_thirty_seconds_unless_asked(files: list[bytes]
     source, tower = make("whisper", max_s=6.0)
     assert tower.net.embed_positions.weight.shape[0] == 300  # type: ignore[union-attr]
     assert tower(source.collate(rows(source, files))).shape == (4, 16)
-    with pytest.raises(ConfigError, match=r"input.max_s: 40 s are 2000 places, the tower has 1500"):
+    with pytest.raises(ConfigError, match=r"input.max_s: 40 s need 2000 positions; the tower has 1500"):
         make("whisper", max_s=40.0)
 
 

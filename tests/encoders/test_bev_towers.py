@@ -288,9 +288,9 @@ def test_bev_features_at_places(rows: dict[str, list[dict[str, Tensor]]]) -> Non
 
 
 def test_what_does_not_fit_is_said() -> None:
-    with pytest.raises(ConfigError, match=r"own/vit does not take pictures of 64×112: set input.size: \[64, 64\]"):
+    with pytest.raises(ConfigError, match=r"own/vit does not take images of 64×112: set input.size: \[64, 64\]"):
         tower_of("cameras", image={"name": "own/vit", "width": 48, "layers": 1})
-    with pytest.raises(ConfigError, match="no feature map; take own/convnet"):
+    with pytest.raises(ConfigError, match="no feature map; use own/convnet"):
         square = CameraInput(CameraConfig(size=(64, 64)))
         settings = {**TOWERS["lift_splat"][1], "image": {"name": "own/vit", "width": 48, "layers": 1}}
         build_tower("camera", Component.model_validate(settings), square.describe(), 24)

@@ -170,7 +170,7 @@ def test_wrappers_in_any_order_and_depth() -> None:
             wrapped = {f"{front}{k.split('.')[0]}.{inner}{k.split('.')[1]}": v for k, v in state.items()}
             wrapped[f"{front}n_averaged"] = torch.tensor(3)
             assert migrate(wrapped).keys() == state.keys(), chain
-    with pytest.raises(CheckpointError, match=r"'module.0.bias' and another one are both '0.bias'"):
+    with pytest.raises(CheckpointError, match=r"'module.0.bias' and another one are both '0.bias' once wrapper names"):
         migrate({"0.bias": torch.zeros(1), "module.0.bias": torch.zeros(1)})
     part = {"model.a.weight": torch.zeros(1), "head.weight": torch.zeros(1)}  # a model that has a part of that name
     assert migrate(part).keys() == part.keys()
@@ -230,5 +230,5 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
     state = _net().state_dict()
     state["1.weight"][0, 1] = value
     for load in (load_exactly, load_by_order):
-        with pytest.raises(CheckpointError, match=r"here: '1.weight' holds 1 of 6 values that are NaN or infinite"):
+        with pytest.raises(CheckpointError, match=r"here: '1.weight' has 1 of 6 values that are NaN or infinite"):
             load(_net(), state, "here")

@@ -62,7 +62,7 @@ def small_open_clip(**text: Any) -> dict[str, Any]:
         ("image", "open_clip/ViT-B-32", {"pretrained": "openai", "quick_gelu": False}, "quick_gelu: True"),
         ("image", "own/vit", {"patch": 7}, "patch (7) must divide"),
         ("text", "own/transformer", {"width": 130}, "multiple of heads"),
-        ("image", "timm/resnet18", {"pretrained": "package:efficientnet_lite0"}, "fits timm/efficientnet_lite0"),
+        ("image", "timm/resnet18", {"pretrained": "package:efficientnet_lite0"}, "belongs to timm/efficientnet_lite0"),
         ("text", "hf/package:no_such_package", {}, "not installed"),
         ("text", "hf/nowhere/at-all", {}, "no such repository"),
     ],

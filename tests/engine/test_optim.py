@@ -72,9 +72,9 @@ def test_nothing_to_train_is_said() -> None:
     [
         ({"kind": "deepspeed", "zero_stage": 2, "offload_params": True}, r"offload_params needs zero_stage: 3, got 2"),
         ({"kind": "deepspeed", "zero_stage": 0, "offload_optimizer": True}, "zero_stage 1, 2 or 3, got 0"),
-        ({"kind": "deepspeed", "parallel": "fsdp2"}, r"engine\.parallel: fsdp2 is for kind: accelerate"),
+        ({"kind": "deepspeed", "parallel": "fsdp2"}, r"engine\.parallel: fsdp2 needs engine\.kind: accelerate"),
         ({"offload_optimizer": True}, r"need engine\.kind: deepspeed"),
-        ({"grad_checkpointing": True}, r"engine\.grad_checkpointing: TinyDualEncoder cannot do that"),
+        ({"grad_checkpointing": True}, r"engine\.grad_checkpointing: TinyDualEncoder does not support it"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, object], message: str) -> None:
@@ -91,7 +91,7 @@ def test_muon_under_deepspeed_is_refused() -> None:
 def test_a_0d_parameter_is_refused(kind: str) -> None:
     model = tiny()
     model.temperature = torch.nn.Parameter(torch.tensor(1.0))
-    with pytest.raises(ConfigError, match="temperature is 0-D; register it with shape"):
+    with pytest.raises(ConfigError, match=r"temperature is 0-D, .*; register it with shape"):
         build_engine(EngineConfig(kind=kind), Optim(), model, World())
 
 
@@ -177,7 +177,7 @@ def test_micro_batches_bound_what_is_encoded_at_once() -> None:
 def test_state_of_another_optimizer_or_model_is_refused() -> None:
     saved = _jobs.train(World(), {}, 0, 1)
     engine = build_engine(EngineConfig(), Optim(name="sgd"), tiny(), World())
-    with pytest.raises(CheckpointError, match="is of 'adamw', the recipe says 'sgd'"):
+    with pytest.raises(CheckpointError, match=r"is of 'adamw', but the recipe has optim\.name: 'sgd'"):
         engine.load_optimizer_state(InMemory(saved["tensors"]), saved["info"])
     locked = tiny()
     locked.towers["image"].requires_grad_(False)

@@ -45,7 +45,7 @@ class Pixels:
         try:
             image = Image.open(io.BytesIO(raw)).convert("RGB").resize((SIDE, SIDE))
         except OSError as e:
-            raise DecodeError(f"the picture is damaged ({e})") from e
+            raise DecodeError(f"the image is damaged ({e})") from e
         x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255 - 0.5)
         return (x.flatten() @ self.projection) + 1e-3
 

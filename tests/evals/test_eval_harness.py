@@ -162,10 +162,10 @@ def test_a_pair_is_lost_with_either_of_its_sides(tmp_path: Path) -> None:
 def test_labels_that_are_no_class_and_classes_without_items(tmp_path: Path) -> None:
     members = [m for i in range(6) for m in ((f"{i}.png", picture((i, i, 9))), (f"{i}.cls", b"cat" if i else b"dgo"))]
     fields = {"kind": "classification", "label": "cls", "classes": ["cat", "dog"], "templates": ["{}"]}
-    with pytest.raises(ConfigError, match=r"label 'dgo' that is no class. Did you mean 'dog'\?"):
+    with pytest.raises(ConfigError, match=r"label 'dgo', which is not a class. Did you mean 'dog'\?"):
         go([small(tmp_path, members, **fields)])
     got = go([small(tmp_path, members, **fields, other_labels="drop")])["tasks"]["small"]
-    assert got["notes"][0] == "1 items belong to no class of this task and were left out."
+    assert got["notes"][0] == "1 items have a label that is not a class of this task and were left out."
     assert got["notes"][1].startswith("No items of class 'dog'")
 
 
@@ -182,7 +182,7 @@ def test_what_the_model_cannot_do_is_said(tmp_path: Path) -> None:
         go([name], NoText())
     with pytest.raises(DivergenceError, match="4 of 4 image features are not finite"):
         go([name], Broken())
-    with pytest.raises(ConfigError, match="'small' is given twice"):
+    with pytest.raises(ConfigError, match="'small' is listed twice"):
         go([name, name])
 
 

@@ -294,7 +294,7 @@ def test_a_probe_with_an_empty_class_a_new_class_and_a_broken_picture(tmp_path: 
     notes = " ".join(got["notes"])
     assert "The class folder 'eel' is empty" in notes
     assert "Training: No items of class 'newt'" in notes
-    assert "test items also are training items, byte for byte" in notes
+    assert "test items are also training items, byte for byte" in notes
     assert got["metrics"]["knn_top1"] == pytest.approx(23 / 24, abs=1e-6)  # the newt has no training items
     assert plain({"environment": {}, "tasks": got}) == plain({"environment": {}, "tasks": go(tmp_path / "own.yaml")})
 
@@ -305,7 +305,7 @@ def test_a_probe_with_too_few_items_says_which_number_is_missing(tmp_path: Path)
     got = go(own(tmp_path, **PROBE, probe={"episodes": 5}))
     assert "prototype5_top1" not in got["metrics"]
     assert got["metrics"]["prototype1_top1"] >= 0
-    assert "No two classes have 5 training items and a test item: no 5-shot number." in got["notes"]
+    assert "Fewer than two classes have 5 training items and a test item: no 5-shot number." in got["notes"]
 
 
 def test_a_broken_part_leaves_the_whole_puzzle_out(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_broken_part_leaves_the_whole_puzzle_out(tmp_path: Path) -> None:
     got = go(own(tmp_path, kind="compositional", source=source))
     assert got["n"] == {"puzzles": 18, "image": 36, "text": 36}
     reasons = {s["id"]: s["reason"] for s in got["skipped"]["items"]}
-    assert reasons["4a.png"] == "has 1 text where the others have 2"
+    assert reasons["4a.png"] == "has 1 text, the other puzzles have 2"
     assert reasons["7a.png"].startswith("image 7b.png: ")
     single = {**source, "members": {"image": ["file:a"], "text": ["x"]}}
     with pytest.raises(DataError, match="a puzzle needs at least one image and two text"):
@@ -336,9 +336,9 @@ def test_tags_with_a_typo_an_unused_class_and_a_broken_picture(tmp_path: Path) -
     fields = {"kind": "multilabel", "source": source, "label": "tags", "templates": ["{}"]}
     got = go(own(tmp_path, **fields, classes=["red", "round", "old", "blue"]))
     assert got["n"] == {"image": 11, "classes": 4}
-    assert got["notes"][0] == "No items of class 'blue': it is left out of the mean."
+    assert got["notes"][0] == "No items of class 'blue': left out of the mean."
     assert got["skipped"]["items"][0]["id"] == "6.png"
-    with pytest.raises(ConfigError, match=r"label 'round' that is no class. Did you mean 'rund'"):
+    with pytest.raises(ConfigError, match=r"label 'round', which is not a class. Did you mean 'rund'"):
         go(own(tmp_path, **fields, classes=["red", "rund", "old"]))
 
 
@@ -347,20 +347,23 @@ def test_keys_of_the_new_kinds_are_checked(tmp_path: Path) -> None:
     for fields, message in (
         ({**PROBE, "probe": {"way": 3}}, r"probe\.way: unknown key .*Did you mean 'ways'\?"),
         ({**PROBE, "metrics": ["knn_top5"]}, r"has no metric 'knn_top5'. Did you mean 'knn_top1'\?"),
-        ({k: v for k, v in PROBE.items() if k != "train"}, "train: say where the training items stand"),
+        ({k: v for k, v in PROBE.items() if k != "train"}, "train: say where the training items come from"),
         (
             {**PROBE, "templates": ["{}"]},
-            "templates: a probe task has no templates; kind: classification or multilabel",
+            "templates: not a key of a probe task, only of classification and multilabel",
         ),
         ({**pairs, "bags": {"by": "k", "size": [3]}}, r"bags\.size: unknown key .*Did you mean 'sizes'\?"),
         ({**pairs, "bags": {"by": "k", "sizes": [1]}}, r"bags\.sizes"),
         ({**pairs, "metrics": ["mAP@0"]}, "has no metric 'mAP@0'"),
         ({**pairs, "kind": "compositional", "metrics": ["group_scor"]}, r"Did you mean 'group_score'\?"),
-        ({**pairs, "kind": "multilabel", "templates": ["{}"]}, "label: say where a shards row's class stands"),
-        ({"kind": "retrieval", "source": {"kind": "csv", "path": "./x", "subset": "a"}}, "subset: belongs to hf"),
+        ({**pairs, "kind": "multilabel", "templates": ["{}"]}, "label: say where a shards row has its class"),
+        (
+            {"kind": "retrieval", "source": {"kind": "csv", "path": "./x", "subset": "a"}},
+            "subset: only sources of kind hf have this key",
+        ),
         (
             {**PROBE, "reference": [{"model": "m", "metric": "top1", "value": 1.0, "source": "s"}]},
-            "reference: m's 'top1' is no metric of this task",
+            "reference: m's 'top1' is not a metric of this task",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -96,7 +96,7 @@ def test_several_models_on_one_page(tmp_path: Path) -> None:
     assert all(f">{100 * v:.1f}</b>" in html for v in values)
     # The second model was not asked for the second task: a dash, not an error.
     assert "–</span>" in html
-    assert "their numbers do not compare" not in html
+    assert "their numbers are not comparable" not in html
 
 
 def test_other_data_are_said_and_wrong_files_are_errors(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_other_data_are_said_and_wrong_files_are_errors(tmp_path: Path) -> None:
     one = save(tmp_path / "a", "results", Pixels(), [small(tmp_path / "a", pairs(12))])
     other = save(tmp_path / "b", "results", Pixels(), [small(tmp_path / "b", pairs(13))])
     html = write_comparison([one, tmp_path / "b"], tmp_path / "p.html").read_text()
-    assert "not measured on the same data: their numbers do not compare" in html
+    assert "not measured on the same data: their numbers are not comparable" in html
     assert "pixels (a)" in html
     with pytest.raises(ConfigError, match="compares 1 to 6 results, got 7"):
         write_comparison([one] * 7, tmp_path / "p.html")

@@ -87,7 +87,7 @@ def test_results_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--out"):
         go(tasks, Pixels(), resume=True)
     out.write_text("{")
-    with pytest.raises(DataError, match="holds no results"):
+    with pytest.raises(DataError, match="is not a results file"):
         go(tasks, Pixels(), out=out, resume=True)
 
 
@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_written_to_costs_the_cache_only(
     name = small(tmp_path, pairs(6))
     got = go([name], Pixels(), cache_dir=tmp_path / "file" / "cache")
     assert got["tasks"] == go([name], Pixels())["tasks"]
-    assert "Features are not kept" in caplog.text
+    assert "Features are not cached" in caplog.text
 
 
 def test_kept_features_are_plain_safetensors(tmp_path: Path) -> None:

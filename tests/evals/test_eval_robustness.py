@@ -101,4 +101,4 @@ def test_from_a_model_to_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(p["metrics"].keys() == result["clean"].keys() for k in result["curves"].values() for p in k)
     assert "<svg" in (tmp_path / "out" / "robustness.html").read_text()
     wrong = CliRunner().invoke(app, [*command[:3], "cifar10", "--out", str(tmp_path / "no")])
-    assert "sensors fail in kitti and nuscenes only" in str(wrong.exception) + wrong.output
+    assert "source.kind is jsonl; sensor failures need kitti or nuscenes" in str(wrong.exception) + wrong.output

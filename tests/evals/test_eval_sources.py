@@ -314,11 +314,13 @@ def test_what_a_driving_item_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_driving_folders_that_are_broken_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"task kitti_frames: there is no folder .*kitti_object, .* How to get it"):
+    with pytest.raises(
+        DataError, match=r"task kitti_frames: kitti\.path: there is no folder .*kitti_object\. How to get it"
+    ):
         read_rows(shipped("kitti_frames", tmp_path, monkeypatch))
     base = tmp_path / "camera_lidar/kitti_object/training"
     base.mkdir(parents=True)
-    with pytest.raises(DataError, match="there are no pictures in"):
+    with pytest.raises(DataError, match="there are no images in"):
         read_rows(shipped("kitti_frames", tmp_path, monkeypatch))
     put(base / "image_2/000000.png", picture((1, 2, 3)))
     put(base / "calib/000000.txt", "P2: 1 2 3\n")

@@ -53,7 +53,7 @@ TRAPS = {
     "a base of a mapping": ("base: {a: b}\nname: x\n", "{'a': 'b'} is not the path of a file or a list of paths"),
     "a base of lists": ("base: [[a.yaml]]\nname: x\n", "[['a.yaml']] is not the path of a file or a list of paths"),
     "a base of nothing": ("base: ['']\nname: x\n", "[''] is not the path of a file or a list of paths"),
-    "a base that is the file": ("base: trap.yaml\nname: x\n", "goes round in a circle"),
+    "a base that is the file": ("base: trap.yaml\nname: x\n", "include each other in a circle"),
     "a base that is a folder": ("base: .\nname: x\n", "There is no file"),
     "a base with a zero": ('base: "a\\0b"\nname: x\n', "is not the path of a file or a list of paths"),
 }
@@ -112,7 +112,7 @@ def test_bases_of_bases_are_each_read_once_and_go_no_deeper_than_the_bound(tmp_p
         (tmp_path / f"r{i}.yaml").write_text(f"base: [r{i - 1}.yaml, r{i - 1}.yaml]\ndescription: {i}\n")
     begin = time.process_time()
     assert read_yaml(tmp_path / "r40.yaml")[0] == {"name": "x", "description": 40}
-    with pytest.raises(ConfigError, match="files stand on each other"):
+    with pytest.raises(ConfigError, match="files are built on each other"):
         read_yaml(tmp_path / f"r{MAX_DEPTH + 1}.yaml")
     assert time.process_time() - begin < 2
 

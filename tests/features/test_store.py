@@ -150,7 +150,7 @@ def test_what_is_no_store_is_said_in_a_sentence(tmp_path: Path) -> None:
         FeatureWriter(good / "one.json", description())
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "teacher.json").write_text("{}")
-    with pytest.raises(DataError, match="a format that is read no more; write them anew with dualenc embed"):
+    with pytest.raises(DataError, match="a format that is no longer supported; write them again with dualenc embed"):
         FeatureStore(tmp_path / "old")
 
 

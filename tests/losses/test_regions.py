@@ -127,7 +127,7 @@ def test_a_sample_that_is_in_the_batch_twice_is_one_sample() -> None:
 
 def test_without_places_it_says_what_to_write() -> None:
     nothing = Extras(("camera", "lidar"), {}, {})
-    with pytest.raises(ConfigError, match=r"'camera' gives none: set modalities.camera.input.places"):
+    with pytest.raises(ConfigError, match=r"'camera' has none: set modalities.camera.input.places"):
         value("rad", nothing, torch.ones(1), torch.zeros(1, dtype=torch.long))
 
 

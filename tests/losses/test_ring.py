@@ -75,5 +75,5 @@ def test_one_process_needs_no_ring() -> None:
 
 
 def test_plain_does_not_go_with_the_ring() -> None:
-    with pytest.raises(ConfigError, match="impl: plain holds all columns"):
+    with pytest.raises(ConfigError, match="impl: plain needs all columns"):
         build_loss(Component(name="info_nce", impl="plain", columns="ring"))

@@ -139,7 +139,7 @@ def test_the_curve_is_evaluated_kept_and_drawn(
     assert json.loads((tmp_path / "out" / "interpolate.json").read_text())["kept"] == 0.5
     page = (tmp_path / "out" / "interpolate.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2
-    assert "0.5 · kept" in page
+    assert "0.5 · saved" in page
     over = charts(got)[1]["svg"]
     assert all(f">{x}</text>" in over for x in ("0", "0.5", "1"))
     assert markdown(got).count("\n") == 4
@@ -154,7 +154,7 @@ def test_the_command(two: tuple[str, str], tmp_path: Path, monkeypatch: pytest.M
     assert done.exit_code == 0, done.output
     assert "| α | quickstart_val_clipart/image_to_text_R@1 |" in done.output
     assert load_model(str(out)).provenance["interpolated"]["alpha"] == 0.25
-    for wrong, said in ((["--alphas", "0,x", "--tasks", "coco_cc"], "no list of numbers"), ([], "name tasks")):
+    for wrong, said in ((["--alphas", "0,x", "--tasks", "coco_cc"], "is not a list of numbers"), ([], "give tasks")):
         failed = run(app, ["interpolate", *two, "--out", str(out), *wrong])
         assert isinstance(failed.exception, ConfigError)
         assert said in str(failed.exception)

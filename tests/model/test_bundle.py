@@ -151,7 +151,7 @@ def test_a_run_folder_gives_its_newest_finished_save(saved: Path, tmp_path: Path
     assert load_model(str(run)).provenance["step"] == 2
     assert load_model(str(run / "checkpoints" / "step-0000000001")).provenance["step"] == 1
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="no finished save"):
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
         load_model(str(tmp_path / "empty"))
 
 
@@ -203,7 +203,7 @@ def test_missing_and_left_over_tensors_are_named(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     for change, words in (
         ({k: v for k, v in tensors.items() if k != "towers.text.positions"}, "missing, first 'towers.text.positions'"),
-        ({**tensors, "extra": torch.zeros(1)}, "no place in the model, first 'extra'"),
+        ({**tensors, "extra": torch.zeros(1)}, "do not exist in the model, first 'extra'"),
     ):
         save_file(change, saved / "model.safetensors")
         digest = file_digest(saved / "model.safetensors")
@@ -216,7 +216,7 @@ def test_no_such_model(tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
         load_model(str(tmp_path / "quickstrat"))
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="has no model"):
         load_model(str(tmp_path / "quickstart"))
     with pytest.raises(ConfigError, match="Did you mean 'ViT-B-32'"):
         load_model("open_clip:ViT-B-33")

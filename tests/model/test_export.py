@@ -263,16 +263,16 @@ def test_own_towers_go_to_onnx_and_safetensors_only(tmp_path: Path, coco: Photos
     built = build_bundle(recipe())
     for layout, name in (("hf", "transformers"), ("open_clip", "open_clip")):
         with pytest.raises(
-            ConfigError, match=rf"tiny cannot be written for {name}: .*own/convnet.*onnx or safetensors"
+            ConfigError, match=rf"tiny cannot be exported to {name}: .*own/convnet.*onnx or safetensors"
         ):
             export(built, layout, tmp_path / layout)
         assert not (tmp_path / layout).exists()
     out = export(built, "safetensors", tmp_path / "st")
     photos = [x for x, _ in coco]
     assert torch.equal(load_model(str(out)).embedder().embed("image", photos), built.embedder().embed("image", photos))
-    with pytest.raises(ConfigError, match="is there already and not empty"):
+    with pytest.raises(ConfigError, match="already exists and is not empty"):
         export(built, "safetensors", out)
-    with pytest.raises(ConfigError, match=r"--format: 'onxx'.*onnx"):
+    with pytest.raises(ConfigError, match=r"unknown --format 'onxx'.*onnx"):
         export(built, "onxx", tmp_path / "x")
 
 
@@ -500,6 +500,6 @@ def test_the_command(tmp_path: Path) -> None:
     load_model(str(tmp_path / "safetensors"))
     bad = run("hf")
     assert bad.returncode == 2
-    assert "cannot be written for transformers" in bad.stderr
+    assert "cannot be exported to transformers" in bad.stderr
     assert "--format onnx or safetensors" in bad.stderr
     assert "Traceback" not in bad.stderr

@@ -121,7 +121,7 @@ def test_input_and_features_and_the_way_back(folder: Path, turned: Photos, tmp_p
     assert torch.equal(text, texts)
     with pytest.raises(ConfigError, match=r"open_clip has no Siglip2Model"):
         export(ours, "open_clip", tmp_path / "oc")
-    with pytest.raises(ConfigError, match=r"modalities.image.*grids of patches"):
+    with pytest.raises(ConfigError, match=r"modalities.image.*NaFlex towers"):
         export(ours, "onnx", tmp_path / "onnx")
 
 
@@ -160,7 +160,7 @@ def test_training_crops_keep_the_aspect(turned: Photos) -> None:
 def test_a_grid_and_a_tower_that_do_not_fit_are_refused(folder: Path) -> None:
     cls = modalities["image"]
     plain, naflex = (cls(cls.Config(resize=way)).describe() for way in ("squash", "naflex"))  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match=r"input.resize: naflex is for"):
+    with pytest.raises(ConfigError, match=r"input.resize: naflex needs one of"):
         build_tower("image", Component(name="own/vit"), naflex, 32)
     for describe in (plain, naflex):  # patches of 16 px, the tower has 8
         with pytest.raises(ConfigError, match=r"resize: naflex, patch: 8"):

@@ -117,7 +117,7 @@ def test_the_recipe_has_the_last_word(tmp_path: Path) -> None:
     assert other.modalities["text"].encoder.name == "own/transformer"
     with pytest.raises(ConfigError, match=r"modalities.imgae: hf:.* has no modality .*Did you mean 'image'"):
         recipe("clip", spec, "modalities.imgae.lock=true")
-    with pytest.raises(ConfigError, match=r"does not name; add checkpoint.init_from=hf:openai"):
+    with pytest.raises(ConfigError, match=r"does not name a model to fine-tune; add checkpoint.init_from=hf:openai"):
         load_recipe(RECIPES / "clip.yaml", ["data.sources.0.shards=x.tar"], completed)
     whole = ROOT / "recipes" / "quickstart" / "quickstart.yaml"
     assert load_recipe(whole, complete=completed) == load_recipe(whole)

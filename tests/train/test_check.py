@@ -11,9 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _runs import RECIPE, SMALL
 
 from dualenc.cli import main
-from dualenc.config import load_recipe
+from dualenc.config import dump_yaml, load_recipe
 from dualenc.errors import ConfigError
+from dualenc.train.build import total_steps
 from dualenc.train.loop import train
+from dualenc.train.resume import fingerprint
 
 WRONG = [
     (2, "loss.name=info_nec", "Did you mean 'info_nce'?"),
@@ -32,8 +34,8 @@ WRONG = [
     (2, "optim.betas=[0.9, 1.0]", "optim.betas.1"),
     (2, "logit_scale={init: 200, max: 100}", "init (200) is above max (100)"),
     (2, "modalities.image.input.std=[0.3, 0.3, 0]", "modalities.image.input.std.2"),
-    (2, "pairs=[[image, text], [text, image]]", "['text', 'image'] stands twice"),
-    (2, "pairs=[[image, text], [image, text]]", "['image', 'text'] stands twice"),
+    (2, "pairs=[[image, text], [text, image]]", "['text', 'image'] is listed twice"),
+    (2, "pairs=[[image, text], [image, text]]", "['image', 'text'] is listed twice"),
     (2, "data.sources.0.members={imagee: [webp]}", "Did you mean 'image'?"),
 ]
 
@@ -64,12 +66,51 @@ def test_a_budget_on_the_command_line_replaces_the_recipes(tmp_path: Path) -> No
     over = tmp_path / "over.yaml"
     over.write_text("base: mine.yaml\nbudget: {samples: 64}\n")
     assert load_recipe(over).budget.model_dump() == {"steps": None, "samples": 64, "passes": None}
-    with pytest.raises(ConfigError, match="exactly one of steps, samples, passes"):
+    with pytest.raises(ConfigError, match="exactly one of steps, samples, epochs"):
         load_recipe(mine, ["budget.samples=640", "budget.steps=3"])
     both = tmp_path / "both.yaml"
     both.write_text(f"base: {RECIPE}\nbudget: {{steps: 7, samples: 9}}\n")
-    with pytest.raises(ConfigError, match="exactly one of steps, samples, passes"):
+    with pytest.raises(ConfigError, match="exactly one of steps, samples, epochs"):
         load_recipe(both)
+
+
+def test_epochs_is_another_name_for_passes(tmp_path: Path) -> None:
+    """One key under two names, never both; what is written down stays ``passes``, as in older runs."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {RECIPE}\nbudget: {{epochs: 3}}\n")
+    as_before = tmp_path / "as_before.yaml"
+    as_before.write_text(f"base: {RECIPE}\nbudget: {{passes: 3}}\n")
+    for recipe in (
+        load_recipe(mine),
+        load_recipe(RECIPE, ["budget.epochs=3"]),
+        load_recipe(mine, ["budget.steps=null"]),
+    ):
+        assert recipe == load_recipe(as_before)
+        assert dump_yaml(recipe) == dump_yaml(load_recipe(as_before))
+        assert fingerprint(recipe) == fingerprint(load_recipe(as_before))
+        assert total_steps(recipe, 320) == 3 * 320 // recipe.batch.size
+    assert "epochs" not in dump_yaml(load_recipe(mine))
+    assert load_recipe(mine, ["budget.passes=2"]).budget.passes == 2  # the later one replaces, under either name
+    assert load_recipe(as_before, ["budget.epochs=2"]).budget.passes == 2
+    written = tmp_path / "written.yaml"  # a run's recipe.yaml has every key, most of them null
+    written.write_text(dump_yaml(load_recipe(RECIPE)))
+    assert load_recipe(written, ["budget.epochs=2"]).budget.model_dump() == {
+        "steps": None,
+        "samples": None,
+        "passes": 2,
+    }
+    mine.write_text(f"base: {RECIPE}\nbudget: {{passes: null, epochs: 2}}\n")
+    assert load_recipe(mine).budget.passes == 2
+    mine.write_text(f"base: {RECIPE}\nbudget: {{passes: 3, epochs: 3}}\n")
+    for path, items in ((mine, []), (RECIPE, ["budget.passes=2", "budget.epochs=2"])):
+        with pytest.raises(ConfigError, match="budget: epochs and passes are two names of one key; give only one"):
+            load_recipe(path, items)
+    with pytest.raises(ConfigError, match="exactly one of steps, samples, epochs"):
+        load_recipe(RECIPE, ["budget.epochs=2", "budget.steps=9"])
+    with pytest.raises(ConfigError, match=r"budget\.epochs: .*greater than 0, got -1 \(in the command line\)"):
+        load_recipe(RECIPE, ["budget.epochs=-1"])
+    with pytest.raises(ConfigError, match=r"budget\.epoch: unknown key .*Did you mean 'epochs'\?"):
+        load_recipe(RECIPE, ["budget.epoch=2"])
 
 
 def test_resuming_with_another_rate_says_so_and_keeps_the_old_recipe(

@@ -65,7 +65,7 @@ def test_a_fall_stops_two_ranks_and_goes_on_when_allowed(able: str, tmp_path: Pa
         timeout=200,
         check=False,
     )
-    assert done.stderr.count("Stopped by eval.guard and saved in") == 2, done.stderr[-3000:]  # both ranks
+    assert done.stderr.count("Stopped by eval.guard: ") == 2, done.stderr[-3000:]  # both ranks
     assert "exitcode  : 6" in done.stderr
     watched_rows = [r for r in rows(out / "metrics.jsonl") if f"guard/{KEY}" in r]
     before, after = watched_rows[0][f"guard/{KEY}"], watched_rows[-1][f"guard/{KEY}"]
@@ -89,7 +89,7 @@ def test_a_fall_stops_two_ranks_and_goes_on_when_allowed(able: str, tmp_path: Pa
     page = write_report(out).read_text(encoding="utf-8")
     assert "Before and after" in page
     assert f"{100 * before:.1f} %" in page
-    assert f"Fallen by more than that: {TASK}" in page
+    assert f"Dropped by more than that: {TASK}" in page
 
 
 @pytest.mark.dist
@@ -107,9 +107,11 @@ def test_careful_fine_tuning_goes_through(able: str, tmp_path: Path) -> None:
 def test_what_is_watched() -> None:
     values = {"a/top1": 0.5, "a/top5": 0.9, "b/image_to_text_R@1": 0.2, "b/text_to_image_R@1": 0.1, "b/mean_rank": 9.0}
     assert watched(values, None) == {"a/top1": 0.5, "b/image_to_text_R@1": 0.2}
-    with pytest.raises(ConfigError, match=r"eval.guard.metric: b has no share 'top5'; it has image_to_text_R@1"):
+    with pytest.raises(
+        ConfigError, match=r"eval.guard.metric: b has no metric 'top5' between 0 and 1; it has image_to_text_R@1"
+    ):
         watched(values, "top5")
-    with pytest.raises(ConfigError, match=r"a has no share 'mean_rank'"):
+    with pytest.raises(ConfigError, match=r"a has no metric 'mean_rank' between 0 and 1"):
         watched(values, "mean_rank")
 
 
@@ -121,5 +123,5 @@ def test_points_are_counted_from_the_beginning() -> None:
         assert (watch.sentence is not None) is fallen
         assert watch.before_going_on is fallen
     assert watch.state["before"] == {"a/top1": 0.60}
-    with pytest.raises(ConfigError, match="a/top1 is not measured any more"):
+    with pytest.raises(ConfigError, match="a/top1 is no longer measured"):
         watch.check({"b/top1": 0.5}, 4)

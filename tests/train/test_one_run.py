@@ -46,7 +46,9 @@ def saves(run: Path) -> list[str]:
 
 def test_a_run_that_diverges_at_once_begins_anew_with_a_lower_rate(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(DivergenceError, match=r"no earlier save, so the run begins anew .*Lower optim\.lr") as ended:
+    with pytest.raises(
+        DivergenceError, match=r"no earlier checkpoint, so the run will start over .*Lower optim\.lr"
+    ) as ended:
         here(*HOT, *SAVING, f"out={out}", "budget.steps=4")  # ends before max_nonfinite: 5 at the end of the budget too
     assert ended.value.exit_code == 5
     assert "The last" in str(ended.value)
@@ -60,7 +62,7 @@ def test_the_last_good_save_stays_and_is_gone_on_from(tmp_path: Path) -> None:
     out = tmp_path / "run"
     here(*SAVING, f"out={out}", "budget.steps=3")
     assert saves(out) == ["step-0000000003"]
-    with pytest.raises(DivergenceError, match=r"2 non-finite steps in a row .*goes on from .*step-0000000003"):
+    with pytest.raises(DivergenceError, match=r"2 non-finite steps in a row .*will resume from .*step-0000000003"):
         here(*HOT, *SAVING, f"out={out}", "budget.steps=20", "engine.max_nonfinite=2")
     assert saves(out) == ["step-0000000003"]
     aside = sorted(p.name for p in (out / "checkpoints").iterdir())
@@ -74,7 +76,7 @@ def test_the_last_good_save_stays_and_is_gone_on_from(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_trained_into_by_one_run(tmp_path: Path) -> None:
-    with RunLock(tmp_path), pytest.raises(ConfigError, match=rf"is being trained into by process {os.getpid()} on "):
+    with RunLock(tmp_path), pytest.raises(ConfigError, match=rf"is in use: process {os.getpid()} on "):
         here(f"out={tmp_path}", "budget.steps=1")
     assert not (tmp_path / lock.NAME).exists()
     here(f"out={tmp_path}", "budget.steps=1")
@@ -173,7 +175,7 @@ def test_hostile_manifests_are_passed_over(tmp_path: Path, content: str, caplog:
     save.mkdir(parents=True)
     (save / "manifest.json").write_text(content)
     assert ckpt.newest_good(tmp_path) is None
-    assert "Passing over" in caplog.text
+    assert "Skipping damaged checkpoint" in caplog.text
     with pytest.raises(CheckpointError):
         ckpt.refuse_damaged(save)
 
@@ -203,7 +205,7 @@ def test_damaged_lines_of_metrics_are_left_out(saved: Path) -> None:
 
 def test_too_little_shared_memory_is_said_before_the_first_step(tmp_path: Path) -> None:
     run = build(World(), ["data.workers=64", "data.prefetch=1000000", f"out={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"where [\d,]+ MiB are free; 64 workers x 1000000 batches .* --shm-size="):
+    with pytest.raises(ConfigError, match=r"which has [\d,]+ MiB free; 64 workers x 1000000 batches .* --shm-size="):
         run.train()
     run.close()
     assert not (tmp_path / "checkpoints").exists()

@@ -109,9 +109,9 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Stopped by SIGTERM and saved at step" in " ".join(err.split())
+    assert "Stopped by SIGTERM; wrote checkpoint" in " ".join(err.split())
     assert "Traceback" not in err
-    step = int(re.search(r"saved at step (\d+)", " ".join(err.split())).group(1))  # type: ignore[union-attr]
+    step = int(re.search(r"\(step (\d+) of", " ".join(err.split())).group(1))  # type: ignore[union-attr]
     assert newest(tmp_path / "run").name == f"step-{step:010d}"
 
 

@@ -188,7 +188,7 @@ def test_a_damaged_shard_is_named_and_the_older_save_used(
     if how != "deleted":
         path.write_bytes(raw[:-4] if how == "truncated" else raw[:-1] + bytes([raw[-1] ^ 4]))
     assert ckpt.newest_good(tmp_path) == tmp_path / "checkpoints" / older.name
-    assert f"Passing over {path.parents[name.count('/')]}: {name} is " in caplog.text
+    assert f"Skipping damaged checkpoint {path.parents[name.count('/')]}: {name} is " in caplog.text
 
 
 # --- interrupted saves ---------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_a_rank_that_fails_or_dies_while_writing_leaves_no_save(always: list[str
         texts = [p.communicate(timeout=200)[0] for p in processes]
     said = [(tmp_path / f"said-{r}").read_text() for r in range(2)]
     full = "OSError: No space left on device"
-    given_up = f"DualencError: The save step-0000000001 was given up: rank 1 failed ({full})"
+    given_up = f"DualencError: Checkpoint step-0000000001 was not written: rank 1 failed ({full})"
     assert said == [f"{given_up}; left: []", f"{full}; left: []"]
     assert processes[0].returncode == -9, texts[0][-2000:]
     assert processes[1].returncode not in (0, -9), texts[1][-2000:]

@@ -1,7 +1,6 @@
-"""How data sets become records: one module for each way, each registered in :data:`sources`.
+"""How data sets become records: one module per way, each registered in :data:`sources`.
 
-What is read stands in :mod:`dualenc.data.sources`; a source that is registered there can be packed without a module
-here.
+Reading itself is in :mod:`dualenc.data.sources`; a source registered there can be packed without a module here.
 """
 
 from dualenc_data_tools.sources import from_driving, from_folder, from_items, from_tables, joined, quickstart

@@ -33,10 +33,10 @@ def rdf_of(path: Path) -> tuple[str, str, list[str]]:
 
 
 def clipart_caption(path: Path) -> str:
-    """Title, description where it says something, and up to five keywords that the title does not hold."""
+    """Title, description if informative, and up to five keywords that the title does not contain."""
     title, description, keywords = rdf_of(path)
     title = " ".join(re.sub(r"[_\-]", " ", title).replace("#", "").split())
-    # "Bus1", "Stickyman 001": the number tells drawings apart, not what they show.
+    # "Bus1", "Stickyman 001": the number distinguishes drawings but does not describe them.
     title = re.sub(r"[\s.]*\d+$", "", title) or title
     description = " ".join(description.replace("_", " ").split()) if not _NOT_A_DESCRIPTION.search(description) else ""
     text = title

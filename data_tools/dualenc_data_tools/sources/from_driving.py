@@ -1,24 +1,25 @@
-"""KITTI and nuScenes as published → shards of keyframes, or of single pictures with the points inside them.
+"""KITTI and nuScenes as published → shards of keyframes, or of single images with the points inside them.
 
 A sample of ``unit=keyframes``::
 
     KEY.lidar.npy        float32 [n, C], as measured (the sensor's frame), intensity in 0 … 1
     KEY.regions.npy      float32 [m, 4], with regions=true: places x, y, z in ego, and the region each is in (−2: none)
-    KEY.cam_front.jpg …  the pictures, untouched: their calibration is of these pixels
+    KEY.cam_front.jpg …  the images, unchanged: the calibration is for these pixels
     KEY.json             {"drive", "frame",
                           "lidar":   {"drive", "columns": ["x", "y", "z", "intensity", …], "to_ego": [4, 4]},
                           "cameras": {"drive", "views": [{"name", "member", "size": [width, height],
                                       "intrinsics": [3, 3], "to_ego": [4, 4], "drive"}, …]},
-                          "ego_pose": [4, 4] ego → world, where the data set says,
+                          "ego_pose": [4, 4] ego → world, where the data set has it,
                           "boxes": [{"class", "instance", "center": [3], "axes": [3, 3], "half": [3]}, …] in ego}
 
 ``to_ego`` takes a sensor's points to ego: x forward, y left, z up (the Velodyne's own frame in KITTI). With
-``unit=cameras`` every picture is a sample, ``KEY.cam.jpg``; its points are those inside it, and ego is the camera
-turned to x forward (the pairs of LidarCLIP, Hess et al. 2022, arXiv 2212.06858). With ``unit=objects`` every labelled
-object that is seen well enough is one: ``KEY.cam.png`` shows it, ``KEY.lidar.npy`` holds the points in its box, and the
-.json says its ``class`` and ``instance`` (``data.sources.N.same: json:instance``: one object is not its own negative).
+``unit=cameras`` every image is a sample, ``KEY.cam.jpg``; its points are those inside it, and ego is the camera's frame
+rotated to x forward (the pairs of LidarCLIP, Hess et al. 2022, arXiv 2212.06858). With ``unit=objects`` every labelled
+object that is visible enough is one: ``KEY.cam.png`` shows it, ``KEY.lidar.npy`` holds the points in its box, and the
+.json has its ``class`` and ``instance`` (with ``data.sources.N.same: json:instance`` an object is not its own
+negative).
 
-Every record is read as training would read it; what that refuses is dropped, with its reason.
+Every record is read as training would read it; one that training would refuse is dropped, with the reason.
 """
 
 from __future__ import annotations
@@ -47,41 +48,42 @@ from dualenc.errors import ConfigError, DataError
 from dualenc_data_tools.sources.source import Dropped, Record, SourceConfig, SourceKind, sources
 
 MAX_BASELINE = 10.0
-"""Metres between a car's camera and its LiDAR; more, and the two poses are of different moments or drives."""
+"""Most metres between a car's camera and its LiDAR; with more, the two poses are from different moments or drives."""
 FORWARD = np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
 """A camera's frame → one with x forward, y left, z up, in the same place."""
 _REASONS = {
     "not finite": "numbers not finite",
     "empty": "empty cloud",
-    "has no picture": "camera missing",
+    "has no image": "camera missing",
     "singular": "singular intrinsics",
     "calibration is of": "calibration of another drive",
+    "calibration is for": "calibration of another drive",
     "apart": "calibration of another drive",
     "There is no file": "file missing",
 }
 
 
 class DrivingConfig(SourceConfig):
-    """What all driving sources take."""
+    """Settings of all driving sources."""
 
     unit: Literal["keyframes", "cameras", "objects"] = Field(
         "keyframes",
-        description="cameras: every picture is a sample, with the points inside it; objects: every labelled object",
+        description="cameras: every image is a sample, with the points inside it; objects: every labelled object",
     )
-    cameras: list[str] | None = Field(None, description="only these; a keyframe that lacks one is dropped")
+    cameras: list[str] | None = Field(None, description="only these cameras; a keyframe that lacks one is dropped")
     boxes: bool = Field(True, description="labelled boxes go into the .json member")
-    regions: bool = Field(False, description="object-like regions of the sweep, found without labels, as a member")
-    min_points: int = Field(1, ge=1, description="unit=cameras: pictures with fewer points inside are dropped")
+    regions: bool = Field(False, description="add a member with object-like regions of the sweep, found without labels")
+    min_points: int = Field(1, ge=1, description="unit=cameras: images with fewer points inside are dropped")
 
 
 class KittiConfig(DrivingConfig):
     """``path=kitti/training``: image_2, velodyne, calib and label_2 of the 3D object set."""
 
-    path: str = Field(description="the folder that holds image_2, velodyne, calib (and label_2)")
+    path: str = Field(description="the folder with image_2, velodyne, calib (and label_2)")
 
 
 class KittiRawConfig(DrivingConfig):
-    """``path=2011_09_26/2011_09_26_drive_0001_sync``: a synced drive; its day's calibration lies above."""
+    """``path=2011_09_26/2011_09_26_drive_0001_sync``: a synced drive; its day's calibration is one folder up."""
 
     path: str = Field(description="the drive's folder, or its day's: all drives in it")
 
@@ -111,14 +113,14 @@ def nuscenes_records(cfg: NuScenesConfig) -> Iterator[Record | Dropped]:
 
 
 def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record | Dropped]:
-    """Every keyframe, or every picture of it, as a record; what training would refuse as a Dropped."""
+    """Every keyframe, or every image of it, as a record, or as a Dropped if training would refuse it."""
     if cfg.regions and cfg.unit != "keyframes":
         raise ConfigError("regions: only whole keyframes have regions; leave out either unit or regions")
     if cfg.unit == "objects" and not cfg.boxes:
         raise ConfigError("boxes: unit=objects needs the labelled boxes; leave out boxes=false")
     if cfg.size is not None or cfg.encode != "keep":
         raise ConfigError(
-            "size, encode: leave them out; driving pictures are kept as they are, because their calibration is for "
+            "size, encode: leave them out; driving images are kept as they are, because their calibration is for "
             "these pixels"
         )
     sizes: dict[tuple[float, ...], tuple[int, int]] = {}
@@ -131,7 +133,7 @@ def to_records(cfg: DrivingConfig, keys: Iterable[Keyframe]) -> Iterator[Record 
         try:
             points = key.points()
             if not len(views):
-                raise DataError("the keyframe has no picture")
+                raise DataError("the keyframe has no image")
             if cfg.unit == "keyframes":
                 yield _keyframe(cfg, key, views, points, sizes)
                 continue
@@ -184,7 +186,7 @@ def _picture(
     described = _described(key, view, f"cam{view.path.suffix.lower()}", raw, sizes)
     inside = _inside(key, view, points, described["size"])
     if len(inside) < cfg.min_points:
-        raise DataError(f"the picture's part of the cloud is empty: {len(inside)} of {len(points):,} points")
+        raise DataError(f"the part of the cloud inside the image is empty: {len(inside)} of {len(points):,} points")
     inside[:, :3] = moved(inside[:, :3], FORWARD)
     described["to_ego"] = FORWARD.tolist()
     fields = {
@@ -199,7 +201,7 @@ def _picture(
 
 
 def _inside(key: Keyframe, view: CameraView, points: F64, size: tuple[int, int]) -> F64:
-    """The points inside the picture, in the camera's frame."""
+    """The points inside the image, in the camera's frame."""
     to_camera = inverse(view.to_ego) @ key.lidar_to_ego
     inside = points[seen(*project(points[:, :3], to_camera, view.intrinsics), size)]
     inside[:, :3] = moved(inside[:, :3], to_camera)
@@ -231,7 +233,7 @@ def _described(
     key: Keyframe, view: CameraView, member: str, raw: bytes, sizes: dict[tuple[float, ...], tuple[int, int]]
 ) -> dict[str, Any]:
     size = open_picture(raw).size
-    # A calibration that says no size of its own is of the size it was first seen with.
+    # A calibration without a size of its own belongs to the size it was first seen with.
     expected = view.size or sizes.setdefault(tuple(view.intrinsics.ravel()), size)
     apart = float(np.linalg.norm(view.to_ego[:3, 3] - key.lidar_to_ego[:3, 3]))
     if apart > MAX_BASELINE:
@@ -249,7 +251,7 @@ _LIDAR = LidarInput(LidarConfig(features=[]))
 
 
 def _checked(record: Record, verify: bool) -> Record:
-    """The record, if training would take it.
+    """The record, if training would accept it.
 
     Raises:
         DecodeError: why not.
@@ -265,7 +267,7 @@ def _picture_bytes(view: CameraView) -> bytes:
     try:
         return view.path.read_bytes()
     except OSError as e:
-        raise DecodeError(f"camera {view.name} has no picture: {view.path} ({e.strerror})") from e
+        raise DecodeError(f"camera {view.name} has no image: {view.path} ({e.strerror})") from e
 
 
 def _slug(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A folder of pictures or sounds → records: texts beside them, or folders or names that say what they are."""
+"""A folder of images or audio → records, with texts beside the files or from folder or file names."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class FolderConfig(FolderSettings, SourceConfig, NamedFields):
 
 
 def folder(cfg: FolderConfig) -> Iterator[Record | Dropped]:
-    """Records of the pictures and sounds below a folder, in order of their paths.
+    """Records of the images and audio files below a folder, in order of their paths.
 
     Raises:
-        DataError: no folder, or neither pictures nor sounds in it.
-        ConfigError: texts and classes cannot be told apart.
+        DataError: no folder, or neither images nor audio in it.
+        ConfigError: there are neither texts nor class folders, or a setting names an unknown field.
     """
     samples = walk(cfg)
     layout = "names" if cfg.layout == "auto" and cfg.pattern is not None else layout_of(cfg, samples)
@@ -69,12 +69,12 @@ def _with_text(cfg: FolderConfig, sample: Beside) -> Record | Dropped | None:
 
 
 def media(sample: Beside) -> dict[str, bytes | Path]:
-    """Pictures and sounds by their kind, other files by their ending."""
+    """Images and audio by their kind, other files by their ending."""
     return {m if m in ("image", "audio") else p.suffix[1:].lower(): p for m, p in sample.files.items()}
 
 
 def _named(cfg: FolderConfig, samples: list[Beside], layout: str) -> Iterator[Record | Dropped | None]:
-    """Texts made of the folder's name (class; its number goes into .cls) or of the fields in the file's name."""
+    """Texts made from the folder's name (the class; its number goes into .cls) or from the fields in the file name."""
     if layout == "names" and cfg.pattern is None:
         raise ConfigError("folder.layout: names needs a pattern, such as pattern='{digit}_{speaker}_{take}'")
     known = [*cfg.name_fields("folder.pattern"), *(["class"] if layout == "classes" else [])]
@@ -85,7 +85,7 @@ def _named(cfg: FolderConfig, samples: list[Beside], layout: str) -> Iterator[Re
             if field not in known:
                 raise ConfigError(f"folder.template: there is no field {field!r}. {did_you_mean(field, known)}")
         if not used:
-            raise ConfigError(f"folder.template: {template!r} must hold a field in braces, such as {{{known[0]}}}")
+            raise ConfigError(f"folder.template: {template!r} must contain a field in braces, such as {{{known[0]}}}")
     for setting, named in (("where", cfg.where), ("unless", cfg.unless), ("words", cfg.words)):
         for field in named:
             if field not in known:

@@ -1,4 +1,4 @@
-"""Items of any source that says itself what is a picture, a sound, a text → records."""
+"""Items of any source that assigns its contents to modalities → records."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from dualenc_data_tools.sources.source import (
 
 
 class ItemsConfig(SourceConfig, NamedFields):
-    """Settings of packing beside those of the source."""
+    """Settings of packing, in addition to those of the source."""
 
     template: str | None = Field(
-        None, description="make each text of fields: '{caption}, {class}'; {caption} is each caption"
+        None, description="make each text from fields: '{caption}, {class}'; {caption} is each caption in turn"
     )
 
 
@@ -80,7 +80,7 @@ def _file_or_bytes(content: Content) -> bytes | str | Path:
 
 
 def ending_of(modality: str) -> str:
-    """The member that holds a modality: its kind where packing checks it, else the first ending training reads."""
+    """The member for a modality: its kind if packing checks it, else the first ending that training reads."""
     if modality in ("image", "audio"):
         return modality
     usual = modalities[modality].default_members if modality in modalities else []
@@ -88,7 +88,7 @@ def ending_of(modality: str) -> str:
 
 
 def item_kind(name: str) -> SourceKind[Any]:
-    """How a source that another package registered is packed: its own settings and those of packing."""
+    """How to pack a source that another package registered: its own settings plus those of packing."""
     layout: Layout[Any] = layouts[name]
     config: Any = create_model(f"{name}_packing", __base__=(layout.settings, ItemsConfig))
     return SourceKind(config, partial(item_records, name), layout.about)

@@ -1,4 +1,4 @@
-"""Rows of a table → records: jsonl, json, csv, parquet and hf, and every table that another package registers."""
+"""Rows of a table → records: jsonl, json, csv, parquet, hf, and every table that another package registers."""
 
 from __future__ import annotations
 
@@ -34,24 +34,25 @@ MEDIA = ("image", "audio")
 
 
 class RowsConfig(SourceConfig, NamedFields):
-    """Settings of sources made of rows."""
+    """Settings of table sources."""
 
     image: str | None = Field(
-        "image", description="field with the picture: a path relative to the file (or to root), or its bytes"
+        "image", description="field with the image: a path relative to the file (or to root), or its bytes"
     )
     audio: str | None = Field(
         "audio",
-        description="field with the sound, likewise; image and audio may be templates: '{youtube_id}.wav', {id:06}",
+        description="field with the audio, likewise; image and audio may be templates: '{youtube_id}.wav', {id:06}",
     )
     caption: str | list[str] | None = Field(
         None, description="field (or fields) with the text or a list of texts; default: captions, caption or text"
     )
     template: str | list[str] | None = Field(
-        None, description="make the text (or texts) of fields: '{caption}, {colour} {type}'; {caption} is each caption"
+        None,
+        description="make the text (or texts) from fields: '{caption}, {colour} {type}'; {caption} is each caption",
     )
     members: dict[str, list[str]] = Field(
         default_factory=dict,
-        description="image, audio and caption as a task writes them: '{image: [file:filepath], text: [title]}'",
+        description="image, audio and caption written as in a task: '{image: [file:filepath], text: [title]}'",
     )
     keep: Literal["all", "none"] | list[str] = Field("all", description="other fields that go into the .json member")
     root: str | None = Field(
@@ -60,19 +61,17 @@ class RowsConfig(SourceConfig, NamedFields):
         description="folder that paths are relative to; default: the file's own",
     )
     split: str | None = Field(
-        None, description="only rows of this split; default: all, each split into shards of its own"
+        None, description="only rows of this split; default: all, with separate shards for each split"
     )
-    split_field: str | None = Field("split", description="field that names a row's split; none: there is no such field")
+    split_field: str | None = Field("split", description="field that names a row's split; null: there is no such field")
     hold_out: int | None = Field(
         None, ge=2, description="leave out every n-th row (the first, …), for a task with every: {step: n, offset: 0}"
     )
-    group: bool = Field(
-        False, description="several rows with the same picture or sound are one sample with several captions"
-    )
+    group: bool = Field(False, description="rows with the same image or audio become one sample with several captions")
 
 
 def resolve(cfg: RowsConfig, fields: Iterable[str], where: str) -> RowsConfig:
-    """Fill in the caption field, drop the media that are not there, and check every named field.
+    """Fill in the caption field, drop missing media, and check every named field.
 
     Raises:
         ConfigError: naming the setting, the field, and the nearest one.
@@ -90,7 +89,7 @@ def resolve(cfg: RowsConfig, fields: Iterable[str], where: str) -> RowsConfig:
             dropped[m] = None
     if not names:
         raise ConfigError(
-            f"{where}.image: the data has no field 'image', nor 'audio': name the one with the picture or sound. "
+            f"{where}.image: the data has no field 'image', nor 'audio'; name the field with the image or audio. "
             f"{did_you_mean('image', known)}"
         )
     if caption is not None and (cfg.caption is not None or cfg.template is None):
@@ -115,14 +114,14 @@ def resolve(cfg: RowsConfig, fields: Iterable[str], where: str) -> RowsConfig:
 
 
 def _as_members_say(cfg: RowsConfig, known: Sequence[str], where: str) -> RowsConfig:
-    """The settings with image, audio and caption as ``members`` names them: the first that is there."""
+    """The settings with image, audio and caption from ``members``: the first existing field of each."""
     update: dict[str, Any] = {}
     for modality, specs in cfg.members.items():
         setting = {"image": "image", "audio": "audio", "text": "caption"}.get(modality)
         if setting is None:
             raise ConfigError(f"{where}.members: rows are packed with image, audio and text, not {modality!r}")
         if setting in cfg.model_fields_set:
-            raise ConfigError(f"{where}.members.{modality}: {where}.{setting} says this too; keep one of them")
+            raise ConfigError(f"{where}.members.{modality}: {where}.{setting} sets this too; keep one of them")
         if not specs:
             raise ConfigError(f"{where}.members.{modality}: name a field, for example [{setting}]")
         spec = next((s for s in specs if all(is_there(c, known) for c in named_columns(s))), specs[0])
@@ -136,7 +135,7 @@ def _path_fields(spec: str, where: str) -> list[str]:
     if "{" not in plain:
         return [plain]
     if "}" in plain and named_columns(plain):
-        # {id:06} is a number filled up with zeros; any other format is refused as in texts.
+        # {id:06} is a number padded with zeros; any other format is refused, as in texts.
         return template_fields(re.sub(r":\d+\}", "}", plain), where)
     return template_fields(plain, where)
 
@@ -195,7 +194,9 @@ def _record(
     fields = {k: row[k] for k in kept if jsonable(row.get(k))}
     if isinstance(cfg.keep, list) and len(fields) < len(kept):
         bad = next(k for k in kept if k not in fields)
-        raise ConfigError(f"keep: field {bad!r} of {label} holds {type(row.get(bad)).__name__}, which JSON cannot hold")
+        raise ConfigError(
+            f"keep: field {bad!r} of {label} holds {type(row.get(bad)).__name__}, which JSON cannot represent"
+        )
     return Record(label, media, captions, fields, {}, split, many)
 
 
@@ -204,7 +205,7 @@ def _listed(value: str | list[str]) -> list[str]:
 
 
 def _media(cfg: RowsConfig, row: tables.TableRow, name: str, root: Path) -> tuple[dict[str, bytes | Path], str]:
-    """Kind → the picture's or sound's bytes or file, and what the sample is called: its first file."""
+    """Kind → bytes or file of the image or audio, and the sample's name: its first file."""
     media: dict[str, bytes | Path] = {}
     labels = []
     for m in MEDIA:
@@ -219,7 +220,7 @@ def _media(cfg: RowsConfig, row: tables.TableRow, name: str, root: Path) -> tupl
 
 
 def _bytes_or_file(value: Any, name: str, root: Path) -> tuple[bytes | Path | None, str]:
-    """The picture or sound a cell holds: bytes, a path, or the {bytes, path} struct of the datasets library."""
+    """The image or audio in a cell: bytes, a path, or the {bytes, path} struct of the datasets library."""
     if isinstance(value, Mapping):
         inner, path = value.get("bytes"), value.get("path")
         if inner is not None:
@@ -233,7 +234,7 @@ def _bytes_or_file(value: Any, name: str, root: Path) -> tuple[bytes | Path | No
 
 
 def grouped(records: Iterable[Record | Dropped]) -> Iterator[Record | Dropped]:
-    """Merge records of the same picture or sound, wherever they stand, into the first; keeps all in memory."""
+    """Merge records of the same image or audio, wherever they are, into the first; keeps all in memory."""
     first: dict[tuple[str, str], Record] = {}
     order: list[Record | Dropped] = []
     for r in records:
@@ -242,7 +243,7 @@ def grouped(records: Iterable[Record | Dropped]) -> Iterator[Record | Dropped]:
         elif (r.split, r.name) in first:
             seen = first[r.split, r.name]
             seen.captions += r.captions
-            # A field that differs from caption to caption says nothing about the picture.
+            # A field that differs between captions does not describe the image.
             seen.fields = {k: v for k, v in seen.fields.items() if r.fields.get(k) == v}
         else:
             first[r.split, r.name] = r
@@ -254,7 +255,7 @@ def grouped(records: Iterable[Record | Dropped]) -> Iterator[Record | Dropped]:
 
 
 class JsonlConfig(tables.JsonlSettings, RowsConfig):
-    """``path=captions.jsonl``: one JSON object a line."""
+    """``path=captions.jsonl``: one JSON object per line."""
 
 
 class JsonConfig(tables.JsonSettings, RowsConfig):
@@ -284,10 +285,10 @@ def table_records(kind: str, cfg: RowsConfig) -> Iterator[Record | Dropped]:
     items = iter(layout.read(cfg))
     head = list(itertools.islice(items, HEAD))
     if not head:
-        raise DataError(f"{kind}: there are no rows in it; check {kind}.path")
-    # Rows need not all have the same fields: a field counts as known when any of the first hundred has it.
+        raise DataError(f"{kind}: the table has no rows; check {kind}.path")
+    # Rows may have different fields: a field is known if any of the first hundred rows has it.
     known = dict.fromkeys(k for item in head for k in item.fields)
-    if head[0].split:  # the source says the split of its rows, and has chosen already: it is not a field of theirs
+    if head[0].split:  # the source knows its rows' split and has already selected it: it is not a field
         cfg = cfg.model_copy(update={"split": None, "split_field": None})
     cfg = resolve(cfg, known, kind)
     every: Iterable[Item] = itertools.chain(head, items)
@@ -301,7 +302,7 @@ def hub_records(cfg: HubConfig) -> Iterator[Record | Dropped]:
     """Records of a data set of the datasets library.
 
     Raises:
-        DataError: a folder that neither the library nor the hub has written.
+        DataError: a folder written neither by the library nor in the hub's layout.
     """
     folder = Path(cfg.path).expanduser()
     if folder.is_dir() and not any(
@@ -309,13 +310,13 @@ def hub_records(cfg: HubConfig) -> Iterator[Record | Dropped]:
     ):
         raise DataError(
             f"hf.path: {folder} was not written by save_to_disk (no dataset_info.json, no dataset_dict.json) and holds "
-            "no .parquet files; files as they lie are read by the sources folder, jsonl, json and csv"
+            "no .parquet files; for plain files use the sources folder, jsonl, json or csv"
         )
     yield from table_records("hf", cfg)
 
 
 def table_kind(name: str) -> SourceKind[Any]:
-    """How a table that another package registered is packed: its own settings and those of all tables."""
+    """How to pack a table that another package registered: its own settings plus those of all tables."""
     layout: Layout[Any] = layouts[name]
     config: Any = create_model(f"{name}_packing", __base__=(layout.settings, RowsConfig))
     return SourceKind(config, partial(table_records, name), layout.about)

@@ -1,4 +1,4 @@
-"""Rows of a JSON-lines file, each with the picture that stands for its class: pairs that nobody recorded together.
+"""Rows of a JSON-lines file, each with an image of its class: pairs that were not recorded together.
 
 For evaluations across modalities that share only their text (audio ↔ image in a model of image/text and audio/text).
 """
@@ -19,25 +19,25 @@ from dualenc_data_tools.sources.source import Dropped, Record, SourceKind, sourc
 
 
 class JoinedConfig(JsonlConfig):
-    """``path=captions.jsonl pictures=train-*.tar by=label``, and in ``keys`` the picture of each value of ``by``."""
+    """``path=captions.jsonl pictures=train-*.tar by=label``, and in ``keys`` an image for each value of ``by``."""
 
-    pictures: str | list[str] = Field(description="shards that hold the pictures")
-    by: str = Field("label", description="field whose value says which picture a row gets")
+    pictures: str | list[str] = Field(description="shards that hold the images")
+    by: str = Field("label", description="field whose value selects a row's image")
     keys: dict[str, str] = Field(
-        min_length=1, description="value → key of the sample with the picture; rows with other values are left out"
+        min_length=1, description="value → key of the sample with the image; rows with other values are left out"
     )
 
 
 def joined(cfg: JoinedConfig) -> Iterator[Record | Dropped]:
-    """Records with the row's own media and the borrowed picture.
+    """Records with the row's own media and the selected image.
 
     Raises:
-        DataError: a picture's key is in none of the shards.
+        DataError: an image's key is in none of the shards.
         ConfigError: ``keep`` leaves out the field ``by``.
     """
     pictures = borrowed(cfg.pictures, set(cfg.keys.values()))
     if cfg.caption != cfg.by and (cfg.keep == "none" or (isinstance(cfg.keep, list) and cfg.by not in cfg.keep)):
-        raise ConfigError(f"joined.keep: it must hold {cfg.by!r}, the field of joined.by")
+        raise ConfigError(f"joined.keep: it must include {cfg.by!r}, the field of joined.by")
     for record in table_records("jsonl", cfg):
         if isinstance(record, Dropped):
             yield record
@@ -45,15 +45,15 @@ def joined(cfg: JoinedConfig) -> Iterator[Record | Dropped]:
         value = record.captions[0] if cfg.caption == cfg.by else record.fields.get(cfg.by)
         key = cfg.keys.get(str(value))
         if key is not None:
-            fields = {**record.fields, cfg.by: value}  # also where it is the caption: tasks tell classes apart by it
+            fields = {**record.fields, cfg.by: value}  # even if it is the caption: tasks distinguish classes by it
             yield replace(record, media={"image": pictures[key], **record.media}, fields=fields)
 
 
 def borrowed(shards: str | list[str], keys: set[str]) -> dict[str, bytes]:
-    """Key → the bytes of that sample's picture.
+    """Key → the bytes of that sample's image.
 
     Raises:
-        DataError: naming a key that is not there.
+        DataError: naming a missing key.
     """
     out: dict[str, bytes] = {}
     for name, found in iter_samples(shards, {"image": list(IMAGE_ENDINGS)}):
@@ -63,10 +63,10 @@ def borrowed(shards: str | list[str], keys: set[str]) -> dict[str, bytes]:
             out[key] = bytes(value)
     missing = sorted(keys - set(out))
     if missing:
-        raise DataError(f"joined.keys: no sample {missing[0]!r} with a picture in {shards} ({len(missing)} missing)")
+        raise DataError(f"joined.keys: no sample {missing[0]!r} with an image in {shards} ({len(missing)} missing)")
     return out
 
 
 sources.register("joined")(
-    SourceKind(JoinedConfig, joined, "rows of a JSON-lines file, each with the picture of its class from shards")
+    SourceKind(JoinedConfig, joined, "rows of a JSON-lines file, each with the image of its class from shards")
 )

@@ -1,4 +1,4 @@
-"""What file names say, which records are wanted, and how values are put into words: for sources of rows and folders."""
+"""Fields in file names, filters, and the words for values: settings shared by table and folder sources."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class NamedFields(Section):
     """Settings for fields in file names, for filters, and for words."""
 
     pattern: str | None = Field(
-        None, description="fields in the files' names, ending left out: '{digit}_{speaker}_{take}'"
+        None, description="fields in the file names, without the ending: '{digit}_{speaker}_{take}'"
     )
     where: dict[str, Scalar | list[Scalar]] = Field(
         default_factory=dict, description="only records whose field has this value or one of these: where.fold=[1,2]"
     )
     unless: dict[str, Scalar | list[Scalar]] = Field(
-        default_factory=dict, description="no records whose field has this value or one of these"
+        default_factory=dict, description="leave out records whose field has this value or one of these"
     )
     words: dict[str, dict[Scalar, str]] = Field(
-        default_factory=dict, description="field → value → what templates say: '{digit: {0: zero, 1: one}}'"
+        default_factory=dict, description="field → value → its word in templates: '{digit: {0: zero, 1: one}}'"
     )
     underscores: Literal["keep", "space"] = Field("keep", description="space: crying_baby is written crying baby")
 
@@ -42,9 +42,9 @@ class NamedFields(Section):
         return template_fields(self.pattern, where) if self.pattern is not None else []
 
     def fields_of(self, name: str) -> dict[str, str] | None:
-        """What ``pattern`` reads in a file's name: {} without a pattern, None where the name does not fit.
+        """The fields that ``pattern`` finds in a file name: {} without a pattern, None where the name does not match.
 
-        A field takes as little as it can, so the first separators count.
+        Fields match as little as possible, so the first separators count.
         """
         if self.pattern is None:
             return {}
@@ -58,7 +58,7 @@ class NamedFields(Section):
         return None if found is None else dict(zip(names, found.groups(), strict=True))
 
     def wants(self, row: Mapping[str, Any]) -> bool:
-        """Whether ``where`` and ``unless`` let a record through; values are compared as text."""
+        """Whether ``where`` and ``unless`` keep a record; values are compared as text."""
         for rules, wanted in ((self.where, True), (self.unless, False)):
             for field, value in rules.items():
                 allowed = {str(v) for v in (value if isinstance(value, list) else [value])}
@@ -67,7 +67,7 @@ class NamedFields(Section):
         return True
 
     def in_words(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row whose values are as texts should say them."""
+        """A row with values as they should appear in texts."""
         out = {}
         for field, value in row.items():
             said = {str(k): v for k, v in self.words.get(field, {}).items()}
@@ -75,5 +75,5 @@ class NamedFields(Section):
         return out
 
     def as_words(self, value: Any) -> Any:
-        """A string with spaces for underscores where that is asked for; other values as they are."""
+        """A string with underscores replaced by spaces if so set; other values unchanged."""
         return value.replace("_", " ") if isinstance(value, str) and self.underscores == "space" else value

@@ -1,16 +1,16 @@
 """Rebuild the quickstart's shards from the packages they came from.
 
-Which pictures belong to which split, and in which order, is read from ``metadata.jsonl.gz`` (it was a seeded draw);
-the pictures themselves are made anew from released packages, and the captions are derived again and compared:
+Which images belong to which split, and in which order, is read from ``metadata.jsonl.gz`` (it was a seeded draw);
+the images themselves are rebuilt from released packages, and the captions are derived again and compared:
 
 - npm ``emoji-datasource-google`` and ``emoji-datasource-twitter`` 16.0.0: 64 px PNGs, flattened on white;
 - npm ``@lobehub/fluent-emoji-3d`` 1.1.0: flattened, then Lanczos from 256 to 64 px;
-- Debian ``openclipart-svg``: drawn by librsvg's ``rsvg-convert`` into 192 px, Lanczos to 96 px, centred on white;
+- Debian ``openclipart-svg``: rendered by librsvg's ``rsvg-convert`` at 192 px, Lanczos to 96 px, centred on white;
 - npm ``emojibase-data`` 17.0.0: Unicode CLDR names of the emoji.
 
-All are saved as WebP, quality 80, method 6. With Pillow's bundled libwebp and librsvg 2.54 the tars come out byte for
-byte, but for the twelve drawings of text, which use the fonts that are installed; other versions may change pixels,
-never a key or a caption.
+All are saved as WebP, quality 80, method 6. With Pillow's bundled libwebp and librsvg 2.54 the tars are identical byte
+for byte, except for the twelve drawings with text, which use the installed fonts; other versions may change pixels,
+but never a key or a caption.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _MAX_SVG_PIXELS = 192 * 192 * 4
 class QuickstartConfig(SourceConfig):
     """``dualenc shards build quickstart --out DIR`` needs npm, apt-get, dpkg-deb and rsvg-convert (librsvg2-bin)."""
 
-    metadata: str = Field(str(METADATA), description="metadata.jsonl.gz: which picture is in which split")
+    metadata: str = Field(str(METADATA), description="metadata.jsonl.gz: which image is in which split")
     work: str | None = Field(
-        None, description="folder where the packages (about 180 MB) are kept; default: a temporary one"
+        None, description="folder that keeps the packages (about 180 MB); default: a temporary one"
     )
-    shard_samples: Positive = Field(978, description="samples a shard at most")
+    shard_samples: Positive = Field(978, description="most samples per shard")
 
 
 def quickstart(cfg: QuickstartConfig) -> Iterator[Record | Dropped]:
@@ -96,20 +96,18 @@ def _records(cfg: QuickstartConfig, rows: list[TableRow], kinds: set[str]) -> It
             else:
                 found = emoji[kind].get(str(row["codepoints"]))
                 if found is None:
-                    raise DataError(
-                        f"quickstart: {EMOJI[kind][0]} has no picture of {row['codepoints']} (sample {key})"
-                    )
+                    raise DataError(f"quickstart: {EMOJI[kind][0]} has no image for {row['codepoints']} (sample {key})")
                 image = flatten(found)
             yield Record(
                 key, {"image": to_webp(image)}, (str(row["caption"]),), split=str(row["split"]), exact_key=True
             )
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------
 
 
 def flatten(path: Path, size: int = 64) -> Image.Image:
-    """A picture on white, as RGB of ``size`` × ``size``."""
+    """An image on white, as RGB of ``size`` × ``size``."""
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -120,7 +118,7 @@ def flatten(path: Path, size: int = 64) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """The whole picture in a white square of ``size`` px, centred."""
+    """The whole image in a white square of ``size`` px, centred."""
     from PIL import Image
 
     if image.size == (size, size):
@@ -133,7 +131,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def draw_svg(path: Path, size: int = 96) -> Image.Image:
-    """An SVG drawn at twice the size by librsvg, then made smaller and centred on white."""
+    """An SVG rendered at twice the size by librsvg, then downsampled and centred on white."""
     from PIL import Image
 
     double = str(2 * size)
@@ -171,7 +169,7 @@ def to_webp(image: Image.Image) -> bytes:
 
 
 def _by_codepoints(folder: Path) -> dict[str, Path]:
-    """Code points without variation selectors → picture; the first by name where a package has two spellings."""
+    """Code points without variation selectors → image; the first by name where a package has two spellings."""
     out: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         out.setdefault(without_selectors(path.stem), path)
@@ -187,10 +185,10 @@ def without_selectors(codepoints: str) -> str:
 
 
 def need_tools(names: Sequence[str]) -> None:
-    """Check that commands are there.
+    """Check that commands are installed.
 
     Raises:
-        ConfigError: naming the first that is not, and the package that has it.
+        ConfigError: naming the first missing one and its package.
     """
     packages = {
         "npm": "npm (nodejs.org)",
@@ -201,13 +199,13 @@ def need_tools(names: Sequence[str]) -> None:
     for name in names:
         if shutil.which(name) is None:
             raise ConfigError(
-                f"Building the quickstart's data needs the command {name}: install {packages[name]}. "
+                f"Building the quickstart data needs the command {name}: install {packages[name]}. "
                 "The built shards are in recipes/quickstart/data."
             )
 
 
 def npm(name: str, work: Path) -> Path:
-    """The unpacked npm package ``name@version``; fetched if it is not there by ``npm pack``, which checks its digest.
+    """The unpacked npm package ``name@version``; downloaded if missing by ``npm pack``, which checks its digest.
 
     Raises:
         DataError: it cannot be fetched or unpacked.
@@ -226,7 +224,7 @@ def npm(name: str, work: Path) -> Path:
 
 
 def debian(name: str, work: Path) -> Path:
-    """The unpacked Debian package, fetched by ``apt-get download`` if it is not there.
+    """The unpacked Debian package, downloaded if missing by ``apt-get download``.
 
     Raises:
         DataError: it cannot be fetched or unpacked.
@@ -252,7 +250,7 @@ def _run(command: list[str], cwd: Path, what: str) -> str:
 
 def _last_line(raw: bytes) -> str:
     lines = raw.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it said nothing"
+    return lines[-1][:300] if lines else "no output"
 
 
 # --- afterwards --------------------------------------------------------------------------------------------------
@@ -275,7 +273,7 @@ def compare_captions(metadata: Path, work: Path) -> dict[str, tuple[int, int]]:
 
 
 def _finish(cfg: QuickstartConfig, out: Path) -> list[str]:
-    """Put metadata, README and licences beside the shards; compare shards and captions with what ships."""
+    """Copy metadata, README and licences beside the shards; compare shards and captions with the shipped ones."""
     metadata = Path(cfg.metadata)
     notes = []
     for name in (metadata.name, "README.md"):
@@ -291,10 +289,10 @@ def _finish(cfg: QuickstartConfig, out: Path) -> list[str]:
     made = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.glob("*.tar"))}
     if sums:
         same = sum(made.get(name) == digest for name, digest in sums.items())
-        notes.append(f"{same} of {len(sums)} shards equal the shipped ones byte for byte (SHA-256 in README.md)")
+        notes.append(f"{same} of {len(sums)} shards are identical to the shipped ones (SHA-256 in README.md)")
     if cfg.work:
         for kind, (same, total) in compare_captions(metadata, Path(cfg.work)).items():
-            notes.append(f"captions derived again from the packages: {kind} {same} of {total} equal")
+            notes.append(f"captions derived again from the packages: {same} of {total} {kind} captions are equal")
     return notes
 
 

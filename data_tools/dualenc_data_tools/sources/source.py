@@ -29,35 +29,35 @@ T = TypeVar("T")
 class SourceConfig(Section):
     """Settings that every source takes."""
 
-    name: str = Field("train", description="first part of the shards' names where the source names no split")
-    size: Positive | None = Field(
-        None, description="longest side in px; larger pictures are made smaller; default: as is"
-    )
+    name: str = Field("train", description="first part of the shards' names if the source names no split")
+    size: Positive | None = Field(None, description="longest side in px; larger images are downscaled; default: as is")
     encode: Literal["keep", "jpeg", "webp", "png"] = Field(
-        "keep", description="write pictures in this format; keep: the original bytes"
+        "keep", description="write images in this format; keep: the original bytes"
     )
     quality: Annotated[int, Field(ge=1, le=100)] = Field(
-        90, description="of JPEG and WebP, where a picture is written anew"
+        90, description="quality of JPEG and WebP when an image is re-encoded"
     )
     rate: Positive | None = Field(
         None,
-        description="resample sounds to this many Hz, as mono FLAC where encode_audio does not say; default: as is",
+        description="resample audio to this many Hz, as mono FLAC unless encode_audio says otherwise; default: as is",
     )
-    seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="keep the first so many seconds of sounds")
+    seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="keep only the first so many seconds of audio clips"
+    )
     encode_audio: Literal["keep", "flac", "wav", "ogg"] = Field(
-        "keep", description="write sounds in this format, as mono; keep: the original bytes"
+        "keep", description="write audio in this format, as mono; keep: the original bytes"
     )
-    verify: bool = Field(True, description="decode every picture and sound once and drop those that are broken")
+    verify: bool = Field(True, description="decode every image and audio clip once and drop broken ones")
     text: Literal["auto", "txt", "json"] = Field(
         "auto", description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields"
     )
     shuffle_seed: int | None = Field(None, description="shuffle the samples; default: the source's own order")
     limit: Positive | None = Field(None, description="stop after this many records")
-    shard_samples: Positive = Field(1000, description="samples a shard at most")
-    shard_mb: Annotated[float, Field(gt=0)] = Field(500.0, description="megabytes (10^6 bytes) a shard at most")
+    shard_samples: Positive = Field(1000, description="most samples per shard")
+    shard_mb: Annotated[float, Field(gt=0)] = Field(500.0, description="most megabytes (10^6 bytes) per shard")
     overwrite: bool = Field(False, description="replace shards of the same name")
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="fail when more than this share is dropped"
+        0.05, description="fail if more than this share of the records is dropped"
     )
     threads: Positive = 4
 
@@ -67,14 +67,14 @@ class Record:
     """One sample before it is packed.
 
     Attributes:
-        name: where it comes from, for keys and reports ("images/17.jpg", "row 12").
-        media: "image", "audio" or an ending → the bytes, or the file that holds them. Pictures and sounds are checked
-            and may be written anew.
+        name: its origin, for keys and reports ("images/17.jpg", "row 12").
+        media: "image", "audio" or an ending → the bytes, or the file that holds them. Images and audio are checked
+            and may be re-encoded.
         captions: the texts, in order; empty for a sample without text.
-        fields: anything else that goes into the .json member.
+        fields: further entries of the .json member.
         members: ending → bytes that are packed as they are ("cls").
         split: first part of the shards' names; "" for the config's ``name``.
-        many: the source holds lists of captions, so the .json layout is used whatever this record's number.
+        many: the source has lists of captions, so the .json layout is used whatever their number in this record.
         exact_key: use ``name`` as the key, unchanged.
     """
 
@@ -98,7 +98,7 @@ class Dropped:
 
 
 class BadMedia(Exception):
-    """A picture or sound cannot be packed: ``reason`` is counted, ``detail`` goes into the report."""
+    """An image or audio clip cannot be packed: ``reason`` is counted, ``detail`` goes into the report."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -154,10 +154,10 @@ sources = Packings("source")
 
 
 class Keys:
-    """Makes keys that are safe as member names and different from each other.
+    """Makes unique keys that are safe as member names.
 
     A key has only ASCII letters, digits, ``_`` and ``-``: no dot (a key ends at the first dot), no slash (a member
-    name never becomes a path). What had to be shortened, or would be the same as another, gets a hash or a number.
+    name never becomes a path). A shortened key gets a hash, a repeated one a number.
     """
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ def template_fields(template: str, where: str) -> list[str]:
     """The names a caption template uses.
 
     Raises:
-        ConfigError: for anything but plain ``{name}`` fields: attributes and formats are not for data.
+        ConfigError: for anything but plain ``{name}`` fields: data may not use attributes and formats.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -204,7 +204,7 @@ def template_fields(template: str, where: str) -> list[str]:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Fill ``{name}`` from ``row`` (missing or null: nothing); spaces are made single, dangling commas removed."""
+    """Fill ``{name}`` from ``row`` (missing or null: nothing); collapse spaces and remove dangling commas."""
     out = ""
     for literal, name, _, _ in string.Formatter().parse(template):
         value = row.get(name) if name is not None else None
@@ -230,7 +230,7 @@ def as_captions(value: Any) -> tuple[str, ...]:
 
 
 def jsonable(value: Any) -> bool:
-    """Whether a value can stand in a .json member as it is."""
+    """Whether a value can be stored in a .json member as it is."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

@@ -1,11 +1,11 @@
-"""Camera and LiDAR from KITTI's and nuScenes' folders as published: frames, or the objects that are labelled in them.
+"""Camera and LiDAR from KITTI's and nuScenes' folders as published: frames, or the objects labelled in them.
 
 A LiDAR item is the bytes of a ``.npy``, float32 [n, 4]: x forward, y left, z up of the camera in metres, and intensity
-in 0 … 1. A frame's points are those inside its picture (as LidarCLIP has it), so a sweep gives one item a camera, and
-both data sets give the same kind of item; an object's points are those inside its box. A camera item is the picture as
-it lies there, or the part of it that shows the object.
+in 0 … 1. A frame's points are those inside its image (as in LidarCLIP), so a sweep gives one item per camera, and
+both data sets give the same kind of item; an object's points are those inside its box. A camera item is the image file
+itself, or the part of it that shows the object.
 
-KITTI: Geiger et al. 2012. nuScenes: Caesar et al. 2020, arXiv 1903.11027. Objects too small to tell are left out
+KITTI: Geiger et al. 2012. nuScenes: Caesar et al. 2020, arXiv 1903.11027. Objects too small to recognise are left out
 (:func:`dualenc.data.driving.keyframes.part_seen`); shards of ``unit=objects`` hold the same ones.
 """
 
@@ -34,7 +34,7 @@ DRAWN_PX = 480
 
 @dataclass(frozen=True, eq=False)
 class CameraFrame:
-    """One picture with the sweep around it; boxes are in the camera's frame."""
+    """One image with the sweep around it; boxes are in the camera's frame."""
 
     id: str
     view: CameraView
@@ -56,34 +56,34 @@ class CameraFrame:
         return project(points, np.eye(4), self.view.intrinsics)[0]
 
     def seen(self, points: F64) -> Bools:
-        """[n]: which points are inside the picture."""
+        """[n]: which points are inside the image."""
         return seen(*project(points[:, :3], np.eye(4), self.view.intrinsics), self.size)
 
     def visible(self, box: Box, points: F64) -> tuple[float, float, float, float] | None:
-        """(left, top, right, bottom) of the box in the picture; None when too little of it is seen."""
+        """(left, top, right, bottom) of the box in the image; None when too little of it is visible."""
         return part_seen(box, points, self.view.intrinsics, self.size)
 
 
 def frames_of(keys: Iterable[Keyframe], corrupt: Corruption) -> Iterator[CameraFrame]:
-    """Every picture of every keyframe.
+    """Every image of every keyframe.
 
     Raises:
-        DataError: a picture or calibration that is missing or broken.
+        DataError: an image or calibration that is missing or broken.
     """
     return (frame_of(key, view, corrupt) for key in keys for view in key.views)
 
 
 def frame_of(key: Keyframe, view: CameraView, corrupt: Corruption) -> CameraFrame:
-    """One picture of a keyframe.
+    """One image of a keyframe.
 
     Raises:
-        DataError: the picture or its calibration is missing or broken.
+        DataError: the image or its calibration is missing or broken.
     """
     checked_intrinsics(view.intrinsics, f"{key.id}, camera {view.name}")
     try:
         size = view.size or open_picture(view.path.read_bytes()).size
     except OSError as e:
-        raise DataError(f"camera {view.name} has no picture: {view.path.name} ({e.strerror})") from e
+        raise DataError(f"camera {view.name} has no image: {view.path.name} ({e.strerror})") from e
     boxes = tuple(b.moved(inverse(view.to_ego)) for b in key.boxes)
     return CameraFrame(view.path.stem, view, key, size, boxes, corrupt)
 
@@ -91,7 +91,7 @@ def frame_of(key: Keyframe, view: CameraView, corrupt: Corruption) -> CameraFram
 def items_of(keys: Iterable[Keyframe], corrupt: Corruption, unit: Literal["frames", "objects"]) -> Iterator[Item]:
     """Every frame, or every labelled object that is seen well enough.
 
-    A frame with a broken picture is an item that cannot be read, so it is counted and named. Which objects a broken
+    A frame with a broken image is an item that cannot be read, so it is counted and named. Which objects a broken
     frame shows is not known: it ends the reading of objects.
     """
     for key in keys:
@@ -121,7 +121,7 @@ def _items(frame: CameraFrame, unit: Literal["frames", "objects"]) -> Iterator[I
 
 
 def _objects(frame: CameraFrame) -> Iterator[Item]:
-    # Which objects are asked about does not depend on what fails.
+    # The choice of objects does not depend on which sensors fail.
     points = _points(replace(frame, corrupt=Corruption()))
     for n, box in enumerate(frame.boxes):
         box2d = frame.visible(box, points)
@@ -138,10 +138,10 @@ def _objects(frame: CameraFrame) -> Iterator[Item]:
         yield Item(name, {"camera": [picture], "lidar": [cloud]}, fields, label=box.cls)
 
 
-# The objects of a frame follow each other: without these its sweep and picture would be read again for each.
+# The objects of a frame come one after another: without these caches each would read its sweep and image again.
 @lru_cache(maxsize=2)
 def _points(frame: CameraFrame) -> F64:
-    """[n, 4]: the points inside the picture."""
+    """[n, 4]: the points inside the image."""
     points = frame.points()
     return points[frame.seen(points)]
 
@@ -159,7 +159,7 @@ def _frame_points(frame: CameraFrame) -> bytes:
 def _box_points(frame: CameraFrame, box: Box) -> bytes:
     points = _points(frame)
     inside = points[box.inside(points[:, :3])]
-    if not len(inside):  # of an object that failing sensors lost, only where it should be is known
+    if not len(inside):  # failing sensors lost the object: only its position is known
         inside = np.array([[*box.center, 0.0]])
     return as_npy(inside)
 
@@ -181,7 +181,7 @@ def _box_drawn(frame: CameraFrame, box: Box, edges: tuple[float, float, float, f
         points = box.center[None]
     depth = points[:, 2] - points[:, 2].min()
     image = open_picture(_crop(str(frame.view.path), edges)).rgb()
-    # What is near within the box is red: at its distance from the car all of it would have one colour.
+    # The nearest point in the box is red: coloured by its distance from the car, it would have a single colour.
     at = frame.pixels(points) - np.array(edges[:2])
     return {
         "picture": webp_uri(points_over(image, at, depth, DRAWN_PX // 2, far=max(float(depth.max()), 1.0), dot=1.5))

@@ -1,8 +1,8 @@
-"""Cameras and LiDAR that fail: silent beams, black pictures, a calibration that is off, fog-like noise.
+"""Failing cameras and LiDAR: silent beams, black images, a wrong calibration, fog-like noise.
 
 The kinds of Robo3D (Kong et al. 2023, arXiv 2303.17597) and of the robustness tables of CALICO and BEVFusion, as simple
-models of the sensor, not of the weather. Every draw comes from the name of the picture, so a model meets the same
-failures whenever it is asked, and another model meets the same ones.
+models of the sensor, not of the weather. Every draw is derived from the name of the image, so all models meet the same
+failures in every run.
 """
 
 from __future__ import annotations
@@ -17,33 +17,31 @@ from dualenc.config import Section
 from dualenc.data.driving.geometry import F64
 
 BEAMS = 64
-"""Beams of a sweep whose points do not say theirs: bands of equal height between its lowest and highest direction."""
+"""Beams assumed for a sweep without ring numbers: bands of equal elevation between its lowest and highest points."""
 BACKSCATTER = 0.5
 """Share of the beams lost in fog that come back from the fog itself."""
 _NEAR, _THICK = 1.0, 20.0
 
 
 class Corruption(Section):
-    """Sensors that fail; what is drawn depends on the picture's name only."""
+    """Simulated sensor failures; what is drawn depends only on the image's name."""
 
     beams: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="share of the LiDAR's beams that are silent"
     )
-    pictures: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0, description="share of the pictures that are black"
-    )
+    pictures: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="share of the images that are black")
     turned_deg: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
-        description="standard deviation of the error of the camera's calibration, about each axis, in degrees",
+        description="standard deviation of the camera calibration's rotation error about each axis, in degrees",
     )
     fog: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
-        description="how thick fog-like noise on the LiDAR is: 1 / the metres a beam goes before 63 % are lost",
+        description="density of fog-like noise on the LiDAR: 1 / the metres after which 63 % of a beam are lost",
     )
 
 
 def rng_of(name: str, kind: str) -> np.random.Generator:
-    """The generator of one picture's failure of one kind."""
+    """The generator for one kind of failure of one image."""
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(f"{kind}\0{name}".encode(), digest_size=8).digest()))
 
 
@@ -69,8 +67,8 @@ def _silent(points: F64, columns: tuple[str, ...], share: float, rng: np.random.
 
 
 def _fog(points: F64, thickness: float, rng: np.random.Generator) -> F64:
-    """Beer-Lambert both ways: a return from r metres is lost with 1 − exp(−2 r · thickness). Of the lost, the share
-    ``BACKSCATTER`` comes back from the fog on the way, weakly; the others do not come back."""
+    """Beer-Lambert both ways: a return from r metres is lost with probability 1 − exp(−2 r · thickness). Of the lost
+    returns, the share ``BACKSCATTER`` is reflected, weakly, by the fog on the way."""
     r = np.linalg.norm(points[:, :3], axis=1)
     lost = rng.random(len(points)) >= np.exp(-2 * thickness * r)
     scattered = lost & (rng.random(len(points)) < BACKSCATTER) & (r > _NEAR)
@@ -84,7 +82,7 @@ def _fog(points: F64, thickness: float, rng: np.random.Generator) -> F64:
 
 
 def turn(degrees: float, name: str) -> F64:
-    """[4, 4]: a rotation by normal errors of ``degrees`` about x, y and z: what the calibration is wrong by."""
+    """[4, 4]: a rotation by normal errors of ``degrees`` about x, y and z: the calibration's error."""
     out = np.eye(4)
     for axis, angle in enumerate(np.radians(rng_of(name, "turned").normal(0, degrees, 3))):
         i, j = (axis + 1) % 3, (axis + 2) % 3
@@ -96,5 +94,5 @@ def turn(degrees: float, name: str) -> F64:
 
 
 def is_black(share: float, name: str) -> bool:
-    """Whether this picture is one of the black ones; of a larger share those of a smaller are a part."""
+    """Whether this image is one of the black ones; those of a smaller share are also black for a larger one."""
     return bool(rng_of(name, "pictures").random() < share)

@@ -1,8 +1,8 @@
-"""Where sensors stand and what they see: poses, pinhole cameras, and what a transform does to either.
+"""Sensor geometry: poses, pinhole cameras, and the effect of transforms on both.
 
 Frames, in metres: *ego* has x forward, y left, z up; a *camera* x right, y down, z forward. A pose "a → b" is a matrix
 [4, 4] that takes points of a to points of b. Pixels are counted as OpenCV does: the centre of the first is (0, 0), so
-a picture of width W reaches from −½ to W − ½.
+an image of width W reaches from −½ to W − ½.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SINGULAR = 1e-6
 
 
 def inverse(matrix: F64) -> F64:
-    """Of a pose b → a from a → b, or of intrinsics."""
+    """The inverse of a matrix: the pose b → a of a pose a → b."""
     return np.asarray(np.linalg.inv(matrix), dtype=np.float64)
 
 
@@ -55,8 +55,8 @@ def moved(points: F64, by: F64) -> F64:
 def split_projection(projection: F64) -> tuple[F64, F64]:
     """``P [3, 4]`` = K [I | t] as the intrinsics K [3, 3] and the pose [4, 4] that carries the shift t.
 
-    KITTI's P2 is relative to another camera than the one it projects into; with the shift in the pose, a camera is
-    its K alone. A singular K comes back as it is, without a shift: :func:`checked_intrinsics` refuses it by name.
+    KITTI's P2 is relative to another camera than the one it projects into; with the shift in the pose, K alone
+    describes the camera. A singular K is returned as is, without a shift: :func:`checked_intrinsics` rejects it.
     """
     K = projection[:, :3]
     regular = abs(np.linalg.det(K)) > _SINGULAR
@@ -71,7 +71,7 @@ def project(points: F64, to_camera: F64, intrinsics: F64) -> tuple[F64, F64]:
 
 
 def seen(uv: F64, depth: F64, size: tuple[int, int]) -> Bools:
-    """[n]: which pixels [n, 2] are in a picture of (width, height) and at least ``MIN_DEPTH`` ahead."""
+    """[n]: which pixels [n, 2] are in an image of (width, height) and at least ``MIN_DEPTH`` ahead."""
     return np.asarray((depth > MIN_DEPTH) & (uv >= 0).all(1) & (uv < np.array(size)).all(1))
 
 
@@ -79,8 +79,8 @@ def seen(uv: F64, depth: F64, size: tuple[int, int]) -> Bools:
 
 
 def cut_and_resized(intrinsics: F64, box: tuple[float, float, float, float], size: tuple[int, int]) -> F64:
-    """K of the picture that is the part ``box`` (left, top, right, bottom; edges, as PIL counts them) made
-    ``size`` (width, height)."""
+    """K of the image cropped to ``box`` (left, top, right, bottom: edges, as PIL counts them) and resized to ``size``
+    (width, height)."""
     sx, sy = size[0] / (box[2] - box[0]), size[1] / (box[3] - box[1])
     # A pixel's centre is half a pixel right of its edge, before and after.
     tx, ty = (0.5 - box[0]) * sx - 0.5, (0.5 - box[1]) * sy - 0.5
@@ -88,14 +88,14 @@ def cut_and_resized(intrinsics: F64, box: tuple[float, float, float, float], siz
 
 
 def mirrored(intrinsics: F64, width: int) -> F64:
-    """K of the picture flipped left to right: its focal length becomes negative, no pose changes."""
+    """K of the image flipped left to right: its focal length becomes negative, no pose changes."""
     return np.asarray(np.array([[-1.0, 0, width - 1.0], [0, 1, 0], [0, 0, 1]]) @ intrinsics)
 
 
 def ground_motion(
     rng: np.random.Generator, rotate_deg: float, scale: tuple[float, float], flip_x: bool, flip_y: bool
 ) -> F64:
-    """A random linear map [4, 4] of the scene: turned about z by up to ± ``rotate_deg``, scaled, mirrored."""
+    """A random linear map [4, 4] of the scene: rotated about z by up to ± ``rotate_deg``, scaled, mirrored."""
     turn = np.deg2rad(rng.uniform(-rotate_deg, rotate_deg))
     c, s = np.cos(turn), np.sin(turn)
     signs = [-1.0 if allowed and rng.random() < 0.5 else 1.0 for allowed in (flip_x, flip_y)]
@@ -116,9 +116,7 @@ def checked_intrinsics(value: Any, what: str) -> F64:
     if not np.allclose(K[2], [0, 0, 1], atol=1e-6):
         raise DataError(f"{what}: the intrinsics' last row must be 0 0 1, got {K[2].tolist()}")
     if abs(np.linalg.det(K)) < _SINGULAR or min(abs(K[0, 0]), abs(K[1, 1])) < _SINGULAR:
-        raise DataError(
-            f"{what}: singular intrinsics (focal lengths {K[0, 0]:g} and {K[1, 1]:g}): no ray belongs to a pixel"
-        )
+        raise DataError(f"{what}: singular intrinsics (focal lengths {K[0, 0]:g} and {K[1, 1]:g}): pixels have no ray")
     return K
 
 

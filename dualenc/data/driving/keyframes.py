@@ -1,9 +1,9 @@
-"""Keyframes of driving data sets, read from their own files: pictures, one sweep, calibration, boxes.
+"""Keyframes of driving data sets, read from their own files: images, one sweep, calibration, boxes.
 
 Every sensor carries its own pose to a common frame, ego (:mod:`dualenc.data.driving.geometry`), so nothing that
 looks at one sensor has to know another. KITTI (Geiger et al. 2012) has no ego frame of its own: its
-Velodyne's stands for it. nuScenes (Caesar et al. 2020, arXiv 1903.11027): ego is the car when the sweep was taken; that
-the car moved before a picture was taken is in the picture's pose.
+Velodyne's is used. nuScenes (Caesar et al. 2020, arXiv 1903.11027): ego is the car's frame at the time of the sweep;
+its motion until an image was taken is part of that image's pose.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dualenc.data.driving.geometry import F64, Bools, inverse, pose, project, ro
 from dualenc.errors import DataError, did_you_mean
 
 MARGIN = 1.05
-"""Labels are tight: a box takes in the points of one this much larger."""
+"""Labels are tight: a point belongs to a box if it is inside the box enlarged by this factor."""
 MIN_POINTS, MIN_PX, MIN_INSIDE = 10, 24, 0.7
-"""Less of an object than this many points, pixels in either direction, or share of its area in the picture is too
-little to tell what it is."""
+"""An object with fewer points, fewer pixels in either direction, or a smaller share of its area inside the image is too
+small to recognise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Box:
     half: F64
 
     def corners(self) -> F64:
-        """[8, 3], in the box's own frame of reference."""
+        """[8, 3], in the frame that ``center`` is in."""
         signs = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
         return np.asarray(self.center + (signs * self.half) @ self.axes.T)
 
@@ -48,19 +48,19 @@ class Box:
         return np.asarray((np.abs((points - self.center) @ self.axes) <= MARGIN * self.half).all(1))
 
     def moved(self, by: F64) -> Box:
-        """The same object seen from another frame."""
+        """The same object in another frame."""
         center = by[:3, :3] @ self.center + by[:3, 3]
         return Box(self.cls, self.instance, center, by[:3, :3] @ self.axes, self.half)
 
 
 @dataclass(frozen=True, eq=False)
 class CameraView:
-    """One camera's picture.
+    """One camera's image.
 
     Attributes:
-        size: (width, height) that the calibration is of; None: it does not say.
+        size: (width, height) that the calibration is for; None: not stated.
         intrinsics: [3, 3]; to_ego: [4, 4] camera → ego.
-        drive: the drive that the calibration is of.
+        drive: the drive that the calibration belongs to.
     """
 
     name: str
@@ -73,11 +73,11 @@ class CameraView:
 
 @dataclass(frozen=True, eq=False)
 class Keyframe:
-    """One sweep and the pictures taken with it.
+    """One sweep and the images taken with it.
 
     Attributes:
-        columns: what the numbers of a point in the file are; top: largest intensity.
-        lidar_to_ego: [4, 4]; ego_pose: [4, 4] ego → world, where the data set says.
+        columns: names of a point's values in the file; top: largest intensity.
+        lidar_to_ego: [4, 4]; ego_pose: [4, 4] ego → world, where the data set has it.
         boxes: in ego.
     """
 
@@ -112,14 +112,14 @@ class Keyframe:
 def part_seen(
     box: Box, points: F64, intrinsics: F64, size: tuple[int, int]
 ) -> tuple[float, float, float, float] | None:
-    """The part of a picture that shows an object.
+    """The part of an image that shows an object.
 
     Args:
-        box: in the camera's frame; points: [n, ≥ 3] inside the picture, in that frame.
-        intrinsics: [3, 3]; size: (width, height) of the picture.
+        box: in the camera's frame; points: [n, ≥ 3] inside the image, in that frame.
+        intrinsics: [3, 3]; size: (width, height) of the image.
 
     Returns:
-        (left, top, right, bottom) in pixels; None when too little of the object is seen.
+        (left, top, right, bottom) in pixels; None when too little of the object is visible.
     """
     corners = box.corners()
     if (corners[:, 2] <= 0).any():
@@ -146,7 +146,7 @@ def kitti_object(folder: str | Path, boxes: bool = True) -> Iterator[Keyframe]:
     folder = Path(folder)
     images = sorted((folder / "image_2").glob("*.png"))
     if not images:
-        raise DataError(f"there are no pictures in {folder / 'image_2'}")
+        raise DataError(f"there are no images in {folder / 'image_2'}")
     for path in images:
         given = _kitti_numbers(folder / "calib" / f"{path.stem}.txt", {"P2": 12, "R0_rect": 9, "Tr_velo_to_cam": 12})
         rectified = _rows(given["R0_rect"], 3, 3) @ _rows(given["Tr_velo_to_cam"], 3, 4)
@@ -161,8 +161,8 @@ def kitti_object(folder: str | Path, boxes: bool = True) -> Iterator[Keyframe]:
 def kitti_raw(folder: str | Path, cameras: tuple[str, ...] = ("02", "03")) -> Iterator[Keyframe]:
     """A synced and rectified drive, ``…/2011_09_26/2011_09_26_drive_0001_sync``.
 
-    Its calibration lies in its day's folder, or in the drive's own where somebody has unpacked it without the day;
-    sweeps and pictures lie in ``data`` folders, or directly in ``velodyne_points`` and ``image_02``.
+    Its calibration is in its day's folder, or in the drive's own if it was unpacked without the day; sweeps and images
+    are in ``data`` folders, or directly in ``velodyne_points`` and ``image_02``.
 
     Raises:
         DataError: a folder or file that is missing or broken; says what is expected where.
@@ -176,8 +176,8 @@ def kitti_raw(folder: str | Path, cameras: tuple[str, ...] = ("02", "03")) -> It
     given = _kitti_numbers(beside / "calib_cam_to_cam.txt", need)
     velo = _kitti_numbers(beside / "calib_velo_to_cam.txt", {"R": 9, "T": 3})
     rectified = _rows(given["R_rect_00"], 3, 3) @ pose(velo["R"].reshape(3, 3), velo["T"])
-    # A day's drives share a calibration, and a drive's name begins with its day: another day's calibration is of
-    # another drive. A drive that is not called after a day has the calibration that lies with it.
+    # A day's drives share a calibration, and a drive's name begins with its day: another day's calibration belongs to
+    # another drive. A drive that is not named after a day has the calibration found with it.
     other = beside != folder and _DAY.match(folder.name) and not folder.name.startswith(beside.name)
     drive = beside.name if other else folder.name
     for sweep in sweeps:
@@ -195,7 +195,7 @@ _DAY = re.compile(r"\d{4}_\d\d_\d\d")
 
 
 def _kitti_data(folder: Path) -> Path:
-    """Where a sensor's files lie: its ``data`` folder, or itself."""
+    """Where a sensor's files are: in its ``data`` folder, or directly in its own."""
     return folder if folder.is_dir() and not (folder / "data").is_dir() else folder / "data"
 
 
@@ -207,9 +207,9 @@ def _kitti_calibration(drive: Path) -> Path:
         raise DataError(
             f"There is no file {names[0]} or {names[1]} in {drive.parent} or {drive}; KITTI's raw data are expected as "
             "DATE/calib_cam_to_cam.txt, DATE/calib_velo_to_cam.txt and DATE/DATE_drive_NNNN_sync/velodyne_points/data/"
-            "*.bin (the calibration of a day is a download of its own), or with both files beside velodyne_points"
+            "*.bin (a day's calibration is a separate download), or with both files beside velodyne_points"
         )
-    # Both may be there, but each has one file: the folder with both counts.
+    # Both folders may have one of the files: prefer the one with both.
     return next((p for p in found if all((p / n).is_file() for n in names)), found[0])
 
 
@@ -250,7 +250,7 @@ def _kitti_boxes(path: Path, frame: str, to_ego: F64) -> list[Box]:
             raise DataError(f"{path}, line {n + 1}, is not a KITTI label: {e}") from e
         c, s = np.cos(turn), np.sin(turn)
         axes = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
-        # A label's place is the middle of the box's bottom; y points down.
+        # A label's position is the centre of the box's bottom face; y points down.
         box = Box(cls, f"{frame}/{n}", np.array([x, y - h / 2, z]), axes, np.array([length, h, w]) / 2)
         out.append(box.moved(to_ego))
     return out
@@ -290,7 +290,7 @@ class _Tables:
         return {row["token"]: row for row in self.rows(name)}
 
     def drives(self) -> dict[str, str]:
-        """Sample token → scene's name; "" where the tables do not say."""
+        """Sample token → scene's name; "" where the tables lack it."""
         if not (self.folder / "sample.json").is_file() or not (self.folder / "scene.json").is_file():
             return {}
         scenes = self.by_token("scene")
@@ -328,7 +328,7 @@ def _nuscenes(root: Path, tables: _Tables, with_boxes: bool) -> Iterator[Keyfram
         for channel, row in sorted(channels.items()):
             if channel.startswith("CAM_"):
                 sensor = calibrated[row["calibrated_sensor_token"]]
-                # The car moves between the sweep and the picture: each has its own pose in the world.
+                # The car moves between the sweep and the image: each has its own pose in the world.
                 to_ego = from_world @ _nuscenes_pose(poses[row["ego_pose_token"]]) @ _nuscenes_pose(sensor)
                 K = np.array(sensor["camera_intrinsic"], dtype=np.float64)
                 size = (int(row["width"]), int(row["height"]))
@@ -378,5 +378,5 @@ def _text(path: Path) -> str:
 
 def _missing(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"There is no file {path}: there is no folder {path.parent}."
+        return f"There is no file {path}: the folder {path.parent} does not exist."
     return f"There is no file {path}. {did_you_mean(path.name, (p.name for p in path.parent.iterdir()))}"

@@ -1,8 +1,8 @@
-"""Places of the world that several sensors' rows name alike: what losses on regions compare.
+"""Places in the scene that the rows of several sensors share: what region losses compare.
 
 A sample's ``regions.npy`` is float32 [m, 4]: x, y, z in the ego frame and the number of the region the place is in, or
-``POOR``. Every modality that is asked for ``places`` draws the *same* ones, from (seed, sample id, pass) without its
-own name; each moves them into its own model frame, whatever was done to it.
+``POOR``. Every modality with ``places`` draws the *same* ones, from (seed, sample id, epoch) without its own name; each
+moves them into its own model frame, whatever augmentation it had.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from dualenc.errors import DecodeError
 
 MEMBER = "regions.npy"
 POOR = -2
-"""Region of a place that is in none."""
+"""Region number of a place outside all regions."""
 
 
 class PlacesConfig(Section):
-    """How many places a row names: in regions (rich) and in none (poor); fewer where a sample has fewer."""
+    """How many places a row lists: inside regions (rich) and outside (poor); fewer where a sample has fewer."""
 
     rich: Positive = 512
     poor: int = 512
 
     @property
     def count(self) -> int:
-        """K of a row."""
+        """K, the number of places in a row."""
         return self.rich + self.poor
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """xyz float64 [K, 3] in ego; region int64 [K], ``ABSENT`` where there is nothing."""
+    """xyz float64 [K, 3] in ego; region int64 [K], ``ABSENT`` where a place is missing."""
 
     xyz: F64
     region: npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Places:
         """``places`` float32 [K, 2] in the model frame that ``to_ego`` leads back from, and ``labels`` with ``region``.
 
         Args:
-            within: x, y, z from, x, y, z to: places outside are ``ABSENT``; hidden: bool [K], likewise.
+            within: x, y, z minimum, x, y, z maximum: places outside are ``ABSENT``; hidden: bool [K]: so are these.
         """
         xyz = moved(self.xyz, inverse(to_ego))
         region = self.region.copy()
@@ -69,12 +69,15 @@ def read_regions(raw: Any) -> npt.NDArray[np.float32]:
     """The array of ``regions.npy``, [m, 4].
 
     Raises:
-        DecodeError: it is missing, or not that.
+        DecodeError: it is missing, or not such an array.
     """
     data = raw.get(MEMBER) if isinstance(raw, Mapping) else None
     if data is None:
         raise DecodeError(f"there is no {MEMBER}: build the shards with regions=true, or leave out input.places")
-    out = read_npy(bytes(data))
+    try:
+        out = read_npy(bytes(data))
+    except DecodeError as e:
+        raise DecodeError(f"{MEMBER}: {e}") from e
     if out.ndim != 2 or out.shape[1] != 4 or out.dtype.kind not in "fiu" or not np.isfinite(out).all():
         raise DecodeError(f"{MEMBER} must be finite numbers [m, 4]: x, y, z, region")
     return out.astype(np.float32)
@@ -95,12 +98,12 @@ def draw(regions: npt.NDArray[np.float32], config: PlacesConfig, rng: np.random.
 
 
 def nothing(config: PlacesConfig) -> Places:
-    """What a dummy row names."""
+    """The places of a dummy row: all ``ABSENT``."""
     return Places(np.zeros((config.count, 3)), np.full(config.count, ABSENT, np.int64))
 
 
 def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """``places`` [B, K, 2] and ``labels`` of rows that have them; else nothing."""
+    """``places`` [B, K, 2] and ``labels`` of rows that have them; else an empty dict."""
     if "places" not in rows[0]:
         return {}
     labels = {k: torch.stack([r["labels"][k] for r in rows]) for k in rows[0]["labels"]}

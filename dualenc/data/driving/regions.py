@@ -1,4 +1,4 @@
-"""Object-like regions of a LiDAR sweep without labels: ground off, the rest clustered, clusters of odd sizes left out.
+"""Object-like regions of a LiDAR sweep without labels: ground removed, the rest clustered, implausible sizes dropped.
 
 As in CALICO (arXiv 2306.00349): the ground is a plane fitted in strips along x (after Zermas et al. 2017), clusters are
 DBSCAN's on x and y. ``filters: simple`` keeps clusters 0.3 to 10 m across and outside a box around the car itself;
@@ -28,12 +28,14 @@ class RegionsConfig(Section):
     """How regions are found."""
 
     eps: _Metres = Field(default=0.75, description="metres between neighbours")
-    min_points: Positive = Field(default=5, description="of a neighbourhood that makes a cluster")
+    min_points: Positive = Field(default=5, description="points in a neighbourhood that starts a cluster")
     method: Literal["dbscan", "hdbscan"] = "dbscan"
     filters: Literal["simple", "calico"] = "simple"
-    ego: _Metres = Field(default=2.0, description="metres around the car whose returns are the car's own")
-    reach: _Metres = Field(default=54.0, description="metres ahead, behind and aside that are looked at")
-    poor: Positive = Field(default=4096, description="places in no region that are kept")
+    ego: _Metres = Field(default=2.0, description="metres around the car in which returns come from the car itself")
+    reach: _Metres = Field(
+        default=54.0, description="metres ahead, behind and to the sides in which regions are searched"
+    )
+    poor: Positive = Field(default=4096, description="places outside all regions that are kept")
 
 
 def ground(points: F64, reach: float = 54.0) -> Bools:
@@ -70,7 +72,7 @@ def find_regions(points: F64, config: RegionsConfig | None = None) -> npt.NDArra
     kept = kept[~ground(points[kept], c.reach)]
     if len(kept) < c.min_points:
         return out
-    # Dense sweeps repeat themselves: one point a decimetre, with the weight of all, and DBSCAN is several times faster.
+    # Dense sweeps are redundant: one point per 10 cm cell, weighted by its count, makes DBSCAN several times faster.
     cells = np.floor(points[kept] / _VOXEL).astype(np.int64)
     _, first, inverse, count = np.unique(cells, axis=0, return_index=True, return_inverse=True, return_counts=True)
     found = _clusters(points[kept[first], :2], count, c)[inverse.ravel()]
@@ -82,7 +84,7 @@ def find_regions(points: F64, config: RegionsConfig | None = None) -> npt.NDArra
 
 
 def region_places(points: F64, config: RegionsConfig | None = None) -> npt.NDArray[np.float32]:
-    """What ``regions.npy`` holds: float32 [m, 4], every place in a region and a part of the others, evenly taken."""
+    """What ``regions.npy`` holds: float32 [m, 4], every place in a region and an even sample of the others."""
     c = config or RegionsConfig()
     region = find_regions(points, c)
     inside = np.abs(points[:, :2]).max(1) < c.reach if len(points) else np.zeros(0, bool)
@@ -113,15 +115,15 @@ def _is_object(p: F64, c: RegionsConfig) -> bool:
     *_, axes = np.linalg.svd(middle, full_matrices=False)
     long, short = sorted(np.ptp(middle @ axes.T, axis=0))[::-1]
     top = float(p[:, 2].max())
-    # The released code measures heights from the sensor, 1.84 m above the road; ego's origin is on it.
+    # The released code measures heights from the sensor, 1.84 m above the road; ego's origin is on the road.
     return bool(0.25 <= top <= 4.84 and short >= 0.1 * long and 0.25 <= _hull_area(p[:, :2]) <= 20.0)
 
 
 def _hull_area(xy: F64) -> float:
-    """Square metres of the convex hull of ``xy [n, 2]``; 0 where all lie on a line."""
+    """Square metres of the convex hull of ``xy [n, 2]``; 0 where all points are on a line."""
     from scipy.spatial import ConvexHull, QhullError
 
     try:
-        return float(ConvexHull(xy).volume)  # in two dimensions the volume is the area
+        return float(ConvexHull(xy).volume)  # in 2-D, scipy's volume is the area
     except QhullError:
         return 0.0

@@ -1,4 +1,4 @@
-"""Sound → mono waveforms at the encoder's rate, ragged; the log-mel is taken on the device, by the tower."""
+"""Audio → mono waveforms at the encoder's sample rate, ragged; the tower computes the log-mel on the device."""
 
 from __future__ import annotations
 
@@ -25,37 +25,38 @@ _Count = Annotated[int, Field(ge=0)]
 
 
 class Features(Section):
-    """What the tower makes of a waveform, on the device. Defaults: 64 mel bands in dB, as the own tower takes them."""
+    """What the tower computes from a waveform on the device. Defaults: 64 mel bins in dB, for dualenc's own tower."""
 
     kind: Literal["mel", "waveform"] = "mel"
     n_fft: Positive = 1024
-    win: Positive | None = Field(default=None, description="samples of a window; default: n_fft")
+    win: Positive | None = Field(default=None, description="window length in samples; default: n_fft")
     hop: Positive = 320
     window: Literal["hann", "hann_symmetric", "povey"] = "hann"
-    center: bool = Field(default=True, description="frame k is centred on sample k · hop; the ends are mirrored")
+    center: bool = Field(default=True, description="frame k is centred on sample k · hop; the ends are reflected")
     drop_last: bool = Field(default=False, description="leave out the last frame (Whisper)")
-    remove_dc: bool = Field(default=False, description="take each frame's mean off (Kaldi)")
+    remove_dc: bool = Field(default=False, description="subtract each frame's mean (Kaldi)")
     preemphasis: Share = 0.0
-    scale: _Positive = Field(default=1.0, description="factor of the waveform (Kaldi's 16-bit counts: 32768)")
+    scale: _Positive = Field(default=1.0, description="factor for the waveform (32768: Kaldi's 16-bit range)")
     mels: Positive = 64
     f_min: _NonNegative = 50.0
     f_max: _Positive | None = Field(default=None, description="default: half the rate")
     mel_scale: Literal["htk", "slaney", "kaldi"] = "slaney"
     mel_norm: bool = Field(default=True, description="divide each triangle by its width (Slaney)")
     log: Literal["db", "log10", "ln"] = "db"
-    floor: _Positive = Field(default=1e-10, description="power below which there is silence")
-    span: _Positive | None = Field(default=None, description="cut at this far below the clip's loudest place")
-    mean: float = Field(default=-40.0, description="taken off the log-mel")
-    std: _Positive = Field(default=20.0, description="what the log-mel is divided by")
+    floor: _Positive = Field(default=1e-10, description="lower bound of the power before the logarithm")
+    span: _Positive | None = Field(default=None, description="clamp the log-mel at this far below the clip's maximum")
+    mean: float = Field(default=-40.0, description="subtracted from the log-mel")
+    std: _Positive = Field(default=20.0, description="the log-mel is divided by this")
     normalize: Literal["none", "waveform", "bins"] = Field(
-        default="none", description="each clip to mean 0 and variance 1: its waveform, or each of its mel bands"
+        default="none",
+        description="normalise each clip to mean 0 and variance 1: its waveform, or each of its mel bins",
     )
     frames: Positive | None = Field(default=None, description="pad with zeros or cut to this many frames (AST)")
-    stack: Positive = Field(default=1, description="frames joined to one (w2v-BERT: 2)")
+    stack: Positive = Field(default=1, description="consecutive frames stacked into one (w2v-BERT: 2)")
 
 
 class SpecAugment(Section):
-    """Bands of mel bins and stretches of frames set to the clip's mean (Park et al. 2019); shares are the widest."""
+    """Ranges of mel bins and of frames set to the clip's mean (Park et al. 2019); shares are of the widest mask."""
 
     freq_masks: _Count = 2
     freq_share: Share = 0.2
@@ -65,8 +66,8 @@ class SpecAugment(Section):
 
 
 class AudioAugment(Section):
-    """In training only. ``gain_db``: the range of a random change of loudness; ``mix_db``: how much louder than the
-    second the first of two mixed clips is (``data.mix`` says how many are mixed)."""
+    """Training only. ``gain_db``: range of a random gain; ``mix_db``: how much louder the first of two mixed clips is
+    than the second (``data.mix`` says how many are mixed)."""
 
     gain_db: tuple[float, float] | None = None
     mix_db: tuple[float, float] = (-5.0, 5.0)
@@ -76,20 +77,21 @@ class AudioAugment(Section):
 class AudioConfig(Section):
     """How a clip becomes a row.
 
-    Longer clips than ``max_s`` are cropped: anywhere in training, as ``eval_crop`` says in evaluation. ``pad``: none
-    keeps each clip's length (towers mask what pads the batch); the others fill up to ``max_s`` on the device: zeros;
-    repeat: the clip again and again, cut; repeatpad: as often as it fits whole, then zeros.
+    Clips longer than ``max_s`` are cropped: at random in training, as ``eval_crop`` says in evaluation. ``pad``: none
+    keeps each clip's length (towers mask the batch's padding); the others fill up to ``max_s`` on the device: zeros;
+    repeat: copies of the clip, the last one cut; repeatpad: as many whole copies as fit, then zeros.
     """
 
     rate: Positive = 16_000
     max_s: _Positive = 10.0
-    min_s: _NonNegative = Field(default=0.05, description="shorter clips are refused: they do not fill a window")
+    min_s: _NonNegative = Field(default=0.05, description="shorter clips are refused: they would not fill a window")
     eval_crop: Literal["start", "center"] = "center"
     pad: Literal["none", "zeros", "repeat", "repeatpad"] = "none"
     long: Literal["crop", "fusion"] = Field(
-        default="crop", description="fusion (CLAP): the whole clip shrunk, and three crops of it"
+        default="crop",
+        description="for clips longer than max_s; fusion (CLAP): the whole clip shrunk, and three crops of it",
     )
-    fusion_s: _Positive = Field(default=60.0, description="fusion looks at no more than this much of a clip")
+    fusion_s: _Positive = Field(default=60.0, description="fusion uses at most this many seconds of a clip")
     ship: Literal["float32", "int16"] = Field(
         default="float32",
         description="how samples leave the workers; int16: half the memory, noise at −98 dB of full scale",
@@ -136,12 +138,12 @@ class AudioInput:
         """Read the header; samples are decoded when a view asks for them.
 
         Raises:
-            DecodeError: if it is no sound file, or one of no length.
+            DecodeError: if it is not an audio file, or shorter than ``min_s``.
         """
         from dualenc.data.modalities.sound_file import Sound
 
         if not isinstance(raw, bytes | bytearray | memoryview):
-            raise DecodeError(f"a sound must be the bytes of a file, got {type(raw).__name__}")
+            raise DecodeError(f"audio must be the bytes of a file, got {type(raw).__name__}")
         sound = Sound(bytes(raw))
         if sound.seconds < self.config.min_s:
             raise DecodeError(
@@ -150,7 +152,7 @@ class AudioInput:
         return sound
 
     def mix(self, a: Sound, b: Sound, rng: np.random.Generator) -> tuple[Sound, Sound]:
-        """Two sounds that ``train`` adds up, each cropped on its own."""
+        """Two clips that ``train`` crops separately and adds."""
         return a, b
 
     def train(self, x: Sound | tuple[Sound, Sound], rng: np.random.Generator) -> dict[str, Tensor]:
@@ -186,7 +188,7 @@ class AudioInput:
         return {"wave": wave, "length": length, **more}
 
     def dummy(self) -> dict[str, Tensor]:
-        """Quiet noise of a tenth of a second, always the same: silence would have no variance."""
+        """A tenth of a second of quiet noise, always the same: silence would have zero variance."""
         noise = np.random.default_rng(0).normal(0, 0.01, max(self.config.rate // 10, self.config.features.n_fft))
         row = {"wave": self._shipped(noise.astype(np.float32)[: self.samples])}
         if self.config.augment.spec is not None:
@@ -202,23 +204,23 @@ class AudioInput:
         return wav_of(x, rate)
 
     def describe(self) -> dict[str, Any]:
-        """The settings; there is nothing else."""
+        """The kind and its settings."""
         return {"kind": "audio", "config": self.config.model_dump(mode="json")}
 
     # --- parts ------------------------------------------------------------------------------------------------
 
     def _stretch(self, x: Sound, place: Any) -> NDArray[np.float32]:
-        """At most ``max_s`` (with fusion ``fusion_s``) of a sound; ``place(room)`` picks the first frame."""
+        """At most ``max_s`` (with fusion ``fusion_s``) of a clip; ``place(room)`` picks the first frame."""
         config = self.config
         keep = self.samples
         if config.long == "fusion":
             keep = max(keep, round(config.fusion_s * config.rate))
         want = math.ceil(keep * x.rate / config.rate)
-        # Where the length is not known there is no place to choose.
+        # Where the length is unknown, the clip is read from its start.
         room = 0 if x.frames is None else max(x.frames - want, 0)
         wave = x.read(place(room) if room else 0, want, config.rate)[:keep]
         if len(wave) < 1:
-            raise DecodeError(f"nothing is left of it at {config.rate} Hz")
+            raise DecodeError(f"no sample is left after resampling to {config.rate} Hz")
         return wave
 
     def _shipped(self, wave: NDArray[np.float32]) -> Tensor:
@@ -228,7 +230,7 @@ class AudioInput:
 
 
 def mixed(a: NDArray[np.float32], b: NDArray[np.float32], db: float) -> NDArray[np.float32]:
-    """Add two clips, the first ``db`` louder in the mean; as loud as the first was, and as long as the longer."""
+    """Add two clips, the first ``db`` dB louder (RMS); the sum is as loud as the first and as long as the longer."""
     rms_a, rms_b = (float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) for x in (a, b))
     out = np.zeros(max(len(a), len(b)), np.float32)
     out[: len(a)] += a
@@ -236,7 +238,7 @@ def mixed(a: NDArray[np.float32], b: NDArray[np.float32], db: float) -> NDArray[
         share = rms_a / rms_b * 10 ** (-db / 20)
         out[: len(b)] += np.float32(share) * b
         out /= np.float32(math.sqrt(1 + 10 ** (-db / 10)))
-    else:  # one of them is silence: nothing to weigh
+    else:  # one of them is silent, so there is no ratio to set
         out[: len(b)] += b
     return out
 

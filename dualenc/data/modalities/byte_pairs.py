@@ -34,7 +34,7 @@ def merged(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list
         _, left, a, b = heapq.heappop(heap)
         right = after[left]
         if parts[left] != a or right < 0 or parts[right] != b:
-            continue  # one of the two has been joined with another meanwhile
+            continue  # one of the two has been merged with another symbol since
         parts[left], parts[right] = a + b, None
         after[left] = after[right]
         if after[left] >= 0:

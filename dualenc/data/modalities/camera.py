@@ -1,7 +1,7 @@
-"""One to many calibrated pictures of a moment → uint8 pictures with the intrinsics and extrinsics they have now.
+"""One or more calibrated images of one moment → uint8 images with the intrinsics and extrinsics that now apply to them.
 
-Whatever is done to a picture is done to its intrinsics; what is done to the scene (turned, scaled, mirrored) to the
-extrinsics. ``to_ego`` leads from the frame the extrinsics are in back to ego: see :mod:`dualenc.data.modalities.lidar`.
+Cropping, resizing and flipping an image changes its intrinsics; rotating, scaling and mirroring the scene changes the
+extrinsics. ``to_ego`` leads from the frame of the extrinsics back to ego: see :mod:`dualenc.data.modalities.lidar`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Edges = tuple[float, float, float, float]
 
 
 class CameraAugment(Section):
-    """In training only. ``zoom``: how much further each picture is enlarged before it is cut, anywhere; ``scene``: a
-    motion of the whole scene, which changes extrinsics alone."""
+    """Training only. ``zoom``: how much each image is enlarged further before a random crop; ``scene``: a motion of the
+    whole scene, which changes only the extrinsics."""
 
     zoom: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 1.0)
     flip: bool = False
@@ -50,29 +50,31 @@ class CameraAugment(Section):
 
 
 class CameraConfig(Section):
-    """How pictures become a row: enlarged or made smaller to cover ``size`` (height, width), then cut."""
+    """How images become a row: resized to cover ``size`` (height, width), then cropped."""
 
     size: tuple[Positive, Positive] = (128, 352)
     mean: Triple = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bilinear"
-    cameras: list[str] | None = Field(default=None, description="names, in this order; default: all that a sample has")
-    missing: Literal["refuse", "mask"] = Field(default="refuse", description="a sample that lacks one of the cameras")
-    calibration: Literal["needed", "optional"] = Field(
-        default="needed", description="optional: bare pictures are taken, as one camera of which nothing is known"
+    cameras: list[str] | None = Field(default=None, description="camera names, in this order; default: all of a sample")
+    missing: Literal["refuse", "mask"] = Field(
+        default="refuse", description="whether a sample that lacks one of the cameras is refused, or that camera masked"
     )
-    cut: Literal["top", "middle"] = Field(default="top", description="where a picture that is too high loses rows")
+    calibration: Literal["needed", "optional"] = Field(
+        default="needed", description="optional: accept an image without calibration, as one camera of unknown geometry"
+    )
+    cut: Literal["top", "middle"] = Field(default="top", description="which rows an image that is too tall loses")
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     max_pixels: Positive = 25_000_000
     augment: CameraAugment = CameraAugment()
     places: PlacesConfig | None = Field(
-        default=None, description="places of the scene that rows name, for losses on regions (rad)"
+        default=None, description="places in the scene that rows list, for region losses (rad)"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """One camera's decoded picture: None where it is masked; ``known``: its geometry is."""
+    """One camera's opened image, None where it is masked; ``known``: whether its geometry is known."""
 
     picture: Picture | None
     intrinsics: F64
@@ -81,7 +83,7 @@ class Shot:
 
 
 class Rig(list[Shot]):
-    """The shots of a moment; what ``regions.npy`` holds, and the places that were drawn from it."""
+    """The shots of one moment, with the array in ``regions.npy`` and the places drawn from it."""
 
     regions: npt.NDArray[np.float32] | None = None
     places: Places | None = None
@@ -94,7 +96,7 @@ class CameraInput:
     bool [B, N]}``: N is the most cameras of a row of the batch; ``present`` says which are there.
 
     An item is ``json:cameras`` = ``{"drive": name, "views": [{"name", "member", "size": [width, height], "intrinsics":
-    [3, 3], "to_ego": [4, 4], "drive"}]}`` with the members it names, or the bytes of one picture.
+    [3, 3], "to_ego": [4, 4], "drive"}]}`` with the members it names, or the bytes of one image.
     """
 
     Config: ClassVar[type[BaseModel]] = CameraConfig
@@ -112,27 +114,27 @@ class CameraInput:
     # --- the protocol -----------------------------------------------------------------------------------------
 
     def decode(self, raw: Any) -> Rig:
-        """Read the pictures' headers and check the calibration against them.
+        """Read the images' headers and check the calibration against them.
 
         Raises:
-            DecodeError: a picture that is missing, broken or of another size than its calibration; intrinsics that are
-                singular; a pose that is none; a calibration of another drive.
+            DecodeError: an image that is missing, broken or of another size than its calibration; intrinsics that are
+                singular; an invalid pose; a calibration of another drive.
         """
         if not isinstance(raw, Mapping):
             if self.config.calibration == "needed":
-                raise DecodeError("a bare picture has no calibration (input.calibration: optional takes it)")
-            return Rig([Shot(self._opened(raw, "the picture"), np.eye(3), np.eye(4), False)])
+                raise DecodeError("the image has no calibration; to accept it without, set input.calibration: optional")
+            return Rig([Shot(self._opened(raw, "the image"), np.eye(3), np.eye(4), False)])
         views = views_of(raw)
         wanted = self.config.cameras or list(views)
         shots = Rig(self._shot(name, views.get(name), raw) for name in wanted)
         if all(s.picture is None for s in shots):
-            raise DecodeError(f"none of the cameras {', '.join(wanted)} is there")
+            raise DecodeError(f"the sample has none of the cameras {', '.join(wanted)}")
         if self.config.places is not None:
             shots.regions = read_regions(raw) if MEMBER in raw else None
         return shots
 
     def as_raw(self, x: Any, rate: int | None = None) -> Any:
-        """A mapping of pictures and calibration as it is; a PIL image or uint8 [H, W, 3] → the bytes of a PNG."""
+        """A mapping of images and calibration as it is; a PIL image or uint8 [H, W, 3] → the bytes of a PNG."""
         return x if isinstance(x, Mapping) else png_of(x)
 
     def placed(self, x: Rig, rng: np.random.Generator) -> Rig:
@@ -145,7 +147,7 @@ class CameraInput:
         return x
 
     def train(self, x: Rig, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Each picture cut, mirrored and coloured on its own, the scene moved as one."""
+        """Each image cropped, flipped and colour-jittered on its own; the scene moved as a whole."""
         augment = self.config.augment
         motion = augment.scene.draw(rng)
         made = []
@@ -157,18 +159,18 @@ class CameraInput:
         return self._row(x, made, motion)
 
     def eval(self, x: Rig) -> dict[str, Tensor]:
-        """The pictures, always cut alike."""
+        """The images, with a fixed crop."""
         return self._row(x, [self._view(shot, 1.0, 0.5, None, False, None) for shot in x], np.eye(4))
 
     def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Rows with fewer cameras are filled up with black ones that are not present."""
+        """Stack rows; those with fewer cameras are padded with black ones that are not ``present``."""
         n = max(len(r["image"]) for r in rows)
         whole = ("to_ego", "places", "labels")
         out = {k: torch.stack([_filled(r[k], n, k) for r in rows]) for k in rows[0] if k not in whole}
         return {**out, "to_ego": torch.stack([r["to_ego"] for r in rows]), **collated(rows)}
 
     def dummy(self) -> dict[str, Tensor]:
-        """One black picture looking ahead, with a right angle across."""
+        """One black image of a camera that looks ahead, with a horizontal field of view of 90°."""
         height, width = self.config.size
         K = np.array([[width / 2, 0, width / 2], [0, width / 2, height / 2], [0, 0, 1.0]])
         ahead = np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
@@ -179,12 +181,12 @@ class CameraInput:
         return {**row, "present": torch.ones(1, dtype=torch.bool)}
 
     def describe(self) -> dict[str, Any]:
-        """The settings; there is nothing else."""
+        """The kind and its settings."""
         return {"kind": "camera", "config": self.config.model_dump(mode="json")}
 
     @staticmethod
     def preview(raw: Any) -> dict[str, str]:
-        """The first camera's picture."""
+        """The first camera's image."""
         from dualenc.data.show import thumbnail_uri
 
         if isinstance(raw, Mapping):
@@ -197,14 +199,14 @@ class CameraInput:
         if view is None or view["member"] not in raw:
             if self.config.missing == "mask":
                 return Shot(None, np.eye(3), np.eye(4), False)
-            why = "no calibration" if view is None else f"no picture {view['member']}"
-            raise DecodeError(f"camera {name} has {why} (input.missing: mask goes without)")
+            why = "no calibration" if view is None else f"no image {view['member']}"
+            raise DecodeError(f"camera {name} has {why}; to go on without it, set input.missing: mask")
         picture = self._opened(raw[view["member"]], f"camera {name}")
         K, to_ego = calibration_of(view, raw[JSON])
         size = view.get("size")
         if size is not None and tuple(size) != picture.size:
             raise DecodeError(
-                f"camera {name}: the picture has {picture.size[0]}×{picture.size[1]} pixels, its calibration is of "
+                f"camera {name}: the image has {picture.size[0]}×{picture.size[1]} pixels, but its calibration is for "
                 f"{size[0]}×{size[1]}"
             )
         return Shot(picture, K, to_ego, True)
@@ -221,7 +223,7 @@ class CameraInput:
     def _view(
         self, shot: Shot, zoom: float, across: float, down: float | None, flip: bool, rng: np.random.Generator | None
     ) -> tuple[Tensor, F64]:
-        """The picture uint8 [3, H, W] and its intrinsics."""
+        """The image uint8 [3, H, W] and its intrinsics."""
         from PIL import Image
 
         height, width = self.config.size
@@ -262,7 +264,7 @@ class CameraInput:
 
 
 def seen_by_any(shots: list[Shot], points: F64) -> Bools:
-    """[n]: which of ``points [n, 3]`` in ego fall into the whole picture of a camera that is there."""
+    """[n]: which of ``points [n, 3]`` (ego) project into the uncropped image of a camera that is present."""
     out = np.zeros(len(points), bool)
     for s in shots:
         if s.picture is not None and s.known:
@@ -290,12 +292,12 @@ def calibration_of(view: Mapping[str, Any], doc: Mapping[str, Any]) -> tuple[F64
     """(intrinsics [3, 3], camera → ego [4, 4]) of a view.
 
     Raises:
-        DecodeError: singular intrinsics, a pose that is none, a calibration of another drive.
+        DecodeError: singular intrinsics, an invalid pose, a calibration of another drive.
     """
     name = f"camera {view['name']}"
     mine, theirs = doc.get("drive"), view.get("drive")
     if mine and theirs and mine != theirs:
-        raise DecodeError(f"{name}: its calibration is of drive {theirs!r}, the sample of {mine!r}")
+        raise DecodeError(f"{name}: its calibration is of drive {theirs!r}, but the sample is of {mine!r}")
     try:
         return checked_intrinsics(view["intrinsics"], name), checked_pose(view["to_ego"], name)
     except DataError as e:
@@ -303,7 +305,7 @@ def calibration_of(view: Mapping[str, Any], doc: Mapping[str, Any]) -> tuple[F64
 
 
 def _placed(whole: tuple[int, int], part: tuple[float, float], across: float, down: float) -> Edges:
-    """The box of ``part`` (width, height) inside ``whole``; ``across`` and ``down`` share out what is left over."""
+    """The box of ``part`` (width, height) inside ``whole``; ``across`` and ``down`` say how the rest is split."""
     left, top = across * max(whole[0] - part[0], 0.0), down * max(whole[1] - part[1], 0.0)
     return left, top, min(left + part[0], float(whole[0])), min(top + part[1], float(whole[1]))
 
@@ -311,6 +313,6 @@ def _placed(whole: tuple[int, int], part: tuple[float, float], across: float, do
 def _filled(x: Tensor, n: int, key: str) -> Tensor:
     if len(x) == n:
         return x
-    # Matrices of cameras that are not there must still have an inverse.
+    # Matrices of absent cameras must still be invertible.
     more = torch.eye(x.shape[-1]) if key in ("intrinsics", "extrinsics") else torch.zeros((), dtype=x.dtype)
     return torch.cat([x, more.to(x.dtype).expand(n - len(x), *x.shape[1:])])

@@ -1,4 +1,4 @@
-"""Pictures: JPEG, PNG, WebP, AVIF, TIFF … → uint8 RGB; mean and std are kept here and applied on the device."""
+"""Images: JPEG, PNG, WebP, AVIF, TIFF … → uint8 RGB; mean and std are kept here and applied on the device."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _WORST_ASPECT = 16
-"""Pictures that are longer than this in one direction are cropped before they are resized: of a line of 60,000 pixels
-one row is left, not 13 million."""
+"""Images with a more extreme aspect ratio are cropped before they are resized: otherwise 60,000 × 1 pixels would become
+13 million pixels wide."""
 _ORIENTATION = 0x0112
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -51,7 +51,7 @@ class Colour(Section):
 
 
 class ImageAugment(Section):
-    """Random resized crop (area share ``scale``, aspect ``ratio``), mirror, colour."""
+    """Random resized crop (fraction of the area ``scale``, aspect ``ratio``), horizontal flip, colour jitter."""
 
     scale: tuple[_Fraction, _Fraction] = (0.9, 1.0)
     ratio: tuple[_Positive, _Positive] = (0.75, 4 / 3)
@@ -60,9 +60,9 @@ class ImageAugment(Section):
 
 
 class ImageConfig(Section):
-    """``resize``: shortest edge to ``size`` then centre crop; squash; or longest edge, padded with ``pad``. ``naflex``:
-    no ``size``; the picture's own aspect in at most ``max_patches`` patches of ``patch`` px (augment.ratio is then
-    relative to it)."""
+    """``resize``: shortest scales the shorter edge to ``size`` and crops the centre; squash ignores the aspect ratio;
+    longest scales the longer edge and pads with ``pad``; naflex has no ``size``: the image keeps its aspect ratio, in
+    at most ``max_patches`` patches of ``patch`` px (``augment.ratio`` is then relative to it)."""
 
     size: Positive = 224
     mean: Triple = (0.48145466, 0.4578275, 0.40821073)
@@ -74,21 +74,23 @@ class ImageConfig(Section):
     crop: Literal["center"] = "center"
     shortest_edge: Positive | None = Field(
         default=None,
-        description="shortest: that edge before the crop, where it is not size (DINOv2: 256 for 224)",
+        description="resize: shortest scales the shorter edge to this; default: size (DINOv2: 256 for size 224)",
     )
     centre: Literal["round", "floor"] = Field(
         default="round",
-        description="cut of an odd border: as torchvision and open_clip (half to even), or as transformers",
+        description="rounding of an odd crop border: as torchvision and open_clip (half to even), or transformers",
     )
-    background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="what transparent pixels stand on")
-    pad: tuple[Byte, Byte, Byte] = Field(default=(0, 0, 0), description="the border that resize: longest adds")
-    max_pixels: Positive = Field(default=25_000_000, description="larger pictures are refused before they are decoded")
+    background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="colour behind transparent pixels")
+    pad: tuple[Byte, Byte, Byte] = Field(
+        default=(0, 0, 0), description="colour of the border that resize: longest adds"
+    )
+    max_pixels: Positive = Field(default=25_000_000, description="larger images are rejected before decoding")
     augment: ImageAugment = ImageAugment()
 
 
 @modalities.register("image")
 class ImageInput:
-    """Pictures as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S]. With ``resize: naflex`` rows are grids of
+    """Images as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S]. With ``resize: naflex`` rows are grids of
     patches and ``collate`` gives ``patches`` uint8 [B, max_patches, patch · patch · 3] and ``grid`` [B, 2].
 
     ``eval`` is the resize and crop of torchvision and open_clip, or with ``centre: floor`` of transformers, pixel for
@@ -114,10 +116,10 @@ class ImageInput:
         """Read the header and check the size; the pixels are decoded when a view asks for them.
 
         Raises:
-            DecodeError: if it is no picture, or has more than ``max_pixels``.
+            DecodeError: if it is not an image, or has more than ``max_pixels``.
         """
         if not isinstance(raw, bytes | bytearray | memoryview):
-            raise DecodeError(f"a picture must be bytes, got {type(raw).__name__}")
+            raise DecodeError(f"an image must be bytes, got {type(raw).__name__}")
         picture = Picture(bytes(raw), self.config.background)
         width, height = picture.size
         if width * height > self.config.max_pixels:
@@ -125,7 +127,7 @@ class ImageInput:
         return picture
 
     def train(self, x: Picture, rng: np.random.Generator) -> Tensor:
-        """A random resized crop, mirrored and coloured as ``augment`` says → a row."""
+        """A random resized crop, flipped and colour-jittered as ``augment`` says → a row."""
         from PIL import Image
 
         augment = self.config.augment
@@ -144,7 +146,7 @@ class ImageInput:
         return self._row(image)
 
     def eval(self, x: Picture) -> Tensor:
-        """The picture at evaluation → a row."""
+        """The image resized and cropped as ``resize`` says → a row."""
         size, image = self.config.size, x.rgb()
         if self._naflex:
             return self._row(image.resize(self._pixels(*image.size), self._filter))
@@ -168,13 +170,13 @@ class ImageInput:
         return stack(rows, self.config.max_patches) if self._naflex else torch.stack(rows)
 
     def dummy(self) -> Tensor:
-        """A black picture."""
+        """A black image."""
         if self._naflex:
             return torch.zeros(*grid(1, 1, 1, self.config.max_patches), 3 * self.config.patch**2, dtype=torch.uint8)
         return torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8)
 
     def describe(self) -> dict[str, Any]:
-        """The settings; there is nothing else."""
+        """The kind and its settings."""
         return {"kind": "image", "config": self.config.model_dump(mode="json")}
 
     def as_raw(self, x: Any, rate: int | None = None) -> bytes | None:
@@ -182,7 +184,7 @@ class ImageInput:
         return png_of(x)
 
     def _pixels(self, width: float, height: float) -> tuple[int, int]:
-        """(width, height) of the whole patches that a picture is resized to."""
+        """(width, height) in pixels that an image is resized to: whole patches."""
         rows, columns = grid(int(width), int(height), self.config.patch, self.config.max_patches)
         return columns * self.config.patch, rows * self.config.patch
 
@@ -223,10 +225,10 @@ def png_of(x: Any) -> bytes | None:
 
 
 class Picture:
-    """An opened picture: its header is read, its pixels not yet.
+    """An opened image: its header has been read, its pixels have not.
 
     Attributes:
-        size: (width, height) as shown, that is with the EXIF orientation applied.
+        size: (width, height) as displayed: with the EXIF orientation applied.
     """
 
     def __init__(self, raw: bytes, background: tuple[int, int, int]) -> None:
@@ -237,11 +239,11 @@ class Picture:
         self.size = (h, w) if _orientation(self._opened) in (5, 6, 7, 8) else (w, h)
 
     def rgb(self, at_least: int | None = None) -> Image.Image:
-        """The pixels as RGB, turned as EXIF says, transparency on the background.
+        """The pixels as RGB, rotated as EXIF says, transparency composited on the background.
 
         Args:
-            at_least: the caller can do with a smaller picture whose shorter edge has this many pixels; JPEGs are then
-                decoded at a half, quarter or eighth. None: full size.
+            at_least: the smallest shorter edge the caller can use, in pixels; larger JPEGs are then decoded at 1/2, 1/4
+                or 1/8 of their size. None: full size.
 
         Raises:
             DecodeError: if the data is damaged or cut short.
@@ -260,7 +262,7 @@ class Picture:
                 _check_png(self._raw)
             orientation = _orientation(image)
             image.load()
-            if orientation in _UPRIGHT:  # not ImageOps.exif_transpose, which writes all of the EXIF anew
+            if orientation in _UPRIGHT:  # not ImageOps.exif_transpose, which rewrites all of the EXIF
                 image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
             image = _to_rgb(image, self._background)
         except DecodeError:
@@ -268,7 +270,7 @@ class Picture:
         except (
             Exception
         ) as e:  # Pillow's readers raise whatever their parsers do: struct.error, KeyError, MemoryError …
-            raise DecodeError(f"the picture is damaged or cut short ({reason_of(e)})") from e
+            raise DecodeError(f"the image is damaged or cut short ({reason_of(e)})") from e
         self._cached = (at_least, image)
         return image
 
@@ -278,23 +280,23 @@ class Picture:
         try:
             formats = readable()
             if self._raw[4:8] == b"ftyp" and self._raw[8:12] in _HEIC and "HEIF" not in formats:
-                raise DecodeError("HEIC pictures need a package: pip install 'dualenc[heic]'")
+                raise DecodeError("HEIC images need a package: pip install 'dualenc[heic]'")
             return Image.open(io.BytesIO(self._raw), formats=formats)
         except DecodeError:
             raise
         except UnidentifiedImageError as e:
-            raise DecodeError(f"no {', '.join(_FORMATS)} picture ({len(self._raw)} bytes)") from e
+            raise DecodeError(f"not a {', '.join(_FORMATS)} image ({len(self._raw)} bytes)") from e
         except Image.DecompressionBombError as e:
-            raise DecodeError(f"far too many pixels, refused before decoding ({e})") from e
+            raise DecodeError(f"far too many pixels, rejected before decoding ({e})") from e
         except Exception as e:
-            raise DecodeError(f"the picture's header is damaged ({reason_of(e)})") from e
+            raise DecodeError(f"the image's header is damaged ({reason_of(e)})") from e
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 (upright) where it is absent or unreadable, as every viewer does."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception as e:  # noqa: BLE001 – whatever stands there, only this number matters
+    except Exception as e:  # noqa: BLE001 – only this number matters, whatever the rest holds
         logger.debug("unreadable EXIF: %s", reason_of(e))
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -309,7 +311,7 @@ _UPRIGHT = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""EXIF orientation (TIFF tag 274) → what makes it upright."""
+"""EXIF orientation (TIFF tag 274) → the transposition that makes it upright."""
 
 
 @lru_cache(maxsize=1)
@@ -326,19 +328,19 @@ def readable() -> tuple[str, ...]:
 
 
 def _check_png(raw: bytes) -> None:
-    """Raise DecodeError where a chunk's CRC is not that of its bytes: Pillow does not look at those of the pixels."""
+    """Raise DecodeError where a chunk's CRC does not match its bytes: Pillow does not check those of the pixels."""
     at = 8
     while at + 12 <= len(raw):
         length = int.from_bytes(raw[at : at + 4], "big")
         kind, end = raw[at + 4 : at + 8], at + 8 + length
         if end + 4 > len(raw):
-            raise DecodeError(f"the picture is damaged or cut short in chunk {kind.decode('ascii', 'replace')}")
+            raise DecodeError(f"the image is damaged or cut short in chunk {kind.decode('ascii', 'replace')}")
         if zlib.crc32(raw[at + 4 : end]) != int.from_bytes(raw[end : end + 4], "big"):
-            raise DecodeError(f"the picture is damaged (checksum of chunk {kind.decode('ascii', 'replace')})")
+            raise DecodeError(f"the image is damaged (wrong checksum in chunk {kind.decode('ascii', 'replace')})")
         if kind == b"IEND":
             return
         at = end + 4
-    raise DecodeError("the picture is damaged or cut short (no IEND chunk)")
+    raise DecodeError("the image is damaged or cut short (no IEND chunk)")
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -352,7 +354,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         grey = np.asarray(image).astype(np.int64)
         return Image.fromarray((np.clip(grey, 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise DecodeError("a floating-point picture has no stated range")
+        raise DecodeError("a floating-point image has no stated range")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         ground = Image.new("RGBA", rgba.size, (*background, 255))
@@ -366,7 +368,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def _centre(image: Image.Image, size: int, pad: tuple[int, int, int], centre: Literal["round", "floor"]) -> Image.Image:
-    """Centre crop; where the picture is smaller, pad (an odd pixel goes right and below), as torchvision does."""
+    """Centre crop; where the image is smaller, pad (an odd pixel goes right and below), as torchvision does."""
     from PIL import Image
 
     w, h = image.size
@@ -386,8 +388,8 @@ def _centre(image: Image.Image, size: int, pad: tuple[int, int, int], centre: Li
 def _resized_centre(image: Image.Image, wh: tuple[int, int], size: int, how: Any) -> Image.Image:
     """The pixels of resizing to ``wh`` and cutting the centre, without making the rest; the shorter of wh is ``size``.
 
-    Pillow resamples one axis after the other, rounding to whole numbers in between: across first, but down first where
-    a tall picture shrinks. The same order gives the same pixels.
+    Pillow resamples one axis after the other, rounding to integers in between: horizontally first, but vertically
+    first where a tall image shrinks. The same order gives the same pixels.
     """
     tall = wh[1] > wh[0]
     if not tall:
@@ -417,7 +419,7 @@ def _image() -> Any:
 def _random_crop(
     w: int, h: int, augment: ImageAugment, rng: np.random.Generator, own: float
 ) -> tuple[float, float, float, float]:
-    """A box of random area and aspect inside the picture (Szegedy et al. 2015); after ten misses the whole of it.
+    """A box of random area and aspect in the image (Szegedy et al. 2015); after ten misses, the largest central one.
 
     ``own``: the aspect that ``augment.ratio`` is relative to."""
     low, high = math.log(own * augment.ratio[0]), math.log(own * augment.ratio[1])
@@ -456,11 +458,11 @@ def coloured(image: Image.Image, colour: Colour, rng: np.random.Generator) -> Im
     return image
 
 
-# --- parts of pictures, for evaluations that look at labelled objects -----------------------------------------------
+# --- parts of images, for evaluations that look at labelled objects -----------------------------------------------
 
 
 def open_picture(raw: bytes) -> Picture:
-    """The picture with its ``size``; pixels are decoded once, when first cut. Raises DecodeError: not a picture."""
+    """The image with its ``size``; pixels are decoded once, when first cut. Raises DecodeError: not an image."""
     return Picture(raw, (255, 255, 255))
 
 

@@ -1,7 +1,7 @@
-"""LiDAR sweeps → points in a frame with x forward, ragged, with what is needed to find them in the world again.
+"""LiDAR sweeps → ragged points in a frame with x forward, and the pose that leads from it back to ego.
 
-A row's points stand in a *model frame*: ego (or the sensor's own), turned, scaled and mirrored in training. ``to_ego``
-takes them back. A camera's row has the like, so geometry between the two holds whatever was done to either, and
+A row's points are in a *model frame*: ego (or the sensor's own), rotated, scaled and mirrored in training. ``to_ego``
+takes them back. A camera row has one too, so the geometry between the two holds whatever was done to either, and
 neither knows the other: a point p of the LiDAR row is at inv(extrinsics) · inv(camera.to_ego) · lidar.to_ego · p.
 """
 
@@ -36,7 +36,7 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 class Motion(Section):
-    """Turn about z (up to ± degrees), scale, mirror the scene: flip_x front and back, flip_y left and right."""
+    """Rotate (about z, up to ± degrees), scale, mirror the scene: flip_x front and back, flip_y left and right."""
 
     rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
     scale: tuple[_Positive, _Positive] = (1.0, 1.0)
@@ -49,7 +49,7 @@ class Motion(Section):
 
 
 class LidarAugment(Motion):
-    """In training only: the motion, then up to ``drop`` of the points left out."""
+    """Training only: the motion, then a random share of the points, up to ``drop``, is left out."""
 
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -58,29 +58,31 @@ class LidarConfig(Section):
     """How a sweep becomes a row."""
 
     features: list[Extra] = Field(
-        default=["intensity"], description="columns after x, y, z; a sweep without one is refused"
+        default=["intensity"], description="columns after x, y, z; a sweep that lacks one is refused"
     )
     frame: Literal["ego", "sensor"] = "ego"
     range: tuple[float, float, float, float, float, float] = Field(
         default=(-50.0, -50.0, -5.0, 50.0, 50.0, 3.0),
-        description="points outside are left out: x, y, z from, x, y, z to (m)",
+        description="[x, y, z minimum, x, y, z maximum] in metres; points outside are left out",
     )
-    center: bool = Field(
-        default=False, description="the mean of the points becomes the origin of x, y, z: for single objects"
-    )
+    center: bool = Field(default=False, description="move the mean of the points to the origin (for single objects)")
     min_distance: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="metres from the sensor below which points are left out: returns off the car itself"
+        default=0.0,
+        description="leave out points closer to the sensor than this many metres: returns from the car itself",
     )
-    max_points: Positive = Field(default=60_000, description="more are thinned out: at random in training, else evenly")
+    max_points: Positive = Field(
+        default=60_000, description="larger sweeps are subsampled: at random in training, else evenly"
+    )
     bin_columns: Annotated[int, Field(ge=3, le=16)] | None = Field(
-        default=None, description="numbers of a point in .bin members, which have no header: 4 (KITTI), 5 (nuScenes)"
+        default=None,
+        description="float32 values per point in .bin members, which have no header: 4 (KITTI), 5 (nuScenes)",
     )
     not_finite: Literal["refuse", "drop"] = Field(
-        default="refuse", description="a sweep with NaN or infinite points is refused, or loses them"
+        default="refuse", description="refuse a sweep with NaN or infinite points, or drop those points"
     )
     augment: LidarAugment = LidarAugment()
     places: PlacesConfig | None = Field(
-        default=None, description="places of the scene that rows name, for losses on regions (prc, rad)"
+        default=None, description="places in the scene that rows list, for region losses (prc, rad)"
     )
 
     @model_validator(mode="after")
@@ -88,14 +90,14 @@ class LidarConfig(Section):
         if any(a >= b for a, b in zip(self.range[:3], self.range[3:], strict=True)):
             raise ValueError(f"range: {list(self.range)} must give the lower x, y, z before the upper")
         if len(set(self.features)) != len(self.features):
-            raise ValueError(f"features: {self.features} names one twice")
+            raise ValueError(f"features: {self.features} lists a column twice")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Cloud:
-    """A decoded sweep: points float32 [n, 3 + features] in the model frame, its sensor's place in it [3], and the
-    pose [4, 4] model frame → ego; what ``regions.npy`` holds, and the places that were drawn from it."""
+    """A decoded sweep: points float32 [n, 3 + features] in the model frame, the sensor's position in it [3], the pose
+    [4, 4] model frame → ego, the array in ``regions.npy`` and the places drawn from it."""
 
     points: F32
     origin: F64
@@ -107,8 +109,8 @@ class Cloud:
 @modalities.register("lidar")
 class LidarInput:
     """Sweeps as rows; ``collate`` → ``{"points": float32 [B, M, C], "count": int64 [B], "to_ego": float32 [B, 4, 4],
-    "origin": float32 [B, 3]}``: C is x, y, z and ``features``, rows are zero beyond ``count``, ``origin`` is where the
-    sensor stands.
+    "origin": float32 [B, 3]}``: C is x, y, z and ``features``, rows are zero beyond ``count``, ``origin`` is the
+    sensor's position.
 
     An item is the bytes of a sweep [n, ≥ 3] (x, y, z, intensity, ring; x forward), or those with ``json:lidar`` =
     ``{"columns": [names], "to_ego": [4, 4], "drive": name}``. A sweep is a ``.npy`` or ``.npz`` of floats or integers,
@@ -130,7 +132,7 @@ class LidarInput:
         """Read and check the points, and put them into the frame the config names.
 
         Raises:
-            DecodeError: no array of numbers, no points, points that are not finite, a column or pose that is missing.
+            DecodeError: not an array of numbers, no points, points that are not finite, a missing column or pose.
         """
         points, columns, to_ego = read_cloud(raw, self.config.bin_columns)
         for name in self.config.features:
@@ -142,7 +144,7 @@ class LidarInput:
             lost = len(points) - int(finite.sum())
             if self.config.not_finite == "refuse":
                 raise DecodeError(
-                    f"{lost:,} of {len(points):,} points are not finite (input.not_finite: drop leaves them out)"
+                    f"{lost:,} of {len(points):,} points are not finite; to leave them out, set input.not_finite: drop"
                 )
             points = points[finite]
         far = (np.square(points[:, :3], dtype=np.float64)).sum(1) >= self.config.min_distance**2
@@ -173,7 +175,7 @@ class LidarInput:
         return replace(x, places=draw(x.regions, self.config.places, rng))
 
     def train(self, x: Cloud, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The scene moved and thinned as ``augment`` says; ``to_ego`` undoes the motion."""
+        """The scene moved and subsampled as ``augment`` says; ``to_ego`` undoes the motion."""
         augment = self.config.augment
         x = transformed(x, augment.draw(rng))
         keep = self._inside(x.points)
@@ -185,7 +187,7 @@ class LidarInput:
         return {**_row(x, keep), **self._named(x)}
 
     def eval(self, x: Cloud) -> dict[str, Tensor]:
-        """The points in range, evenly thinned where there are too many."""
+        """The points in range, evenly subsampled where there are too many."""
         keep = self._inside(x.points)
         if len(keep) > self.config.max_points:
             keep = keep[np.linspace(0, len(keep) - 1, self.config.max_points).round().astype(np.int64)]
@@ -214,12 +216,12 @@ class LidarInput:
         return x if isinstance(x, Mapping) else npy_of(x)
 
     def describe(self) -> dict[str, Any]:
-        """The settings; there is nothing else."""
+        """The kind and its settings."""
         return {"kind": "lidar", "config": self.config.model_dump(mode="json")}
 
     @staticmethod
     def preview(raw: Any) -> dict[str, str]:
-        """The sweep from above, forward up, brighter where more points are."""
+        """The sweep seen from above, forward up, brighter where points are denser."""
         from PIL import Image
 
         points, _, to_ego = read_cloud(raw)
@@ -260,7 +262,7 @@ def _row(x: Cloud, keep: npt.NDArray[np.int64]) -> dict[str, Tensor]:
 
 
 def npy_of(x: Any) -> bytes | None:
-    """Points float [n, ≥ 3] as the bytes of a ``.npy``; None where ``x`` is no array."""
+    """Points float [n, ≥ 3] as the bytes of a ``.npy``; None where ``x`` is not an array."""
     if isinstance(x, Tensor):
         x = x.detach().cpu().numpy()
     if not isinstance(x, np.ndarray):
@@ -271,7 +273,7 @@ def npy_of(x: Any) -> bytes | None:
 
 
 def read_cloud(raw: Any, bin_columns: int | None = None) -> tuple[F32, list[str], F64]:
-    """Points float32 [n, C], their columns' names, and the pose sensor → ego (identity where nothing is said).
+    """Points float32 [n, C], their columns' names, and the pose sensor → ego (identity by default).
 
     Raises:
         DecodeError: see :meth:`LidarInput.decode`.
@@ -288,7 +290,7 @@ def read_cloud(raw: Any, bin_columns: int | None = None) -> tuple[F32, list[str]
     points, own = _sweep(raw, len(said) if said else bin_columns)
     columns = list(said or own or _BARE[: points.shape[1]])
     if len(columns) != points.shape[1] or tuple(columns[:3]) != _XYZ:
-        raise DecodeError(f"a point has {points.shape[1]} numbers, but the columns are {', '.join(columns)}")
+        raise DecodeError(f"a point has {points.shape[1]} values, but the columns are {', '.join(columns)}")
     try:
         to_ego = checked_pose(about["to_ego"], "the LiDAR") if "to_ego" in about else np.eye(4)
     except DataError as e:
@@ -297,7 +299,7 @@ def read_cloud(raw: Any, bin_columns: int | None = None) -> tuple[F32, list[str]
 
 
 def _sweep(raw: Any, bin_columns: int | None) -> tuple[F32, list[str] | None]:
-    """float32 [n, C], and the columns' names where the file says them; the format is told by its first bytes."""
+    """float32 [n, C], and the columns' names where the file says them; the format is recognised by its first bytes."""
     if not isinstance(raw, bytes | bytearray | memoryview):
         raise DecodeError(f"a sweep must be the bytes of a file, got {type(raw).__name__}")
     raw, names = bytes(raw), None
@@ -311,7 +313,7 @@ def _sweep(raw: Any, bin_columns: int | None) -> tuple[F32, list[str] | None]:
         out = read_bin(raw, bin_columns)
     else:
         raise DecodeError(
-            f"no .npy, .npz or .pcd ({len(raw):,} bytes); for a .bin set input.bin_columns (KITTI: 4, nuScenes: 5)"
+            f"not a .npy, .npz or .pcd ({len(raw):,} bytes); for a .bin set input.bin_columns (KITTI: 4, nuScenes: 5)"
         )
     if out.ndim != 2 or out.shape[1] < 3 or out.dtype.kind not in "fiu":
         raise DecodeError(f"a sweep must be numbers [n, ≥ 3], got {out.dtype} {list(out.shape)}")
@@ -319,5 +321,5 @@ def _sweep(raw: Any, bin_columns: int | None) -> tuple[F32, list[str] | None]:
         raise DecodeError("the cloud is empty")
     if len(out) > _MAX_POINTS:
         raise DecodeError(f"{len(out):,} points are more than {_MAX_POINTS:,}")
-    with np.errstate(over="ignore"):  # beyond float32: infinite, which is refused by name
+    with np.errstate(over="ignore"):  # beyond float32: infinite, which is reported as not finite
         return out.astype(np.float32), names

@@ -21,11 +21,11 @@ from dualenc.registry import Registry
 class ModalityInput(Protocol):
     """How one modality's raw bytes become the tensors its tower takes.
 
-    The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` and builds it anew.
+    The same object serves training, evaluation and distillation; a checkpoint keeps ``describe()`` to rebuild it.
     ``decode``, ``train`` and ``eval`` raise :class:`DecodeError` where the bytes are bad: a decoder may put work off.
 
     What ``collate`` returns under ``labels`` (name → integers [n, …]) is not for the tower: losses that take extras
-    find it by slot. What a modality may do besides are the protocols below: :class:`Mixes`, :class:`NamesPlaces`,
+    find it by slot. Optional abilities of a modality are the protocols below: :class:`Mixes`, :class:`NamesPlaces`,
     :class:`SavesFiles`, :class:`InFolder`, and ``preview`` (:class:`dualenc.data.show.Previews`).
     """
 
@@ -67,10 +67,10 @@ class FromMemory(Protocol):
     """
 
     prompt: ClassVar[str]
-    """How a class name is worded where nothing else is said, with ``{}`` for the name."""
+    """The default prompt for a class name, with ``{}`` for the name."""
 
     def as_raw(self, x: Any, rate: int | None = None) -> Any:
-        """An object in memory → what ``decode`` takes, without loss; None if it is no object of this modality's.
+        """An object in memory → what ``decode`` takes, without loss; None if it is not an object of this modality.
 
         Args:
             rate: samples per second of waveforms that do not say it themselves.
@@ -90,7 +90,7 @@ class Mixes(Protocol):
 
 @runtime_checkable
 class NamesPlaces(Protocol):
-    """A modality that names places of the scene (:mod:`dualenc.data.driving.places`)."""
+    """A modality whose rows list places in the scene (:mod:`dualenc.data.driving.places`)."""
 
     def placed(self, x: Any, rng: np.random.Generator) -> Any:
         """A decoded item with places drawn; ``rng`` is the same for every modality of the sample."""
@@ -101,7 +101,7 @@ class SavesFiles(Protocol):
     """A modality that needs files besides its settings, such as a tokenizer's."""
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write them into ``folder``; return what ``describe`` says of an input that reads them there."""
+        """Write them into ``folder``; return the ``describe()`` of an input that reads them there."""
 
 
 @runtime_checkable
@@ -113,7 +113,7 @@ class InFolder(Protocol):
 
 @contextmanager
 def of_one_item() -> Iterator[None]:
-    """Reading, decoding, augmenting or tokenising one item: whatever its bytes make go wrong is that item's.
+    """Reading, decoding, augmenting or tokenising one item: whatever goes wrong is that item's fault alone.
 
     Raises:
         DecodeError: for any exception that is not meant for the user already, with a reason that is the same in every

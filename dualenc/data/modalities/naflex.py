@@ -1,4 +1,4 @@
-"""Pictures as grids of patches that keep their own aspect (NaFlex: SigLIP 2, arXiv 2502.14786)."""
+"""Images as grids of patches that keep the aspect ratio (NaFlex: SigLIP 2, arXiv 2502.14786)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def grid(width: int, height: int, patch: int, limit: int) -> tuple[int, int]:
-    """The largest grid of at most ``limit`` patches for a picture of this size → (rows, columns), each at least 1.
+    """The largest grid of at most ``limit`` patches for an image of this size → (rows, columns), each at least 1.
 
-    Both edges are scaled alike and rounded up to whole patches. The scale is found by halving, to 1e-5 and up to 100,
-    as transformers does: an exact solution would differ by a row for a few pictures in a thousand.
+    Both edges are scaled alike and rounded up to whole patches. The scale is found by bisection, to 1e-5 and up to 100,
+    as transformers does: an exact solution would differ by a row for a few images in a thousand.
     """
 
     def at(scale: float) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def grid(width: int, height: int, patch: int, limit: int) -> tuple[int, int]:
 
 
 def cut(image: Image.Image, patch: int) -> Tensor:
-    """A picture whose edges are whole patches → uint8 [rows, columns, patch · patch · 3], channels innermost."""
+    """An image whose edges are whole patches → uint8 [rows, columns, patch · patch · 3], channels innermost."""
     pixels = np.asarray(image)
     rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
     blocks = pixels.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 1, 3, 4)
@@ -40,7 +40,7 @@ def cut(image: Image.Image, patch: int) -> Tensor:
 
 
 def stack(rows: list[Tensor], length: int) -> dict[str, Tensor]:
-    """Pictures [rows, columns, width] → ``patches`` uint8 [n, length, width], zeros after the last one, and ``grid``
+    """Images [rows, columns, width] → ``patches`` uint8 [n, length, width], zeros after the last one, and ``grid``
     int64 [n, 2]."""
     patches = torch.zeros(len(rows), length, rows[0].shape[-1], dtype=torch.uint8)
     for k, row in enumerate(rows):

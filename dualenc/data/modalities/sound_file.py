@@ -1,6 +1,6 @@
-"""Sound files: WAV, FLAC, OGG, MP3 → a stretch of mono samples at the wanted rate.
+"""Audio files: WAV, FLAC, OGG, MP3 → a section of mono samples at the requested rate.
 
-Only the stretch that is asked for is decoded, in blocks: a three-hour file costs no more memory than a short one.
+Only that section is decoded, in blocks: a three-hour file needs no more memory than a short one.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from dualenc.data.modalities.sound_length import missing_bytes
 FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "MPEG")
 _RATES = (1_000, 1_000_000)
 _BLOCK = 1 << 20  # samples of all channels decoded at once
-_UNKNOWN = 1 << 40  # a header that does not know its length says something absurd
+_UNKNOWN = 1 << 40  # libsndfile reports an absurd count where the header states no length
 _LOUDEST = 1 << 16  # floating-point files may hold 16-bit counts, nothing larger; its square still fits fp32
 # MPEG and Ogg headers may be off by a codec frame or two, and some decoders drop the last one.
 _LOSSY_SLACK = 4 * 1152
 _CHANNELS = 64
-_AV_SECONDS = 600  # FFmpeg's containers are decoded whole: ten minutes at most
+_AV_SECONDS = 600  # FFmpeg's containers are decoded completely, so ten minutes at most
 
 
 class Sound:
-    """An opened sound file: its header is read, its samples not yet.
+    """An opened audio file: its header has been read, its samples have not.
 
     Attributes:
-        rate: samples a second.
+        rate: samples per second.
         frames: samples of each channel; None where the header does not say.
-        channels: how many.
+        channels: their number.
 
     Raises:
-        DecodeError: if it is no sound file, holds nothing, or has an absurd rate.
+        DecodeError: if it is not an audio file, is empty, or has an implausible sample rate.
     """
 
     def __init__(self, raw: bytes) -> None:
@@ -51,7 +51,7 @@ class Sound:
         try:
             self._file = soundfile.SoundFile(io.BytesIO(raw))
         except Exception as e:
-            raise DecodeError(f"not a sound file that libsndfile reads ({len(raw):,} bytes: {_said(e)})") from e
+            raise DecodeError(f"not an audio file that libsndfile reads ({len(raw):,} bytes: {_said(e)})") from e
         self.format, self.rate, self.channels = self._file.format, int(self._file.samplerate), int(self._file.channels)
         if self.format not in FORMATS:
             raise DecodeError(f"{self.format} files are not read; use WAV, FLAC, OGG or MP3")
@@ -66,9 +66,9 @@ class Sound:
         lost = missing_bytes(raw)
         if lost:
             raise DecodeError(
-                "the sound is cut short: its last page is missing"
+                "the audio is cut short: its last page is missing"
                 if self.format == "OGG"
-                else f"the sound is cut short: {lost:,} bytes of its samples are missing"
+                else f"the audio is cut short: {lost:,} bytes of its samples are missing"
             )
 
     @property
@@ -77,11 +77,11 @@ class Sound:
         return math.inf if self.frames is None else self.frames / self.rate
 
     def read(self, start: int, count: int, rate: int) -> NDArray[np.float32]:
-        """Samples from ``start`` on, mean of the channels, resampled.
+        """Samples from ``start`` on: channels averaged, then resampled.
 
         Args:
             start: first frame, in the file's own rate.
-            count: frames, in the file's own rate; fewer come where the file ends before.
+            count: frames, in the file's own rate; fewer are returned where the file ends earlier.
             rate: of the result.
 
         Returns:
@@ -93,7 +93,7 @@ class Sound:
         mono = self._mono(start, count)
         peak = float(np.abs(mono).max())
         if not math.isfinite(peak):
-            raise DecodeError("the sound holds NaN or infinite samples")
+            raise DecodeError("the audio holds NaN or infinite samples")
         if peak > _LOUDEST:
             raise DecodeError(f"a sample has the value {peak:.3g}, far beyond full scale (1)")
         if rate == self.rate:
@@ -116,23 +116,23 @@ class Sound:
                 parts.append(x[:, 0] if self.channels == 1 else x.mean(axis=1, dtype=np.float32))
                 got += len(x)
         except Exception as e:
-            raise DecodeError(f"the sound is damaged or cut short ({_said(e)})") from e
+            raise DecodeError(f"the audio is damaged or cut short ({_said(e)})") from e
         if self.frames is not None:
             missing = min(count, self.frames - start) - got
             if missing > (_LOSSY_SLACK if self.format in ("OGG", "MP3", "MPEG") else 0):
-                raise DecodeError(f"the sound is cut short: {missing:,} of its {self.frames:,} samples are missing")
+                raise DecodeError(f"the audio is cut short: {missing:,} of its {self.frames:,} samples are missing")
         if not got:
             raise DecodeError("no samples could be decoded")
         return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def wav_of(x: Any, rate: int | None) -> bytes | None:
-    """The bytes of a float WAV with the same samples; None where ``x`` is no waveform.
+    """The bytes of a float WAV with the same samples; None where ``x`` is not a waveform.
 
     Args:
         x: a NumPy array or tensor [T] or [channels, T], float with full scale ±1 or int16; or the mapping
             ``{"array": …, "sampling_rate": …}`` of the Hugging Face datasets library.
-        rate: samples per second; a mapping says it itself.
+        rate: samples per second; a mapping brings its own.
 
     Raises:
         DecodeError: an array of another shape or type, or no rate.
@@ -172,7 +172,7 @@ def _through_av(raw: bytes) -> bytes:
     import soundfile
 
     if importlib.util.find_spec("av") is None:
-        raise DecodeError("m4a, mp4 and webm sounds need a package: pip install 'dualenc[av]'")
+        raise DecodeError("m4a, mp4 and webm audio needs a package: pip install 'dualenc[av]'")
     import av
 
     try:
@@ -187,12 +187,14 @@ def _through_av(raw: bytes) -> bytes:
                     parts.append(piece.to_ndarray().reshape(-1, len(stream.layout.channels)))
                     total += len(parts[-1])
                     if total > _AV_SECONDS * rate:
-                        raise DecodeError(f"the sound is longer than {_AV_SECONDS:,} s; pack it as FLAC to seek in it")
+                        raise DecodeError(
+                            f"the audio is longer than {_AV_SECONDS:,} s; convert it to FLAC, which is read in parts"
+                        )
             wave = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
     except DecodeError:
         raise
     except Exception as e:
-        raise DecodeError(f"the sound is damaged or cut short ({_said(e)})") from e
+        raise DecodeError(f"the audio is damaged or cut short ({_said(e)})") from e
     out = io.BytesIO()
     soundfile.write(out, wave, rate, format="WAV", subtype="FLOAT")
     return out.getvalue()

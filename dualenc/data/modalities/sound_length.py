@@ -1,20 +1,20 @@
-"""Whether a sound file is all there, by what its container says of its own length.
+"""Whether an audio file is complete, judged by the length that its container states.
 
-libsndfile plays what is left of a file that was cut and says nothing. WAV, AIFF, AU and W64 state the bytes of their
-samples, an Ogg stream ends with a page that says so.
+libsndfile decodes what is left of a truncated file without an error. WAV, AIFF, AU and W64 state the size of their
+sample data; an Ogg stream ends with a flagged page.
 """
 
 from __future__ import annotations
 
 _W64_DATA = b"data\xf3\xac\xd3\x11\x8c\xd1\x00\xc0\x4f\x8e\xdb\x8a"
-_STREAMED = 0xFFFFFFFF  # written by programs that do not know the length beforehand
+_STREAMED = 0xFFFFFFFF  # written by programs that do not know the length in advance
 _END_OF_STREAM = 0x04
 
 
 def missing_bytes(raw: bytes) -> int:
-    """How many bytes of its samples a file lacks at its end; 0 where it is whole or does not say (a stream).
+    """How many bytes of sample data are missing at the end; 0 where the file is complete or says nothing (a stream).
 
-    For Ogg, whose pages have no total, 1 stands for "the last page is not there".
+    Ogg states no total: there, 1 stands for "the last page is missing".
     """
     if raw[:4] in (b"RIFF", b"RF64") and raw[8:12] == b"WAVE":
         return _riff(raw)
@@ -38,7 +38,7 @@ def _riff(raw: bytes) -> int:
 
 
 def _chunks(raw: bytes, wanted: bytes, order: str, large: int | None = None) -> int:
-    """Bytes that the chunk ``wanted`` says beyond the end of the file. Chunks begin at even places."""
+    """Bytes by which the chunk ``wanted`` reaches beyond the end of the file. Chunks start at even offsets."""
     at = 12
     while at + 8 <= len(raw):
         kind, size = raw[at : at + 4], int.from_bytes(raw[at + 4 : at + 8], "big" if order == "big" else "little")
@@ -64,7 +64,7 @@ def _w64(raw: bytes) -> int:
 
 
 def _ogg_ends(raw: bytes) -> bool:
-    """Whether a page with the end-of-stream flag (RFC 3533) stands whole at the end, whatever follows."""
+    """Whether the last page is complete and has the end-of-stream flag (RFC 3533), whatever follows it."""
     at = raw.rfind(b"OggS")
     while at >= 0:
         if at + 27 <= len(raw):

@@ -42,7 +42,7 @@ PROBES = (
     "under_score   and\twhite \n space ",
     "word " * 300,
 )
-"""Texts whose ids tell tokenizers apart: case, punctuation, accents, scripts, white space, cutting."""
+"""Texts whose ids tell tokenizers apart: case, punctuation, accents, scripts, whitespace, truncation."""
 
 
 class Tokenizer(Protocol):
@@ -71,17 +71,19 @@ class Tokenizer(Protocol):
 
 
 class TextConfig(Section):
-    """Which tokenizer, and how its ids are cut and padded."""
+    """Which tokenizer, and how its ids are truncated and padded."""
 
     tokenizer: str = Field(default="clip", description=_FORMS)
     context_length: Positive | None = Field(default=None, description="default: the tokenizer's own (CLIP: 77)")
-    lower: bool | None = Field(default=None, description="lower-case first; default: as the tokenizer was made")
+    lower: bool | None = Field(default=None, description="lower-case the text first; default: as the tokenizer does")
     bucket: Positive = Field(default=1, description="round the padded length up to a multiple of this")
     pad: Literal["longest", "context"] | None = Field(
-        default=None, description="default: as the tokenizer's tower needs"
+        default=None,
+        description="pad to the batch's longest caption or to the context; default: as the tokenizer's tower needs",
     )
     templates: list[str] = Field(
-        default=[], description="training only: one is drawn and the text put into its {}, such as 'a photo of a {}.'"
+        default=[],
+        description="training only: one is drawn and the text is put into its {}, such as 'a photo of a {}.'",
     )
 
     @field_validator("templates")
@@ -89,7 +91,7 @@ class TextConfig(Section):
     def _one_place(cls, templates: list[str]) -> list[str]:
         for t in templates:
             if t.count("{}") != 1:
-                raise ValueError(f"templates: {t!r} must have one {{}}, where the text goes")
+                raise ValueError(f"templates: {t!r} must contain exactly one {{}}, where the text goes")
         return templates
 
 
@@ -97,7 +99,7 @@ class TextConfig(Section):
 class TextInput:
     """Captions as rows int64 [L]; ``collate`` → ``{"ids": int64 [B, L], "mask": bool [B, L]}`` (mask: real tokens).
 
-    A sample may bring several captions (a list in a json member): training draws one, evaluation takes the first.
+    A sample may have several captions (a list in a json member): training draws one, evaluation takes the first.
     """
 
     Config: ClassVar[type[BaseModel]] = TextConfig
@@ -110,7 +112,7 @@ class TextInput:
         self.context_length = self.tokenizer.context_length
         self.vocab_size = self.tokenizer.vocab_size
         self.pad_id, self.eot_id = self.tokenizer.pad_id, self.tokenizer.eot_id
-        # Cleaning and merging cost more than all else in a caption, and small sets and prompts come again and again.
+        # Cleaning and merging dominate the cost of a caption, and those of small data sets and prompts repeat.
         self._row = lru_cache(maxsize=_REMEMBERED)(self._encode)
         self._full = config.pad == "context" or (config.pad is None and self.tokenizer.pad_full)
 
@@ -128,7 +130,7 @@ class TextInput:
         """
         if isinstance(raw, bytes | bytearray | memoryview):
             if len(raw) > _MAX_BYTES:
-                raise DecodeError(f"a text of {len(raw):,} bytes is more than {_MAX_BYTES:,}")
+                raise DecodeError(f"the text has {len(raw):,} bytes; at most {_MAX_BYTES:,} are allowed")
             try:
                 raw = bytes(raw).decode("utf-8-sig")
             except UnicodeDecodeError as e:
@@ -137,20 +139,20 @@ class TextInput:
         if not isinstance(items, list | tuple) or not all(isinstance(t, str) for t in items):
             raise DecodeError(f"a caption must be text or a list of texts, got {type(raw).__name__}")
         if sum(map(len, items)) > _MAX_BYTES:
-            raise DecodeError(f"captions of {sum(map(len, items)):,} letters are more than {_MAX_BYTES:,}")
+            raise DecodeError(f"the captions have {sum(map(len, items)):,} letters; at most {_MAX_BYTES:,} are allowed")
         texts = [whole(t).strip() for t in items if visible(t)]
         if not texts:
             raise DecodeError("the caption is empty")
         return texts
 
     def train(self, x: list[str], rng: np.random.Generator) -> Tensor:
-        """Ids of one caption, drawn by ``rng`` where there are several, in a template drawn likewise."""
+        """Ids of one caption, drawn by ``rng`` where there are several, in a template that is drawn too."""
         text = x[int(rng.integers(len(x)))] if len(x) > 1 else x[0]
         templates = self.config.templates
         return self._row(templates[int(rng.integers(len(templates)))].replace("{}", text) if templates else text)
 
     def mix(self, a: list[str], b: list[str], rng: np.random.Generator) -> list[str]:
-        """One caption of each, joined by "and"; the second without a capital, as it goes on a sentence."""
+        """One caption of each, joined by "and"; the second with a small first letter."""
         first, second = (x[int(rng.integers(len(x)))] for x in (a, b))
         return [f"{first.rstrip('.')} and {second[:1].lower()}{second[1:]}"]
 
@@ -202,9 +204,9 @@ class TextInput:
         if setting is None:
             return self.describe()
         settings = {"tokenizer": "hf:./tokenizer", "context_length": self.context_length}
-        if self._full:  # known of an open_clip model's tokenizer by its name, not of its files
+        if self._full:  # known from the name of an open_clip model, not from its tokenizer's files
             settings["pad"] = "context"
-        # built again: files may describe another class of tokenizer, with another digest
+        # rebuilt: the files may describe another class of tokenizer, with another digest
         return TextInput(self.config.model_copy(update=settings), folder).describe()
 
     def export_tokenizer(self, folder: str | Path, padding_is_seen: bool = False) -> None:
@@ -213,24 +215,24 @@ class TextInput:
         Args:
             padding_is_seen: the tower attends to padding (SigLIP), so its id must be the same too.
 
-        CLIP's cleaning of HTML entities and broken encodings (ftfy) is not part of that layout; all else is.
+        CLIP's cleaning of HTML entities and broken encodings (ftfy) is not part of that format; everything else is.
 
         Raises:
-            ConfigError: if what was written gives other ids on texts that try case, punctuation, accents and length.
+            ConfigError: if the written tokenizer gives other ids for texts that vary in case, punctuation or length.
         """
         self.tokenizer.export(Path(folder))
         written = HFTokenizer(str(folder), self.context_length, None)
         if padding_is_seen and written.pad_id != self.pad_id:
             raise ConfigError(
-                f"tokenizer: {self.config.tokenizer} cannot be written for transformers: this tower sees its padding, "
-                f"id {self.pad_id}, which is a word there; transformers would pad with {written.pad_id}."
+                f"tokenizer: {self.config.tokenizer} cannot be exported to transformers: this tower attends to its "
+                f"padding, id {self.pad_id}, which is a word there; transformers would pad with {written.pad_id}."
             )
         for text in PROBES:
-            ours, theirs = self.tokenizer.encode(text), written.encode(text)
-            if ours != theirs:
+            expected, got = self.tokenizer.encode(text), written.encode(text)
+            if expected != got:
                 raise ConfigError(
-                    f"tokenizer: {self.config.tokenizer} cannot be written for transformers: {text[:40]!r} would be "
-                    f"{theirs[:12]} instead of {ours[:12]}."
+                    f"tokenizer: {self.config.tokenizer} cannot be exported to transformers: {text[:40]!r} would "
+                    f"become {got[:12]} instead of {expected[:12]}."
                 )
 
     def _encode(self, text: str) -> Tensor:
@@ -238,12 +240,12 @@ class TextInput:
 
 
 def visible(text: str) -> bool:
-    """Whether anything in it can be seen: not white space, control characters, or marks of no width alone."""
+    """Whether a text has a visible character, not only whitespace, control and zero-width characters."""
     return any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf", "Cs") for c in text)
 
 
 def whole(text: str) -> str:
-    """The text with half characters (lone surrogates, as JSON of a caption cut inside an emoji has them) as U+FFFD."""
+    """The text with lone surrogates (as in the JSON of a caption cut inside an emoji) replaced by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -260,7 +262,7 @@ def build_tokenizer(
     """The tokenizer of a recipe's ``tokenizer:`` setting.
 
     Raises:
-        ConfigError: if the name is of no known form, or its files are not to be had.
+        ConfigError: if the name has no known form, or its files cannot be loaded.
     """
     form, _, rest = name.partition(":")
     if name == "clip":
@@ -280,8 +282,8 @@ def build_tokenizer(
 
 @cache
 def _open_clip_tokenizers() -> Any:
-    """open_clip's file of tokenizers, without the rest of it: that imports torchvision, timm and transformers, which
-    takes longer than all else of a run of small towers does before its first step."""
+    """open_clip's tokenizer module without the rest of the package: that imports torchvision, timm and transformers,
+    which takes longer than everything else before the first step of a run of small towers."""
     if "open_clip" in sys.modules:
         return importlib.import_module("open_clip.tokenizer")
     package = importlib.util.find_spec("open_clip")
@@ -405,7 +407,7 @@ class HFTokenizer:
 
     def digest(self) -> str:
         backend = _backend(self._tok)
-        # Calls with truncation leave their setting in the backend's text; that is no part of the identity.
+        # Calls with truncation leave their setting in the backend's text; that is not part of the identity.
         doc = json.loads(backend.to_str()) if backend is not None else sorted(self._tok.get_vocab().items())
         if isinstance(doc, dict):
             doc = {k: v for k, v in doc.items() if k not in ("truncation", "padding")}
@@ -452,13 +454,15 @@ class OpenClipTokenizer:
 
     def export(self, folder: Path) -> None:
         if getattr(self._tok, "tokenizer_mode", "") or getattr(self._tok, "strip_sep_token", False):
-            raise ConfigError("tokenizer: open_clip's modes 'clips' and strip_sep_token have no form in transformers.")
+            raise ConfigError(
+                "tokenizer: open_clip's mode 'clips' and strip_sep_token have no equivalent in transformers."
+            )
         clean = getattr(getattr(self._tok, "clean_fn", None), "__name__", "canonicalize").removeprefix("_clean_")
         _write(self._tok.tokenizer, folder, self.context_length, "lower" if self._lower else clean)
 
 
 def _write(tok: Any, folder: Path, context_length: int, clean: str = "") -> None:
-    """Save a transformers tokenizer with its length, and with what was done to texts before it as its normaliser."""
+    """Save a transformers tokenizer with its maximum length, and the cleaning that preceded it as its normaliser."""
     from tokenizers import normalizers
 
     backend = _backend(tok)
@@ -505,7 +509,7 @@ def _open_clip(model: str, context_length: int | None, lower: bool | None) -> To
     except OSError as e:
         raise ConfigError(f"tokenizer: open_clip:{model} cannot be loaded: {str(e).splitlines()[0]}") from e
     text_cfg = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
-    # A tower without a causal mask, or pooling the last place, sees the padding: it must be what it was trained with.
+    # A tower without a causal mask, or one that pools the last position, sees the padding: keep that of its training.
     sees_padding = "hf_model_name" not in text_cfg and bool(
         text_cfg.get("no_causal_mask") or text_cfg.get("pool_type") == "last"
     )

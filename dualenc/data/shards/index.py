@@ -1,7 +1,7 @@
-"""Shards and their index: how many samples each shard holds, how many bytes it has, and where every sample lies.
+"""Shards and their index: how many samples and bytes each shard has, and where every sample is.
 
-``index.json`` stands beside the shards and lists samples and bytes of each; ``NAME.tar.idx.npz`` beside it holds the
-places of one shard's members. Local shards without an index are indexed in memory; shards behind ``pipe:``, http(s) or
+``index.json`` is stored beside the shards and lists samples and bytes of each; ``NAME.tar.idx.npz`` beside it holds the
+offsets of one shard's members. Local shards without an index are indexed in memory; shards behind ``pipe:``, http(s) or
 s3 need a written one (``dualenc shards index``), because counting them means reading them whole.
 """
 
@@ -145,7 +145,7 @@ def _info(row: dict[str, Any]) -> ShardInfo:
 
 
 def refuse_pipes(shards: str | Sequence[str], allow: bool, setting: str) -> None:
-    """Refuse ``pipe:`` shards that nobody allowed: reading them runs a shell command that the file names.
+    """Refuse ``pipe:`` shards unless they are allowed: reading them runs the shell command in the file.
 
     Raises:
         ConfigError: showing the command, and the setting that allows it.
@@ -174,7 +174,7 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
     of asking for an index.
 
     Raises:
-        DataError: for a missing shard or index, an empty shard, a file that is no tar, one that is not as indexed.
+        DataError: for a missing shard or index, an empty shard, a file that is no tar or does not match its index.
     """
     urls = expand(source.shards)
     known = _known(source, urls, retries, bounds)
@@ -186,13 +186,13 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
     remote = [u for u in unindexed if is_pipe(u) or not (is_local(u) or scan_remote)]
     if remote:
         raise DataError(
-            f"Source {source.name!r}: {remote[0]} is in no index, and counting remote shards means reading them whole; "
+            f"Source {source.name!r}: {remote[0]} is not indexed, and counting remote shards means reading them whole; "
             f"run once: dualenc shards index '{source.shards if isinstance(source.shards, str) else urls[0]}', "
             "and name the file it writes as `index`."
         )
     if unindexed and not scan_remote:
         logger.info(
-            "Source %r: %d of %d shards are in no index; reading their headers (dualenc shards index saves this).",
+            "Source %r: %d of %d shards are not indexed; reading their headers (dualenc shards index saves this).",
             source.name,
             len(unindexed),
             len(urls),
@@ -213,7 +213,7 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
             _say_scattered(memory[i], url)
             info = ShardInfo(url, len(memory[i]), memory[i].tar_bytes)
         if info.samples <= 0:
-            raise DataError(f"{url} holds no sample: leave it out of source {source.name!r}.")
+            raise DataError(f"{url} holds no samples: leave it out of source {source.name!r}.")
         infos.append(info)
         sidecars.append(None if folder is None else f"{folder}{sidecar_name(info.url)}")
     return ShardSet(source.name, urls, names, infos, sidecars, memory)
@@ -245,7 +245,7 @@ def index_local(url: str, contents: bool = False) -> TarIndex:
     """Index a tar on this machine by reading its headers; ``contents``: also take a checksum of every member.
 
     Raises:
-        DataError: missing, no tar, cut short, or without samples.
+        DataError: missing, not a tar, cut short, or without samples.
     """
     size = _local_size(url)
     fd = os.open(local_path(url), os.O_RDONLY)
@@ -256,7 +256,7 @@ def index_local(url: str, contents: bool = False) -> TarIndex:
     try:
         index = index_tar(read_at, size, url)
         if not ends_properly(read_at, size):
-            logger.warning("%s has no end mark: it was cut short, or whatever wrote it was stopped.", url)
+            logger.warning("%s has no end-of-archive mark: it was cut short, or its writer was stopped.", url)
         if contents:
             index.read_contents(read_at)
         return index
@@ -268,7 +268,7 @@ def index_remote(url: str) -> TarIndex:
     """Index a tar behind a URL by reading its headers by byte ranges.
 
     Raises:
-        DataError: there is nothing, the server knows no byte ranges, or it is no whole tar.
+        DataError: there is nothing, the server does not support byte ranges, or it is not a complete tar.
     """
     fs, path = filesystem(url)
     try:
@@ -286,16 +286,16 @@ def index_remote(url: str) -> TarIndex:
     except DataError:
         raise
     except Exception as e:
-        # Errors of aiohttp, botocore and fsspec's own share no base; whatever it was, the shard could not be read.
+        # Errors of aiohttp, botocore and fsspec share no base class; whatever it was, the shard could not be read.
         raise DataError(f"Cannot read {url} by byte ranges: {type(e).__name__}: {e}") from e
 
 
 def _say_scattered(index: TarIndex, where: str) -> None:
-    """Warn of samples that are torn apart: each part is read as a sample of its own, and lacks the others' members."""
+    """Warn of samples that are split: each part is read as a separate sample that lacks the other parts' members."""
     keys = index.scattered()
     if keys:
         logger.warning(
-            "%s: the members of %d keys (%s, …) do not stand next to each other, so each part is read as a sample of "
+            "%s: the members of %d keys (%s, …) are not adjacent, so each part is read as a sample of "
             "its own; pack the shard again with members of one sample together.",
             where,
             len(keys),
@@ -317,7 +317,7 @@ def _local_size(url: str) -> int:
 def _known(
     source: Source, urls: Sequence[str], retries: int, bounds: Bounds | None
 ) -> dict[str, tuple[ShardInfo, str]]:
-    """URL → its row and the folder (with slash) its sidecar lies in, for the shards that an index names."""
+    """URL → its row and the folder (with slash) of its sidecar, for the shards that an index lists."""
     files = [source.index] if source.index else list(dict.fromkeys(index_file(u) for u in urls if not is_pipe(u)))
     out: dict[str, tuple[ShardInfo, str]] = {}
     for file in files:
@@ -333,7 +333,7 @@ def _known(
         rows = {r.url: r for r in index.shards}
         for url in urls:
             row = rows.get(url) or rows.get(url.removeprefix(folder))
-            # An index written elsewhere names the shards as they were called there: the base name decides.
+            # An index written elsewhere has the shards' names from there: the base name decides.
             row = row or (rows.get(url.split("?")[0].rsplit("/", 1)[-1]) if source.index else None)
             if row is not None:
                 out[url] = (row, folder)
@@ -369,7 +369,7 @@ def build_index(
     urls = list(urls)
     folders = {os.path.dirname(local_path(u)) or "." for u in urls if is_local(u)}
     if folder is None and (len(folders) != 1 or not all(is_local(u) for u in urls)):
-        raise DataError("Say where to write the index: the shards are remote or lie in several folders.")
+        raise DataError("Say where to write the index: the shards are remote or in several folders.")
     out = Path(folder if folder is not None else folders.pop())
     out.mkdir(parents=True, exist_ok=True)
     target = out / INDEX_NAME

@@ -1,4 +1,4 @@
-"""Names of shards: patterns in full, and short names that do not depend on where the shards lie."""
+"""Names of shards: expanded patterns, and short names that do not depend on where the shards are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     in local paths list the files that are there, sorted. Shell variables in a pipe (``${X}``) are left alone.
 
     Raises:
-        DataError: if nothing is named, or a glob finds no file, or a shard is named twice, or more than a million are.
+        DataError: if no shard is named, a glob finds no file, a shard is listed twice, or more than a million are.
     """
     out: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -38,11 +38,11 @@ def expand(shards: str | Sequence[str]) -> list[str]:
             elif url:
                 out.append(url)
     if not out:
-        raise DataError(f"No shard is named by {shards!r}.")
+        raise DataError(f"{shards!r} names no shard.")
     seen: set[str] = set()
     for url in out:
         if url in seen:
-            raise DataError(f"The shard {url} is named twice.")
+            raise DataError(f"The shard {url} is listed twice.")
         seen.add(url)
     return out
 
@@ -64,14 +64,14 @@ def _braces(pattern: str) -> list[str]:
             )
     pieces.append([pattern[at:]])
     out = ["".join(words) for words in itertools.product(*pieces)]
-    # Braces inside braces, {a,b{0..3}}: the inner ones were expanded now, the outer ones are next.
+    # Braces inside braces, {a,b{0..3}}: the inner ones have just been expanded, the outer ones are next.
     if len(pieces) == 1 or not any(_BRACES.search(p) for p in out[:1]):
         return out
     return list(dict.fromkeys(u for p in out for u in _braces(p)))
 
 
 def _alternatives(inner: str, pattern: str) -> Sequence[str] | None:
-    """What stands for ``{inner}``; None where the braces mean something else."""
+    """What ``{inner}`` expands to; None where the braces mean something else."""
     run = _RANGE.match(inner)
     if run is None:
         return inner.split(",") if "," in inner else None
@@ -80,7 +80,7 @@ def _alternatives(inner: str, pattern: str) -> Sequence[str] | None:
         raise DataError(f"{pattern}: the numbers in {{{inner[:60]}}} are too large to count files with.")
     step = int(run.group(3) or 1)
     if step == 0 or int(last) < int(first):
-        raise DataError(f"{pattern}: {{{inner}}} counts nothing; write {{FIRST..LAST}} with FIRST ≤ LAST.")
+        raise DataError(f"{pattern}: {{{inner}}} is an empty range; write {{FIRST..LAST}} with FIRST ≤ LAST.")
     numbers = range(int(first), int(last) + 1, step)
     if len(numbers) > _MOST_NAMES:
         raise DataError(
@@ -92,7 +92,7 @@ def _alternatives(inner: str, pattern: str) -> Sequence[str] | None:
 
 
 def short_names(urls: Sequence[str]) -> list[str]:
-    """A name for each shard that is the same wherever the shards lie: base name, with folders where those collide."""
+    """A name for each shard, the same wherever the shards are: base name, with folders where those collide."""
     full = [(_TAR.findall(u) or [hash_of(u)])[-1] if is_pipe(u) else u.split("?")[0].rstrip("/") for u in urls]
     for depth in range(1, 8):
         names = ["/".join(f.split("/")[-depth:]) for f in full]

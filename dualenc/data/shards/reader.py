@@ -1,4 +1,4 @@
-"""Bytes of one sample: from a local tar by seeking, from a remote one by byte range or out of the cache.
+"""Bytes of one sample: from a local tar by seeking, from a remote one by byte range or from the cache.
 
 Only the members asked for are read. Nothing read here is decoded or run; a member's name is a dictionary key and
 never becomes a path.
@@ -85,7 +85,7 @@ class Reader:
     Args:
         sets: the opened sources; a sample is (source, shard, sample) by number, as ``Plan`` gives it.
         cache: where whole remote shards are kept.
-        retries: tries after the first for anything that can fail in passing.
+        retries: further attempts after a transient failure.
         window: samples read in random order together. If the shards they span do not fit into the cache, single
             samples are fetched by byte range instead of whole shards.
     """
@@ -109,7 +109,7 @@ class Reader:
         self._failed: dict[tuple[int, int], tuple[int, float, str]] = {}
 
     def locate(self, source: int, shard: int, sample: int) -> Sample:
-        """Key and members of a sample.
+        """The key and members of a sample.
 
         Raises:
             DataError: if the shard's index names fewer samples than the plan was made from.
@@ -119,7 +119,7 @@ class Reader:
         if len(index) != self.sets[source].infos[shard].samples:
             raise DataError(
                 f"The index of {self.sets[source].urls[shard]} says {self.sets[source].infos[shard].samples} samples, "
-                f"its sidecar {len(index)}; write both anew with: dualenc shards index"
+                f"its sidecar {len(index)}; rewrite both with: dualenc shards index"
             )
         return index.sample(sample)
 
@@ -127,11 +127,11 @@ class Reader:
         """Read, for each modality, the first of its endings that the sample has.
 
         Endings joined by ``+`` are read together, as a dictionary ending → value; one with ``*`` stands for every
-        member it fits, be it none; the others must all be there. So ``json:cameras+cam*`` is a calibration and the
-        pictures it is of.
+        member that matches, which may be none; the others must all exist. So ``json:cameras+cam*`` is a calibration and
+        its images.
 
         Raises:
-            SampleError: if the key is unsafe, bytes cannot be had, or a json member is none.
+            SampleError: if the key is unsafe, bytes cannot be read, or a json member is invalid.
             DataError: if the index is stale.
         """
         if unsafe(sample.key):
@@ -151,7 +151,7 @@ class Reader:
     def _parts(
         self, source: int, shard: int, sample: Sample, parts: Sequence[str], docs: list[dict[str, Any]]
     ) -> dict[str, Any] | None:
-        """Part → value; None if one is not there. ``docs`` keeps the sample's json member once it was read."""
+        """Part → value; None if one is missing. ``docs`` keeps the sample's json member once it has been read."""
         out: dict[str, Any] = {}
         for part in parts:
             if part.startswith(_JSON_KEY):
@@ -178,8 +178,8 @@ class Reader:
         """Bytes of one member.
 
         Raises:
-            SampleError: if they cannot be had after all retries.
-            DataError: if something else stands there (a stale index).
+            SampleError: if they cannot be read after all retries.
+            DataError: if something else is there (a stale index).
         """
         offset, size = sample.members[ending]
         name, url = f"{sample.key}.{ending}", self.sets[source].urls[shard]
@@ -198,8 +198,8 @@ class Reader:
         if contents is not None and zlib.crc32(raw) != contents:
             raise SampleError(
                 name,
-                "its bytes are not those that were indexed: damaged, or changed in place (if that is intended, write "
-                "the index anew with: dualenc shards index)",
+                "its bytes are not those that were indexed: damaged, or changed in place (if that is intended, rewrite "
+                "the index with: dualenc shards index)",
             )
         return raw
 
@@ -217,7 +217,7 @@ class Reader:
         return doc
 
     def _ranged_read(self, source: int, url: str, start: int, stop: int) -> bytes | None:
-        """A byte range of a remote shard; None where whole shards are to be read."""
+        """A byte range of a remote shard; None where whole shards are read."""
         if not self._ranged[source] or is_local(url) or is_pipe(url):
             return None
         try:
@@ -225,7 +225,7 @@ class Reader:
         except FileNotFoundError as e:
             raise DataError(f"There is no shard {url}.") from e
         except NoRanges:
-            logger.warning("%s: the server knows no byte ranges; reading whole shards.", url)
+            logger.warning("%s: the server does not support byte ranges; reading whole shards.", url)
             self._ranged[source] = False
             return None
 
@@ -243,11 +243,13 @@ class Reader:
         if is_local(url):
             return local_path(url)
         if self.cache is None:
-            raise ReadFailed(f"{url} cannot be read in parts: its server knows no byte ranges; fetch the file first")
+            raise ReadFailed(
+                f"{url} cannot be read in parts: its server does not support byte ranges; download the file first"
+            )
         return str(self.cache.get(url, shards.infos[at[1]].bytes))
 
     def index(self, source: int, shard: int) -> TarIndex:
-        """Where everything lies in a shard.
+        """The index of a shard.
 
         Raises:
             DataError: if the index is damaged or stale.
@@ -269,7 +271,7 @@ class Reader:
         return index
 
     def _load_index(self, at: tuple[int, int]) -> TarIndex:
-        """From the sidecar; from the tar itself where there is none or it is of another tar."""
+        """From the sidecar; from the tar itself where there is none or it belongs to another tar."""
         shards = self.sets[at[0]]
         sidecar, info = shards.sidecars[at[1]], shards.infos[at[1]]
         self._refuse_failed(at, "")
@@ -287,7 +289,7 @@ class Reader:
         if info.headers and index.digest and index.digest != info.headers:
             raise DataError(
                 f"The index of {shards.urls[at[1]]} is stale: the shard's headers are not those that were indexed, so "
-                "it was replaced; if that is intended, write the index anew with: dualenc shards index"
+                "it was replaced; if that is intended, rewrite the index with: dualenc shards index"
             )
         return index
 
@@ -296,8 +298,8 @@ class Reader:
         self._failed[at] = (times + 1, time.monotonic(), why)
 
     def _refuse_failed(self, at: tuple[int, int], member: str) -> None:
-        """After three failures in a row (each after all retries) a shard is left alone for a minute: its other samples
-        fail at once, and a server that is down costs no hours of waiting."""
+        """After three failures in a row (each after all retries) a shard is not tried for a minute: its other samples
+        fail at once, so that a server that is down does not cost hours of waiting."""
         times, when, why = self._failed.get(at, (0, 0.0, ""))
         if times >= _FAILURES:
             if time.monotonic() - when < _FAILED_S:
@@ -306,7 +308,7 @@ class Reader:
 
 
 class _File:
-    """A file descriptor that is closed when nobody uses it any more: a thread may read while another evicts it."""
+    """A file descriptor that is closed with its last user: a thread may still read it while another evicts it."""
 
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY)
@@ -335,9 +337,9 @@ def iter_samples(
     data: Data | None = None,
     only: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Found | SampleError]]:
-    """Every sample of some shards once, in the order they lie: (key, raw values) or (key, why not).
+    """Every sample of some shards once, in stored order: (key, raw values) or (key, error).
 
-    For evaluation and tools: keys are "shard/key"; nothing is shuffled, and an error is handed on, never skipped.
+    For evaluation and tools: keys are "shard/key"; nothing is shuffled, and errors are yielded, never skipped.
 
     Args:
         shards: what to open, or an opened source.

@@ -1,4 +1,4 @@
-"""Bytes from elsewhere: http(s), s3 and every other fsspec URL, ``pipe:`` commands, and the cache they are kept in."""
+"""Remote bytes: http(s), s3 and every other fsspec URL, ``pipe:`` commands, and the cache that keeps them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _TRUE_BYTES = {"Accept-Encoding": "identity"}
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How long a server may take: to connect, and between two pieces of data. There is no bound on the whole."""
+    """How long a server may take: to connect, and between two pieces of data. The total is not limited."""
 
     connect_s: float = 15.0
     idle_s: float = 60.0
 
     @classmethod
     def of(cls, data: Data) -> Bounds:
-        """Those of a recipe's ``data`` section."""
+        """The bounds of a recipe's ``data`` section."""
         return cls(data.connect_s, data.idle_s)
 
 
@@ -60,22 +60,22 @@ def local_path(url: str) -> str:
 
 
 class ReadFailed(DataError):
-    """Bytes could not be had after all retries; the reader counts the samples that needed them."""
+    """Bytes could not be read after all retries; the reader counts the samples that needed them."""
 
 
 class NoRanges(Exception):
-    """The server sent the whole file where a part was asked for."""
+    """The server sent the whole file when part of it was requested."""
 
 
 def retry(do: Callable[[], T], what: str, retries: int, progress: Callable[[], int] | None = None) -> T:
     """Call until it succeeds, at most ``retries`` times more, with growing pauses (0.2, 0.4, … at most 8 s).
 
-    ``progress``: bytes had so far, for a call that goes on where the last one stopped: one that brought at least 1 MiB
-    does not count as a failed try.
+    ``progress``: bytes received so far, for a call that continues where the last one stopped: one that received 1 MiB
+    or more does not count as a failed attempt.
 
     Raises:
-        FileNotFoundError: at once: a name that is wrong stays wrong.
-        ReadFailed: with the last error, when all tries failed.
+        FileNotFoundError: immediately, as retrying cannot help.
+        ReadFailed: with the last error, when all attempts failed.
     """
     attempt, had = 0, 0
     while True:
@@ -102,7 +102,7 @@ def _said(e: Exception) -> str:
 
 
 def _passing(e: Exception) -> bool:
-    """Errors of the connection or the disk. aiohttp's and botocore's own share no base with OSError."""
+    """Whether it is an error of the connection or disk. aiohttp's and botocore's errors are not OSErrors."""
     return isinstance(e, OSError | EOFError | TimeoutError) or type(e).__module__.startswith(("aiohttp", "botocore"))
 
 
@@ -122,14 +122,14 @@ def filesystem(url: str, bounds: Bounds | None = None) -> tuple[Any, str]:
 
 
 def _options(url: str, bounds: Bounds) -> dict[str, Any]:
-    """The bounds as the protocol's client takes them, beside what fsspec's own configuration says for it."""
+    """The bounds as options of the protocol's client, merged with fsspec's own configuration."""
     from fsspec.config import conf
 
     protocol = url.split("://", 1)[0]
     if protocol in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        # aiohttp's default is 5 minutes for everything, which ends the reading of a large shard that is going well.
+        # aiohttp's default is 5 minutes in total, which would abort the healthy download of a large shard.
         timeout = ClientTimeout(total=None, sock_connect=bounds.connect_s, sock_read=bounds.idle_s)
         return {"client_kwargs": {**conf.get(protocol, {}).get("client_kwargs", {}), "timeout": timeout}}
     if protocol in ("s3", "s3a"):
@@ -145,7 +145,7 @@ def fetch_bytes(
 
     Raises:
         FileNotFoundError: if there is nothing at the URL.
-        NoRanges: if the server knows no byte ranges.
+        NoRanges: if the server does not support byte ranges.
         ReadFailed: after all retries.
     """
 
@@ -155,16 +155,16 @@ def fetch_bytes(
         if start is not None and stop is not None and len(raw) != stop - start:
             if len(raw) > stop - start:
                 raise NoRanges(url)
-            raise EOFError(f"{len(raw)} bytes came instead of {stop - start}")
+            raise EOFError(f"received {len(raw)} bytes instead of {stop - start}")
         return raw
 
     return retry(read, f"Reading {url}", retries)
 
 
 async def _stream_http(fs: Any, url: str, target: Path, mark: list[str]) -> None:
-    """Write what is behind ``url`` to ``target``, from where an earlier call stopped.
+    """Download ``url`` to ``target``, continuing where an earlier call stopped.
 
-    ``mark`` keeps the entity tag in between, so that a file that was replaced meanwhile is read from its beginning.
+    ``mark`` keeps the entity tag between calls, so that a file that has been replaced is read from its beginning.
     """
     have = target.stat().st_size if target.exists() else 0
     headers = {**fs.kwargs.get("headers", {}), **_TRUE_BYTES}
@@ -175,7 +175,7 @@ async def _stream_http(fs: Any, url: str, target: Path, mark: list[str]) -> None
         if answer.status in (404, 410):
             raise FileNotFoundError(url)
         if answer.status == 416 and have:
-            return  # nothing is missing: the size is compared with the index's by the caller
+            return  # nothing is missing: the caller compares the size with the index
         answer.raise_for_status()
         tag = answer.headers.get("ETag", "")
         mark[:] = [tag] if tag and not tag.startswith("W/") else []
@@ -186,7 +186,7 @@ async def _stream_http(fs: Any, url: str, target: Path, mark: list[str]) -> None
 
 
 class ShardCache:
-    """Whole shards on local disk, at most ``max_gb`` of them: the least recently used go first.
+    """Whole shards on local disk, at most ``max_gb`` of them: the least recently used are evicted first.
 
     Several processes may share one folder: a lock per shard keeps them from fetching it twice, and a file appears
     under its name only when it is complete. File names are hashes of URLs, never parts of them.
@@ -208,11 +208,11 @@ class ShardCache:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def get(self, url: str, expected: int | None = None) -> Path:
-        """The local copy of a shard, fetched if it is not there; ``expected`` is its size by the index.
+        """The local copy of a shard, fetched if missing; ``expected`` is its size in the index.
 
         Raises:
             DataError: if there is nothing at the URL.
-            ReadFailed: if it could not be had whole after all retries.
+            ReadFailed: if it could not be read completely after all retries.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / (hashlib.blake2b(url.encode(), digest_size=12).hexdigest() + ".tar")
@@ -224,7 +224,7 @@ class ShardCache:
         return path
 
     def _touch(self, path: Path, expected: int | None) -> bool:
-        """Whether a copy is there; one of another size is of a shard that was replaced since, and is not used."""
+        """Whether there is a usable copy; one of another size belongs to a shard that has since been replaced."""
         try:
             os.utime(path)
             return expected is None or path.stat().st_size == expected
@@ -261,7 +261,7 @@ class ShardCache:
                 if size > expected:
                     temporary.unlink()
                 raise EOFError(
-                    f"{size} bytes came, the index says {expected}; if the shard was replaced, index it anew"
+                    f"received {size} bytes, the index says {expected}; if the shard was replaced, index it again"
                 )
 
         try:
@@ -297,7 +297,7 @@ kill -KILL $watch
 exit $code
 """
 """Runs a command in a process group of its own. Its input is a pipe that only this process holds open: when the process
-ends, however it ends, the pipe ends, and the whole group is killed."""
+ends, in whatever way, the pipe closes and the whole group is killed."""
 
 
 def _run_pipe(command: str, out: IO[bytes]) -> None:
@@ -325,7 +325,7 @@ def _run_pipe(command: str, out: IO[bytes]) -> None:
             except subprocess.TimeoutExpired:
                 # A worker that waits here would not notice that its trainer was killed.
                 if trainer is not None and os.getppid() != trainer.pid:
-                    raise DataError("the trainer that this worker read for is gone") from None
+                    raise DataError("the trainer of this data worker has exited") from None
     finally:
         if child.poll() is None:
             with contextlib.suppress(ProcessLookupError):

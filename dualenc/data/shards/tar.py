@@ -1,9 +1,9 @@
-"""Where every sample of a tar shard lies, so that one sample can be read by seeking: the one reader of tars here.
+"""Where every sample of a tar shard is, so that one sample can be read by seeking: the only tar reader here.
 
 The headers of a tar are read one by one, skipping the data between them; members are grouped into samples as
 webdataset groups them: the key is the path up to the first dot of its base name, the rest is the ending (lower case),
 and consecutive members of one key are one sample. A second member with the same key and ending begins a new sample.
-Names that begin with a dot (``._a.jpg``, which macOS adds, ``.DS_Store``) and ``__meta__`` names are no samples.
+Names that begin with a dot (``._a.jpg``, which macOS adds, ``.DS_Store``) and ``__meta__`` names are not samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REGULAR = b"0\0007"
 _MAX_HEADER = 1 << 20
 _CHUNK = 1 << 20
 _FORMAT = 1
-_ANEW = "write it anew with: dualenc shards index"
+_ANEW = "rewrite it with: dualenc shards index"
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
@@ -36,14 +36,14 @@ _PACKED = {
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
     b"PK\x03\x04": ("zip", "unzip it and pack the files with: dualenc shards build folder"),
 }
-"""First bytes of compressed files → what they are and what undoes it."""
+"""First bytes of compressed files → their format and the command that unpacks them."""
 
 ReadAt = Callable[[int, int], bytes]
 """(offset, size) → up to size bytes."""
 
 
 class Member(NamedTuple):
-    """One regular member of a tar: its name, the place of its data, and the CRC-32 of its header block."""
+    """One regular member of a tar: its name, the offset and size of its data, and the CRC-32 of its header block."""
 
     name: str
     offset: int
@@ -53,7 +53,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample's place: its key and, by ending, (offset, size) of the member's data in the tar.
+    """Where one sample is: its key and, by ending, (offset, size) of the member's data in the tar.
 
     ``checks``: ending → CRC-32 of the member's header block and of its contents, as far as the index has them.
     """
@@ -64,11 +64,11 @@ class Sample:
 
 
 class TarIndex:
-    """All samples of one shard, in a few flat arrays (about 50 bytes a sample).
+    """All samples of one shard, in a few flat arrays (about 50 bytes per sample).
 
     Attributes:
         tar_bytes: size of the tar this was made from; another size means the index is stale.
-        offset, size: [members] place of each member's data.
+        offset, size: [members] of each member's data.
         ending: [members] which of ``endings``.
         first: [samples + 1] the members of sample i are ``first[i] : first[i + 1]``.
         header: [members] CRC-32 of each member's header block; None in an index written by an early version.
@@ -111,9 +111,9 @@ class TarIndex:
         return Sample(self.key(i), dict(zip(names, places, strict=True)), dict(zip(names, checks, strict=True)))
 
     def scattered(self) -> list[str]:
-        """Keys whose members lie apart, so that they make several samples which each lack something.
+        """Keys whose members are not adjacent, so that they make several incomplete samples.
 
-        A key that comes again with an ending it had before is a repeated sample and not counted here.
+        A key that is repeated with an ending it already had is a repeated sample and not counted here.
         """
         places: dict[str, list[set[str]]] = {}
         for i in range(len(self)):
@@ -123,7 +123,7 @@ class TarIndex:
         return [k for k, parts in places.items() if len(parts) > 1 and not set.intersection(*parts)]
 
     def read_contents(self, read_at: ReadAt) -> None:
-        """Take the CRC-32 of every member's data (reads the whole tar)."""
+        """Compute the CRC-32 of every member's data (reads the whole tar)."""
         crcs = np.zeros(len(self.offset), np.uint32)
         for i, (offset, size) in enumerate(zip(self.offset.tolist(), self.size.tolist(), strict=True)):
             crc = 0
@@ -153,7 +153,7 @@ class TarIndex:
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str) -> TarIndex:
-        """Read what :meth:`to_bytes` wrote, also in a version before it kept checksums.
+        """Read what :meth:`to_bytes` wrote, also from versions without checksums.
 
         Raises:
             DataError: if it is damaged or of another format.
@@ -181,7 +181,7 @@ _ARRAYS = ("offset", "size", "ending", "first", "key_end", "keys", *_LATER)
 
 
 def _inconsistent(tar_bytes: int, endings: list[str], arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Why these arrays cannot be an index; empty if they can."""
+    """Why these arrays are not a valid index; empty if they are."""
     if any(a.ndim != 1 or a.dtype.kind not in "iu" for a in arrays.values()):
         return "its arrays are not lists of integers"
     offset, size, first, key_end = (arrays[k].astype(np.int64) for k in ("offset", "size", "first", "key_end"))
@@ -192,9 +192,9 @@ def _inconsistent(tar_bytes: int, endings: list[str], arrays: Mapping[str, NDArr
     if len(key_end) != len(first) - 1 or (np.diff(key_end, prepend=0) < 1).any() or key_end[-1:] != len(arrays["keys"]):
         return "its keys do not add up"
     if len(offset) and (int(arrays["ending"].max()) >= len(endings) or int(arrays["ending"].min()) < 0):
-        return "it names endings that it does not list"
+        return "it refers to endings that it does not list"
     if len(offset) and (size.min() < 0 or offset.min() < BLOCK or (offset > tar_bytes - size).any()):
-        return "it names places outside the shard"
+        return "it refers to bytes outside the shard"
     return ""
 
 
@@ -230,7 +230,7 @@ def index_tar(read_at: ReadAt, total: int, where: str) -> TarIndex:
         headers.append(header)
         kinds.append(endings.setdefault(ending, len(endings)))
     if not keys:
-        raise DataError(f"{where} holds no sample: every shard needs at least one KEY.ENDING member.")
+        raise DataError(f"{where} holds no samples: every shard needs at least one KEY.ENDING member.")
     arrays: dict[str, NDArray[Any]] = {
         "offset": np.array(offsets, np.int64),
         "size": np.array(sizes, np.int64),
@@ -263,7 +263,7 @@ def tar_members(read_at: ReadAt, total: int, where: str) -> Iterator[Member]:
         data = at + BLOCK
         if kind in b"LKxgX":
             if size > _MAX_HEADER or data + size > total:
-                raise DataError(f"{where} has a broken header at byte {at}: it is no tar, or damaged.")
+                raise DataError(f"{where} has a broken header at byte {at}: it is not a tar, or damaged.")
             body = read_at(data, size)
             if kind == b"L":
                 long_name = _text(body)
@@ -274,7 +274,7 @@ def tar_members(read_at: ReadAt, total: int, where: str) -> Iterator[Member]:
         name = pax.get("path", long_name if long_name is not None else name)
         if "size" in pax:
             if not re.fullmatch(r"[0-9]{1,18}", pax["size"]):
-                raise DataError(f"{where} has a broken pax header in front of byte {at}.")
+                raise DataError(f"{where} has a broken pax header before byte {at}.")
             size = int(pax["size"])
         if kind == b"S" or "GNU.sparse.major" in pax:
             raise DataError(f"{where}: member {name!r} is a sparse file, which shards cannot hold; pack it again.")
@@ -289,12 +289,12 @@ def tar_members(read_at: ReadAt, total: int, where: str) -> Iterator[Member]:
 
 
 def ends_properly(read_at: ReadAt, total: int) -> bool:
-    """Whether a tar ends with a block of zeros, as a tar that was closed does; one cut between two members does not."""
+    """Whether a tar ends with a block of zeros, as a properly closed tar does; one cut between two members does not."""
     return total >= BLOCK and not read_at(total - BLOCK, BLOCK).strip(b"\0")
 
 
 def _nothing_behind(read_at: ReadAt, end: int, total: int, where: str) -> None:
-    """After the end mark there is only padding: anything else was lost by damage, or by joining two tars."""
+    """Raise DataError for anything but padding after the end mark: samples hidden by damage, or by joining two tars."""
     for at in range(end, total, _CHUNK):
         chunk = read_at(at, min(_CHUNK, total - at))
         rest = chunk.lstrip(b"\0")
@@ -316,7 +316,7 @@ def _not_compressed(head: bytes, where: str) -> None:
 
 
 def check_member(block: bytes, name: str, size: int, where: str, header: int | None = None) -> bytes:
-    """Check that the 512-byte header in front of a member is that member's; return the data behind it.
+    """Check that the 512-byte header before a member is that member's; return the data after it.
 
     Tars are padded to multiples of 10 KiB, so a rewritten shard often has the size of the old one: only the
     header tells that the index still fits. ``header``: its CRC-32 when it was indexed, where that is known; otherwise
@@ -337,8 +337,8 @@ def check_member(block: bytes, name: str, size: int, where: str, header: int | N
         digits = block[124:136].strip(b"\0 ")
         octal = digits.isdigit() and not digits.strip(b"01234567")
         same_size = bool(block[124] & 0x80) or (octal and int(digits, 8) in (size, 0))
-        # ustar splits a long name into prefix and tail, GNU and pax leave its first 100 bytes; pax writers may put
-        # other bytes for letters beyond ASCII, so such names are not compared.
+        # ustar splits a long name into prefix and tail, GNU and pax keep its first 100 bytes; pax writers may replace
+        # non-ASCII letters, so such names are not compared.
         fits = same_size and (not full.isascii() or full.endswith(field_) or full.startswith(field_[:90]))
     if not fits:
         raise DataError(
@@ -362,7 +362,7 @@ def _text(raw: bytes) -> str:
 
 
 def _parse_header(head: bytes, at: int, where: str) -> tuple[bytes, str, int]:
-    """Type, name and size of one header block, after checking its sum."""
+    """Type, name and size in one header block, after verifying its checksum."""
     try:
         if len(head) < BLOCK:
             raise ValueError("short block")
@@ -383,7 +383,7 @@ def _parse_header(head: bytes, at: int, where: str) -> tuple[bytes, str, int]:
 
 
 def _octal(raw: bytes) -> int:
-    """A number in a header; ``int`` would also take signs and underscores, and a negative size leads backwards."""
+    """A number in a header; ``int`` also accepts signs and underscores, and a negative size would seek backwards."""
     digits = raw.strip(b"\0 ")
     if digits.strip(b"01234567"):
         raise ValueError("not an octal number")

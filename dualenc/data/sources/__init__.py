@@ -1,9 +1,9 @@
-"""Data sets in the layouts they come in; one module a layout, each registered in :data:`sources`."""
+"""Data sets in their own layouts: one module per layout, each registered in :data:`sources`."""
 
 from dualenc.data.sources import driving, folder, hub, tables
 from dualenc.data.sources.item import Content, Item, Layout, captions, sources
 from dualenc.data.sources.opened import NotThereError
-from dualenc.data.sources.samples import iter_source, open_layout
+from dualenc.data.sources.samples import iter_contents, iter_source, open_layout, raw_of
 
 __all__ = [
     "Content",
@@ -14,8 +14,10 @@ __all__ = [
     "driving",
     "folder",
     "hub",
+    "iter_contents",
     "iter_source",
     "open_layout",
+    "raw_of",
     "sources",
     "tables",
 ]

@@ -1,11 +1,11 @@
-"""Which column of a table is which modality: the one grammar of packing, of tasks and of embedding.
+"""Which column of a table is which modality: one syntax for packing, tasks and embedding.
 
 ``members: {MODALITY: [SPEC, …]}`` names columns, tried in turn for each row. A SPEC is::
 
     captions                     a column; for text the string or list of strings itself, for any other modality the
                                  path of a file beside the table, or bytes
-    image.path                   a key inside an object, where no column has that very name
-    fold{fold}/{name}.wav        a path made of several columns; {id:06} fills up with zeros
+    image.path                   a key inside an object, unless a column has exactly that name
+    fold{fold}/{name}.wav        a path made from several columns; {id:06} pads with zeros
     caption_0+caption_1          both, in that order
     file:audio                   the same as audio: a file (needed only where the modality is text)
 """
@@ -23,23 +23,23 @@ from dualenc.errors import ConfigError, DataError, did_you_mean
 
 Members = Mapping[str, Sequence[str]]
 TEXT_COLUMNS = ("captions", "caption", "text", "sentence", "transcript", "title")
-"""Columns tried for text where the settings name none."""
+"""Columns tried for text when the settings name none."""
 
 
 class ColumnBlock(Protocol):
-    """Some rows of a table that is read by columns, on demand."""
+    """Some rows of a columnar table, read on demand."""
 
     columns: Sequence[str]
 
     def cell(self, column: str, row: int) -> Any:
-        """One value; bytes and {bytes, path} objects whole."""
+        """One value; bytes and {bytes, path} objects as they are."""
 
     def holds_bytes(self, column: str) -> bool:
-        """Whether the column holds pictures or sounds rather than plain values."""
+        """Whether the column holds images or audio rather than plain values."""
 
 
 class LazyRow(Mapping[str, Any]):
-    """A row whose cells are read when they are asked for."""
+    """A row whose cells are read on access."""
 
     __slots__ = ("block", "row")
 
@@ -62,7 +62,7 @@ class LazyRow(Mapping[str, Any]):
 
 
 def value_of(fields: Mapping[str, Any], column: str) -> Any:
-    """A column; ``a.b`` reaches into an object where there is no column of that very name. None: not there."""
+    """A column's value; ``a.b`` reads a key of an object unless a column has that name. None where it is missing."""
     if column in fields:
         return fields[column]
     node: Any = fields
@@ -72,7 +72,7 @@ def value_of(fields: Mapping[str, Any], column: str) -> Any:
 
 
 def filled(pattern: str, fields: Mapping[str, Any]) -> Any:
-    """A column's value; with braces, the pattern with each ``{column}`` put in. None where one is empty."""
+    """A column's value; with braces, the pattern with each ``{column}`` filled in. None where one is empty."""
     if "{" not in pattern:
         return value_of(fields, pattern)
     lacking = False
@@ -88,7 +88,7 @@ def filled(pattern: str, fields: Mapping[str, Any]) -> Any:
 
 
 def specs_of(members: Members, modality: str) -> list[str]:
-    """The columns of a modality: those that ``members`` names, else the usual ones."""
+    """The columns of a modality: those in ``members``, else the usual ones."""
     return list(members.get(modality) or (TEXT_COLUMNS if modality == "text" else (modality,)))
 
 
@@ -107,7 +107,7 @@ def is_there(column: str, known: Mapping[str, Any] | Sequence[str]) -> bool:
 
 
 def check_members(members: Members, modality: str, known: Sequence[str], where: str) -> None:
-    """Raises ConfigError (with the nearest name) when no spec that ``members`` gives for a modality can be right."""
+    """Raises ConfigError (with the nearest name) when none of the specs for a modality can match these columns."""
     specs = list(members.get(modality) or ())
     if specs and not any(all(is_there(c, known) for c in named_columns(s)) for s in specs):
         column = next(c for c in named_columns(specs[0]) if not is_there(c, known))
@@ -115,7 +115,7 @@ def check_members(members: Members, modality: str, known: Sequence[str], where: 
 
 
 def contents_of(item: Item, modality: str, members: Members, files: str = "") -> list[Content]:
-    """What the first spec that gives something gives, for one modality of a table's row.
+    """The contents of one modality of a table's row, from the first spec that yields any.
 
     Args:
         files: folder that paths start from; default: the table's own.
@@ -146,7 +146,7 @@ def contents_of(item: Item, modality: str, members: Members, files: str = "") ->
 
 
 def cell_bytes(item: Item, column: str) -> Content | None:
-    """The picture or sound in a cell of a table that is read by columns, as a content that is read later."""
+    """The image or audio in a cell of a columnar table, as a content that is read later."""
     fields = item.fields
     if isinstance(fields, LazyRow) and column in fields and fields.block.holds_bytes(column):
         return Content(f"{item.id}/{column}", load=partial(_cell, fields, column, item.folder))
@@ -158,7 +158,7 @@ def _cell(fields: LazyRow, column: str, folder: str) -> bytes:
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if value is None:
-        raise DataError(f"row {fields.row} has no {column}")
+        raise DataError(f"row {fields.row} has no value in column {column!r}")
     if isinstance(value, str):
         raw = Content(value, path=value if os.path.isabs(value) or not folder else f"{folder}/{value}").read()
         assert isinstance(raw, bytes), "a file is bytes"
@@ -169,7 +169,7 @@ def _cell(fields: LazyRow, column: str, folder: str) -> bytes:
 def _content(item: Item, column: str, value: Any, files: str) -> Content:
     if isinstance(value, bytes):
         return Content(f"{item.id}/{column}", load=lambda: value)
-    # A table is data: it may name files in its own folder (or the one the settings name), not reach for others.
+    # A table is data: it may name files in its own folder (or in that of the settings), but no others.
     inside = os.path.normpath(str(value))
     if os.path.isabs(inside) or inside.startswith(".."):
         raise DataError(f"{item.id} names {str(value)!r}: paths must stay inside the list's folder")

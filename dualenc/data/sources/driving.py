@@ -1,7 +1,7 @@
 """Camera and LiDAR from KITTI's and nuScenes' folders as published: frames, or the objects labelled in them.
 
-What an item is stands in :mod:`dualenc.data.driving.camera_frames`; :mod:`dualenc_data_tools` packs whole keyframes
-with their calibration from the same keyframes (:mod:`dualenc.data.driving.keyframes`).
+:mod:`dualenc.data.driving.camera_frames` describes the items; :mod:`dualenc_data_tools` packs whole keyframes with
+their calibration from the same readers (:mod:`dualenc.data.driving.keyframes`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 
 class FramesSettings(Section):
-    """What all driving sources take."""
+    """Settings of all driving sources."""
 
-    unit: Literal["frames", "objects"] = Field("frames", description="pictures, or the objects labelled in them")
-    corrupt: Corruption | None = Field(None, description="what is done to the sensors first")
+    unit: Literal["frames", "objects"] = Field("frames", description="one item per image, or per labelled object in it")
+    corrupt: Corruption | None = Field(None, description="simulated sensor failures")
 
 
 class KittiSettings(FramesSettings):
-    """``path=kitti``: the 3D object set, or the folder in it that holds image_2, velodyne, calib and label_2."""
+    """``path=kitti``: the 3D object set, or the folder in it with image_2, velodyne, calib and label_2."""
 
-    path: str = Field(description="the folder that holds image_2, velodyne, calib (and label_2), or the one above it")
+    path: str = Field(description="the folder with image_2, velodyne, calib (and label_2), or the one above it")
     split: str | None = Field(None, description="the folder below path; default: training, where path has no image_2")
 
 
 class KittiRawSettings(FramesSettings):
     """``path=2011_09_26/2011_09_26_drive_0001_sync``: one synced drive, or a folder of drives or of days."""
 
-    path: str = Field(description="a drive's folder, its day's, or the one that holds the days")
+    path: str = Field(description="a drive's folder, a day's folder, or the folder with the days")
 
 
 class NuScenesSettings(FramesSettings):
@@ -60,10 +60,10 @@ def kitti_folder(path: str, split: str | None = None) -> Path:
 
 
 def kitti_drives(path: str) -> list[Path]:
-    """The drives of KITTI's raw data in a folder: itself, its drives, or those of the days in it.
+    """The drives of KITTI's raw data: the folder itself, the drives in it, or those of the days in it.
 
     Raises:
-        DataError: there is no drive; says what is expected.
+        DataError: there is no drive; the message says what is expected.
     """
     folder = need_folder(path, "kitti_raw.path")
     if (folder / "velodyne_points").is_dir():
@@ -91,7 +91,7 @@ def read_kitti_raw(cfg: KittiRawSettings) -> Iterator[Item]:
     from dualenc.data.driving.keyframes import kitti_raw
 
     if cfg.unit == "objects":
-        raise DataError("kitti_raw.unit: the raw drives' tracklets are not read; use unit: frames, or source kitti")
+        raise DataError("kitti_raw.unit: tracklets of raw drives are not read; use unit: frames, or source kitti")
     for drive in kitti_drives(cfg.path):
         yield from _items(kitti_raw(drive), cfg)
 

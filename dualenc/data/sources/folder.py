@@ -1,4 +1,4 @@
-"""A folder of files: texts beside them (NAME.jpg and NAME.txt or NAME.json), or one folder for each class."""
+"""A folder of files with texts beside them (NAME.jpg and NAME.txt or NAME.json), or with one folder per class."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ TEXT_KEYS = ("captions", "caption", "text")
 
 
 class FolderSettings(Section):
-    """``path=FOLDER``; folders below it are read too, hidden files and folders are not."""
+    """``path=FOLDER``; subfolders are read too, hidden files and folders are not."""
 
-    path: str = Field(description="the folder; folders below it are read too")
-    split: str | None = Field(None, description="the folder in it that holds this split")
+    path: str = Field(description="the folder; subfolders are read too")
+    split: str | None = Field(None, description="the subfolder with this split")
     layout: Literal["auto", "sidecar", "classes", "names"] = Field(
         "auto",
-        description="sidecar: texts beside the files; classes: the folder is the class; names: fields in the files' "
-        "names, as pattern says; auto: what is there",
+        description="sidecar: texts beside the files; classes: the folder is the class; names: fields in the file "
+        "names, as pattern says; auto: detect it",
     )
-    captions: Literal["file", "lines"] = Field("file", description="a .txt is one caption, or one caption a line")
+    captions: Literal["file", "lines"] = Field("file", description="a .txt is one caption, or one caption per line")
     caption: str = Field("captions", description="key of the text in a .json; caption and text are tried too")
     members: dict[str, list[str]] = Field(
         default_factory=lambda: {"image": list(IMAGE_ENDINGS), "audio": list(AUDIO_ENDINGS)},
@@ -46,14 +46,14 @@ class FolderSettings(Section):
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Files of one name: a picture and a sound are one sample, two pictures are two."""
+    """Files of one name: an image and an audio file are one sample, two images are two."""
 
     root: Path
     files: Mapping[str, Path]
 
     @property
     def first(self) -> Path:
-        """The file that the sample is called after."""
+        """The file that the sample is named after."""
         return next(iter(self.files.values()))
 
     @property
@@ -63,7 +63,7 @@ class Beside:
 
     @property
     def label(self) -> str | None:
-        """The folder it lies in, below the root; None: in the root itself."""
+        """Its folder below the root; None: it is in the root itself."""
         return None if self.first.parent == self.root else self.first.parent.relative_to(self.root).as_posix()
 
 
@@ -107,7 +107,7 @@ def _wanted(cfg: FolderSettings) -> str:
 
 
 def layout_of(cfg: FolderSettings, samples: list[Beside]) -> Literal["sidecar", "classes", "names"]:
-    """The layout that is asked for, or the one that is there.
+    """The layout in the settings, or the one detected.
 
     Raises:
         ConfigError: there are neither texts nor class folders.
@@ -120,7 +120,7 @@ def layout_of(cfg: FolderSettings, samples: list[Beside]) -> Literal["sidecar", 
         return "classes"
     raise ConfigError(
         f"folder.layout: {samples[0].root} has neither .txt or .json beside its files, nor a folder for each class; "
-        "where the names say it, give pattern='{class}_{number}'"
+        "if the file names say it, set for example pattern='{class}_{number}'"
     )
 
 
@@ -137,7 +137,7 @@ def read(cfg: FolderSettings) -> Iterator[Item]:
 
 
 def item_of(cfg: FolderSettings, sample: Beside, with_text: bool) -> Item:
-    """One sample; what is wrong with its text stands in the error of its text."""
+    """One sample; a problem with its text is the error of that content."""
     name, label = sample.name, sample.label
     contents = {
         m: [Content(name if p == sample.first else p.relative_to(sample.root).as_posix(), path=str(p))]
@@ -192,7 +192,7 @@ def _texts(cfg: FolderSettings, file: Path) -> tuple[list[str], dict[str, Any] |
 
 
 def notes(cfg: FolderSettings) -> list[str]:
-    """Class folders without a file, and files that are in none."""
+    """Class folders without files, and files outside all class folders."""
     samples = walk(cfg)
     root = samples[0].root
     full = {s.label.split("/")[0] for s in samples if s.label is not None}
@@ -200,19 +200,19 @@ def notes(cfg: FolderSettings) -> list[str]:
         return []
     folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     out = [
-        f"The class folder {name!r} is empty: the class stays a wrong answer to choose from."
+        f"The class folder {name!r} is empty: the class remains among the candidates, as a wrong answer."
         for name in folders
         if name not in full
     ]
     loose = sum(s.label is None for s in samples)
-    return out + ([f"{loose} files lie in no class folder of {root.name}."] if loose else [])
+    return out + ([f"{loose} files are outside the class folders of {root.name}."] if loose else [])
 
 
 sources.register("folder")(
     Layout(
         FolderSettings,
         read,
-        "pictures or sounds with .txt or .json beside them, a folder for each class, or fields in their names",
+        "images or audio with .txt or .json beside them, a folder for each class, or fields in their names",
         notes=notes,
     )
 )

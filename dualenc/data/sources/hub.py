@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face ``datasets`` library: a name, a folder in the hub's layout, or one it saved itself.
 
-The tables stay in their memory-mapped files; pictures and sounds come as their own bytes, undecoded. Data sets that
-need code of their own to load are refused by the library.
+The tables stay in their memory-mapped files; images and audio are returned as encoded bytes. The library refuses data
+sets that need code of their own.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dualenc.data.sources.opened import NotThereError
 from dualenc.errors import ConfigError, did_you_mean
 
 BLOCK = 100
-"""Rows of a column that are read at once; pictures and sounds are read one by one."""
+"""Rows of a column that are read at once; images and audio are read one by one."""
 
 
 class HubSettings(Section):
-    """``path=owner/name`` (load_dataset) or ``path=FOLDER`` (of Parquet files, or by save_to_disk), ``split=train``."""
+    """``path=owner/name`` (load_dataset) or ``path=FOLDER`` (Parquet files, or from save_to_disk), ``split=train``."""
 
     path: str = Field(description="a data set's name, or a folder")
     split: str | None = Field(None, description="the split; default: all")
     subset: str | None = Field(
         None,
         validation_alias=AliasChoices("subset", "config"),
-        description="the data set's configuration, where it has several",
+        description="the data set's configuration, if it has several",
     )
-    revision: str | None = Field(None, description="the commit or tag that is read")
-    class_names: bool = Field(False, description="class numbers as their names; those below zero as missing")
+    revision: str | None = Field(None, description="the commit or tag to read")
+    class_names: bool = Field(False, description="replace class numbers by their names; negative ones are missing")
     shuffle_seed: int | None = Field(None, description="shuffle the rows of each split; default: their own order")
 
 
@@ -78,8 +78,8 @@ def _load(datasets: Any, cfg: HubSettings) -> Any:
             return datasets.load_from_disk(str(folder))
         name = str(folder) if folder.is_dir() else cfg.path
         return datasets.load_dataset(name, cfg.subset, split=cfg.split, revision=cfg.revision)
-    # The library raises its own errors, OSError and ValueError (an unknown split or subset) for what a name can get
-    # wrong; each says what it is.
+    # The library raises its own errors, OSError and ValueError (an unknown split or subset) for a wrong name or
+    # setting; their texts say which.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
         said = " ".join(str(e).split())
         raise NotThereError(f"the data set {cfg.path} cannot be read: {said}.") from e

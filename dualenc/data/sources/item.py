@@ -1,4 +1,4 @@
-"""What every source gives: items, each with its contents by modality and its fields; bytes are read when needed.
+"""What every source yields: items, each with its contents by modality and its fields; bytes are read when needed.
 
 A source is a :class:`Layout`: its settings and a function from them to items. It is written once, registered under a
 name, and then serves all of these::
@@ -28,7 +28,7 @@ class Content:
     """One item of one modality: a string, or bytes in a file (or in a part of it: a shard's member).
 
     Attributes:
-        id: what reports call it; never a path on this machine.
+        id: its name in reports; never a path on this machine.
         error: why it cannot be read, as "REASON: details".
         load: makes the bytes where they are not part of a file (a cell of a table, a crop).
         shown: how a page shows it, where the source knows better than the bytes (see :mod:`dualenc.data.show`).
@@ -70,13 +70,13 @@ class Item:
     """One sample of a source.
 
     Attributes:
-        id: what reports call it, different for every item of a source.
+        id: its name in reports, unique within a source.
         contents: modality → its contents (several captions: several contents). Empty in tables, whose columns are
             assigned to modalities by ``members`` (:mod:`dualenc.data.sources.columns`).
         fields: everything else that is known of it: labels, columns.
-        name: what keys in shards are made of; default: ``id``.
+        name: the basis of its key in shards; default: ``id``.
         split: which part of the data set it belongs to, where the source knows.
-        label: its class, where the layout says it (the folder's name).
+        label: its class, where the layout has one (the folder's name).
         folder: where relative paths in ``fields`` start.
     """
 
@@ -94,12 +94,12 @@ class Layout(Generic[S]):
     """A registered source.
 
     Attributes:
-        settings: what it can be told; its docstring and descriptions are the documentation.
+        settings: its settings; their docstring and descriptions are the documentation.
         read: settings → items, in an order that is always the same. Raises DataError or ConfigError.
         about: one line for listings.
         table: items are rows of columns; ``members`` says which column is which modality.
         shuffles: ``read`` obeys a setting ``shuffle_seed`` itself.
-        notes: settings → what a person should know about the data (an empty class folder).
+        notes: settings → remarks on the data for the user (an empty class folder).
     """
 
     settings: type[S]

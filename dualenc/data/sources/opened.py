@@ -1,4 +1,4 @@
-"""Opening what a source names: local files, and URLs through fsspec (http; s3 with its extra)."""
+"""Opening the files a source names: local ones, and URLs through fsspec (http; s3 with its extra)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dualenc.data.shards.index import expand
 from dualenc.errors import DataError, did_you_mean
 
 MAX_BYTES = 256 * 2**20
-"""No picture, sound or caption is larger; a header that claims more is damaged."""
+"""Largest image, audio file or caption; a header that claims more is damaged."""
 
 
 class NotThereError(DataError):
-    """The data set itself is missing (not one item of it): what reads it may add how to get it."""
+    """The data set itself is missing (not one of its items): the caller may add how to get it."""
 
 
 def is_url(path: str) -> bool:
@@ -30,7 +30,7 @@ def open_binary(path: str) -> IO[bytes]:
         DataError: there is no such file (with the nearest name beside it), or it cannot be read.
     """
     if path.startswith("pipe:"):
-        raise DataError(f"{path}: parts of a file are read, which a pipe cannot give; fetch the file first")
+        raise DataError(f"{path}: parts of the file are read, which is impossible with a pipe; download the file first")
     try:
         if is_url(path):
             import fsspec
@@ -44,7 +44,7 @@ def open_binary(path: str) -> IO[bytes]:
 
 
 def missing(path: str) -> str:
-    """The sentence for a file that does not exist."""
+    """The error message for a file that does not exist."""
     parent = Path(path).parent
     if is_url(path):
         return f"There is no file {path}."
@@ -63,7 +63,7 @@ def read_text(path: str) -> str:
 
 
 def listed(path: str | Sequence[str], where: str) -> list[str]:
-    """The files that a path, or a list of paths, names: ``~``, brace patterns and wildcards are filled in.
+    """The files that a path, or a list of paths, names: ``~``, brace patterns and wildcards are expanded.
 
     Raises:
         DataError: nothing is named, or a wildcard matches nothing.
@@ -82,5 +82,5 @@ def need_folder(path: str | Path, where: str) -> Path:
     """
     p = Path(path).expanduser()
     if not p.is_dir():
-        raise NotThereError(f"there is no folder {p}, which {where} names.")
+        raise NotThereError(f"{where}: there is no folder {p}.")
     return p

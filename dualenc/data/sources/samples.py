@@ -14,11 +14,11 @@ from dualenc.data.sources.item import Content, Item, Layout, sources
 from dualenc.errors import ConfigError, DataError, did_you_mean
 
 HEAD = 100
-"""Rows need not all have the same columns: a column is known when one of the first hundred has it."""
+"""Rows may have different columns: a column is known if one of the first hundred rows has it."""
 
 
 class CommonSettings(Section):
-    """What may be said of any source beside its own settings."""
+    """Settings of any source, in addition to its own."""
 
     members: dict[str, list[str]] = Field(
         default_factory=dict, description="tables: modality → columns, see dualenc.data.sources.columns"
@@ -31,11 +31,11 @@ class CommonSettings(Section):
     where: dict[str, Any] = Field(
         default_factory=dict, description="only items whose field has this value, or one of these"
     )
-    limit: Positive | None = Field(None, description="only the first so many")
+    limit: Positive | None = Field(None, description="only the first so many items")
 
 
 def accepted(section: type[Section]) -> set[str]:
-    """Every key that the settings may be written with."""
+    """Every key that the settings accept."""
     keys = set(section.model_fields)
     for field in section.model_fields.values():
         if isinstance(field.validation_alias, AliasChoices):
@@ -44,7 +44,7 @@ def accepted(section: type[Section]) -> set[str]:
 
 
 def open_layout(kind: str, settings: Mapping[str, Any]) -> tuple[Layout[Any], Any, CommonSettings]:
-    """The layout of a name, its settings checked, and what is wanted of its items.
+    """The layout of a name, its checked settings, and the common settings.
 
     Raises:
         ConfigError: an unknown source or key (with the nearest), or a wrong value.
@@ -64,9 +64,9 @@ def iter_source(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every item of a source once, in its order: (key, modality → raw value).
 
-    A raw value is the bytes of a picture, sound, cloud …, or a string; a list of them where there are several
+    A raw value is the bytes of an image, audio clip, point cloud …, or a string; a list of them where there are several
     (captions); a DataError, not raised, where it cannot be read. A modality that an item lacks is not in its values.
-    Keys are different from each other and the same every time.
+    Keys are unique and the same every time.
 
     Args:
         kind: a name in :data:`dualenc.data.sources.sources`.
@@ -77,14 +77,26 @@ def iter_source(
         ConfigError: an unknown source, key or column.
         DataError: the data set is missing or damaged; no item has any of the modalities.
     """
+    for key, contents in iter_contents(kind, settings, modalities):
+        yield key, {m: raw_of(got) for m, got in contents.items()}
+
+
+def iter_contents(
+    kind: str, settings: Mapping[str, Any], modalities: Sequence[str] = ("image", "text")
+) -> Iterator[tuple[str, dict[str, list[Content]]]]:
+    """As :func:`iter_source`, before anything is read: (key, modality → contents, which :func:`raw_of` reads).
+
+    Raises:
+        ConfigError, DataError: as :func:`iter_source`.
+    """
     layout, own, wanted = open_layout(kind, settings)
     found = False
     for item in itertools.islice(_chosen(layout, own, wanted, modalities), wanted.limit):
-        values = {m: _raw(got) for m in modalities if (got := _contents(layout, item, m, wanted))}
-        found = found or bool(values)
-        yield item.id, values
+        contents = {m: got for m in modalities if (got := _contents(layout, item, m, wanted))}
+        found = found or bool(contents)
+        yield item.id, contents
     if not found:
-        raise DataError(f"{kind}: no item has any of {', '.join(modalities)}; say where they stand in members")
+        raise DataError(f"{kind}: no item has any of {', '.join(modalities)}; name their columns in members")
 
 
 def _chosen(layout: Layout[Any], own: Any, wanted: CommonSettings, modalities: Sequence[str]) -> Iterator[Item]:
@@ -108,12 +120,13 @@ def _contents(layout: Layout[Any], item: Item, modality: str, wanted: CommonSett
     if layout.table:
         try:
             return contents_of(item, modality, wanted.members, wanted.files)
-        except DataError as e:  # a path that leads out of the folder: that item's fault alone
+        except DataError as e:  # a path outside the folder: only that item is affected
             return [Content(item.id, error=str(e))]
     return list(item.contents.get(modality, []))
 
 
-def _raw(contents: Sequence[Content]) -> Any:
+def raw_of(contents: Sequence[Content]) -> Any:
+    """The raw value of a modality, read now: see :func:`iter_source`."""
     values = [_read(c) for c in contents]
     return values[0] if len(values) == 1 else values
 

@@ -24,7 +24,7 @@ TableRow = Mapping[str, Any]
 
 
 class JsonlSettings(Section):
-    """``path=captions.jsonl``: one JSON object a line."""
+    """``path=captions.jsonl``: one JSON object per line."""
 
     path: str | list[str] = Field(description="the .jsonl file, or several (patterns too); .gz is read too")
 
@@ -81,11 +81,11 @@ def jsonl_rows(path: str) -> Iterator[tuple[int, TableRow]]:
         except UnicodeDecodeError as e:
             raise DataError(f"{path} is not UTF-8 text: {e}") from e
         except (gzip.BadGzipFile, EOFError) as e:
-            raise DataError(f"{path} is not a whole .gz file: {e}") from e
+            raise DataError(f"{path} is not a complete .gz file: {e}") from e
 
 
 def json_rows(path: str) -> Iterator[tuple[int, TableRow]]:
-    """(position from 1, object) of every row of a list of objects, or of an object of them.
+    """(position from 1, object) of every row of a list of objects, or of an object whose values are objects.
 
     Raises:
         DataError: for anything else.
@@ -93,7 +93,7 @@ def json_rows(path: str) -> Iterator[tuple[int, TableRow]]:
     got = _parsed(read_text(path), path, "it must hold a list of objects")
     rows = list(got.values()) if isinstance(got, dict) else got
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-        raise DataError(f"{path} must hold a list of objects, or an object of them")
+        raise DataError(f"{path} must hold a list of objects, or an object whose values are objects")
     yield from enumerate(rows, 1)
 
 
@@ -112,7 +112,7 @@ def csv_rows(
     """(number of the line, row) of every row of a CSV file.
 
     Raises:
-        DataError: not a CSV table, or a row that has not as many columns as the header.
+        DataError: not a CSV table, or a row whose number of columns differs from the header's.
     """
     with open_binary(path) as raw:
         try:
@@ -124,7 +124,7 @@ def csv_rows(
                     continue
                 if len(cells) != len(names):
                     raise DataError(
-                        f"{path}:{reader.line_num} has {len(cells)} columns, the header {len(names)}: "
+                        f"{path}:{reader.line_num} has {len(cells)} columns, the header has {len(names)}: "
                         f"{', '.join(names)}"
                     )
                 yield reader.line_num, dict(zip(names, cells, strict=True))
@@ -162,7 +162,7 @@ def read_csv(cfg: CsvSettings) -> Iterator[Item]:
 
 
 def read_parquet(cfg: ParquetSettings) -> Iterator[Item]:
-    """Rows of Parquet files; columns are read when they are asked for, one row group at a time.
+    """Rows of Parquet files; columns are read on access, one row group at a time.
 
     Raises:
         DataError: a file is missing or not Parquet.
@@ -200,7 +200,7 @@ def _parquet_files(path: str) -> list[str]:
     found = listed(path, "parquet.path")
     for f in found:
         if is_url(f):
-            raise DataError(f"parquet.path: {f}: Parquet files are read from local folders; fetch it first")
+            raise DataError(f"parquet.path: {f}: Parquet files are read from local folders; download it first")
         open_binary(f).close()
     return found
 
@@ -240,13 +240,15 @@ def _is_bytes(kind: Any) -> bool:
 
 sources.register("jsonl")(
     Layout(
-        JsonlSettings, read_jsonl, "one JSON object a line: picture or sound path, caption or list of captions", True
+        JsonlSettings, read_jsonl, "one JSON object per line: image or audio path, caption or list of captions", True
     )
 )
-sources.register("json")(Layout(JsonSettings, read_json, "a JSON list of objects, or an object of them", True))
+sources.register("json")(
+    Layout(JsonSettings, read_json, "a JSON list of objects, or an object whose values are objects", True)
+)
 sources.register("csv")(
-    Layout(CsvSettings, read_csv, "CSV or TSV: a column with picture or sound paths, columns with text", True)
+    Layout(CsvSettings, read_csv, "CSV or TSV: a column with image or audio paths, columns with text", True)
 )
 sources.register("parquet")(
-    Layout(ParquetSettings, read_parquet, "Parquet: pictures and sounds as bytes or as paths", True, shuffles=True)
+    Layout(ParquetSettings, read_parquet, "Parquet: images and audio as bytes or as paths", True, shuffles=True)
 )

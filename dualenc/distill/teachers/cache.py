@@ -1,9 +1,9 @@
-"""A teacher's features of a student's data, stored once and read at the cost of a look-up.
+"""A teacher's features of a student's data, stored once and then looked up.
 
-They are a :class:`~dualenc.features.store.FeatureStore`: a part a shard, ids as they stand in the shard.
+They are a :class:`~dualenc.features.store.FeatureStore`: one part per shard, with the shard's ids.
 
-V views of a sample are what the student sees in passes 0 … V − 1, by the very draw: augmentation is a function of
-(seed, sample, pass), so a student that trains on the cache draws its view number ``pass % V`` with the cache's seed,
+V views of a sample are what the student sees in epochs 0 … V − 1, by the same draw: augmentation is a function of
+(seed, sample, epoch), so a student that trains on the cache draws its view number ``epoch % V`` with the cache's seed,
 and teacher and student see one crop and one caption (MobileCLIP's reinforced sets, arXiv 2311.17049, store the
 parameters of the augmentation instead). A ``plain`` modality has one view, the item as in evaluation, whatever the
 student draws.
@@ -50,7 +50,7 @@ def _augments(part: ModalityInput) -> bool:
 
 
 def augmentation(inputs: Mapping[str, ModalityInput], modalities: Sequence[str]) -> dict[str, Any]:
-    """Modality → the student's augmentation: what a drawn view depends on beside the seed."""
+    """Modality → the student's augmentation: what a drawn view depends on besides the seed."""
     out = {}
     for m in modalities:
         out[m] = inputs[m].config.augment.model_dump(mode="json") if _augments(inputs[m]) else None
@@ -97,7 +97,7 @@ def write_cache(
     student = {m: resolve_input(m, part)[1] for m, part in recipe.modalities.items()}
     chosen = [m for m in student if names.get(m, m) in bundle.inputs]
     if not chosen:
-        raise ConfigError(f"the teacher has {bundle.modalities}, the recipe {list(student)}: nothing to embed.")
+        raise ConfigError(f"the teacher has {bundle.modalities}, the recipe {list(student)}: no modality to embed.")
     for m in plain:
         if m not in chosen:
             raise ConfigError(f"--plain: {m!r} is not embedded. {did_you_mean(m, chosen)}")
@@ -214,7 +214,7 @@ class Cache:
         self.parts = self._store.parts
         if not {"plain", "seed", "augment"} <= self.description.preprocessing.keys():
             raise DataError(
-                f"{folder} holds features of shards, not of a recipe's data as its student draws it: write a teacher's "
+                f"{folder} holds features of plain shards, not of a recipe's augmented data: write a teacher's cache "
                 f"with dualenc embed MODEL --recipe RECIPE"
             )
         ids: list[int] = []
@@ -228,7 +228,7 @@ class Cache:
         self._places = np.concatenate(files)[order] if files else np.zeros((0, 2), np.int64)
 
     def covers(self, sets: Sequence[ShardSet], allowed: float) -> None:
-        """Refuse a cache that was made of other data, or lacks more than ``allowed`` (a share) of it.
+        """Refuse a cache that was made from other data, or lacks more than ``allowed`` (a share) of it.
 
         Raises:
             DataError: naming the shard, and how much is missing.
@@ -247,14 +247,14 @@ class Cache:
                     raise DataError(
                         f"{self.folder} is stale: shard {opened.source}/{name} had {made['samples']} samples in "
                         f"{made['bytes']} bytes when its features were written, now {info.samples} in {info.bytes}; "
-                        "write the cache anew"
+                        "write the cache again"
                     )
                 gone = info.samples - len(part.ids)
                 missing, first = missing + gone, first or (f"{opened.source}/{name}" if gone else "")
         if missing > allowed * total:
             raise DataError(
                 f"{self.folder} lacks {missing:,} of {total:,} samples ({100 * missing / total:.1f} %), the first in "
-                f"{first}: write it anew with dualenc embed, or allow it with the teacher's max_missing"
+                f"{first}: write it again with dualenc embed, or allow it with the teacher's max_missing"
             )
 
     def rows(self, m: str, keys: Sequence[str], passes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -275,12 +275,12 @@ class Cache:
         return torch.where(has[:, None], torch.nn.functional.normalize(out, dim=-1), out), has
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """The keys of which the cache says nothing: neither features, nor why there are none."""
+        """The keys that the cache does not know: it has neither features of them nor the reason for their lack."""
         _, found = self._find(keys)
         return [k for k, ok in zip(keys, found, strict=True) if not ok]
 
     def _find(self, keys: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Where each key stands among the sorted ids, and whether it does."""
+        """The position of each key among the sorted ids, and whether it is there."""
         ids = np.array([stable_id(k) for k in keys], np.int64)
         at = np.searchsorted(self._ids, ids).clip(max=max(len(self._ids) - 1, 0))
         return at, self._ids[at] == ids if len(self._ids) else np.zeros(len(ids), bool)

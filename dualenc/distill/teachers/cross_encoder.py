@@ -1,8 +1,8 @@
 """Fusion teachers: cross-encoders that score pairs and have no features of their own (ViLT, METER in DCD's paper).
 
 To score all N² pairs of a batch costs N² forwards. Instead each row is scored against its positives and ``fusion``
-other columns of the global batch; what was not scored is −inf and no candidate. Which others is a function of (seed,
-step, the two pair ids), not of ranks or micro-batches, so the loss is the same on any number of ranks.
+other columns of the global batch; a pair that is not scored is −inf, not a candidate. The choice is a function of
+(seed, step, the two pair ids), not of ranks or micro-batches, so the loss is the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class PairScorer(Protocol):
     settings: dict[str, dict[str, Any]]
 
     def encode(self, modality: str, x: Any) -> Tensor:
-        """Collated rows → [n, …]: what has to be known of an item to score it; the trailing shape is always the same.
-        It travels between ranks."""
+        """Collated rows → [n, …]: what :meth:`score` needs of an item; the trailing shape is always the same.
+        It is sent between ranks."""
         ...
 
     def score(self, a: Tensor, b: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class FusionTeacher:
         scorer: PairScorer | None = None,
     ) -> None:
         if config.model is None or config.cache is not None or config.fusion is None:
-            raise ConfigError(f"{where}.fusion: a fusion teacher is run beside the student; give model, not cache")
+            raise ConfigError(f"{where}.fusion: a fusion teacher runs next to the student; give model, not cache")
         from dualenc.encoders.adapters.vilt import load_scorer
 
         self.scorer = scorer or load_scorer(config.model)
@@ -74,8 +74,8 @@ class FusionTeacher:
         theirs = {config.modalities.get(m, m): m for m in student}
         if any(m not in theirs for m in self.scorer.modalities):
             raise ConfigError(
-                f"{where}: {config.model} is a teacher of {', '.join(self.scorer.modalities)}, the student has "
-                f"{', '.join(student)}; name another, or say which stands for which with modalities"
+                f"{where}: {config.model} has {', '.join(self.scorer.modalities)}, the student has "
+                f"{', '.join(student)}; name another teacher, or map the names with modalities"
             )
         self.modalities = {theirs[m]: m for m in self.scorer.modalities}
         self.pair = next(((a, b) for a, b in recipe.pairs if a in self.modalities and b in self.modalities), ("", ""))
@@ -142,10 +142,10 @@ class FusionTeacher:
         return out.index_copy(0, batch.rows[m], encoded[: len(batch.rows[m])])
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
-        """It covers whatever it is given."""
+        """Nothing to check: it runs on any data."""
 
     def describe(self) -> dict[str, Any]:
-        """The weights' hash, and how many others a row meets."""
+        """The weights' hash, and how many other columns a row is scored against."""
         module = self.scorer
         weights = state_digest(module.state_dict()) if isinstance(module, torch.nn.Module) else ""
         return {"weights": weights, "fusion": self.others, "plain": self.config.plain}

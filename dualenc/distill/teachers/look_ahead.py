@@ -37,7 +37,7 @@ class LookAheadTeacher:
     """See the module; a :class:`~dualenc.distill.teachers.teacher.TeacherSource` that follows the student.
 
     Raises:
-        ConfigError: with engines that cut parameters into pieces, or with micro-batches and virtual steps.
+        ConfigError: for engines that shard parameters, or for virtual steps with micro-batches.
     """
 
     def __init__(self, config: LookAhead, recipe: Recipe, bundle: Bundle, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class LookAheadTeacher:
             )
         if config.steps and recipe.batch.micro is not None:
             raise ConfigError(
-                "distill.look_ahead.steps: virtual steps take the whole batch; leave batch.micro out, or steps: 0"
+                "distill.look_ahead.steps: virtual steps need the whole batch; leave batch.micro out, or set steps: 0"
             )
         self.name, self.config, self.pairs, self.device = "look_ahead", config, recipe.pairs, device
         self.embed_dim = bundle.embed_dim
@@ -113,7 +113,7 @@ class LookAheadTeacher:
         return out
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
-        """It covers whatever it is given."""
+        """Nothing to check: it runs on any data."""
 
     def describe(self) -> dict[str, Any]:
         """Its settings."""

@@ -1,8 +1,8 @@
-"""Teachers of a run: where their features come from, and what the loss has to know of each.
+"""Teachers of a run: where their features come from, and what the loss needs to know about each.
 
-``online``: the model runs beside the student, without gradient, on its own preprocessing of the same items (the loader
+``online``: the model runs next to the student, without gradient, on its own preprocessing of the same items (the loader
 brings them as the batch's ``views``). ``cached``: features that ``dualenc embed --recipe`` wrote. Both put the same
-thing into the batch's ``teachers``, so the loss does not know which it was.
+thing into the batch's ``teachers``, so the loss cannot tell which it was.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class TeacherSource(Protocol):
     Attributes:
         name: of its rows in a batch's ``teachers``.
         embed_dim: D_t.
-        modalities: student's modality → the teacher's name for it, as far as it has it.
-        views: what the loader has to bring beside the student's inputs.
-        redraw: modality → (seed, passes): the student must draw its augmentation so.
+        modalities: student's modality → the teacher's name for it, for those it has.
+        views: what the loader has to bring besides the student's inputs.
+        redraw: modality → (seed, passes): how the student must draw its augmentation.
     """
 
     name: str
@@ -47,11 +47,11 @@ class TeacherSource(Protocol):
     info: TeacherInfo
 
     def features(self, batch: Batch) -> TeacherRows:
-        """What it says of a batch, by modality and slot, on the batch's device."""
+        """Its output for a batch, by modality and slot, on the batch's device."""
         ...
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
-        """Refuse data that it has nothing of, before the first step."""
+        """Refuse data that it has no features of, before the first step."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def build_teacher(
 
 
 class OnlineTeacher:
-    """A model that runs beside the student; see :class:`TeacherSource`. It is in no optimizer and in no save."""
+    """A model that runs next to the student; see :class:`TeacherSource`. It is in no optimizer and no checkpoint."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class OnlineTeacher:
         return out
 
     def covers(self, sets: Sequence[ShardSet]) -> None:
-        """It covers whatever it is given."""
+        """Nothing to check: it runs on any data."""
 
     def describe(self) -> dict[str, Any]:
         """The weights' hash, and how its input is made."""
@@ -146,7 +146,7 @@ class CachedTeacher:
             if wanted != self.about["weights"]:
                 raise DataError(
                     f"{where}.cache: {config.cache} holds features of weights {self.about['weights'][:12]}…, "
-                    f"{config.model} has {wanted[:12]}…: write it anew with dualenc embed {config.model}"
+                    f"{config.model} has {wanted[:12]}…: write it again with dualenc embed {config.model}"
                 )
         check_weights(config, self.about, where)
         self.embed_dim = int(self.about["embed_dim"])
@@ -157,7 +157,7 @@ class CachedTeacher:
         for m in config.plain:
             if m in drawn:
                 raise DataError(
-                    f"{where}.plain: {m} was stored as the student sees it in {config.cache}; write the cache anew "
+                    f"{where}.plain: {m} was stored as the student sees it in {config.cache}; write the cache again "
                     f"with --plain {m}, or leave it out here"
                 )
         now = augmentation(student, drawn)
@@ -165,7 +165,7 @@ class CachedTeacher:
             if now[m] != drawing["augment"][m]:
                 raise DataError(
                     f"{where}.cache: the views of {m} in {config.cache} were drawn with augment "
-                    f"{drawing['augment'][m]}, the recipe has {now[m]}: write the cache anew, or give it --plain {m}"
+                    f"{drawing['augment'][m]}, the recipe has {now[m]}: write the cache again, or with --plain {m}"
                 )
         self.redraw = {m: (int(drawing["seed"]), int(about.views[m])) for m in drawn}
 
@@ -173,13 +173,13 @@ class CachedTeacher:
         """Looks the samples up.
 
         Raises:
-            DataError: for a sample of which the cache knows nothing, unless ``max_missing`` allows it.
+            DataError: for a sample that the cache does not know, unless ``max_missing`` allows it.
         """
         gone = self.cache.missing([k for k, i in zip(batch.keys, batch.ids.tolist(), strict=True) if i >= 0])
         if gone and not self.config.max_missing:
             raise DataError(
                 f"{self.config.cache} has no features of {gone[0]} ({len(gone)} of this batch's {batch.size} samples): "
-                "write it anew with dualenc embed, or allow it with the teacher's max_missing"
+                "write it again with dualenc embed, or allow it with the teacher's max_missing"
             )
         passes = batch.passes.tolist() if batch.passes is not None else [0] * batch.size
         out = TeacherRows({})
@@ -215,8 +215,8 @@ def check_weights(config: Teacher, about: Mapping[str, Any], where: str) -> None
     """
     if config.weights is not None and not str(about["weights"]).startswith(config.weights):
         raise DataError(
-            f"{where}.weights: {config.weights} is asked for, {config.model or config.cache} is of "
-            f"{str(about['weights'])[: max(12, len(config.weights))]}…: it is another teacher; correct one of them"
+            f"{where}.weights: expected {config.weights}, but {config.model or config.cache} has "
+            f"{str(about['weights'])[: max(12, len(config.weights))]}…; it is another teacher, correct one of them"
         )
 
 
@@ -246,10 +246,10 @@ def info_of(
     modalities: Mapping[str, str],
     where: str,
 ) -> TeacherInfo:
-    """Temperatures by pair of the student.
+    """The teacher's logit scales by pair of the student.
 
     Raises:
-        ConfigError: if the teacher has both sides of no pair, or no temperature of one.
+        ConfigError: if the teacher has both sides of no pair, or no logit scale for one.
     """
     scale, bias = {}, {}
     for pair in ((a, b) for a, b in pairs):
@@ -259,21 +259,21 @@ def info_of(
         key = next((k for k in (pair_name((a, b)), pair_name((b, a))) if k in about["logit_scale"]), None)
         if key is None and config.logit_scale is None:
             raise ConfigError(
-                f"{where}: the teacher contrasts {list(about['logit_scale'])}, so it has no temperature for "
-                f"{pair_name(pair)}; give it one with logit_scale"
+                f"{where}: the teacher contrasts {list(about['logit_scale'])}, so it has no logit scale for "
+                f"{pair_name(pair)}; set logit_scale"
             )
         scale[pair] = config.logit_scale or float(about["logit_scale"][key])
         bias[pair] = float(about.get("logit_bias", {}).get(key, 0.0))
     if not scale:
         raise ConfigError(
-            f"{where}: {config.model or config.cache} is a teacher of {', '.join(about['modalities'])}; none of the "
-            f"student's pairs {[pair_name((a, b)) for a, b in pairs]} is among these; name another, or say which of "
-            "its modalities stands for which with modalities"
+            f"{where}: {config.model or config.cache} has {', '.join(about['modalities'])}, which covers none of the "
+            f"student's pairs {[pair_name((a, b)) for a, b in pairs]}; name another teacher, or map its names with "
+            "modalities"
         )
     return TeacherInfo(name, config.weight, scale, bias)
 
 
 def with_teachers(batch: Batch, teachers: Sequence[TeacherSource]) -> Batch:
-    """The batch with what every teacher says of it; the views have done their work."""
-    said = {t.name: t.features(batch) for t in teachers}
-    return replace(batch, teachers={**batch.teachers, **said}, views={})
+    """The batch with every teacher's output, and without the views, which are no longer needed."""
+    outputs = {t.name: t.features(batch) for t in teachers}
+    return replace(batch, teachers={**batch.teachers, **outputs}, views={})

@@ -1,4 +1,4 @@
-"""Affinity mimicking (TinyCLIP, arXiv 2309.12314): who is near whom, as the teacher sees it.
+"""Affinity mimicking (TinyCLIP, arXiv 2309.12314): which samples are near each other, as the teacher sees it.
 
 Across modalities it is the soft-label term with the models' own scales, image → text and text → image. ``within`` adds
 the affinities inside each modality, a row's own column left out:
@@ -20,7 +20,7 @@ from dualenc.losses.blockwise.strips import strip_sum
 
 @terms.register("affinity")
 class Affinity(Term):
-    """Affinity mimicking: who is near whom across modalities, and within each if asked for.
+    """Affinity mimicking: the teacher's similarities across modalities, and within each if asked for.
 
     ``{name: affinity, across: true, within: false}``: the mean of the parts that are asked for.
     """
@@ -34,7 +34,7 @@ class Affinity(Term):
         @model_validator(mode="after")
         def _some(self) -> Affinity.Config:
             if not (self.across or self.within):
-                raise ValueError("across and within are both false: nothing is left to mimic")
+                raise ValueError("across and within are both false; set at least one of them to true")
             return self
 
     config: Config
@@ -76,7 +76,7 @@ class Affinity(Term):
                 teacher = (t.logit_scale * (tr @ tc.T)).masked_fill(itself, float("-inf"))
                 return kl_rows(student, teacher).sum()
 
-            if int(x.count) < 2:  # a row has nobody to be near to
+            if int(x.count) < 2:  # a single row has no neighbours
                 total = total + rows[:0].sum() + columns[:0].sum()
                 continue
             total = total + strip_sum(

@@ -3,7 +3,7 @@
     ℓ_i = Σ_m λ_m · mean_d |f_id − f⁰_id|  +  λ_p · ½ Σ_directions KL( softmax_j(l⁰_ij) ‖ softmax_j(l_ij) )
 
 f are L2-normalised features, l logits over all valid columns. The released code divides the KL by the number of logits,
-rows times columns; here it is the mean over rows, so its λ_p is the number of columns times ours.
+rows times columns; here it is the mean over rows, so its λ_p is the number of columns times the one here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dualenc.losses import LossOutput
 
 @terms.register("anchor")
 class AnchorTerm(Term):
-    """Features (L1) and rows of similarities (KL) held at the teacher's: the model the run started from.
+    """Keeps features (L1) and rows of similarities (KL) near those of the model the run started from.
 
     ``{name: anchor, feature: {image: 10, text: 25}, logits: 1}``; a recipe's ``anchor:`` section writes it.
     """
 
     class Config(TermConfig):
-        """Settings; a modality that is not named is not held."""
+        """Settings; a modality that is not named is not anchored."""
 
         feature: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
         logits: Annotated[float, Field(ge=0)] = 1.0

@@ -12,12 +12,12 @@ by construction, whatever the teacher's order.
 
 **How much of each, by sample.** k, o carry no gradient.
 
-    teacher   e_i = H_i / Σ H, the entropy of softmax_C(l^T): the share of row i in all that the teacher is unsure of.
-              k_i = n · softmax_i((1 − e_i)² / τ): a sure teacher is listened to; o_i = n · e_i: where it is unsure, the
-              student works by itself.
+    teacher   e_i = H_i / Σ H, the entropy of softmax_C(l^T): row i's share of the teacher's total uncertainty.
+              k_i = n · softmax_i((1 − e_i)² / τ): a confident teacher counts more; o_i = n · e_i: where it is unsure,
+              the student's own task does.
     student   k_i = 1 − exp(−CE^S_i / CE^T_i), the cross-entropies of student and teacher on C_i: near 1 while the
               student is far behind, falling as it catches up, so the mixture moves with the student's own state from
-              the teacher's lessons to its own task; o_i as above.
+              the teacher's targets to its own task; o_i as above.
     none      k_i = o_i = 1.
 
 Plain knowledge distillation, the control, is ``candidates: all, dynamic: none``: the same recipe, one line.
@@ -46,15 +46,17 @@ from dualenc.losses.blockwise.strips import nce_rows, strip_size, strip_sum
 
 @terms.register("dcd")
 class DCD(Term):
-    """Dynamic contrastive distillation: the teacher's hard negatives, weights by sample. Give ``hard: 0`` with it.
+    """Dynamic contrastive distillation: the teacher's hard negatives, weights by sample. Use it with ``hard: 0``.
 
-    ``{name: dcd, candidates: 31, dynamic: student}``. It holds the student's own task: give ``hard: 0`` with it.
+    ``{name: dcd, candidates: 31, dynamic: student}``. It contains the student's own task, hence ``hard: 0``.
     """
 
     class Config(TermConfig):
         """Settings."""
 
-        candidates: Positive | Literal["all"] = Field(default=31, description="H: hard negatives a row; all: no choice")
+        candidates: Positive | Literal["all"] = Field(
+            default=31, description="H: hard negatives per row; all: every column"
+        )
         dynamic: Literal["student", "teacher", "none"] = "student"
         a: Share = Field(default=0.5, description="share of the distillation term")
         kd: Literal["kl", "mse"] = "kl"

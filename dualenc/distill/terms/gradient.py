@@ -1,4 +1,4 @@
-"""Gradient distillation (CLIP-KD's GD, arXiv 2307.12732): the loss's gradient at the features, as the teacher's.
+"""Gradient distillation (CLIP-KD's GD, arXiv 2307.12732): matches the loss's gradient at the features to the teacher's.
 
 The gradient of the symmetric InfoNCE Σ_i ½ (ℓ_i(a→b) + ℓ_i(b→a)) at a feature, written out,
 
@@ -8,7 +8,7 @@ is taken for the student's features (projected to the teacher's space, with its 
 
     ℓ_i = ½ ( ‖g^a_i − ĝ^a_i‖² + ‖g^b_i − ĝ^b_i‖² )
 
-p^ba_ji needs the normaliser of row j, which may stand on another rank: log-sum-exps are gathered, with gradient.
+p^ba_ji needs the normaliser of row j, which may be on another rank: log-sum-exps are gathered, with gradient.
 CLIP-KD divides by the batch size inside g; here it is left out, so that the term does not fade as N².
 """
 

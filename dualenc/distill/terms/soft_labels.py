@@ -2,7 +2,7 @@
 
     ℓ_i = T² · KL( softmax_j(l^T_ij / T_t) ‖ softmax_j(l_ij / T_s) ),    T² = T_t · T_s
 
-over all valid columns, in both directions, each weighing ½. l are logits: scale · cosine. With T = 1 this is the KL
+over all valid columns, in both directions, each with weight ½. l are logits: scale · cosine. With T = 1 this is the KL
 that MobileCLIP (arXiv 2311.17049) and CLIP-KD's contrastive relational distillation (arXiv 2307.12732) use.
 """
 

@@ -1,4 +1,4 @@
-"""Soft labels for sigmoid models (SigLIP, arXiv 2303.15343): every pair is a yes or no, with the teacher's belief.
+"""Soft labels for sigmoid models (SigLIP, arXiv 2303.15343): every pair is a yes or no, with the teacher's probability.
 
     ℓ_i = Σ_j KL( Bernoulli(σ(l^T_ij)) ‖ Bernoulli(σ(l_ij)) ),    l = scale · cosine + bias
 
@@ -32,7 +32,7 @@ class SoftSigmoid(Term):
             default=None, description="added to the teacher's logits; null: its own bias"
         )
 
-    needs_features = True  # a fusion teacher scores a few of the pairs only
+    needs_features = True  # a fusion teacher scores only a few of the pairs
 
     config: Config
 

@@ -1,8 +1,8 @@
 """What a distillation term sees, and what all terms share.
 
 A term compares the student's similarities or features with one teacher's. Rows are local, columns come from every rank
-through ``gather``, and a value is the sum over local rows divided by (valid rows of the global batch / W): the footing
-of :class:`dualenc.losses.LossOutput`. So the mean over ranks, and the averaged gradient, are those of one process.
+through ``gather``, and a value is the sum over local rows divided by (valid rows of the global batch / W): as in
+:class:`dualenc.losses.LossOutput`. So the mean over ranks, and the averaged gradient, are those of one process.
 
 A slot takes part if it has both modalities, a pair id, and the teacher's features of both.
 """
@@ -32,9 +32,9 @@ from dualenc.registry import Registry
 class TermConfig(Section):
     """Settings that every term has."""
 
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="of this term in the sum")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="weight of this term in the sum")
     strip_mb: Annotated[float, Field(gt=0)] | None = Field(
-        default=64.0, description="MiB of a [rows, N] matrix that exist at one time; null: all rows at once"
+        default=64.0, description="MiB of a [rows, N] matrix held at once; null: all rows at once"
     )
 
 
@@ -42,7 +42,7 @@ class TermConfig(Section):
 class Columns:
     """A pair's student features, gathered when a term first asks; shared by all terms and teachers.
 
-    Every term asks for the same things on every rank, so the collectives come in the same order everywhere.
+    Every term asks for the same features on every rank, so collectives run in the same order everywhere.
     """
 
     a: Tensor
@@ -61,7 +61,7 @@ class Columns:
 
 @dataclass
 class TeacherSide:
-    """What one teacher says of the local slots; without gradient.
+    """One teacher's output for the local slots; without gradient.
 
     Attributes:
         a, b: [B, D_t] L2-normalised fp32 features; None for a fusion teacher, which has none.
@@ -198,7 +198,7 @@ class PairInputs:
 class Term(ABC):
     """A distillation term, built from its ``Config``.
 
-    What it needs of a run is said by the attributes below; a subclass overrides those that differ, as class attributes
+    The attributes below say what it needs from a run; a subclass overrides those that differ, as class attributes
     or in its ``__init__`` where they follow from the settings.
     """
 
@@ -207,7 +207,7 @@ class Term(ABC):
     uses_heads: bool = False
     """It compares in the teacher's space, by ``PairInputs.projected``: see :class:`HeadTerm`."""
     needs_features: bool = False
-    """It cannot do with the scores of a fusion teacher."""
+    """It cannot work with the scores of a fusion teacher."""
     project: bool | None = None
     """With heads: whether features are projected; None: where the dimensions differ."""
     names_modalities: Mapping[str, Sequence[str]] = MappingProxyType({})
@@ -266,7 +266,7 @@ def soft_label_sum(
 
     def rows_sum(rows: Tensor, t_rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
         teacher = d.teacher_logits(t_rows)
-        # What a fusion teacher did not score is no column of the student's either.
+        # Columns that a fusion teacher did not score are left out for the student too.
         student = (scale * (rows @ columns.T)).masked_fill(teacher.isneginf(), float("-inf"))
         return kl_rows(student / student_t, teacher / teacher_t).sum()
 

@@ -45,16 +45,16 @@ _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class HFConfig(Section):
-    """Settings of hf/NAME. ``pooling`` model: whatever the model itself returns as pooled. ``projection``: keep the
+    """Settings of hf/NAME. ``pooling`` model: the model's own pooled output. ``projection``: keep the
     projection into the shared space that CLIP and CLAP were released with (then head: none gives their features).
-    ``resize_positions``: a picture size or context other than the weights' is meant; learned positions are resized.
+    ``resize_positions``: allow an image size or context other than the weights'; learned positions are resized.
     """
 
     pretrained: bool = True
     projection: bool = False
     pooling: Pooling | None = None
     head: HeadKind = "linear"
-    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
+    freeze_bn: bool = Field(default=True, description="batch norms use their running statistics in training too")
     resize_positions: bool = False
     config: dict[str, Any] | None = None
 
@@ -117,12 +117,12 @@ class HF:
 
 
 def _say_what_is_left(folder: str, config: HFConfig, where: str) -> None:
-    """One tower of a whole CLIP is taken without its projection and temperature, which is seldom what is meant."""
+    """Warn that one tower of a whole CLIP comes without its projection and logit scale, which is rarely intended."""
     whole = load_config(folder)
     if not config.pretrained or "projection" in config.model_fields_set or whole.model_type not in WHOLE_PROJECTED:
         return
     logger.warning(
-        "%s: %s is a whole %s model; this takes one tower of it, without its projection and temperature. Write "
+        "%s: %s is a whole %s model, but only one of its towers is used, without projection and logit scale. Set "
         "projection: true, head: none (and embed_dim: %s) to keep the projection, projection: false to drop it without "
         "this warning, or checkpoint.init_from=hf:%s to start from the whole model.",
         where,
@@ -171,7 +171,7 @@ class HFText(Tower):
 
 
 class HFImageTrunk(nn.Module):
-    """A transformers vision model → one vector a picture."""
+    """A transformers vision model → one vector per image."""
 
     def __init__(self, net: nn.Module, pooling: Pooling) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ def locate(name: str) -> str:
     folder = package_folder(name.removeprefix(PACKAGE), f"hf/{name}")
     found = sorted(p.parent for p in folder.rglob("config.json") if "model_type" in p.read_text(encoding="utf-8"))
     if not found:
-        raise ConfigError(f"hf/{name}: the package holds no model of the transformers library (a config.json).")
+        raise ConfigError(f"hf/{name}: the package has no transformers model (a config.json).")
     return str(found[0])
 
 
@@ -222,7 +222,7 @@ def load_config(where: str) -> Any:
 
 
 def setting(arch: Any, name: str, default: Any = None) -> Any:
-    """A setting of a transformers config, or ``default`` where this architecture has none of that name."""
+    """A setting of a transformers config, or ``default`` if this architecture has no such setting."""
     return getattr(arch, name, default)  # not to_dict(): configs answer to their architecture's older names too
 
 
@@ -245,7 +245,7 @@ def arch_of(kept: Mapping[str, Any]) -> Any:
 
 
 def file_of(where: str, name: str) -> Path | None:
-    """A file of a folder or repository, on this machine; None where it has none or the Hub is out of reach."""
+    """A file of a folder or repository, on this machine; None if it does not exist or the Hub cannot be reached."""
     from transformers.utils.hub import cached_file
 
     path: str | None = cached_file(
@@ -259,7 +259,7 @@ def file_of(where: str, name: str) -> Path | None:
 
 
 def read_json(where: str, name: str) -> dict[str, Any]:
-    """A json file of a folder or repository; empty where it has none."""
+    """A json file of a folder or repository; empty if it does not exist."""
     path = file_of(where, name)
     out = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     return out if isinstance(out, dict) else {}
@@ -286,7 +286,7 @@ def snapshot_with(where: str, name: str, weights: Sequence[str]) -> Path | None:
 
 
 def preprocessor(where: str, part: str = "image_processor") -> dict[str, Any]:
-    """How pictures (or with ``feature_extractor`` sound) are prepared, in either of the layouts transformers writes."""
+    """How images (or with ``feature_extractor`` audio) are prepared, in either of the layouts transformers writes."""
     pre = read_json(where, "preprocessor_config.json")
     return pre or dict(read_json(where, "processor_config.json").get(part, {}))
 
@@ -294,7 +294,7 @@ def preprocessor(where: str, part: str = "image_processor") -> dict[str, Any]:
 def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The ``input`` that a preprocessor_config.json describes."""
     if not pre:
-        raise ConfigError(f"hf/{name}: it has no preprocessor_config.json; set input.size, mean and std yourself.")
+        raise ConfigError(f"hf/{name}: there is no preprocessor_config.json; set input.size, input.mean and input.std.")
     if "max_num_patches" in pre:
         way: dict[str, Any] = {
             "resize": "naflex",
@@ -401,7 +401,7 @@ def released_model(where: str, arch: Any, field: str, projected: bool = False) -
                 where, config=arch, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{field}: hf/{where} has no weights within reach ({str(e).splitlines()[0]})") from e
+        raise ConfigError(f"{field}: the weights of hf/{where} cannot be loaded ({str(e).splitlines()[0]})") from e
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing or info["mismatched_keys"]:
         raise CheckpointError(
@@ -413,7 +413,7 @@ def released_model(where: str, arch: Any, field: str, projected: bool = False) -
 
 
 def resized(net: nn.Module, arch: Any, kind: str, describe: Mapping[str, Any], where: str) -> tuple[nn.Module, Any]:
-    """The same weights for pictures of the input's size, or texts of its length: learned positions are resized.
+    """The same weights for images of the input's size, or texts of its length: learned positions are resized.
 
     Raises:
         ConfigError: for architectures whose positions are not simply learned ones.
@@ -424,7 +424,7 @@ def resized(net: nn.Module, arch: Any, kind: str, describe: Mapping[str, Any], w
     if own == value or (kind == "text" and value < own):
         return net, arch
     if not arch.model_type.startswith(("clip", "siglip")):
-        raise ConfigError(f"{where}.resize_positions: positions of {arch.model_type!r} models are not resized.")
+        raise ConfigError(f"{where}.resize_positions: positions of {arch.model_type!r} models cannot be resized.")
     arch = type(arch)(**{**kept_config(arch), key: value})
     new = random_model(arch)
     load_exactly(new, resize_positions(dict(net.state_dict()), new), f"{where}.resize_positions")
@@ -464,7 +464,7 @@ def wrap(
         trunk = HFImageTrunk(net, pooling)
         if arch.model_type == NAFLEX:
             if pooling != "model":
-                raise ConfigError(f"{where}.pooling: a NaFlex tower pools by itself; write model, got {pooling}.")
+                raise ConfigError(f"{where}.pooling: a NaFlex tower does its own pooling; use model, got {pooling}.")
             tower = NaflexTower(trunk, module, describe, int(arch.patch_size), where)
         else:
             tower = ImageTower(trunk, module, describe, channels_last=False)
@@ -476,10 +476,12 @@ def wrap(
         tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
         longest = int(setting(arch, "max_position_embeddings", context))
         if context > longest:
-            raise ConfigError(f"{where}: input.context_length ({context}) is beyond the tower's {longest} places.")
+            raise ConfigError(
+                f"{where}: input.context_length ({context}) is longer than the tower's {longest} positions."
+            )
         if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
             raise ConfigError(
-                f"{where}: input.tokenizer has {tokenizer['vocab_size']} ids, the tower {arch.vocab_size}."
+                f"{where}: input.tokenizer has {tokenizer['vocab_size']} ids, but the tower has {arch.vocab_size}."
             )
         fixed = longest if arch.model_type.startswith("siglip") else 0
         tower = HFText(net, module, pooling, int(tokenizer["eot_id"]), (fixed, int(tokenizer["pad_id"])))
@@ -502,12 +504,12 @@ def kept_config(arch: Any) -> dict[str, Any]:
 
 
 def pooled_output(out: Any) -> Tensor:
-    """What the model itself gives as one vector: projected where it projects."""
+    """The model's own pooled output, projected if the model projects."""
     for key in ("image_embeds", "text_embeds", "audio_embeds", "pooler_output"):
         value = out.get(key)
         if isinstance(value, Tensor):
             return value
-    raise ConfigError("pooling: model needs a tower that pools by itself; write mean, cls or eot.")
+    raise ConfigError("pooling: model needs a tower that does its own pooling; use mean, cls or eot.")
 
 
 def switch_checkpointing(net: nn.Module, enable: bool) -> None:

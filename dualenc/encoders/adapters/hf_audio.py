@@ -140,7 +140,7 @@ def _wav2vec2(arch: Any, pre: Mapping[str, Any], rate: int) -> dict[str, Any]:
 
 def _type(arch: Any) -> str:
     if arch.model_type not in TYPES:
-        raise ConfigError(f"hf: {arch.model_type!r} is no audio tower that is known; there are {', '.join(TYPES)}.")
+        raise ConfigError(f"hf: {arch.model_type!r} is not a supported audio tower; use one of {', '.join(TYPES)}.")
     return str(arch.model_type)
 
 
@@ -148,7 +148,7 @@ def _type(arch: Any) -> str:
 
 
 def settled(arch: Any, describe: Mapping[str, Any]) -> Any:
-    """``arch`` (changed in place) without what is random and not ours to seed, and with places for ``max_s`` only.
+    """``arch`` (changed in place) without randomness that dualenc does not seed, and with positions for ``max_s`` only.
 
     LayerDrop and the masking inside wav2vec 2.0 leave parameters without gradient and draw from numpy's global
     generator; SpecAugment is the input's.
@@ -162,13 +162,13 @@ def settled(arch: Any, describe: Mapping[str, Any]) -> Any:
     places = whisper_places(arch, config) if _type(arch) == "whisper" else 0
     if places and places > arch.max_source_positions:
         raise ConfigError(
-            f"input.max_s: {config['max_s']:g} s are {places} places, the tower has {arch.max_source_positions}."
+            f"input.max_s: {config['max_s']:g} s need {places} positions; the tower has {arch.max_source_positions}."
         )
     return arch
 
 
 def whisper_places(arch: Any, config: Mapping[str, Any]) -> int:
-    """Places after the second convolution, which halves the frames."""
+    """Positions after the second convolution, which halves the frames."""
     frames: int = round(config["max_s"] * config["rate"]) // int(config["features"]["hop"])
     return -(-frames // 2)
 
@@ -191,7 +191,7 @@ def random_audio(arch: Any) -> nn.Module:
 
 
 def settle_batch_norm(net: nn.Module) -> None:
-    """HTSAT has no other normalisation of its input: start from statistics that log-mels have."""
+    """HTSAT does not normalise its input otherwise: start from typical statistics of log-mels."""
     encoder = htsat(net)
     encoder.batch_norm.running_mean.fill_(_DB_MEAN)
     encoder.batch_norm.running_var.fill_(_DB_STD**2)
@@ -225,7 +225,7 @@ class HFAudio(Tower):
         offered = {"clap_audio_model": ("model",), "audio-spectrogram-transformer": ("model", "mean")}
         if pooling not in offered.get(_type(arch), ("mean",)):
             raise ConfigError(
-                f"pooling: {pooling!r} is not offered for {arch.model_type}; write "
+                f"pooling: {pooling!r} is not available for {arch.model_type}; use "
                 f"{' or '.join(offered.get(arch.model_type, ('mean',)))}."
             )
         self.front, self.net, self.head, self.pooling = FrontEnd(describe), net, head, pooling
@@ -246,7 +246,7 @@ class HFAudio(Tower):
         return pooled
 
     def _run(self, heard: Heard) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """One vector a clip, or frames and which of them are sound."""
+        """One vector per clip, or frames and a mask of those that are not padding."""
         values, mask = heard.values, heard.mask
         if self.kind == "clap_audio_model":
             views = values if values.ndim == 4 else values[:, None]
@@ -265,7 +265,7 @@ class HFAudio(Tower):
         return (None, *self._speech(values, mask))
 
     def _speech(self, wave: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """wav2vec 2.0: waveforms → frames and which of them are sound.
+        """wav2vec 2.0: waveforms → frames and a mask of those that are not padding.
 
         Where its convolutions are group-normed over time, clips of one length run together and padding comes after.
         """
@@ -288,7 +288,7 @@ class HFAudio(Tower):
         return states, real
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """transformers' own switch; CLAP has none."""
+        """transformers' own switch; CLAP does not have one."""
         net: Any = self.net
         if net.supports_gradient_checkpointing:  # of every PreTrainedModel
             from dualenc.encoders.adapters.hf import switch_checkpointing

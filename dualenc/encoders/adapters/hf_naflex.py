@@ -1,4 +1,4 @@
-"""Image towers that take each picture in its own aspect, as a grid of patches (NaFlex: SigLIP 2, arXiv 2502.14786)."""
+"""Image towers that take each image in its aspect ratio, as a grid of patches (NaFlex: SigLIP 2, arXiv 2502.14786)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NaflexTower(ImageTower):
         config = describe["config"]
         if config["resize"] != "naflex" or int(config["patch"]) != patch:
             raise ConfigError(
-                f"{where}: the tower takes patches of {patch} px in each picture's own aspect; write input: {{resize: "
+                f"{where}: the tower takes patches of {patch} px in each image's aspect ratio; write input: {{resize: "
                 f"naflex, patch: {patch}}}, got resize: {config['resize']}, patch: {config['patch']}."
             )
         super().__init__(trunk, head, describe, channels_last=False)
@@ -41,10 +41,12 @@ class NaflexTower(ImageTower):
 
 
 def check_grid(tower: nn.Module, describe: Mapping[str, Any], where: str) -> None:
-    """Refuse a grid of patches for a tower that takes pictures of one size.
+    """Refuse a grid of patches for a tower that takes images of one size.
 
     Raises:
         ConfigError: naming ``input.resize``.
     """
     if describe["config"].get("resize") == "naflex" and not isinstance(tower, NaflexTower):
-        raise ConfigError(f"{where}: input.resize: naflex is for SigLIP 2's NaFlex towers; write shortest or squash.")
+        raise ConfigError(
+            f"{where}: input.resize: naflex needs one of SigLIP 2's NaFlex towers; use shortest or squash."
+        )

@@ -29,16 +29,18 @@ class OpenClipConfig(Section):
     """Settings of open_clip/NAME."""
 
     pretrained: bool | str = Field(default=False, description="an open_clip tag, or a file of weights")
-    quick_gelu: bool | None = Field(default=None, description="default: as the tag was trained, else as the model says")
+    quick_gelu: bool | None = Field(
+        default=None, description="default: as the tag was trained, else as in the model config"
+    )
     patch_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     head: Literal["auto", "linear", "mlp", "none"] = Field(
         default="auto", description="auto: linear where the widths differ"
     )
-    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
+    freeze_bn: bool = Field(default=True, description="batch norms use their running statistics in training too")
     resize_positions: bool = Field(
-        default=False, description="a size or context other than the weights' is meant: learned positions are resized"
+        default=False, description="allow a size or context other than the weights': learned positions are resized"
     )
-    config: dict[str, Any] | None = Field(default=None, description="the architecture itself, as a checkpoint keeps it")
+    config: dict[str, Any] | None = Field(default=None, description="the architecture, as stored in a checkpoint")
 
 
 @families.register("open_clip")
@@ -146,7 +148,7 @@ def architecture(name: str, config: OpenClipConfig) -> dict[str, Any]:
 
 
 def preprocessing(name: str, config: OpenClipConfig) -> dict[str, Any]:
-    """open_clip's preprocessing of the tag; without one, that of all the model's tags where they agree."""
+    """open_clip's preprocessing of the tag; without one, that of all the model's tags if they agree."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     tag = _tag(name, config.pretrained)
@@ -173,7 +175,7 @@ def image_defaults(cfg: Mapping[str, Any], pre: Mapping[str, Any]) -> dict[str, 
 
 
 def text_defaults(cfg: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
-    """The ``input`` of a text tower. CoCa's context is one short of its places: its class token takes the last."""
+    """The ``input`` of a text tower. CoCa's context leaves its last position to the class token."""
     return {"tokenizer": tokenizer, "context_length": int(cfg["text_cfg"].get("context_length", 77))}
 
 
@@ -213,7 +215,7 @@ def build_text(
         net = _build_text_tower(int(cfg["embed_dim"]), CLIPTextCfg(**text), quick)
     except OSError as e:
         raise ConfigError(
-            f"{label}: its text tower {text.get('hf_model_name')!r} comes from the Hugging Face Hub and is not here "
+            f"{label}: its text tower {text.get('hf_model_name')!r} is on the Hugging Face Hub and cannot be loaded "
             f"({str(e).splitlines()[0]})"
         ) from e
     from_hub = bool(text.get("hf_model_name"))
@@ -221,7 +223,7 @@ def build_text(
     fixed = False
     if not from_hub:
         if context > net.context_length:
-            raise ConfigError(f"{label}: input.context_length ({context}) is beyond the tower's {net.context_length}.")
+            raise ConfigError(f"{label}: input.context_length ({context}) exceeds the tower's {net.context_length}.")
         if int(describe["tokenizer"]["vocab_size"]) > net.vocab_size:
             raise ConfigError(
                 f"{label}: input.tokenizer has {describe['tokenizer']['vocab_size']} ids, the tower {net.vocab_size}."
@@ -284,7 +286,7 @@ def pretrained_file(name: str, pretrained: bool | str, where: str) -> Path:
 
     tags = list_pretrained_tags_by_model(name)
     if pretrained is True:
-        raise ConfigError(f"{where}: name a tag or a file of weights. Tags of {name}: {', '.join(tags) or 'none'}.")
+        raise ConfigError(f"{where}: give a tag or a weights file. Tags of {name}: {', '.join(tags) or 'none'}.")
     tag = get_pretrained_cfg(name, str(pretrained))
     if tag:
         try:
@@ -300,7 +302,7 @@ def pretrained_file(name: str, pretrained: bool | str, where: str) -> Path:
 
 
 def _tag(name: str, pretrained: bool | str) -> dict[str, Any] | None:
-    """What open_clip knows about a tag; None where ``pretrained`` is no tag."""
+    """What open_clip knows about a tag; None if ``pretrained`` is not a tag."""
     from open_clip.pretrained import get_pretrained_cfg
 
     if not isinstance(pretrained, str):

@@ -36,8 +36,8 @@ _RELEASED: dict[str, dict[str, Any]] = {
 class TimmConfig(Section):
     """Settings of timm/NAME."""
 
-    pretrained: bool | str = Field(default=False, description="timm's own, package:NAME, or a file of weights")
-    freeze_bn: bool = Field(default=True, description="batch norm uses its running statistics in training too")
+    pretrained: bool | str = Field(default=False, description="true: timm's own; package:NAME; or a weights file")
+    freeze_bn: bool = Field(default=True, description="batch norms use their running statistics in training too")
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
     head: HeadKind = "linear"
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
@@ -138,7 +138,7 @@ def _known(name: str) -> None:
 
 
 def _released(name: str, config: TimmConfig) -> dict[str, Any]:
-    """What a package of weights demands; empty for other weights."""
+    """The settings that a weights package requires; empty for other weights."""
     if not isinstance(config.pretrained, str) or not config.pretrained.startswith(PACKAGE):
         return {}
     package = config.pretrained.removeprefix(PACKAGE)
@@ -147,7 +147,7 @@ def _released(name: str, config: TimmConfig) -> dict[str, Any]:
     released = _RELEASED[package]
     if name not in released["models"]:
         raise ConfigError(
-            f"pretrained: {config.pretrained} fits timm/{' or timm/'.join(released['models'])}, not {name}"
+            f"pretrained: {config.pretrained} belongs to timm/{' or timm/'.join(released['models'])}, not {name}"
         )
     return released
 

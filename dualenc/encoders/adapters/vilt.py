@@ -1,4 +1,4 @@
-"""Cross-encoders: one network sees a picture and a caption together and says how well they fit."""
+"""Cross-encoders: one network sees an image and a caption together and scores how well they match."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ViltScorer(nn.Module):
 
     @torch.no_grad()
     def encode(self, modality: str, x: Any) -> Tensor:
-        """What has to be known of an item: pixels fp32 [n, 3, S, S], or ids int64 [n, L] padded to the context."""
+        """The inputs of an item: pixels fp32 [n, 3, S, S], or ids int64 [n, L] padded to the context."""
         if modality == "image":
             pixels: Tensor = x.float() / 127.5 - 1
             return pixels
@@ -43,7 +43,7 @@ class ViltScorer(nn.Module):
 
     @torch.no_grad()
     def score(self, a: Tensor, b: Tensor) -> Tensor:
-        """Logits [n] of n pictures with n captions, row by row."""
+        """Logits [n] of n images with n captions, row by row."""
         longest = max(int((b != self.pad_id).sum(1).max()), 1)
         ids = b[:, :longest]
         out = self.net(input_ids=ids, attention_mask=(ids != self.pad_id).long(), pixel_values=a)
@@ -60,7 +60,7 @@ def load_scorer(spec: str) -> ViltScorer:
     """
     form, _, folder = spec.partition(":")
     if form != "vilt" or not folder:
-        raise ConfigError(f"{spec!r} is no cross-encoder that is known; write vilt:FOLDER_OR_REPO")
+        raise ConfigError(f"{spec!r} is not a known cross-encoder; use vilt:FOLDER_OR_REPO")
     from transformers import ViltForImageAndTextRetrieval
 
     net: Any

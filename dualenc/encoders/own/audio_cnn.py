@@ -32,7 +32,7 @@ class AudioCNN(Tower):
 
         widths: list[Positive] = Field([32, 64, 128], min_length=1, description="channels of each stage")
         depths: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="blocks of each stage; default: one")
-        bands: Positive = Field(4, description="groups of mel bands that are pooled apart: it keeps the pitch")
+        bands: Positive = Field(4, description="groups of mel bands that are pooled separately, which keeps the pitch")
         channels_last: bool = True
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
         head: HeadKind = "linear"
@@ -40,20 +40,20 @@ class AudioCNN(Tower):
         @model_validator(mode="after")
         def _same_length(self) -> Any:
             if self.depths is not None and len(self.depths) != len(self.widths):
-                raise ValueError(f"depths ({self.depths}) must name as many stages as widths ({self.widths})")
+                raise ValueError(f"depths ({self.depths}) must have as many stages as widths ({self.widths})")
             return self
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         features = describe["config"]["features"]
         if features["kind"] != "mel" or describe["config"]["long"] == "fusion":
-            raise ConfigError("own/audio_cnn: it takes input.features.kind: mel and long: crop.")
+            raise ConfigError("own/audio_cnn: it needs input.features.kind: mel and input.long: crop.")
         self.front = FrontEnd(describe)
         places = self.front.width
         for _ in config.widths:
             places = -(-places // 2)
         if places % config.bands:
-            raise ConfigError(f"own/audio_cnn: bands: {config.bands} does not divide the last map's {places} bands.")
+            raise ConfigError(f"own/audio_cnn: bands: {config.bands} must divide the last map's {places} bands.")
         width = 2 * config.widths[-1] * config.bands
         if config.head == "none" and width != embed_dim:
             raise ConfigError(f"own/audio_cnn: head: none needs 2 · widths[-1] · bands ({width}) = {embed_dim}.")

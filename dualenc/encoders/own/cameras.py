@@ -1,4 +1,4 @@
-"""Any image tower on each of several cameras, pooled with what is known of where each one looks."""
+"""Any image tower on each of several cameras, pooled with the geometry of each camera."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Cameras(Tower):
     class Config(Section):
         """Settings of own/cameras."""
 
-        image: Component = Field(Component(name="own/convnet"), description="an image tower, of any family")
-        width: Positive = Field(256, description="of a camera's feature when they are pooled")
+        image: Component = Field(Component(name="own/convnet"), description="an image tower of any family")
+        width: Positive = Field(256, description="width of each camera's feature when they are pooled")
         heads: Positive = 4
-        geometry: bool = Field(True, description="false: cameras are pooled as if none knew where it looks")
+        geometry: bool = Field(True, description="false: pool cameras without their geometry")
         head: HeadKind = "linear"
 
         @model_validator(mode="after")

@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvTrunk(nn.Module):
-    """Pictures [n, 3, S, S] → features at strides ``stem``, 2·stem, 4·stem, … → mean over cells → [n, grid²·W]."""
+    """Images [n, 3, S, S] → features at strides ``stem``, 2·stem, 4·stem, … → mean over cells → [n, grid²·W]."""
 
     def __init__(self, widths: list[int], depths: list[int], stem: int, grid: int) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ConvTrunk(nn.Module):
 
 @own_towers.register("convnet")
 class ConvNet(ImageTower):
-    """Residual convolutional net for small pictures."""
+    """Residual convolutional net for small images."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -82,7 +82,7 @@ class ConvNet(ImageTower):
         )
         stem: Annotated[int, Field(ge=1)] = Field(4, description="stride of the first convolution")
         grid: Annotated[int, Field(ge=1)] = Field(
-            1, description="pool to grid × grid cells before the head: more than 1 keeps the picture's layout"
+            1, description="pool to grid × grid cells before the head: more than 1 keeps the image's layout"
         )
         channels_last: bool = True
         head: HeadKind = "linear"
@@ -90,17 +90,15 @@ class ConvNet(ImageTower):
         @model_validator(mode="after")
         def _same_length(self) -> Any:
             if self.depths is not None and len(self.depths) != len(self.widths):
-                raise ValueError(f"depths ({self.depths}) must name as many stages as widths ({self.widths})")
+                raise ValueError(f"depths ({self.depths}) must have as many stages as widths ({self.widths})")
             return self
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
         size, stride = int(describe["config"]["size"]), config.stem * 2 ** (len(config.widths) - 1)
         if size < stride:
-            raise ConfigError(f"own/convnet: pictures of {size} pixels are smaller than its stride {stride}.")
+            raise ConfigError(f"own/convnet: images of {size} pixels are smaller than its stride {stride}.")
         if (size // stride) % config.grid:
-            raise ConfigError(
-                f"own/convnet: grid: {config.grid} does not divide the last map's {size // stride} places."
-            )
+            raise ConfigError(f"own/convnet: grid: {config.grid} must divide the last map's {size // stride} cells.")
         width = config.widths[-1] * config.grid**2
         if config.head == "none" and width != embed_dim:
             raise ConfigError(f"own/convnet: head: none needs widths[-1] · grid² ({width}) = embed_dim ({embed_dim}).")

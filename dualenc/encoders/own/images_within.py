@@ -26,25 +26,25 @@ def image_tower(component: Component, describe: Mapping[str, Any], where: str) -
     given = {"kind": "image", "config": {**describe["config"], "size": min(height, width)}}
     family, name, settings = find("image", component, where)
     if "head" in component.settings:
-        raise ConfigError(f"{where}.head: leave it out; the camera tower has its own.")
+        raise ConfigError(f"{where}.head: leave it out; the camera tower has its own head.")
     for key, need in family.demands("image", name, settings).items():
         if key in ("mean", "std") and not np.allclose(need, describe["config"][key], atol=1e-6):
             raise ConfigError(
                 f"input.{key}: the weights of {component.name} were made with {[round(v, 6) for v in need]}, "
-                f"got {list(describe['config'][key])}. Write those."
+                f"got {list(describe['config'][key])}. Use those."
             )
     # Its own projection, to one number, is dropped: head: none would want to be told the width asked for here.
     tower = family.build("image", name, settings, given, 1, where)
     if not isinstance(tower, ImageTower):
-        raise ConfigError(f"{where}.name: {component.name} does not take pictures as uint8 [n, 3, H, W].")
+        raise ConfigError(f"{where}.name: {component.name} does not take images as uint8 [n, 3, H, W].")
     tower.head = nn.Identity()
     try:
         with torch.no_grad():
             out = tower.eval().pooled(torch.zeros(1, 3, height, width, dtype=torch.uint8))
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ConfigError(
-            f"{where}.name: {component.name} does not take pictures of {height}×{width}: "
-            f"set input.size: [{height}, {height}] or take a convolutional one ({str(e).splitlines()[0][:100]})"
+            f"{where}.name: {component.name} does not take images of {height}×{width}: "
+            f"set input.size: [{height}, {height}] or use a convolutional tower ({str(e).splitlines()[0][:100]})"
         ) from e
     return tower.train(), int(out.shape[1])
 
@@ -67,9 +67,7 @@ class MapTrunk(nn.Module):
             out = self(torch.zeros(1, 3, height, width, dtype=torch.uint8))
             self.tower.train()
         if out.ndim != 4:
-            raise ConfigError(
-                f"{where}.name: {component.name} has no feature map; take own/convnet or a timm conv net."
-            )
+            raise ConfigError(f"{where}.name: {component.name} has no feature map; use own/convnet or a timm conv net.")
         self.width = int(out.shape[1])
         # What comes after the map has no use here, and weights without a gradient would stop DDP.
         trunk: Any = self.tower.trunk

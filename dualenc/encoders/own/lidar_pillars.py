@@ -1,4 +1,4 @@
-"""PointPillars with dynamic pillars: no cap on points a pillar nor on pillars, nothing is dropped or padded.
+"""PointPillars with dynamic pillars: no cap on points per pillar or on pillars, nothing is dropped or padded.
 
 Lang et al. 2019 (arXiv 1812.05784) for the features, Zhou et al. 2020 (arXiv 1910.06528) for the dynamic voxels.
 """
@@ -120,13 +120,15 @@ class BEVTower(Tower):
 class BEVSettings(Section):
     """What BEV towers share."""
 
-    cell: Annotated[float, Field(gt=0)] = Field(0.5, description="metres of a side of a cell")
+    cell: Annotated[float, Field(gt=0)] = Field(0.5, description="side of a cell in metres")
     widths: list[Positive] = Field(
         [64, 128, 256], min_length=1, description="channels of each stage; each halves the map"
     )
     depth: Positive = 1
     heads: Positive = 4
-    local_dim: Positive | None = Field(None, description="of the projected features at places; for losses on regions")
+    local_dim: Positive | None = Field(
+        None, description="width of the projected features at positions, for losses on regions"
+    )
     head: HeadKind = "linear"
 
     @model_validator(mode="after")

@@ -72,10 +72,12 @@ class RangeViT(Tower):
     class Config(Section):
         """Settings of own/range_vit."""
 
-        height: Positive = Field(32, description="pixels of elevation; about the sensor's beams")
+        height: Positive = Field(32, description="pixels of elevation; about the sensor's number of beams")
         width_px: Positive = Field(512, description="pixels of azimuth")
         elevation: tuple[Degrees, Degrees] = Field((-30.0, 10.0), description="degrees, bottom and top")
-        azimuth: tuple[Degrees, Degrees] = Field((-180.0, 180.0), description="degrees, right and left of ahead")
+        azimuth: tuple[Degrees, Degrees] = Field(
+            (-180.0, 180.0), description="degrees, right and left of straight ahead"
+        )
         patch: tuple[Positive, Positive] = Field((4, 16), description="pixels of a patch: elevation, azimuth")
         width: Positive = 192
         layers: Positive = 6

@@ -29,7 +29,7 @@ def _spconv() -> Any:
         import spconv.pytorch as spconv
     except ImportError as e:
         raise ConfigError(
-            "own/voxels: spconv is not installed. pip install spconv (spconv-cu126 for CUDA 12.6), or take own/pillars."
+            "own/voxels: spconv is not installed. pip install spconv (spconv-cu126 for CUDA 12.6), or use own/pillars."
         ) from e
     return spconv
 
@@ -61,7 +61,7 @@ class Voxels(BEVTower):
         after the first."""
 
         sparse_widths: list[Positive] = Field([16, 32, 64], min_length=1, description="channels of each sparse stage")
-        cell_z: _Positive = Field(0.2, description="metres of a voxel's height")
+        cell_z: _Positive = Field(0.2, description="height of a voxel in metres")
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures lifted into the scene and summed up from above (lift-splat; Philion & Fidler 2020, arXiv 2008.05711).
+"""Images lifted into the scene and summed in a BEV grid (lift-splat; Philion & Fidler 2020, arXiv 2008.05711).
 
 Every place of a picture's feature map has a distribution over depths; its feature, weighted by it, falls into the cells
 along its ray. The sum over depths is taken one depth at a time, forward and backward, so the frustum of N × depths
@@ -110,11 +110,11 @@ class LiftSplat(BEVTower):
             description="an image tower with a map: own/convnet, timm/…",
         )
         range: tuple[float, float, float, float, float, float] = Field(
-            (-50.0, -50.0, -5.0, 50.0, 50.0, 3.0), description="x, y, z from, x, y, z to (m); that of the LiDAR's input"
+            (-50.0, -50.0, -5.0, 50.0, 50.0, 3.0), description="x, y, z from, x, y, z to (m); as in the LiDAR's input"
         )
         depth_range: tuple[_Positive, _Positive] = Field((2.0, 58.0), description="metres along the optical axis")
         depth_bins: Positive = 56
-        channels: Positive = Field(64, description="of a feature before it is lifted")
+        channels: Positive = Field(64, description="width of a feature before it is lifted")
 
         @model_validator(mode="after")
         def _ordered(self) -> Any:

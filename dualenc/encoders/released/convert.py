@@ -109,12 +109,12 @@ def _net(tower: Tower) -> nn.Module:
 
 def _no_head(settings: Mapping[str, Any], tower: Tower) -> None:
     if settings.get("head") != "none":
-        raise NoSuchLayoutError(f"encoder.head: {tower.component.name} was given a projection of its own on top")
+        raise NoSuchLayoutError(f"encoder.head: {tower.component.name} has an added projection")
 
 
 # --- transformers' own towers ------------------------------------------------------------------------------------
 
-# Settings of ours or of the surroundings, not of the architecture.
+# Settings of dualenc or of the environment, not of the architecture.
 _OURS = ("dualenc_projection",)
 
 
@@ -126,7 +126,7 @@ def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
     part, projection = _PARTS[kind]
     if family not in FAMILIES or settings.get("pooling") != "model":
         raise NoSuchLayoutError(
-            f"{tower.component.name} ({config['model_type']}, pooling {settings.get('pooling')}) is no half of "
+            f"{tower.component.name} ({config['model_type']}, pooling {settings.get('pooling')}) is not a half of "
             f"{', '.join(FAMILIES.values())}"
         )
     tensors = {k if k.startswith((part, projection)) else part + k: v for k, v in _net(tower).state_dict().items()}
@@ -359,7 +359,7 @@ def _oc_vision_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     _plain(section, "vision_cfg")
     layers, width = section.get("layers", 12), int(section.get("width", 768))
     if not isinstance(layers, int):
-        raise NoSuchLayoutError("vision_cfg.layers: CLIP's ResNets are not in transformers")
+        raise NoSuchLayoutError("vision_cfg.layers: transformers does not have CLIP's ResNets")
     heads = width // int(section.get("head_width", 64))
     return {
         "model_type": "clip_vision_model",
@@ -406,7 +406,7 @@ def _oc_shape(c: Mapping[str, Any]) -> dict[str, Any]:
         "norm_kwargs": {"eps": float(c["layer_norm_eps"])},
     }
     if int(width * out["mlp_ratio"]) != inner:
-        raise NoSuchLayoutError(f"intermediate_size: {inner} is no multiple of the width that open_clip can express")
+        raise NoSuchLayoutError(f"intermediate_size: {inner} is not a multiple of the width that open_clip supports")
     if act == "gelu_pytorch_tanh":
         out["act_kwargs"] = {"approximate": "tanh"}
     return out
@@ -480,7 +480,7 @@ def _timm_name(config: Mapping[str, Any]) -> str:
         near = near or (name, facts["hidden_act"])
     if near is None:
         raise NoSuchLayoutError(
-            "vision_config: timm, from which open_clip takes SigLIP's towers, has none of this shape"
+            "vision_config: open_clip takes SigLIP's towers from timm, which has none of this shape"
         )
     raise NoSuchLayoutError(
         f"vision_config.hidden_act: {config['hidden_act']!r} at {config['image_size']} px; open_clip builds this tower "

@@ -65,7 +65,7 @@ def as_transformers(raw: Mapping[str, Tensor], where: str) -> tuple[Any, dict[st
         if name not in raw:
             near = [k for k in raw if k.startswith(name.split(".")[0])] or list(raw) or ["nothing"]
             raise CheckpointError(
-                f"{where}: laion_clap's files are read with HTSAT and RoBERTa as towers; {what} has {name!r}, this "
+                f"{where}: laion_clap files must have HTSAT and RoBERTa towers; {what} has {name!r}, but this "
                 f"file has {near[0]!r}."
             )
     _check_filters(raw, where)
@@ -126,7 +126,9 @@ def _text(raw: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     words = raw["text_branch.embeddings.word_embeddings.weight"]
     types = len(raw["text_branch.embeddings.token_type_embeddings.weight"])
     if types != 1:
-        raise CheckpointError(f"{where}: text_branch has {types} token types; RoBERTa, the one text tower read, has 1.")
+        raise CheckpointError(
+            f"{where}: text_branch has {types} token types; RoBERTa, the only supported text tower, has 1."
+        )
     layers = {m[1] for k in raw if (m := re.match(r"text_branch\.encoder\.layer\.(\d+)\.", k))}
     return {
         "vocab_size": words.shape[0],
@@ -140,7 +142,7 @@ def _text(raw: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 
 
 def _check_filters(raw: Mapping[str, Tensor], where: str) -> None:
-    """The file's mel filters must be those of :data:`PREPROCESSING`: the sample rate can be told by nothing else."""
+    """The file's mel filters must be those of :data:`PREPROCESSING`: nothing else tells the sample rate."""
     from dualenc.encoders.audio_front import mel_filters
 
     if _FILTERS not in raw:
@@ -152,5 +154,5 @@ def _check_filters(raw: Mapping[str, Tensor], where: str) -> None:
     if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=0, atol=1e-6):
         raise CheckpointError(
             f"{where}: {_FILTERS}: these are not the filters of {rate} Hz, {bins} bins from {low} to {high} Hz that "
-            "laion_clap's models were trained on; its sample rate or its mel scale is another."
+            "laion_clap's models were trained on; the sample rate or the mel scale differs."
         )

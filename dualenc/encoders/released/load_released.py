@@ -1,4 +1,4 @@
-"""Whole dual encoders that other people released: CLIP and SigLIP in the layouts of open_clip and transformers, CLAP
+"""Released dual encoders, loaded whole: CLIP and SigLIP in the layouts of open_clip and transformers, CLAP
 in those of transformers and laion_clap.
 
 They become the parts a bundle is made of: input settings, towers with their own projections, temperature, tensors.
@@ -83,7 +83,7 @@ def from_open_clip(spec: str) -> Released:
     }
     file = oc.pretrained_file(name, weights, f"open_clip:{spec}") if weights else None
     if file is None:
-        logger.warning("open_clip:%s has no weight tag: its weights are random. Write open_clip:%s/TAG.", name, name)
+        logger.warning("open_clip:%s has no weight tag, so its weights are random; write open_clip:%s/TAG.", name, name)
     return _open_clip(name, cfg, inputs, file)
 
 
@@ -99,7 +99,7 @@ def from_open_clip_folder(folder: Path) -> Released:
         raise CheckpointError(f"{folder}/open_clip_config.json has no model_cfg")
     file = next((folder / f for f in _OPEN_CLIP_FILES if (folder / f).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{folder} holds none of {', '.join(_OPEN_CLIP_FILES)}")
+        raise CheckpointError(f"{folder} has none of {', '.join(_OPEN_CLIP_FILES)}")
     cfg = oc.architecture(folder.name, oc.OpenClipConfig(config=cfg))
     own_vocabulary = "hf_tokenizer_name" in cfg["text_cfg"]
     tokenizer = f"open_clip:local-dir:{folder.resolve()}" if own_vocabulary else "clip"
@@ -111,8 +111,8 @@ def from_open_clip_folder(folder: Path) -> Released:
     built = oc.image_defaults(cfg, {})["size"]
     if said != built:
         raise CheckpointError(
-            f"{folder}: preprocess_cfg.size: pictures of {said} px, model_cfg.vision_cfg.image_size is {built}; one of "
-            "them was changed."
+            f"{folder}: preprocess_cfg.size: images of {said} px, but model_cfg.vision_cfg.image_size is {built}; "
+            "one of them was changed."
         )
     return _open_clip(folder.name, cfg, inputs, file)
 
@@ -134,7 +134,7 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
         used = {f"visual.{k}" for k in image} | set(text) | {f"text.{k}" for k in text}
         left = [k for k in raw if k not in used and not k.startswith(_IGNORED) and not k.endswith("position_ids")]
         if left:
-            raise CheckpointError(f"{file}: {len(left)} tensors have no place in {name}, first {left[0]!r}")
+            raise CheckpointError(f"{file}: {len(left)} tensors do not exist in {name}, first {left[0]!r}")
         tensors = _tensors({"image": ("trunk.", image), "text": ("net.", text)}, log, bias)
     source = f"open_clip:{name}" if file is None else str(file)
     return Released(name, int(cfg["embed_dim"]), inputs, encoders, _scale(log, bias), tensors, source, file)
@@ -151,7 +151,7 @@ def from_hf(where: str) -> Released:
     of patches, a Siglip2Model.
 
     Raises:
-        ConfigError: if it is not within reach, or is another kind of model.
+        ConfigError: if it cannot be found, or is another kind of model.
         CheckpointError: if a tensor is missing, or size and architecture contradict each other.
     """
     folder = hf.snapshot_with(where, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
@@ -161,7 +161,7 @@ def from_hf(where: str) -> Released:
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"hf:{where} is a {config.model_type!r} model; {', '.join(FAMILIES)} are dual encoders that can be loaded "
-            f"whole. As one tower write encoder: {{name: hf/{where}}} in a recipe."
+            f"whole. To use it as one tower, write encoder: {{name: hf/{where}}} in a recipe."
         )
     inputs: dict[str, dict[str, Any]] = {}
     if config.model_type == "clap":
@@ -171,7 +171,7 @@ def from_hf(where: str) -> Released:
         if samples is not None and round(seconds * inputs["audio"]["rate"]) != int(samples):
             raise CheckpointError(
                 f"hf:{where}: preprocessor_config.json: sampling_rate: {seconds:g} s at {inputs['audio']['rate']} Hz "
-                f"are not nb_max_samples ({samples}); one of them was changed."
+                f"do not give nb_max_samples ({samples}); one of them was changed."
             )
     else:
         inputs["image"] = hf.image_defaults(hf.preprocessor(where), where)
@@ -180,7 +180,7 @@ def from_hf(where: str) -> Released:
         said, built = inputs["image"].get(ours), int(getattr(config.vision_config, theirs))
         if said != built:
             raise CheckpointError(
-                f"hf:{where}: preprocessor_config.json: {key}: {'patches' if naflex else 'pictures'} of {said} px, "
+                f"hf:{where}: preprocessor_config.json: {key}: {'patches' if naflex else 'images'} of {said} px, but "
                 f"config.json: vision_config.{theirs} is {built}; one of them was changed."
             )
     inputs["text"] = hf.text_defaults(config.text_config, f"hf:{where}", _context(where, config.text_config))
@@ -188,7 +188,7 @@ def from_hf(where: str) -> Released:
     if inputs["text"].get("pad") == "context" and side != "right":
         raise CheckpointError(
             f"hf:{where}: tokenizer_config.json: padding_side: {side}; {FAMILIES[config.model_type]} sees its padding, "
-            "on the right when it was trained."
+            "which was on the right in training."
         )
     file = hf.file_of(where, "model.safetensors")
     return _from_hf_model(where, config, inputs, _whole(where), f"hf:{where}", file)
@@ -199,19 +199,21 @@ def from_laion_clap(spec: str) -> Released:
     the Hub's.
 
     Raises:
-        ConfigError: if there is no such file, or no tokenizer within reach.
+        ConfigError: if there is no such file, or its tokenizer cannot be loaded.
         CheckpointError: if it holds anything but tensors and numbers, towers other than HTSAT and RoBERTa, or filters
             of another sample rate.
     """
     path = Path(spec).expanduser()
     if not path.is_file():
-        raise ConfigError(f"laion_clap:{spec}: there is no such file; write laion_clap:FOLDER/630k-audioset-best.pt")
+        raise ConfigError(
+            f"laion_clap:{spec}: there is no such file; give for example laion_clap:FOLDER/630k-audioset-best.pt"
+        )
     config, state = laion_clap.as_transformers(read_weights(path), str(path))
     beside = any((path.parent / f).is_file() for f in ("tokenizer.json", "vocab.json"))
     tokenizer = str(path.parent.resolve()) if beside else laion_clap.TOKENIZER
     if not beside and hf.file_of(tokenizer, "vocab.json") is None:
         raise ConfigError(
-            f"laion_clap:{spec}: its tokenizer, {tokenizer}, is not within reach; put its vocab.json, merges.txt and "
+            f"laion_clap:{spec}: its tokenizer, {tokenizer}, cannot be loaded; put its vocab.json, merges.txt and "
             "tokenizer_config.json beside the file."
         )
     context = min(laion_clap.CONTEXT, hf.places(config.text_config))
@@ -238,7 +240,7 @@ def _whole(where: str) -> dict[str, Tensor]:
                 where, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
     except (OSError, ValueError) as e:
-        raise ConfigError(f"hf:{where} has no weights within reach ({str(e).splitlines()[0]})") from e
+        raise ConfigError(f"the weights of hf:{where} cannot be loaded ({str(e).splitlines()[0]})") from e
     # Tables of places are not weights: files of other versions lack them, and the model has made them itself.
     missing = sorted(k for k in info["missing_keys"] if not k.endswith(_TABLES))
     if missing:
@@ -289,7 +291,7 @@ def _temperature(state: dict[str, Tensor], where: str) -> Tensor:
     audio, text = (state.pop(f"logit_scale_{side}").reshape(1) for side in "at")
     if not torch.allclose(audio, text, rtol=1e-3):
         logger.info(
-            "%s has two temperatures, %.2f from audio and %.2f from text; the first is kept for both.",
+            "%s has two logit scales, %.2f from audio and %.2f from text; the first is used for both.",
             where,
             math.exp(float(audio)),
             math.exp(float(text)),

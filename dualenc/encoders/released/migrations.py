@@ -46,7 +46,7 @@ def migrate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for old, name in kept.items():
         if name in out:
-            raise CheckpointError(f"the tensor {old!r} and another one are both {name!r} without their wrappers' names")
+            raise CheckpointError(f"tensor {old!r} and another one are both {name!r} once wrapper names are removed")
         out[name] = tensors[old]
     return out
 
@@ -84,7 +84,7 @@ _POSITIONS = re.compile(r"(^|\.)(positional_embedding|pos_embed|position_embeddi
 
 
 def resize_positions(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Fit learned positions to ``module``: pictures of another size, texts of another length.
+    """Fit learned positions to ``module``: images of another size, texts of another length.
 
     A grid is resized as a picture (bicubic, antialiased), its class token kept (Dosovitskiy et al. 2021, §3.2; the
     settings of open_clip and timm); a text's positions linearly. Tensors that fit are not touched.
@@ -110,7 +110,7 @@ def _line(rows: Tensor, count: int) -> Tensor:
 
 
 def _grid(rows: Tensor, count: int) -> Tensor | None:
-    """[extra + g², W] → [extra + h², W]; None where neither number is a square but for a class token."""
+    """[extra + g², W] → [extra + h², W]; None if neither number is a square, even without a class token."""
     for extra in (0, 1):
         a, b = math.isqrt(len(rows) - extra), math.isqrt(count - extra)
         if a * a + extra == len(rows) and b * b + extra == count:

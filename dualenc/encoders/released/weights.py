@@ -1,4 +1,4 @@
-"""Finding and reading other people's weight files: safetensors, or torch files under ``weights_only=True``."""
+"""Finding and reading released weight files: safetensors, or torch files under ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weight_file(spec: str, where: str) -> Path:
         folder = package_folder(spec.removeprefix(PACKAGE), where)
         found = sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES)
         if not found:
-            raise ConfigError(f"{where}: the package {folder.name} holds no weights ({', '.join(_SUFFIXES)})")
+            raise ConfigError(f"{where}: the package {folder.name} has no weights ({', '.join(_SUFFIXES)})")
         return found[0]
     path = Path(spec).expanduser()
     if not path.is_file():
@@ -83,25 +83,23 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
     except RuntimeError as e:
         if "TorchScript" in str(e):
             raise CheckpointError(
-                f"{path}: refused, it is a TorchScript program, not a file of weights. OpenAI's models are also there "
-                "as plain weights: write open_clip:NAME/openai, or convert it to safetensors."
+                f"{path}: refused; it is a TorchScript program, not a weights file. For OpenAI's "
+                "models use open_clip:NAME/openai; else convert it to safetensors."
             ) from e
         raise CheckpointError(f"{path}: these weights cannot be read ({_first_line(e)})") from e
     except (SafetensorError, OSError, EOFError, ValueError) as e:
         raise CheckpointError(f"{path}: these weights cannot be read ({_first_line(e)})") from e
     except Exception as e:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and reading it would run code. Convert it to safetensors."
+            f"{path}: refused; it has more than tensors, and reading it would run code. Convert it to safetensors."
         ) from e
     raw = _unpacked(raw, path)
     if not isinstance(raw, Mapping) or not any(isinstance(v, Tensor) for v in raw.values()):
-        raise CheckpointError(f"{path}: this is no state dict of tensors")
+        raise CheckpointError(f"{path}: not a state dict of tensors")
     tensors = {k: v for k, v in raw.items() if not _is_plain(v)}
     other = next((k for k, v in tensors.items() if not isinstance(v, Tensor)), None)
     if other is not None:
-        raise CheckpointError(
-            f"{path}: this is no state dict of tensors: {other!r} is a {type(tensors[other]).__name__}"
-        )
+        raise CheckpointError(f"{path}: not a state dict of tensors: {other!r} is a {type(tensors[other]).__name__}")
     if not renamed:
         return tensors
     try:
@@ -115,19 +113,19 @@ def _first_line(e: BaseException) -> str:
 
 
 def _unpacked(raw: Any, path: Path) -> Any:
-    """What a training script put around the weights, taken off, at any depth."""
+    """The weights without what a training script wrapped around them, at any depth."""
     while isinstance(raw, Mapping):
         found = [k for k in _CONTAINERS if isinstance(raw.get(k), Mapping)]
         if not found:
             return raw
         if len(found) > 1:
-            logger.info("%s holds %s; %s is taken.", path, " and ".join(found), found[0])
+            logger.info("%s has %s; using %s.", path, " and ".join(found), found[0])
         raw = raw[found[0]]
     return raw
 
 
 def _is_plain(value: Any) -> bool:
-    """A number, a word or nothing: no weights. numpy's scalars know their dtype and have no shape."""
+    """Whether it is a number, a string or None, so not weights. numpy's scalars know their dtype and have no shape."""
     import numpy as np
 
     return value is None or isinstance(value, bool | int | float | str | np.generic)
@@ -135,7 +133,7 @@ def _is_plain(value: Any) -> bool:
 
 @contextmanager
 def refusing_code(where: str) -> Iterator[None]:
-    """Around a library's own reading under ``weights_only``: its refusal of a file becomes a sentence of ours.
+    """Wraps a library's own reading under ``weights_only``: its refusal becomes one clear error message.
 
     Raises:
         CheckpointError: if the file holds more than tensors.
@@ -145,7 +143,7 @@ def refusing_code(where: str) -> Iterator[None]:
     except Exception as e:
         if "weights_only" in str(e).lower() or "WeightsUnpickler" in str(e):
             raise CheckpointError(
-                f"{where}: refused, its file holds more than tensors and reading it would run code. Convert it to "
+                f"{where}: refused; its file has more than tensors, and reading it would run code. Convert it to "
                 "safetensors."
             ) from e
         raise
@@ -177,10 +175,12 @@ def load_exactly(
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}{_of(extra)}")
     if extra:
-        raise CheckpointError(f"{where}: {len(extra)} tensors have no place in the model, first {extra[0]!r}")
+        raise CheckpointError(f"{where}: {len(extra)} tensors do not exist in the model, first {extra[0]!r}")
     for k, v in own.items():
         if tensors[k].shape != v.shape:
-            raise CheckpointError(f"{where}: {k!r} has shape {list(tensors[k].shape)}, the model needs {list(v.shape)}")
+            raise CheckpointError(
+                f"{where}: {k!r} has shape {list(tensors[k].shape)}, but the model needs {list(v.shape)}"
+            )
     refuse_nonfinite({k: tensors[k] for k, _ in module.named_parameters() if k in own}, where)
     module.load_state_dict({k: tensors[k] for k in own})
 
@@ -195,8 +195,8 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor], where: str) -> None:
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise CheckpointError(
-                f"{where}: {name!r} holds {bad} of {x.numel()} values that are NaN or infinite: the model diverged "
-                "before it was saved, or the file is damaged. Take an earlier checkpoint."
+                f"{where}: {name!r} has {bad} of {x.numel()} values that are NaN or infinite: the model diverged "
+                "before it was saved, or the file is damaged. Use an earlier checkpoint."
             )
 
 
@@ -209,11 +209,11 @@ def load_by_order(module: nn.Module, tensors: dict[str, Tensor], where: str) -> 
     own = module.state_dict()
     values = list(tensors.items())
     if len(values) < len(own):
-        raise CheckpointError(f"{where}: holds {len(values)} tensors, the model has {len(own)}")
+        raise CheckpointError(f"{where}: it has {len(values)} tensors, but the model has {len(own)}")
     for (theirs, value), (ours, place) in zip(values, own.items(), strict=False):
         if value.shape != place.shape:
             raise CheckpointError(
-                f"{where}: {theirs!r} has shape {list(value.shape)}, {ours!r} in its place {list(place.shape)}"
+                f"{where}: {theirs!r} has shape {list(value.shape)}, but {ours!r} in the model has {list(place.shape)}"
             )
     refuse_nonfinite(tensors, where)
     module.load_state_dict(dict(zip(own, tensors.values(), strict=False)))

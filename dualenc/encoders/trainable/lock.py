@@ -7,12 +7,12 @@ from dualenc.errors import ConfigError
 
 
 def lock(tower: Tower) -> None:
-    """Keep a tower's weights as they are: no gradient, eval mode."""
+    """Freeze a tower: no gradient, eval mode."""
     tower.requires_grad_(False).eval()
 
 
 def unlock_last(tower: Tower, groups: int, where: str) -> None:
-    """Train a tower's last ``groups`` blocks and what comes after them; what stands before is locked.
+    """Train a tower's last ``groups`` blocks and what comes after them; what comes before is locked.
 
     Raises:
         ConfigError: naming ``where`` if the tower has fewer blocks.

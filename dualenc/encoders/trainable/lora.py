@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685), put into a tower by peft and merged again for every save.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685), put into a tower by peft and merged for every checkpoint.
 
 W' = W + alpha / rank · B A. Merging works on the tensors by name, so it needs neither peft nor the trained module: a
 bundle holds the plain architecture, and whatever reads it knows nothing of adapters.
@@ -35,7 +35,7 @@ def add_adapters(tower: Tower, config: Lora, where: str) -> None:
     except ModuleNotFoundError as e:
         if e.name != "peft":
             raise
-        raise ConfigError(f"{where}: adapters need the extra: pip install 'dualenc[finetune]'") from e
+        raise ConfigError(f"{where}: adapters need an extra: pip install 'dualenc[finetune]'") from e
     names = targets(tower, config, where)
     settings = LoraConfig(
         r=config.rank,
@@ -91,7 +91,7 @@ def targets(tower: Tower, config: Lora, where: str) -> list[str]:
 
 
 def merged(state: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
-    """A state dict with adapters → that of the plain architecture, adapters added to the weights they stand beside.
+    """A state dict with adapters → that of the plain architecture, adapters merged into the weights they belong to.
 
     Args:
         factors: prefix of the adapted towers' names (``towers.image.``) → alpha / rank.

@@ -1,8 +1,8 @@
 """Does a tower keep the rows of a batch apart?
 
 If it does not (batch norm in training mode, a router with a capacity, padding that is seen), a row's gradient depends
-on which rows stand beside it, and so on the number of ranks and the micro-batch. Frozen batch norms are fine; anything
-else is found here, by trying, before the first step.
+on the other rows of the batch, and so on the number of ranks and the micro-batch. Frozen batch norms are fine; anything
+else is found here, by a test before the first step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 """Largest difference that rounding may cause between a row alone and in a batch, relative to the largest feature."""
 
 _known: dict[str, str | None] = {}
-"""Architecture and input → what :func:`mixing_module` found: a recipe's towers are tried once a process."""
+"""Architecture and input → what :func:`mixing_module` found: a recipe's towers are tested once per process."""
 
 
 def refuse_mixing(tower: Tower, batch: Any, where: str, described: str) -> None:
@@ -34,13 +34,13 @@ def refuse_mixing(tower: Tower, batch: Any, where: str, described: str) -> None:
     Args:
         batch: two different collated rows of its modality.
         where: dotted key of the encoder, for the message.
-        described: the input in words; with the architecture the key of what is known already.
+        described: the input in words; with the architecture it is the key of cached results.
 
     Raises:
         ConfigError: naming the first module that mixes them.
     """
     if not tower.freeze_bn:
-        return  # said so: the recipe takes statistics of the batch, whatever else the tower does
+        return  # the recipe asks for batch statistics, so rows mix anyway
     key = f"{tower.component.model_dump_json()} {described} {[m.training for m in tower.modules()]}"
     if key not in _known:
         _known[key] = mixing_module(tower, batch)
@@ -55,7 +55,7 @@ def refuse_mixing(tower: Tower, batch: Any, where: str, described: str) -> None:
 
 def _escape(component: Component) -> str:
     family = component.name.partition("/")[0]
-    return "." if family == "own" else "; freeze_bn: false trains it all the same."
+    return "." if family == "own" else "; or set freeze_bn: false to train it anyway."
 
 
 def mixing_module(tower: Tower, batch: Any) -> str | None:
@@ -155,7 +155,7 @@ def _first_that_mixes(tower: Tower, batch: Any) -> str | None:
 
 @contextmanager
 def _untouched(tower: Tower) -> Iterator[None]:
-    """Buffers (running statistics) and torch's generator are as before, whatever a forward does."""
+    """Restore buffers (running statistics) and torch's generator after a forward."""
     kept = [(x, x.clone()) for x in tower.buffers()]
     with torch.random.fork_rng(devices=[]):
         yield
@@ -164,7 +164,7 @@ def _untouched(tower: Tower) -> Iterator[None]:
             x.copy_(value)
 
 
-# --- what is said of batch norms ---------------------------------------------------------------------------------
+# --- notes on batch norms ---------------------------------------------------------------------------------
 
 
 def batch_norm_notes(towers: dict[str, Tower]) -> list[str]:
@@ -181,14 +181,14 @@ def batch_norm_notes(towers: dict[str, Tower]) -> list[str]:
             )
         else:
             out.append(
-                f"{m}: {len(norms)} batch norms of {tower.component.name} take the statistics of each micro-batch "
-                "(freeze_bn: false): the gradient depends on the number of ranks and on batch.micro."
+                f"{m}: {len(norms)} batch norms of {tower.component.name} use the statistics of each micro-batch "
+                "(freeze_bn: false), so the gradient depends on the number of ranks and on batch.micro."
             )
     return out
 
 
 def warn_of_untrained_norms(m: str, tower: Tower) -> None:
-    """Frozen batch norms whose statistics nobody has trained do not normalise."""
+    """Warn of frozen batch norms with untrained statistics: they do not normalise."""
     norms: list[Any] = batch_norms(tower)
     if not norms or not tower.freeze_bn:
         return

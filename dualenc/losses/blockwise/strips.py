@@ -1,4 +1,4 @@
-"""Matrices a strip of rows at a time: sums over [n, N] logits that never exist whole."""
+"""Sums over [n, N] logits, one strip of rows at a time: the whole matrix never exists."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def strip_sum(
 ) -> Tensor:
     """Σ over strips of ``fn(*strip of rows, *shared)``, with the memory of one strip, forward and backward.
 
-    A strip's intermediate values are thrown away and computed again in the backward (torch.utils.checkpoint), so a
+    A strip's intermediate values are discarded and recomputed in the backward (torch.utils.checkpoint), so a
     [B, N] matrix never exists whole and the gradient is the same.
 
     Args:
         fn: (row strips …, shared …) → a tensor of sums over the strip's rows; the same shape for any strip.
-        rows: tensors with the same first axis, which is cut.
-        shared: tensors that every strip is given whole.
+        rows: tensors with the same first axis, which is split.
+        shared: tensors passed whole to every strip.
         columns: N, for the size of a strip.
         strip_mb: MiB of an [n, N] matrix; None: one strip.
     """

@@ -1,9 +1,9 @@
-"""The losses without the [B, N] matrix, over ranks: sweeps of this rank's rows over everybody's columns.
+"""The losses without the [B, N] matrix, over ranks: sweeps of this rank's rows over all ranks' columns.
 
 InfoNCE takes two: the logsumexp of rows and columns in the forward, then gradients in the backward. Each computes a
 tile of logits once, for both directions, where the plain loss computes one matrix per direction. The sigmoid loss takes
-one, value and gradients together, since no term waits for a sum; around the ring two as well, as the gradients that go
-home with the blocks must know the upstream gradient.
+one, value and gradients together, since no term waits for a sum; around the ring two as well, as the gradients that
+travel back with the blocks need the upstream gradient.
 
 Columns come either gathered (N·D floats on every rank while a sweep lasts) or around the ring (a few blocks of B·D,
 whatever the number of ranks). What ranks find out about a column, its running softmax and its gradient, goes back to
@@ -30,12 +30,12 @@ from dualenc.losses.blockwise.tiled import FeatureBlock, PositiveColumns, Stats
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How a loss is computed; no number depends on it.
+    """How a loss is computed; the numbers do not depend on it.
 
     Attributes:
         tile_mb: MiB of a tile of logits.
-        ring: columns around the ring, not gathered.
-        blocks: the module with the block functions, ``tiled`` or ``triton_tiled``.
+        ring: columns travel around the ring instead of being gathered.
+        blocks: the module with the block functions, ``tiled`` or ``triton_kernels``.
     """
 
     tile_mb: float
@@ -88,7 +88,7 @@ def _merge_gradients(found: Tensor) -> Tensor:
 
 
 class _Valid:
-    """The slots that take part; choosing copies nothing where all do."""
+    """The slots that take part; selecting them copies nothing if all do."""
 
     def __init__(self, ids: Tensor) -> None:
         self.index = torch.nonzero(ids >= 0).flatten()
@@ -115,12 +115,12 @@ def _sweep(
     dim: int,
     merge: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Let the valid columns of all ranks meet ``add(columns, found)``, in one piece or rank by rank.
+    """Call ``add(columns, found)`` for the valid columns of all ranks, at once or rank by rank.
 
     Args:
         columns: of this rank, [B, …]: features, ids, and terms.
         empty: n → ``found`` before anything is added, for n columns along dimension ``dim``.
-        merge: sums ``found`` for all columns over ranks, where they come in one piece.
+        merge: sums ``found`` for all columns over ranks, if they come at once.
 
     Returns:
         what all ranks found about this rank's columns.

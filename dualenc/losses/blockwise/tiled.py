@@ -1,7 +1,7 @@
 """InfoNCE and sigmoid on a block of rows × a block of columns, a tile of logits at a time.
 
-Three functions, on torch (here) and as Triton kernels (``triton_tiled``), say what a block adds to the value and to the
-gradients. ``sweeps`` puts blocks together, over ranks too. All work in both directions at once: the tile
+Three functions, on torch (here) and as Triton kernels (``triton_kernels``), say what a block adds to the value and
+to the gradients. ``sweeps`` puts blocks together, over ranks too. All work in both directions at once: the tile
 that gives row i its softmax over columns gives column j its softmax over rows, so no product is computed twice in a
 sweep. Nothing of size B·N exists, only one tile and its copy.
 """
@@ -18,7 +18,7 @@ INF = float("inf")
 
 
 class Stats:
-    """What is known of n rows (or columns) so far; blocks are added one by one.
+    """Statistics of n rows (or columns) so far; blocks are added one by one.
 
     Attributes:
         data: [4, n], one tensor that can be sent; the others are its rows.
@@ -173,8 +173,8 @@ def sigmoid_block(
 
     Args:
         rows: [R, D]; columns: [n, D]; scale, bias: [1]; mb: MiB of a tile.
-        stats: of R rows and n columns to add to (``pos`` and ``neg``, for top-1); None: the sum is not wanted either.
-        grads: gradients of the features, [R, D] and [n, D], to add to; None: no gradient is wanted.
+        stats: of R rows and n columns to add to (``pos`` and ``neg``, for top-1); None: the sum is not needed either.
+        grads: gradients of the features, [R, D] and [n, D], to add to; None: no gradient is needed.
     """
     sums = rows.x.new_zeros(3)
     for i, j, row, column, logits in _tiles(rows, columns, scale, bias, mb, Scratch(rows.x)):
@@ -193,14 +193,14 @@ def sigmoid_block(
 
 
 class Scratch:
-    """Memory for tiles that is kept: fresh pages for every tile cost as much as the exponentials in it."""
+    """Memory for tiles that is reused: fresh pages for every tile cost as much as its exponentials."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.kept: dict[int, Tensor] = {}
 
     def get(self, slot: int, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised [h, w]; what was got from the slot before is overwritten."""
+        """An uninitialised [h, w]; the slot's previous tile is overwritten."""
         n = shape[0] * shape[1]
         if slot not in self.kept or self.kept[slot].numel() < n:
             self.kept[slot] = self.like.new_empty(n)

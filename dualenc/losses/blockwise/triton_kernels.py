@@ -4,9 +4,9 @@ A tile of logits is read twice for the statistics (its rows', its columns') and 
 it. Every sum is owned by one program, so there are no atomics and numbers do not change from run to run. Products are
 as exact as torch's: fp32 unless TF32 was allowed.
 
-Import it only where Triton is installed. What it was run on: Triton's interpreter on the CPU (TRITON_INTERPRET=1 before
-the import), against ``tiled``; and compiled, not run, for compute capability 8.0 and 9.0. Never yet on a GPU: its test
-there is skipped without one, and block sizes are not tuned.
+Import it only where Triton is installed. Tested against ``tiled`` with Triton's interpreter on the CPU
+(TRITON_INTERPRET=1 before the import); compiled, but not run, for compute capability 8.0 and 9.0. Not yet run on a GPU:
+its GPU test is skipped without one, and block sizes are not tuned.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""README.md beside an export: what the model is, how to use it, what it was trained on and how it did."""
+"""README.md of an export: what the model is, how to use it, what it was trained on and how it scores."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def write_card(bundle: Bundle, layout: str, folder: Path, source: Path | None, r
 
     Args:
         layout: hf, open_clip, onnx or safetensors.
-        source: the run's or save's folder, where recipe.yaml, metrics.jsonl and results.json lie; None if unknown.
+        source: the run or checkpoint folder with recipe.yaml, metrics.jsonl and results.json; None if unknown.
         results: a results.json of ``dualenc eval``; default: the run's.
 
     Raises:
-        ConfigError: if ``results`` cannot be read, or is no such file.
+        ConfigError: if ``results`` cannot be read, or is not a results.json.
     """
     recipe = _find(source, "recipe.yaml")
     parts = [
@@ -53,7 +53,7 @@ def write_card(bundle: Bundle, layout: str, folder: Path, source: Path | None, r
 
 
 def _find(source: Path | None, name: str) -> Path | None:
-    """A file of a run, for its own folder, a save's (RUN/checkpoints/STEP) or the bundle's in it."""
+    """A file of a run, given the run folder, a checkpoint (RUN/checkpoints/STEP) or the bundle in it."""
     if source is None:
         return None
     around = [source, *list(source.resolve().parents)[:3]]
@@ -75,7 +75,7 @@ def _what(bundle: Bundle) -> str:
     table = "| modality | tower | parameters | in training |\n|---|---|---|---|\n" + "\n".join(rows)
     log = {p: float(v.detach().exp()) for p, v in bundle.model.logit_scale.items()}
     scale = ", ".join(f"{p}: {v:.4g}" for p, v in log.items())
-    head = f"A dual encoder with {bundle.embed_dim} features, compared by their cosine."
+    head = f"A dual encoder with {bundle.embed_dim}-dimensional features, compared by cosine similarity."
     return f"{head}\n\n{table}\n\nLogit scale: {scale}."
 
 
@@ -94,7 +94,7 @@ def _training(bundle: Bundle, recipe: Path | None) -> str:
     lines = [f"- {k}: {v}" for k, v in known.items() if k != "source"] or ["- its origin is not recorded"]
     if recipe is None:
         return "\n".join(
-            [*lines, "", "No recipe lies beside the model: it was not trained here, or its folder was moved."]
+            [*lines, "", "No recipe is stored with the model: it was trained elsewhere, or its folder was moved."]
         )
     import yaml
 
@@ -106,12 +106,12 @@ def _training(bundle: Bundle, recipe: Path | None) -> str:
 
 
 def _count(source: Source) -> str:
-    """Samples of a source by its index; said to be unknown where that is no longer within reach."""
+    """Samples of a source by its index; "unknown" if the index can no longer be read."""
     first = source.shards if isinstance(source.shards, str) else source.shards[0]
     try:
         return f"{load_index(source.index or str(Path(first).parent / 'index.json')).total:,}"
     except (DualencError, OSError) as e:
-        return f"not known ({type(e).__name__}: its index is not within reach)"
+        return f"unknown ({type(e).__name__}: its index cannot be read)"
 
 
 def _evaluation(results: Path | None, metrics: Path | None) -> str:
@@ -128,7 +128,7 @@ def _evaluation(results: Path | None, metrics: Path | None) -> str:
         rows = [(*k.rsplit("/", 1), v) for k, v in last.items()]  # type: ignore[misc]
         head = "The last values of the run's own evaluation (metrics.jsonl)."
     if not rows:
-        return "No evaluation lies beside the model. `dualenc eval FOLDER --tasks …` makes one."
+        return "No evaluation is stored with the model. `dualenc eval FOLDER --tasks …` runs one."
     body = "\n".join(f"| {t} | {k} | {v:.4g} |" for t, k, v in rows if isinstance(v, int | float))
     return f"{head}\n\n| task | metric | value |\n|---|---|---|\n{body}"
 
@@ -139,5 +139,5 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as e:
         raise ConfigError(f"--results: {path} cannot be read ({e})") from e
     if not isinstance(said, dict) or not isinstance(said.get("tasks"), dict):
-        raise ConfigError(f"--results: {path} has no tasks; it must be what dualenc eval --out wrote.")
+        raise ConfigError(f"--results: {path} has no tasks; give a results.json written by dualenc eval --out.")
     return dict(said["tasks"])

@@ -1,4 +1,4 @@
-"""A model into other people's layouts, with a model card."""
+"""Export a model in other libraries' layouts, with a model card."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def export(
     """Write ``bundle`` into ``folder`` and return it.
 
     Args:
-        layout: ``hf`` (transformers), ``open_clip``, ``onnx`` (one graph a tower) or ``safetensors`` (our own bundle).
+        layout: ``hf`` (transformers), ``open_clip``, ``onnx`` (a graph per tower) or ``safetensors`` (dualenc bundle).
         source: where the model was loaded from; a run's folder gives the card its recipe, data and numbers.
         results: results.json of ``dualenc eval`` for the card.
 
     Raises:
         ConfigError: if the layout is unknown, cannot express the model (with the reason and the layouts that can), or
-            the folder holds something else already.
+            the folder is not empty.
     """
     if layout not in get_args(Layout):
-        raise ConfigError(f"--format: {layout!r} is none. {did_you_mean(layout, get_args(Layout))}")
+        raise ConfigError(f"unknown --format {layout!r}. {did_you_mean(layout, get_args(Layout))}")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out: {folder} is there already and not empty; name another folder.")
+        raise ConfigError(f"--out: {folder} already exists and is not empty; choose another folder.")
     made = not folder.exists()
     try:
         if layout == "hf":
@@ -47,13 +47,13 @@ def export(
             bundle.save(folder)
     except ConfigError as e:
         if made:
-            shutil.rmtree(folder, ignore_errors=True)  # half an export would be taken for one
+            shutil.rmtree(folder, ignore_errors=True)  # half an export would look like a whole one
         if layout not in _NAMES:
             raise
         kinds = {p.kind or m for m, p in bundle.parts.items()}
         others = "onnx or safetensors" if kinds <= {"image", "text"} else "safetensors"
         raise ConfigError(
-            f"{bundle.name} cannot be written for {_NAMES[layout]}: {str(e).rstrip('.')}. Write --format {others}."
+            f"{bundle.name} cannot be exported to {_NAMES[layout]}: {str(e).rstrip('.')}. Use --format {others}."
         ) from e
     folder.mkdir(parents=True, exist_ok=True)
     found = Path(source).expanduser() if source is not None else None

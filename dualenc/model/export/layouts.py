@@ -43,7 +43,9 @@ def write_transformers(bundle: Bundle, folder: Path) -> None:
     family = families.pop()
     other = "audio" if family == "clap" else "image"
     if set(halves) != {other, "text"}:
-        raise NoSuchLayoutError(f"{FAMILIES[family]} pairs {other} and text, this model {' and '.join(halves)}")
+        raise NoSuchLayoutError(
+            f"{FAMILIES[family]} pairs {other} and text, but this model pairs {' and '.join(halves)}"
+        )
     text = bundle.inputs[kinds["text"]]
     assert isinstance(text, TextInput)
     inputs = {kind: bundle.inputs[m].describe()["config"] for kind, m in kinds.items()}
@@ -69,14 +71,14 @@ def write_open_clip(bundle: Bundle, folder: Path) -> None:
     """
     kinds, halves = _halves(bundle, to_open_clip)
     if set(halves) != {"image", "text"}:
-        raise NoSuchLayoutError(f"open_clip pairs image and text, this model {' and '.join(halves)}")
+        raise NoSuchLayoutError(f"open_clip pairs image and text, but this model pairs {' and '.join(halves)}")
     image, text = halves["image"], halves["text"]
     source = bundle.inputs[kinds["text"]]
     assert isinstance(source, TextInput)
     vision, words = dict(image.config["vision_cfg"]), dict(text.config["text_cfg"])
     quick = {bool(h.config.get("quick_gelu")) for k, h in halves.items() if not (k == "image" and _of_timm(vision))}
     if len(quick) > 1:
-        raise NoSuchLayoutError("quick_gelu: open_clip has one switch, and of these towers one has it, the other not")
+        raise NoSuchLayoutError("quick_gelu: open_clip has one setting for both towers, but only one of these uses it")
     own_file = source.config.tokenizer != "clip" or source.config.lower is not None
     if own_file and not _is_clips(source):
         words |= {"hf_tokenizer_name": words.get("hf_tokenizer_name") or bundle.name}
@@ -106,20 +108,20 @@ def write_open_clip(bundle: Bundle, folder: Path) -> None:
 def _halves(bundle: Bundle, convert: Any) -> tuple[dict[str, str], dict[str, Half]]:
     """Kind → modality, kind → half."""
     if len(bundle.model.pairs) != 1 or len(bundle.parts) != 2:
-        raise NoSuchLayoutError(f"it has {len(bundle.parts)} modalities; that layout has two")
+        raise NoSuchLayoutError(f"it has {len(bundle.parts)} modalities, but this layout has one pair of two")
     kinds: dict[str, str] = {}
     halves: dict[str, Half] = {}
     for m, part in bundle.parts.items():
         kind, tower = part.kind or m, bundle.model.tower(m)
         assert isinstance(tower, Tower)
         if kind not in ("image", "text", "audio"):
-            raise NoSuchLayoutError(f"that layout has no {kind}")
+            raise NoSuchLayoutError(f"this layout has no {kind} modality")
         kinds[kind], halves[kind] = m, convert(tower, kind)
     return kinds, halves
 
 
 def _log_scale(bundle: Bundle) -> Tensor:
-    """The logarithm of the temperature, within the bounds that the model applies in its forward: they do not."""
+    """The log of the logit scale, clamped here because other libraries do not clamp it in their forward."""
     log: Tensor = bundle.model.logit_scale[pair_name(bundle.model.pairs[0])].detach().float().cpu()
     return log.clamp(*bundle.model.bounds)
 
@@ -167,7 +169,9 @@ def _temperatures(bundle: Bundle, family: str) -> dict[str, Tensor]:
     bias = _bias(bundle)
     if not family.startswith("siglip"):
         if bias is not None:
-            raise NoSuchLayoutError(f"logit_scale.bias: {FAMILIES[family]} has none; the cosines do not need it")
+            raise NoSuchLayoutError(
+                f"logit_scale.bias: {FAMILIES[family]} has no logit bias (cosines do not depend on it)"
+            )
         return {"logit_scale": log.reshape(())}
     return {"logit_scale": log, "logit_bias": torch.zeros(1) if bias is None else bias}
 
@@ -190,7 +194,7 @@ def _image_processor(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     if config["resize"] == "squash":
         return out | {"size": {"height": size, "width": size}, "do_center_crop": False}
     if config["resize"] != "shortest" or family == "siglip":
-        raise NoSuchLayoutError(f"input.resize: {out['image_processor_type']} has no {config['resize']!r}")
+        raise NoSuchLayoutError(f"input.resize: {out['image_processor_type']} does not support {config['resize']!r}")
     return out | {
         "size": {"shortest_edge": int(config["shortest_edge"] or size)},
         "do_center_crop": True,
@@ -199,7 +203,7 @@ def _image_processor(config: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def _clap_extractor(config: Mapping[str, Any], half: Mapping[str, Any]) -> dict[str, Any]:
-    """ClapFeatureExtractor's settings; refused where reading them back would not give this input."""
+    """ClapFeatureExtractor's settings; refused if reading them back would give another input."""
     features, rate = config["features"], int(config["rate"])
     samples = round(config["max_s"] * rate)
     pre = {
@@ -249,26 +253,26 @@ def _is_custom(words: Mapping[str, Any]) -> bool:
 
 
 def _fit_context(tensors: dict[str, Tensor], words: dict[str, Any], context: int) -> dict[str, Tensor]:
-    """A recipe may use less than the tower's context; open_clip cuts texts at the tower's, so the places are cut."""
+    """A recipe may use less than the tower's context; open_clip cuts texts at the tower's, so positions are dropped."""
     key = "text.positional_embedding"
     places = int(words.get("context_length", 77))
     if context == places or key not in tensors:
         return tensors
     if words.get("no_causal_mask") or words.get("embed_cls") or words.get("pool_type") == "last":
-        raise NoSuchLayoutError(f"input.context_length: {context}, and this tower sees all of its {places} places")
+        raise NoSuchLayoutError(f"input.context_length: {context}, but this tower needs all of its {places} positions")
     words["context_length"] = context
     return {**tensors, key: tensors[key][:context]}
 
 
 def _preprocess_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["resize"] == "longest" and len(set(config["pad"])) > 1:
-        raise NoSuchLayoutError(f"input.pad: open_clip fills the border with a grey, not with {config['pad']}")
+        raise NoSuchLayoutError(f"input.pad: open_clip pads with a grey value, not with {config['pad']}")
     if config["shortest_edge"] not in (None, config["size"]):
         raise NoSuchLayoutError(
-            f"input.shortest_edge: open_clip resizes to the size itself, not {config['shortest_edge']}"
+            f"input.shortest_edge: open_clip resizes to input.size, not to {config['shortest_edge']}"
         )
     if config["interpolation"] not in ("bicubic", "bilinear"):
-        raise NoSuchLayoutError(f"input.interpolation: open_clip has no {config['interpolation']!r}")
+        raise NoSuchLayoutError(f"input.interpolation: open_clip does not support {config['interpolation']!r}")
     return {
         "size": int(config["size"]),
         "mode": "RGB",

@@ -1,4 +1,4 @@
-"""One ONNX graph a tower, with everything after the resize in it: raw pixels or token ids in, unit features out."""
+"""One ONNX graph per tower, with everything after the resize in it: raw pixels or token ids in, unit features out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPSET = 20
 
 
 class _Pixels(nn.Module):
-    """RGB in [0, 1], [n, 3, S, S] → unit features: mean and std are in the graph, so nobody can forget them."""
+    """RGB in [0, 1], [n, 3, S, S] → unit features: mean and std are part of the graph."""
 
     def __init__(self, tower: ImageTower) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ def write_onnx(bundle: Bundle, folder: Path) -> None:
     for m in bundle.parts:
         if not isinstance(bundle.model.tower(m), ImageTower) and not isinstance(bundle.inputs[m], TextInput):
             raise ConfigError(
-                f"--format onnx: modalities.{m}: graphs are written for image and text; --format safetensors keeps it."
+                f"--format onnx: modalities.{m}: only image and text towers have ONNX graphs; use --format safetensors."
             )
         if isinstance(bundle.model.tower(m), NaflexTower):
             raise ConfigError(
-                f"--format onnx: modalities.{m}: no graph is written for grids of patches (resize: naflex); "
-                "--format hf or safetensors keeps it."
+                f"--format onnx: modalities.{m}: NaFlex towers (resize: naflex) cannot be exported to ONNX; "
+                "use --format hf or safetensors."
             )
     folder.mkdir(parents=True, exist_ok=True)
     bundle.model.eval()
@@ -135,7 +135,7 @@ def _full(row: Mapping[str, Tensor], source: TextInput) -> tuple[Tensor, Tensor]
 
 
 def _export(module: nn.Module, given: tuple[Tensor, ...], names: list[str], dynamic: tuple[Any, ...]) -> Any:
-    """torch's exporter, without its chatter."""
+    """torch's exporter, without its log output."""
     quiet = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [q.level for q in quiet]
     try:

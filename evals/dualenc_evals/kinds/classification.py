@@ -25,16 +25,18 @@ from dualenc_evals.read.rows import Content, Row, Rows
 from dualenc_evals.task import ClassesTask, paths_of, read_lines
 
 MAX_CONFUSION = 64
-"""A confusion matrix is kept up to this many classes; beyond, only the most frequent confusions are."""
+"""With more classes than this, only the most frequent confusions are kept, not the whole matrix."""
 
 
 class PromptedTask(ClassesTask):
-    """Classes that are shown to the model by name, in prompts."""
+    """Classes that the model sees by name, in prompts."""
 
-    templates: list[str] | str | None = Field(None, description="prompts with {} for the name; or a .txt, one a line")
+    templates: list[str] | str | None = Field(
+        None, description="prompts with {} for the class name; or a .txt file, one per line"
+    )
 
     def check_keys(self) -> None:
-        """Prompts are given, or lie beside the data."""
+        """Prompts are given in the task or come with the data."""
         if isinstance(self.templates, list):
             check_templates(self.templates)
         if self.templates is None and not self.source.brings_prompts:
@@ -51,12 +53,12 @@ class ClassificationTask(PromptedTask):
     one_class: ClassVar[bool] = True
 
     def known(self) -> tuple[str, ...]:
-        """Of each item: is its class the best, among the five best; of each class; of the confidences."""
+        """Accuracy among the best one and five classes, recall by class, calibration of the confidences."""
         return ("top1", "top5", "mean_per_class_recall", "calibration_error")
 
 
 def check_templates(templates: list[str]) -> None:
-    """Raises ValueError for a prompt that does not have exactly one place for the class name."""
+    """Raises ValueError for a prompt that does not have exactly one ``{}`` for the class name."""
     if not templates:
         raise ValueError("templates: give at least one, for example 'a photo of a {}.'")
     for t in templates:
@@ -83,7 +85,7 @@ def classes_of(task: ClassesTask, rows: list[Row]) -> tuple[list[str], list[list
     """(labels in class order, names shown to the model for each).
 
     Raises:
-        ConfigError: a label that is no class (with the nearest), unless the task drops those.
+        ConfigError: a label that is not a class (names the nearest), unless the task drops such items.
     """
     seen = sorted({x for r in rows for x in (r.labels or (r.label,)) if x is not None})
     declared = task.classes
@@ -104,25 +106,27 @@ def classes_of(task: ClassesTask, rows: list[Row]) -> tuple[list[str], list[list
 def _known(task: ClassesTask, labels: list[str], seen: list[str]) -> list[str]:
     twice = {x for x in labels if labels.count(x) > 1} if len(set(labels)) < len(labels) else set()
     if twice:
-        raise ConfigError(f"task {task.name}: classes: {sorted(twice)[0]!r} stands twice")
+        raise ConfigError(f"task {task.name}: classes: {sorted(twice)[0]!r} is listed twice")
     strange = [s for s in seen if s not in set(labels)]
     if strange and task.other_labels == "error":
         raise ConfigError(
-            f"task {task.name}: classes: the data have a label {strange[0]!r} that is no class. "
-            f"{did_you_mean(strange[0], labels)} Or leave such items out: other_labels: drop"
+            f"task {task.name}: classes: the data contain the label {strange[0]!r}, which is not a class. "
+            f"{did_you_mean(strange[0], labels)} Or drop such items with other_labels: drop"
         )
     return labels
 
 
 def labelled(task: ClassesTask, rows: Rows, store: Store, every: Sequence[Row] | None = None) -> Labelled:
-    """Inspect every item, leave out and name what is broken, number the classes (those of ``every`` row given)."""
+    """Inspect every item, leave broken ones out and say why, number the classes (over ``every`` row, if given)."""
     modality = task.modalities[0]
     order, names = classes_of(task, list(every or rows.rows))
     number = {label: n for n, label in enumerate(order)}
     used = [r for r in rows.rows if r.label in number]
     notes = list(rows.notes)
     if len(used) < len(rows.rows):
-        notes.append(f"{len(rows.rows) - len(used)} items belong to no class of this task and were left out.")
+        notes.append(
+            f"{len(rows.rows) - len(used)} items have a label that is not a class of this task and were left out."
+        )
     skipped = [{"id": r.id, "reason": f"has no {modality}"} for r in used if not r.contents[modality]]
     used = [r for r in used if r.contents[modality]]
     items = [r.contents[modality][0] for r in used]
@@ -130,12 +134,14 @@ def labelled(task: ClassesTask, rows: Rows, store: Store, every: Sequence[Row] |
     skipped += [{"id": items[i].id, "reason": why} for i, why in seen.bad.items()]
     good = [i for i in range(len(items)) if i not in seen.bad]
     labels = np.array([number[used[i].label or ""] for i in good], dtype=np.int64)
-    # A class shown to the model under several names is called by its label; with one name, by that.
+    # A class with several names is titled by its label, one with a single name by that name.
     titles = [n[0] if len(n) == 1 else label for label, n in zip(order, names, strict=True)]
     empty = [titles[n] for n in sorted(set(range(len(order))) - set(labels.tolist()))]
     if empty:
         few = ", ".join(repr(n) for n in empty[:5]) + (f", … ({len(empty)} in all)" if len(empty) > 5 else "")
-        notes.append(f"No items of class {few}: it can only be a wrong answer, and its recall is left out of the mean.")
+        notes.append(
+            f"No items of class {few}: such a class can only be a wrong answer; the mean recall leaves it out."
+        )
     provenance = [[r.id, r.label, d] for r, d in zip(used, seen.digests, strict=True)]
     asked = len(items) + sum(s["reason"].startswith("has no ") for s in skipped)
     kept, digests = [items[i] for i in good], [seen.digests[i] for i in good]
@@ -156,7 +162,7 @@ def templates_of(task: PromptedTask) -> list[str]:
     path = task.templates
     if path is None and task.source.brings_prompts:
         path = f"{paths_of(task)[0]}/zeroshot_classification_templates.txt"
-    assert path is not None, "PromptedTask.check_keys sees to it"
+    assert path is not None, "checked by PromptedTask.check_keys"
     lines = [line.replace("{c}", "{}") for line in read_lines(path, task, "templates")]
     try:
         check_templates(lines)
@@ -179,7 +185,7 @@ def prompted(task: PromptedTask, names: Sequence[Sequence[str]], store: Store) -
 
 
 def scale_of(store: Store, modalities: tuple[str, str]) -> float | None:
-    """The factor of the cosines that the model states for this pair; None when it states none (a run in training)."""
+    """The logit scale that the model reports for this pair; None if it reports none (a run in training)."""
     scales = store.embedder.describe().get("logit_scale")
     if isinstance(scales, dict):
         a, b = modalities
@@ -198,7 +204,7 @@ class Classification(Kind[ClassificationTask, Labelled]):
         return labelled(task, rows, store)
 
     def evaluate(self, task: ClassificationTask, data: Labelled, store: Store, seed: int, details: bool) -> Measured:
-        """top-1, top-5, mean per-class recall, calibration error, their intervals and chance, and what to look at."""
+        """top-1, top-5, mean per-class recall, calibration error, intervals and chance, and details to look at."""
         weights, templates = prompted(task, data.names, store)
         x = store.features(task.modalities[0], data.items, data.digests)
         wanted = task.wanted()
@@ -209,7 +215,7 @@ class Classification(Kind[ClassificationTask, Labelled]):
         if confidence is not None:
             values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
         elif "calibration_error" in task.metrics:
-            notes.append("The model states no temperature for this pair, so it has no calibration error.")
+            notes.append("The model reports no logit scale for this pair, so there is no calibration error.")
         per_item = {"top1": (ranks <= 1).astype(np.float64), "top5": (ranks <= 5).astype(np.float64)}
         asked = {k: v for k, v in per_item.items() if k in wanted}
         ci = metrics.bootstrap_ci(asked, seed=seed) if asked else {}
@@ -247,7 +253,7 @@ def twins_after(names: list[list[str]]) -> Ints:
 def _scored(
     x: Tensor, weights: Tensor, labels: Ints, twins: Ints, scale: float | None
 ) -> tuple[Ints, Ints, Floats | None]:
-    """In blocks, so a thousand classes of a million items need no [N, C]; confidences [N] where a scale is given."""
+    """Score block by block, so that no [N, C] matrix is needed; confidences [N] if a scale is given."""
     columns, inverse = metrics.distinct_rows(weights)
     ranks, predicted, confidence = [], [], []
     for start, stop in metrics.block_starts(len(x), len(weights)):

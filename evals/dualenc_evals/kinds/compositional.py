@@ -1,8 +1,8 @@
-"""Small puzzles: which caption belongs to which picture, among captions made of nearly the same words.
+"""Compositional puzzles: match captions and images when the captions use nearly the same words.
 
-Winoground (Thrush et al. 2022, arXiv 2204.03162): two pictures and two captions; text score: each picture prefers its
-own caption; image score: each caption prefers its own picture; group score: both. SugarCrepe (Hsieh et al. 2023,
-arXiv 2306.14610): one picture, its caption and a wrong one; its accuracy is the text score here. Preferring means
+Winoground (Thrush et al. 2022, arXiv 2204.03162): two images and two captions; text score: each image prefers its
+own caption; image score: each caption prefers its own image; group score: both. SugarCrepe (Hsieh et al. 2023,
+arXiv 2306.14610): one image, its caption and a wrong one; its accuracy is the text score here. Preferring means
 scoring strictly higher.
 """
 
@@ -32,13 +32,13 @@ class CompositionalTask(Task):
     kind: Literal["compositional"]
 
     def known(self) -> tuple[str, ...]:
-        """Called after what is to be chosen."""
+        """Each score is named after the modality that is chosen."""
         return (f"{self.modalities[1]}_score", f"{self.modalities[0]}_score", "group_score")
 
 
 @dataclass(slots=True)
 class Puzzles:
-    """R whole puzzles of k items of the first side and m ≥ k of the second; item i belongs to item i."""
+    """R complete puzzles of k items of the first side and m ≥ k of the second; item i belongs to item i."""
 
     a: list[Content]
     b: list[Content]
@@ -59,7 +59,7 @@ def _broken(
 ) -> str | None:
     for s, side in enumerate(sides):
         if len(ranges[s]) != shape[s]:
-            return f"has {len(ranges[s])} {side} where the others have {shape[s]}"
+            return f"has {len(ranges[s])} {side}, the other puzzles have {shape[s]}"
         for i, content in zip(ranges[s], row.contents[side], strict=True):
             if i in seen[s].bad:
                 return f"{side} {content.id}: {seen[s].bad[i]}"
@@ -72,7 +72,7 @@ def puzzle_scores(a: Tensor, b: Tensor) -> tuple[Floats, Floats, Floats]:
     The first k of the m are partners, the others distractors. With k = 1 there is nothing to choose for b: all ones.
     """
     k, m = a.shape[1], b.shape[1]
-    # Sums of products in fp64: equal captions score exactly the same wherever they stand.
+    # Sums of products in fp64: equal captions score exactly the same at any position.
     scores = (a.double()[:, :, None] * b.double()[:, None]).sum(-1)
     eye = torch.eye(k, m, dtype=torch.bool)
     own = torch.diagonal(scores, dim1=1, dim2=2)
@@ -97,15 +97,15 @@ class Compositional(Kind[CompositionalTask, Puzzles]):
     Task = CompositionalTask
 
     def collect(self, task: CompositionalTask, rows: Rows, store: Store) -> Puzzles:
-        """Inspect every content; a puzzle with a broken or missing part is left out whole and named."""
+        """Inspect every item; a puzzle with a broken or missing part is left out and reported."""
         sides = task.modalities
         seen = [store.inspect(m, [c for r in rows.rows for c in r.contents[m]]) for m in sides]
         counts = Counter((len(r.contents[sides[0]]), len(r.contents[sides[1]])) for r in rows.rows)
         k, m = counts.most_common(1)[0][0]
         if not (k >= 1 and m >= 2 and m >= k):
             raise DataError(
-                f"task {task.name}: a puzzle needs at least one {sides[0]} and two {sides[1]}, at least as many of "
-                f"these; most rows have {k} and {m} (source.members: a+b takes two columns)"
+                f"task {task.name}: a puzzle needs at least one {sides[0]} and two {sides[1]}, and no fewer "
+                f"{sides[1]} than {sides[0]}; most rows have {k} and {m} (source.members: a+b reads two columns)"
             )
         out = Puzzles([], [], [], [], (k, m), [], len(rows.rows), "", rows.notes)
         at = [0, 0]
@@ -141,7 +141,7 @@ class Compositional(Kind[CompositionalTask, Puzzles]):
             "n": {"puzzles": len(data), first: len(data.a), second: len(data.b)},
         }
         if k == 1 and set(task.metrics) - set(wanted):
-            out["notes"] = [f"With one {first} a puzzle there is only the {second}_score."]
+            out["notes"] = [f"With one {first} per puzzle, only {second}_score is defined."]
         if details and store.ranks.is_main:
             out["details"] = _details(task, data, (x, y), got["group_score"], seed)
         return out

@@ -1,6 +1,6 @@
-"""What a person looks at: a few queries with what they found, and how alike a few pairs are.
+"""Examples to look at: a few queries with what they retrieved, and the similarities of a few pairs.
 
-The queries are drawn by seed, not chosen. Pictures come as thumbnails inside the results, each once.
+Queries are drawn by seed, not hand-picked. Images are stored in the results as thumbnails, each once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAIRS = 24
 
 
 def show(content: Content, modality: str = "") -> dict[str, str]:
-    """A content as a page can show it: a picture, a sound, a text, or only its name."""
+    """An item as a page can show it: an image, audio, text, or just its name."""
     try:
         if content.shown is not None:
             return {"name": content.id, **content.shown()}
@@ -36,21 +36,21 @@ def show(content: Content, modality: str = "") -> dict[str, str]:
         return {"name": content.id, "error": str(e)}
     try:
         shown = preview(raw, modality)
-    except DecodeError:  # of a kind that nothing here can draw: named only
+    except DecodeError:  # no preview for this kind of item: show its name
         return {"name": content.id}
     return shown if "text" in shown else {"name": content.id, **shown}
 
 
 def drawn(n: int, k: int, seed: int, salt: str) -> list[int]:
-    """``k`` of ``n`` places by seed, ascending."""
+    """``k`` of ``n`` indices by seed, ascending."""
     return sorted(random.Random(f"{seed}/{salt}").sample(range(n), min(k, n)))
 
 
 class Shown:
-    """Collects the items that examples mention, each once: results carry ``items`` beside the examples.
+    """Collects the items that examples refer to, each once; results hold them as ``items``.
 
     Args:
-        kinds: modality → the registered kind that knows how its items are shown; a modality not in it is its own kind.
+        kinds: modality → the registered kind that can show its items; a modality that is not listed is its own kind.
     """
 
     def __init__(self, kinds: Mapping[str, str] | None = None) -> None:
@@ -65,7 +65,7 @@ class Shown:
 
 
 def worst(badness: Ints | Floats, wrong: npt.NDArray[np.bool_], k: int = WORST) -> list[int]:
-    """The ``k`` wrong queries with the largest badness, worst first, then by place."""
+    """The ``k`` wrong queries with the largest badness, worst first, then by index."""
     order = np.argsort(-np.where(wrong, badness.astype(np.float64), -np.inf), kind="stable")
     return [int(i) for i in order[:k] if wrong[i]]
 
@@ -106,7 +106,7 @@ def similarity(
     pairs: Mapping[int, int],
     names: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
-    """Cosines of a few pairs, everyone with everyone: the diagonal holds the pairs."""
+    """Cosines of all rows with all columns of a few pairs; the diagonal holds the pairs."""
     rows, columns = list(pairs), list(pairs.values())
     matrix = (a[1][torch.tensor(rows)] @ b[1][torch.tensor(columns)].T).tolist() if rows else []
     return {

@@ -17,7 +17,7 @@ from dualenc_evals.task import Task
 
 
 class Collected(Protocol):
-    """The data of a task once broken items are out.
+    """The data of a task after broken items are left out.
 
     Attributes:
         skipped: ``{"id", "reason"}`` of every item that was left out.
@@ -33,7 +33,7 @@ class Collected(Protocol):
 
 
 class Measured(TypedDict):
-    """The numbers of a task as they stand in the results."""
+    """The numbers of a task as they appear in the results."""
 
     metrics: dict[str, Any]
     ci: dict[str, Any]
@@ -59,15 +59,15 @@ class Kind(ABC, Generic[T, D]):
 
     @abstractmethod
     def collect(self, task: T, rows: Rows, store: Store) -> D:
-        """Inspect every content and leave out what is broken. Every rank calls it and gets the same.
+        """Inspect every item and leave broken ones out. Every rank calls it and gets the same.
 
         Raises:
-            ConfigError, DataError: the task and the data do not fit.
+            ConfigError, DataError: the task does not fit the data.
         """
 
     @abstractmethod
     def evaluate(self, task: T, data: D, store: Store, seed: int, details: bool) -> Measured:
-        """Embed and measure. Every rank calls it; only rank 0 has to give ``details``, if they are asked for."""
+        """Embed and measure. Every rank calls it; only rank 0 has to return ``details``, if they are asked for."""
 
 
 kinds: Registry[type[Kind[Any, Any]]] = Registry(

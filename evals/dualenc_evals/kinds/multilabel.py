@@ -1,6 +1,6 @@
 """Zero-shot tagging: items with several classes, scored by mean average precision over classes.
 
-A class's AP is that of the list of all items by their score for the class; ties stand against the model. mAP is the
+A class's AP is taken over all items, ranked by their score for the class; ties count against the model. mAP is the
 plain mean over the classes that have items (FSD50K, VOC, AudioSet).
 """
 
@@ -35,11 +35,11 @@ class MultilabelTask(PromptedTask):
     several_labels: ClassVar[bool] = True
 
     def known(self) -> tuple[str, ...]:
-        """The one metric of the field."""
+        """Mean average precision."""
         return ("mAP",)
 
     def check_keys(self) -> None:
-        """No source says several classes by itself."""
+        """The task must say where several labels are: no source provides them itself."""
         super().check_keys()
         if self.label is None:
             raise ValueError("label: name the column that lists an item's classes")
@@ -61,7 +61,7 @@ class Tagged:
 
 
 def class_precision(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
-    """AP of one class from ``scores [N]``; an item without the class stands before one with it at the same score."""
+    """AP of one class from ``scores [N]``; an item without the class ranks before one with it at the same score."""
     wrong = np.sort(scores[~positive])
     ahead = np.sort(len(wrong) - np.searchsorted(wrong, scores[positive], side="left"))
     number = np.arange(1, len(ahead) + 1)
@@ -69,7 +69,7 @@ def class_precision(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
 
 
 def resampled_precision(scores: Floats, positive: npt.NDArray[np.bool_], weights: npt.NDArray[np.uint8]) -> Floats:
-    """[R] :func:`class_precision` of the items taken ``weights [R, N]`` times; NaN where no item of the class is."""
+    """[R] :func:`class_precision` of the items taken ``weights [R, N]`` times; NaN where the class has no item."""
     order = np.lexsort((positive, -scores))
     hit = positive[order]
     out = []
@@ -78,7 +78,7 @@ def resampled_precision(scores: Floats, positive: npt.NDArray[np.bool_], weights
         upto = np.cumsum(w, 1)
         found = np.cumsum(w * hit, 1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            # A copy of an item taken twice stands right behind the first: their mean precision, to first order.
+            # The second copy of an item ranks right behind the first: their mean precision, to first order.
             precision = np.where(upto > 0, found / upto, 0.0)
             out.append((precision * w * hit).sum(1) / (w * hit).sum(1))
     return np.concatenate(out)
@@ -91,7 +91,7 @@ class Multilabel(Kind[MultilabelTask, Tagged]):
     Task = MultilabelTask
 
     def collect(self, task: MultilabelTask, rows: Rows, store: Store) -> Tagged:
-        """Inspect every item, leave out and name what is broken, number the classes."""
+        """Inspect every item, leave broken ones out and say why, number the classes."""
         modality = task.modalities[0]
         order, names = classes_of(task, rows.rows)
         number = {label: n for n, label in enumerate(order)}
@@ -108,7 +108,7 @@ class Multilabel(Kind[MultilabelTask, Tagged]):
         notes = list(rows.notes)
         if empty:
             few = ", ".join(empty[:5]) + (f", … ({len(empty)} in all)" if len(empty) > 5 else "")
-            notes.append(f"No items of class {few}: it is left out of the mean.")
+            notes.append(f"No items of class {few}: left out of the mean.")
         provenance = [[r.id, list(r.labels), d] for r, d in zip(used, seen.digests, strict=True)]
         kept, digests = [items[i] for i in good], [seen.digests[i] for i in good]
         return Tagged(
@@ -137,8 +137,8 @@ class Multilabel(Kind[MultilabelTask, Tagged]):
                 resampled.append(resampled_precision(scores[:, c - start], positive, taken))
                 chance.append(ranking.chance_average_precision(np.array([len(by_class[c])]), n, n))
         means = np.nanmean(np.stack(resampled), axis=0)
-        # An item drawn twice stands twice in the list and flatters the AP of a rare class: the spread is right, its
-        # middle is not, so the interval is moved by the difference.
+        # An item drawn twice is in the list twice, which raises the AP of a rare class: the spread is right, the centre
+        # is not, so the interval is shifted by the difference.
         low, high = np.percentile(means, [2.5, 97.5]) - means.mean() + np.mean(values)
         out: Measured = {
             "metrics": metrics.rounded({"mAP": float(np.mean(values))}),

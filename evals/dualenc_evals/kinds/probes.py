@@ -1,4 +1,4 @@
-"""What frozen features know of classes without any prompt: k-NN, linear probe, few-shot episodes.
+"""What frozen features say about classes, without prompts: k-NN, linear probe, few-shot episodes.
 
 k-NN (Wu et al. 2018, arXiv 1805.01978; DINO's settings): the k nearest training items vote with exp(cosine / T). The
 linear probe is :mod:`dualenc_evals.metrics.linear`, its C chosen on a fifth of the training items.
@@ -30,7 +30,7 @@ from dualenc_evals.task import ClassesTask, Every, TaskSource
 
 
 class Train(Section):
-    """Where a probe's training items stand: the task's source, but for these keys."""
+    """Where a probe's training items come from: the task's source with these keys replaced."""
 
     path: str | list[str] | None = None
     split: str | None = None
@@ -55,18 +55,18 @@ class ProbeTask(ClassesTask):
     kind: Literal["probe"]
     one_class: ClassVar[bool] = True
     metric_pattern: ClassVar[str] = r"(fewshot|prototype|opta)[1-9]\d*_top1"
-    train: Train = Field(description="where its training items stand")
+    train: Train = Field(description="where the training items come from")
     probe: ProbeSettings = Field(default_factory=ProbeSettings)
 
     @model_validator(mode="before")
     @classmethod
     def _says_train(cls, raw: Any) -> Any:
         if isinstance(raw, Mapping) and raw.get("train") is None:
-            raise ValueError("train: say where the training items stand, for example train: {split: train}")
+            raise ValueError("train: say where the training items come from, for example train: {split: train}")
         return raw
 
     def known(self) -> tuple[str, ...]:
-        """One of each method."""
+        """k-NN, the linear probe and every few-shot method."""
         few = ("fewshot5", "prototype1", "opta1", "prototype5", "opta5")
         return ("knn_top1", "linear_top1", *(f"{name}_top1" for name in few))
 
@@ -82,7 +82,7 @@ class ProbeTask(ClassesTask):
 
 @dataclass(slots=True)
 class Probed:
-    """Test and training items, and what was left out of both."""
+    """Test and training items, and what was left out of each."""
 
     test: Labelled
     train: Labelled
@@ -117,7 +117,7 @@ class Probing(Kind[ProbeTask, Probed]):
     Task = ProbeTask
 
     def collect(self, task: ProbeTask, rows: Rows, store: Store) -> Probed:
-        """Inspect the items of both parts; their classes are numbered together."""
+        """Inspect the items of both splits; their classes are numbered together."""
         other = store.ranks.agree(lambda: read_rows(task.training()))
         every = [*rows.rows, *other.rows]
         test = labelled(task, rows, store, every)
@@ -125,14 +125,14 @@ class Probing(Kind[ProbeTask, Probed]):
         notes = [*test.notes, *(f"Training: {n}" for n in train.notes if n not in test.notes)]
         both = len(set(test.digests) & set(train.digests))
         if both:
-            notes.append(f"{both} test items also are training items, byte for byte: the numbers flatter the model.")
+            notes.append(f"{both} test items are also training items, byte for byte: the numbers are too optimistic.")
         return Probed(
             test, train, [*test.skipped, *train.skipped], test.asked + train.asked, notes,
             digest_of([test.data_digest, train.data_digest]),
         )  # fmt: skip
 
     def evaluate(self, task: ProbeTask, data: Probed, store: Store, seed: int, details: bool) -> Measured:
-        """The probes that the task asks for, their intervals and chance. Details are what was chosen and drawn."""
+        """The probes the task asks for, with intervals and chance; ``settings`` says what was chosen and drawn."""
         test, train = data.test, data.train
         item = task.modalities[0]
         x = store.features(item, train.items, train.digests)
@@ -182,7 +182,7 @@ def _episodes(
         train[1], test[1], ways=probe.ways, shots=shots, queries=probe.queries, episodes=probe.episodes, seed=seed
     )
     if drawn is None:
-        notes.append(f"No two classes have {shots} training items and a test item: no {shots}-shot number.")
+        notes.append(f"Fewer than two classes have {shots} training items and a test item: no {shots}-shot number.")
         return
     ways = drawn.support.shape[1]
     for method, got in fewshot.accuracies(train[0], test[0], drawn, methods).items():

@@ -1,6 +1,6 @@
 """Retrieval, both directions, with several captions per item.
 
-First modality → second (image → text): a query is right at k when any of its captions stands among the first k.
+First modality → second (image → text): a query is a hit at k if any of its captions is among the first k.
 Second → first (text → image): every caption is a query of its own. This is the COCO / Flickr protocol.
 """
 
@@ -33,8 +33,8 @@ CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
 class Bags(Section):
     """Hard-bag retrieval (TrueMatch): R@1 inside small bags of look-alikes.
 
-    ``by``: a column whose equal values make items look alike, or ``neighbours``: those whose features of the evaluated
-    model are nearest, which is hardest for that model and does not compare between models.
+    ``by``: a column whose equal values make items look alike, or ``neighbours``: those nearest in the
+    evaluated model's features, which are hardest for that model, so numbers do not compare between models.
     """
 
     by: str
@@ -48,28 +48,30 @@ class RetrievalTask(Task):
     metric_pattern: ClassVar[str] = r"(R|mAP|nDCG)@[1-9]\d*"
     identical: Literal["distinct", "merge"] = Field(
         "distinct",
-        description="equal captions: each owns its copy (as published protocols have it), or both are right",
+        description="equal captions: each item has its own (as in published protocols), or one is right for all",
     )
     same: str | None = Field(
-        None, description="a column; items with equal values are right for each other (one object seen twice)"
+        None, description="a column; items with equal values share their right answers (one object seen twice)"
     )
     bags: Bags | None = Field(None, description="also R@1 inside bags of look-alikes")
 
     def known(self) -> tuple[str, ...]:
-        """Of each direction."""
+        """For each direction."""
         return ("R@1", "R@5", "R@10", "MRR", "median_rank", "mean_rank")
 
     def may_state(self, metric: str) -> bool:
-        """Published numbers are of one direction, so their names are longer."""
+        """Published numbers name a direction too (image_to_text_R@1), so every name is accepted."""
         return True
 
     def check_keys(self) -> None:
-        """Bags and same objects go by one column."""
+        """``same`` and ``bags.by`` must name the same column."""
         if self.same is not None and self.bags is not None and self.bags.by not in ("neighbours", self.same):
-            raise ValueError(f"bags.by: with same: {self.same} bags are made by that column or by neighbours")
+            raise ValueError(
+                f"bags.by: {self.bags.by!r} does not go with same: {self.same}; write {self.same} or neighbours"
+            )
 
     def label_place(self) -> tuple[str, str] | None:
-        """What makes items the same, or puts them in one bag."""
+        """The column that makes items the same, or puts them in one bag."""
         if self.same is not None:
             return "same", self.same
         if self.bags is not None and self.bags.by != "neighbours":
@@ -83,7 +85,7 @@ class RetrievalTask(Task):
 
 @dataclass(slots=True)
 class Pairs:
-    """The two sides that are left after broken items are out, and who belongs to whom."""
+    """The two sides after broken items are left out, and which items belong together."""
 
     a: list[Content]
     b: list[Content]
@@ -95,7 +97,7 @@ class Pairs:
     data_digest: str
     notes: list[str]
     labels: list[str | None] = field(default_factory=list)
-    """Of each item of the first side: the value of ``same`` or ``bags.by``."""
+    """The value of ``same`` or ``bags.by`` for each item of the first side."""
 
     def reverse(self) -> list[list[int]]:
         """Right items of the first side for each of the second."""
@@ -107,7 +109,7 @@ class Pairs:
 
 
 def joined(right: Sequence[Sequence[int]], labels: Sequence[str | None]) -> list[list[int]]:
-    """Items with the same label own each other's right answers: one object seen at two times is no wrong answer."""
+    """Items with the same label share their right answers: the same object seen again is not a wrong answer."""
     union: dict[str | None, set[int]] = {}
     for label, own in zip(labels, right, strict=True):
         union.setdefault(label, set()).update(own)
@@ -121,7 +123,7 @@ class Retrieval(Kind[RetrievalTask, Pairs]):
     Task = RetrievalTask
 
     def collect(self, task: RetrievalTask, rows: Rows, store: Store) -> Pairs:
-        """Inspect every content, leave out and name what is broken, merge equal captions where the task says so."""
+        """Inspect every item, leave broken ones out and say why, merge equal captions if the task asks for it."""
         first, second = task.modalities
         a_all = [c for r in rows.rows for c in r.contents[first][:1]]
         b_all = [c for r in rows.rows for c in r.contents[second]]
@@ -161,7 +163,7 @@ class Retrieval(Kind[RetrievalTask, Pairs]):
             pairs.right = joined(pairs.right, pairs.labels)
             provenance.append(pairs.labels)
         pairs.data_digest = digest_of(provenance)
-        if asked - kept > task.max_skipped * asked:  # one broken picture costs all its captions
+        if asked - kept > task.max_skipped * asked:  # one broken image costs all its captions
             raise DataError(
                 f"task {task.name}: {asked - kept} of {asked} pairs cannot be used (max_skipped is "
                 f"{task.max_skipped}); the first: {skipped[0]['id']}: {skipped[0]['reason']}"
@@ -169,7 +171,7 @@ class Retrieval(Kind[RetrievalTask, Pairs]):
         return pairs
 
     def evaluate(self, task: RetrievalTask, pairs: Pairs, store: Store, seed: int, details: bool) -> Measured:
-        """Metrics of both directions, their intervals and chance, and what to look at."""
+        """Metrics of both directions, their intervals and chance, and details to look at."""
         first, second = task.modalities
         x = store.features(first, pairs.a, pairs.a_digests)
         y = store.features(second, pairs.b, pairs.b_digests)
@@ -257,7 +259,7 @@ def _of_all_right(
 def _add_bags(
     asked: Bags, pairs: Pairs, modalities: tuple[str, str], features: tuple[Tensor, Tensor], seed: int, out: Measured
 ) -> None:
-    """R@1 in both directions inside bags of look-alikes, by each item's first caption; chance is 1 in the size."""
+    """R@1 in both directions inside bags of look-alikes, by each item's first caption; chance is 1 / size."""
     first, second = modalities
     x = features[0]
     y = features[1][torch.tensor([r[0] for r in pairs.right])]
@@ -267,7 +269,7 @@ def _add_bags(
         bags = make_bags(x, y, labels, size, seed, owners=[r[0] for r in pairs.right])
         out["n"][f"bags of {size}"] = len(bags)
         if not len(bags):
-            out.setdefault("notes", []).append(f"There are no {size} look-alikes by {asked.by!r} to make a bag of.")
+            out.setdefault("notes", []).append(f"No bags of {size}: there are not enough look-alikes by {asked.by!r}.")
             continue
         got = dict(zip(names, bag_values(x, y, bags), strict=True))
         keys = {n: f"{n}_bag{size}_{'R@1' if '_to_' in n else 'all_correct'}" for n in names}

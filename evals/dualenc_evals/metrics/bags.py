@@ -1,7 +1,7 @@
 """Hard-bag retrieval: R@1 inside small bags of look-alikes (TrueMatch, No Detail Left Behind, seed S05).
 
 Recall over a whole gallery is mostly won by telling unlike things apart; inside a bag only the details count. A right
-answer must score strictly higher than every other one: with features that coincide nothing is right.
+answer must score strictly higher than every other one: with identical features no answer is right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from dualenc_evals.metrics.scores import BLOCK_ELEMENTS, Floats, Ints, block_starts
 
 NEAREST = 64
-"""Neighbours remembered of each item when bags are made; an item whose neighbours are all taken makes no bag."""
+"""Neighbours remembered per item when bags are made; an item whose neighbours are all taken makes no bag."""
 
 
 def bag_values(x: Tensor, y: Tensor, bags: Ints, elements: int = BLOCK_ELEMENTS) -> tuple[Floats, Floats, Floats]:
@@ -34,7 +34,7 @@ def bag_values(x: Tensor, y: Tensor, bags: Ints, elements: int = BLOCK_ELEMENTS)
     there, back = np.zeros((K, b)), np.zeros((K, b))
     for start, stop in block_starts(K, b * b * x.shape[1], elements):
         rows = torch.from_numpy(bags[start:stop])
-        # Sums of products in fp64, one pair at a time: equal rows get equal scores wherever they stand.
+        # Sums of products in fp64, one pair at a time: equal rows get equal scores at any position.
         scores = (x[rows].double()[:, :, None] * y[rows].double()[:, None]).sum(-1)
         own = torch.diagonal(scores, dim1=1, dim2=2)
         others = scores.masked_fill(eye, -torch.inf)
@@ -46,7 +46,7 @@ def bag_values(x: Tensor, y: Tensor, bags: Ints, elements: int = BLOCK_ELEMENTS)
 def make_bags(
     x: Tensor, y: Tensor, labels: Sequence[str | None] | None, size: int, seed: int, owners: Sequence[int] | None = None
 ) -> Ints:
-    """Disjoint bags of ``size`` look-alikes, [K, size] rows; what is left over is in none.
+    """Disjoint bags of ``size`` look-alikes, [K, size] rows; leftover rows are in no bag.
 
     Args:
         x, y: [N, D] both sides, row by row.

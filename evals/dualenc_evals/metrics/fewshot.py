@@ -2,8 +2,8 @@
 
 ``prototype``: the nearest class mean. ``opta``: the same after optimal transport moved the class means towards the
 queries (OpTA of BECLR, Poulakakis-Daktylidis & Jamali-Rad, ICLR 2024, seed S37). ``fewshot``: logistic regression on
-the labelled items. OpTA sees all queries at once and supposes that classes are equally frequent among them, as they
-are in an episode: so its number always stands beside the inductive one of the very same episodes.
+the labelled items. OpTA sees all queries at once and assumes that classes are equally frequent among them, as they
+are in an episode: so its number is always reported next to the inductive one on the same episodes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPSILON = 0.05
 """Entropic regularisation of the transport, of costs scaled to at most 1."""
 ITERATIONS = 200
 OWN_SHARE = 0.7
-"""What stays of a class mean of several items in :func:`opta`; our choice of the two parts, 0.7 and 0.3."""
+"""Weight of a class mean of several items in :func:`opta`; 0.7 and 0.3 are this project's choice."""
 TOGETHER = 50
 """Episodes computed at once."""
 
@@ -40,8 +40,8 @@ def draw_episodes(
 ) -> Episodes | None:
     """Draw episodes by seed; labelled items from ``train [N]`` labels, queries from ``test [M]``.
 
-    Classes need ``shots`` items in one and at least one in the other. Fewer classes than ``ways``, or fewer items than
-    ``queries``: as many as there are. None when not even two classes qualify.
+    Classes need ``shots`` items in one and at least one in the other. If there are fewer classes than ``ways``, or
+    fewer items than ``queries``, as many as there are. None when not even two classes qualify.
     """
     have = np.bincount(train, minlength=int(max(train.max(), test.max())) + 1)
     held = np.bincount(test, minlength=len(have))
@@ -99,7 +99,7 @@ def transported(prototypes: Tensor, queries: Tensor, epsilon: float = EPSILON) -
 
 
 def opta(prototypes: Tensor, queries: Tensor, shots: int, epsilon: float = EPSILON) -> Tensor:
-    """Five passes where a class has one item; else one pass, mixed with the class mean itself."""
+    """Five rounds of transport if a class has one item; else one round, mixed with the class mean itself."""
     if shots > 1:
         return OWN_SHARE * prototypes + (1 - OWN_SHARE) * transported(prototypes, queries, epsilon)
     for _ in range(5):
@@ -133,7 +133,7 @@ def accuracies(x: Tensor, y: Tensor, episodes: Episodes, methods: Sequence[str])
 
 
 def _right(scores: Tensor, queries: int) -> Floats:
-    """[E] share of queries whose class (queries stand class by class) scores strictly highest."""
+    """[E] share of queries whose class (queries are sorted by class) scores strictly highest."""
     E, n, ways = scores.shape
     labels = np.tile(np.repeat(np.arange(ways), queries), E)
     ranks, _ = class_ranks(scores.reshape(E * n, ways), labels)

@@ -70,7 +70,7 @@ def ranks_under(weights: Tensor, x: Tensor, labels: Ints) -> tuple[Ints, Ints]:
 
 
 def split(labels: Ints, share: float, seed: int) -> tuple[Ints, Ints]:
-    """(kept, held out) rows by seed: of each class the share, rounded; a class's only item is kept."""
+    """(kept, held out) rows by seed: ``share`` of each class, rounded; a class's only item is kept."""
     rng = np.random.default_rng(seed)
     held = [
         rng.permutation(np.flatnonzero(labels == c))[: min(round(share * n), n - 1)]
@@ -82,7 +82,7 @@ def split(labels: Ints, share: float, seed: int) -> tuple[Ints, Ints]:
 
 
 def tuned(x: Tensor, labels: Ints, classes: int, seed: int) -> tuple[Tensor, float]:
-    """(weights fitted on all items, the C that was right most often on a fifth held out; of equals the smallest)."""
+    """(weights fitted on all items, the C that was right most often on a held-out fifth; the smallest on ties)."""
     kept, held = split(labels, 0.2, seed)
     if not len(held):
         return fit(x, labels, classes, 1.0), 1.0

@@ -1,6 +1,6 @@
-"""Where every right answer stands, not only the best: mAP@k and nDCG@k for queries with several right answers.
+"""The rank of every right answer, not only of the best: mAP@k and nDCG@k for queries with several right answers.
 
-A right answer's place is 1 + the wrong candidates that score at least as high (ties count against the model) + the
+A right answer's rank is 1 + the wrong candidates that score at least as high (ties count against the model) + the
 right ones before it. Memory grows with the gallery and the number of right answers, never with queries × gallery.
 """
 
@@ -35,7 +35,7 @@ def wrong_ahead(
         scores = scores[:, inverse] if len(columns) < len(gallery) else scores
         owner, right = positives.block(start, stop)
         own = scores[owner, right]
-        scores[owner, right] = -torch.inf  # right ones are never ahead of a right one
+        scores[owner, right] = -torch.inf  # right answers never count as ahead of one another
         lo = int(positives.offsets[start])
         place = torch.arange(len(owner)) - (torch.from_numpy(positives.offsets[start:stop]) - lo)[owner]
         ahead = torch.zeros(len(owner), dtype=torch.long)
@@ -48,7 +48,7 @@ def wrong_ahead(
 
 
 def places(ahead: Ints, positives: Positives) -> tuple[Ints, Ints, Ints]:
-    """(query, which of its right answers from the best on: 1, 2, …, place in the list), each [P], by query."""
+    """(query, number of the right answer from the best on: 1, 2, …, its rank), each [P], by query."""
     owner = np.repeat(np.arange(len(positives)), positives.counts)
     order = np.lexsort((ahead, owner))
     number = np.arange(len(ahead)) - positives.offsets[:-1][owner] + 1
@@ -80,7 +80,7 @@ def _ideal(counts: Ints, k: int) -> Floats:
 def chance_average_precision(counts: Ints, gallery_size: int, k: int) -> float:
     """Mean AP@k of random orders, exactly: ``counts [N]`` right answers of each query among ``gallery_size``.
 
-    Place i is right with probability m/M, and then (m-1)/(M-1) of the i-1 places before it are.
+    Rank i is right with probability m/M, and then (m-1)/(M-1) of the i-1 ranks before it are.
     """
     M = gallery_size
     i = np.arange(1, min(k, M) + 1)

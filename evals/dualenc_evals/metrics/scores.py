@@ -1,8 +1,8 @@
 """The numbers, as pure functions on features, ranks and labels: no files, no models, no processes.
 
 Conventions everywhere: features are L2-normalised fp32, similarity is their dot product, a rank is 1-based, and a
-tie counts AGAINST the model: a wrong candidate that scores as high as the right one stands before it. So a model
-whose features all coincide gets the last rank, not the first.
+tie counts AGAINST the model: a wrong candidate that scores as high as the right one ranks before it. So a model
+whose features are all equal gets the last rank, not the first.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def best_ranks(
         owner, right = positives.block(start, stop)
         own = scores[owner, right]
         best = torch.full((stop - start,), -torch.inf).scatter_reduce_(0, owner, own, "amax")
-        # "Not below" instead of "at least": a NaN score then stands before the right answer, never behind it.
+        # "Not below" instead of "at least": a NaN score then ranks before the right answer, never behind it.
         ahead = len(gallery) - count_below(scores, best)
         ahead -= torch.zeros_like(ahead).index_add_(0, owner, (~(own < best[owner])).long())
         out[start:stop] = (ahead + 1).numpy()
@@ -182,7 +182,7 @@ def retrieval_values(ranks: Ints, ks: Sequence[int] = (1, 5, 10)) -> dict[str, f
 def chance_retrieval(counts: Ints, gallery_size: int, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """What random order would give, exactly: ``counts [N]`` right answers of each query among ``gallery_size``.
 
-    The best of m right answers among M stands beyond place k with probability C(M-m, k) / C(M, k).
+    The best of m right answers among M ranks beyond k with probability C(M-m, k) / C(M, k).
     """
     M = gallery_size
     kinds, share = np.unique(counts, return_counts=True)
@@ -192,9 +192,9 @@ def chance_retrieval(counts: Ints, gallery_size: int, ks: Sequence[int] = (1, 5,
         k = np.arange(M)
         steps = np.maximum(M - m - k, 0) / (M - k)
         beyond += w * np.concatenate([[1.0], np.cumprod(steps)])
-    at = -np.diff(beyond)  # at[k-1]: the best right answer stands at place k
+    at = -np.diff(beyond)  # at[k-1]: the best right answer has rank k
     values = {f"R@{k}": float(1.0 - beyond[min(k, M)]) for k in ks}
-    # No right answer stands before the best one, so its place is its rank.
+    # No right answer comes before the best one, so its position is its rank.
     values["MRR"] = float(np.sum(at / np.arange(1, M + 1)))
     values["median_rank"] = float(np.argmax(1.0 - beyond >= 0.5 - 1e-12))
     values["mean_rank"] = float(np.sum(at * np.arange(1, M + 1)))
@@ -292,8 +292,8 @@ def bootstrap_ci(
 
     Args:
         values: name → [N] numbers whose mean is the metric.
-        groups: [N] group of each value: the captions of one picture are drawn together, since they are not
-            independent; default: every value for itself.
+        groups: [N] group of each value: the captions of one image are drawn together, since they are not
+            independent; default: each value is its own group.
 
     Returns:
         name → [low, high].
@@ -319,7 +319,7 @@ def bootstrap_of(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> list[float]:
-    """Percentile bootstrap interval of what is no mean: ``statistic`` takes the weights [N] of the items."""
+    """Percentile bootstrap interval of any ``statistic``, a function of the items' weights [N]."""
     index = _groups(n, groups)
     draws = bootstrap_weights(index, seed=seed, resamples=resamples)
     got = np.array([[statistic(w[index])] for w in draws])
@@ -424,7 +424,7 @@ def geometry(a: Tensor, b: Tensor, pairs: tuple[Tensor, Tensor], names: tuple[st
 
 
 def rounded(values: Mapping[str, Any], digits: int = 6) -> dict[str, Any]:
-    """Numbers as a file shows them: rounded, NaN as None (JSON has no NaN)."""
+    """Numbers as written to a file: rounded, NaN as None (JSON has no NaN)."""
     show: Callable[[Any], Any] = lambda v: (
         [show(x) for x in v] if isinstance(v, list) else None if not math.isfinite(v) else round(float(v), digits)
     )

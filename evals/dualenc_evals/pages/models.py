@@ -1,4 +1,4 @@
-"""One page about several models on the same tasks: numbers beside each other, the same queries, each one's mistakes.
+"""One page about several models on the same tasks: numbers side by side, the same queries, each model's mistakes.
 
 ``write_comparison`` reads what ``dualenc eval … --out FILE.json`` wrote; the page is one file that loads nothing.
 """
@@ -18,7 +18,7 @@ from dualenc_evals.pages.table import directions, is_geometry, is_share, label, 
 HEADLINES = ("R@1", "R@5", "top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct")
 LOWER_IS_BETTER = ("median_rank", "mean_rank", "calibration_error")
 MOST_MODELS = 6
-"""As many as the page has colours."""
+"""The page has this many colours."""
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
@@ -34,19 +34,19 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """One results file, with what it is called when the model's name does not tell it from another's."""
+    """One results file, with a name for it in case several models have the same name."""
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{path} holds no results: dualenc eval MODEL --tasks … --out {file} writes them.")
     results = read_json(file)
     if not isinstance(results.get("tasks"), dict) or not isinstance(results.get("model"), dict):
-        raise DataError(f"{file} holds no results of dualenc eval: it has no 'model' and 'tasks'")
+        raise DataError(f"{file} is not a results file of dualenc eval: it has no 'model' and 'tasks'")
     called = file.parent.name if file.stem == "results" else file.stem
     return {**results, "file": called}
 
 
 def render(all_results: Sequence[Mapping[str, Any]]) -> str:
-    """The page as text."""
+    """The page as HTML."""
     models = model_views(all_results)
     names = list(dict.fromkeys(n for r in all_results for n in r["tasks"]))
     tasks = [task_view(n, [r["tasks"].get(n) for r in all_results], models) for n in names]
@@ -66,10 +66,10 @@ def render(all_results: Sequence[Mapping[str, Any]]) -> str:
 
 def model_views(all_results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Name, colour and provenance of each model; equal names are told apart by their files."""
-    said = [str(r["model"].get("name") or r["file"]) for r in all_results]
-    counts = Counter(said)
+    names = [str(r["model"].get("name") or r["file"]) for r in all_results]
+    counts = Counter(names)
     out = []
-    for n, (name, r) in enumerate(zip(said, all_results, strict=True), 1):
+    for n, (name, r) in enumerate(zip(names, all_results, strict=True), 1):
         unique = name if counts[name] == 1 else f"{name} ({r['file']})"
         facts = flat(r["model"]) + flat(r.get("environment", {}))
         out.append({"name": unique, "colour": n, "facts": facts})
@@ -117,7 +117,7 @@ def overview(name: str, results: Sequence[Mapping[str, Any] | None], models: lis
 
 
 def alone_at_top(known: Sequence[float], models: int, low: bool = False) -> float | None:
-    """The best value, where there is something to be better than and no other model has it too."""
+    """The best value, if there are several models and only one of them has it."""
     best = (min if low else max)(known, default=None)
     return best if models > 1 and list(known).count(best) == 1 else None  # type: ignore[arg-type]
 
@@ -153,7 +153,7 @@ def warnings(have: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> lis
     names = {"data_digest": "data", "version": "task version", "templates": "prompts"}
     for key, what in names.items():
         if len({repr(r.get(key)) for _, r in have}) > 1:
-            out.append(f"The models were not measured on the same {what}: their numbers do not compare.")
+            out.append(f"The models were not measured on the same {what}: their numbers are not comparable.")
     notes = dict.fromkeys(note for _, r in have for note in r["notes"])
     for note in notes:
         who = [str(m["name"]) for m, r in have if note in r["notes"]]
@@ -162,7 +162,7 @@ def warnings(have: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> lis
 
 
 def metric_rows(results: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    """Every metric that any model has, a cell each; the best stands out."""
+    """Every metric that any model has, one cell per model; the best is highlighted."""
     rows = []
     for metric in dict.fromkeys(k for r in results if r for k in r["metrics"]):
         values = [r["metrics"].get(metric) if r else None for r in results]
@@ -218,9 +218,9 @@ def worst_views(have: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], mos
         ]
         ranked = detailed[0][1]["kind"] == "retrieval"
         why = (
-            "The queries whose right answer stands farthest down."
+            "The queries whose right answer is ranked lowest."
             if ranked
-            else "The most confident ones: the wrong class is farthest above the right one."
+            else "The most confident ones: the wrong class beats the right one by the widest margin."
         )
         out.append({"query": example["query"], "gallery": example["gallery"], "why": why, "sides": sides})
     return out

@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise DataError(f"{path} is damaged: {e}") from e
     if not isinstance(got, dict):
-        raise DataError(f"{path} must hold an object with keys, it holds {type(got).__name__}")
+        raise DataError(f"{path} must hold a JSON object, not {type(got).__name__}")
     return got
 
 
@@ -54,24 +54,24 @@ def confusion_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def picture(item: Mapping[str, Any]) -> str:
-    """The item's thumbnail if it is one that lies in the file itself; the page loads nothing from outside."""
+    """The item's thumbnail, if it is embedded in the file itself; the page loads nothing from outside."""
     address = str(item.get("picture", ""))
     return address if re.fullmatch(r"data:image/(webp|png|jpeg);base64,[A-Za-z0-9+/=]+", address) else ""
 
 
 def sound(item: Mapping[str, Any]) -> str:
-    """The item's recording if it is one that lies in the file itself."""
+    """The item's audio, if it is embedded in the file itself."""
     address = str(item.get("sound", ""))
     return address if re.fullmatch(r"data:audio/(ogg|flac|wav|mpeg);base64,[A-Za-z0-9+/=]+", address) else ""
 
 
 def media(item: Mapping[str, Any]) -> bool:
-    """Whether the item is seen or heard, rather than read."""
+    """Whether the item is an image or audio, not text."""
     return bool(picture(item) or sound(item))
 
 
 def shown(item: Mapping[str, Any]) -> str:
-    """What an item without a picture is called."""
+    """The text or name of an item that is not shown as an image."""
     return str(item.get("text") or item.get("name") or "")
 
 

@@ -1,7 +1,8 @@
 """One page about a run: what it scored, how it got there, what it retrieves, what it was made with.
 
 ``write_report`` reads the run folder (recipe.yaml, metrics.jsonl, results.json, environment.json, quarantine.jsonl)
-and writes a single HTML file that loads nothing from anywhere. What is missing is said in a sentence, not an error.
+and writes a single HTML file that loads nothing from anywhere. A missing file is not an error:
+the page says so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dualenc_evals.pages.table import directions, is_share, label, short
 HEADLINES = ("R@1", "R@10", "top1", "mean_per_class_recall")
 PALETTE = 6
 DISTILL = ("kd_weight", "own_weight", "kd_part", "own_part", "distill_")
-"""Beginnings of the metrics that distillation writes."""
+"""Prefixes of the metrics that distillation writes."""
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -41,7 +42,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """The files of a run folder as data; what is not there is empty."""
+    """The files of a run folder as data; missing ones are empty."""
     recipe = run_dir / "recipe.yaml"
     files = {
         "name": run_dir.resolve().name,
@@ -59,7 +60,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def render(run: Mapping[str, Any]) -> str:
-    """The page as text."""
+    """The page as HTML."""
     tasks = run["results"].get("tasks", {})
     env = environment()
     recipe = _recipe(run["recipe"])
@@ -85,7 +86,7 @@ def render(run: Mapping[str, Any]) -> str:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, none where there is no file. Raises DataError for a damaged line but the last."""
+    """The objects of a .jsonl file, none if there is no file. Raises DataError for a damaged line before the last."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
@@ -96,7 +97,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as e:
             if n < len(lines):
                 raise DataError(f"{path}, line {n}, is damaged: {e}") from e
-            # A kill may cut the last line in the middle; nothing but that line is lost.
+            # A kill may cut the last line in the middle; only that line is lost.
     return rows
 
 
@@ -107,7 +108,7 @@ def _recipe(text: str) -> dict[str, Any]:
 
     try:
         got = load_yaml(text) if text else {}
-    except yaml.YAMLError:  # shown as it is; only its name is not known
+    except yaml.YAMLError:  # shown as it is; only its name is unknown
         return {}
     return got if isinstance(got, dict) else {}
 
@@ -211,7 +212,7 @@ def zero_shot_curves(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any]
 
 
 def guard_view(rows: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What eval.guard watched: before the first step, at its lowest, after; and the way there, the bound dashed."""
+    """What eval.guard tracked: before the first step, at its lowest, at the end; and the curve, the bound dashed."""
     conf = (recipe.get("eval") or {}).get("guard") or {}
     bound = float(conf.get("max_fall", 5.0))
     out, series, levels = [], [], []
@@ -294,21 +295,21 @@ def task_view(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recall_chart(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Recall at every k, both directions, with chance dashed; k on a logarithmic axis is named by its points."""
+    """Recall at every k, both directions, with chance dashed; k on a logarithmic axis is marked at its points."""
     if not curves:
         return None
     series = []
     for n, c in enumerate(curves, 1):
         series += [Series(c["name"], c["k"], c["recall"], n), Series("chance", c["k"], c["chance"], n, "dashed")]
     chart = Chart(
-        series, "k: how many are looked at", lambda v: f"{100 * v:g} %", width=520, zero=True, log_x=curves[0]["k"]
+        series, "k (number of candidates)", lambda v: f"{100 * v:g} %", width=520, zero=True, log_x=curves[0]["k"]
     )
     named = [s for s in series if s.style == "line"]
     return {"svg": Markup(line_chart(chart)), "legend": Markup(legend(named))}
 
 
 def heat_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Similarities scaled to the page's colours; the range is written beside it."""
+    """Similarities scaled to the page's colours; the range is written next to them."""
     heat = details.get("similarity")
     if not heat or not heat["matrix"]:
         return None

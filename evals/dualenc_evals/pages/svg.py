@@ -1,4 +1,4 @@
-"""Charts as SVG text: sharp at any size, coloured by the page's CSS variables, so they follow light and dark."""
+"""Charts as SVG: sharp at any size, coloured by the page's CSS variables, so they follow light and dark."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Series:
     colour: int = 1
     style: str = "line"
     labels: Sequence[str] = ()
-    """What stands beside each point; empty: nothing."""
+    """Text next to each point; empty: none."""
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ def smooth(y: Sequence[float], share: float = 0.04) -> list[float]:
 
 
 def line_chart(chart: Chart) -> str:
-    """The chart as one ``<svg>``; its numbers stand in ``data-series`` for the page's hover line."""
+    """The chart as one ``<svg>``; its numbers are in ``data-series`` for the page's hover line."""
     series = [_finite(s) for s in chart.series]
     series = [s for s in series if s.x]
     if not series:

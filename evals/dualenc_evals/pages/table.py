@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 FILE_ONLY = ("MRR", "mean_rank", "calibration_error")
-"""In the file and the report; a terminal has no room for them."""
+"""Only in the file and the report; a terminal has no room for them."""
 CLASSES = ("classification", "multilabel", "probe")
 TAILS = ("median_rank", "mean_rank", "mean_per_class_recall")
 GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity")
@@ -24,7 +24,7 @@ def is_share(metric: str) -> bool:
 
 
 def is_geometry(metric: str) -> bool:
-    """Numbers about the features' clouds: no chance level, no better or worse alone."""
+    """Numbers on the geometry of the features: without chance level, neither better nor worse by themselves."""
     return metric.startswith(GEOMETRY)
 
 
@@ -34,7 +34,7 @@ def label(metric: str) -> str:
 
 
 def number(metric: str, value: float | None) -> str:
-    """A number as people write it: shares in percent, ranks plain."""
+    """A number as people write it: shares in percent, ranks as they are."""
     if value is None:
         return "–"
     if is_share(metric):
@@ -43,7 +43,7 @@ def number(metric: str, value: float | None) -> str:
 
 
 def directions(task: dict[str, Any]) -> dict[str, list[str]]:
-    """Direction → its metrics that the terminal shows; classification has one, called after what is classified."""
+    """Direction → its metrics that the terminal shows; classification has one, named after what is classified."""
     out: dict[str, list[str]] = {}
     plain = f"{task['modalities'][0]} → class" if task["kind"] in CLASSES else " and ".join(task["modalities"])
     for metric in task["metrics"]:
@@ -59,7 +59,7 @@ def short(metric: str) -> str:
 
 
 def head(metric: str) -> str:
-    """A column's head: shares say that they are percents, so the cells need not."""
+    """A column's head; it has the percent sign of shares, so the cells need none."""
     name = {"mean_per_class_recall": "per class", "median_rank": "median"}.get(short(metric), short(metric))
     name = name.replace("_", " ")
     return f"{name} %" if is_share(metric) else f"{name} rank"
@@ -84,7 +84,9 @@ def print_table(results: dict[str, Any], console: Console | None = None) -> None
     for name, task in results["tasks"].items():
         for ref in task.get("reference", []):
             value = number(ref["metric"], ref["value"])
-            out.print(f"{name}: {ref['model']} has {label(ref['metric'])} {value} ({ref['source']})", highlight=False)
+            out.print(
+                f"{name}: reference {ref['model']}: {label(ref['metric'])} {value} ({ref['source']})", highlight=False
+            )
         for note in task["notes"]:
             out.print(f"{name}: {note}", highlight=False, markup=False)
 

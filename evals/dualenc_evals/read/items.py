@@ -1,4 +1,4 @@
-"""A task's source, in any layout that is registered, as rows: contents by modality, label, groups."""
+"""A task's source, in any registered layout, as rows: contents by modality, label, groups."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dualenc_evals.task import Task, locate, paths_of
 
 
 def read_items(task: Task) -> Rows:
-    """Rows of a task whose source is no shards.
+    """Rows of a task whose source is not shards.
 
     Raises:
         DataError: the data set is missing (says how to get it) or broken.
-        ConfigError: a column, setting or modality that it does not have.
+        ConfigError: a column, setting or modality that does not exist.
     """
     layout: Layout[Any] = sources[task.source.kind]
     items: list[Item] = []
@@ -59,7 +59,7 @@ def _settings(task: Task, layout: Layout[Any]) -> list[Any]:
 
 
 def _endings(task: Task, modality: str) -> list[str]:
-    """Endings of a modality's files: the task's, else the usual ones; an empty list: every file."""
+    """Endings of a modality's files: the task's, else the usual ones; empty: every file."""
     named = task.source.members.get(modality)
     if named is not None:
         return list(named)
@@ -93,8 +93,8 @@ def _rows(task: Task, layout: Layout[Any], items: Sequence[Item]) -> tuple[list[
 def _class(task: Task, item: Item) -> str | None:
     if item.label is None and not task.drops_unlabelled:
         raise DataError(
-            f"task {task.name}: label: {item.id} is in no class: {task.source.kind} says none of it; put it into a "
-            "folder that is called as its class, or name a column, label: COLUMN"
+            f"task {task.name}: label: {item.id} has no class: {task.source.kind} gives none for it; put it in a "
+            "folder named after its class, or name a column with label: COLUMN"
         )
     return item.label
 

@@ -34,13 +34,13 @@ class Row:
 
 @dataclass(slots=True)
 class Rows:
-    """What a source holds, and what a person should know about it."""
+    """What a source holds, and notes about it for people."""
 
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
 
 
-# --- what all share -----------------------------------------------------------------------------------------------
+# --- shared by readers -------------------------------------------------------------------------------------------
 
 
 def needed(task: Task) -> list[str]:
@@ -55,7 +55,7 @@ def member_specs(task: Task, modality: str) -> list[str]:
 
 
 def kept(task: Task, value: Callable[[str], Any], rows_have_splits: bool = False) -> bool:
-    """Whether a row passes ``where`` and, where a column of the rows says it, ``split``."""
+    """Whether a row passes ``where`` and, if the rows have a split column, ``split``."""
     rules: dict[str, str | list[str]] = dict(task.source.where)
     if task.source.split is not None and rows_have_splits:
         rules["split"] = task.source.split
@@ -66,7 +66,7 @@ def kept(task: Task, value: Callable[[str], Any], rows_have_splits: bool = False
 
 
 def label_spec(task: Task) -> str | None:
-    """Where a row's label stands: the class, or what makes retrieval rows the same, or puts them in one bag."""
+    """Where a row has its label: the class, or what makes retrieval rows the same or puts them in one bag."""
     place = task.label_place()
     return place[1] if place is not None else None
 
@@ -74,8 +74,8 @@ def label_spec(task: Task) -> str | None:
 def label(task: Task, spec: str | None, value: Callable[[str], Any], row: str) -> str | None:
     """The one label of a row; None where the kind of task has none.
 
-    A class number of −1 means that there is no label; a one-hot list is the number of its class. Where a task drops
-    what belongs to no class, a row without a label is such a row.
+    A class number of −1 means that there is no label; a one-hot list is the number of its class. If a task drops
+    items that are in no class, a row without a label is one of them.
 
     Raises:
         DataError: for a row without a label, or one that has several.
@@ -139,8 +139,8 @@ def _declared(task: Task) -> Sequence[str]:
 def _hot(task: Task, value: Any, where: str) -> list[str] | None:
     """The classes that a one-hot or multi-hot vector (a list of 0 and 1, the bytes of a .npy) stands for.
 
-    A list of 0 and 1 is one where it is as long as the task's list of classes, or longer than two where that is not
-    known. None: the value is no such vector.
+    A list of 0 and 1 counts as one if it is as long as the task's list of classes or, where that is not known, longer
+    than two. None: the value is not such a vector.
 
     Raises:
         DataError: a damaged .npy, or other numbers in it; classes without names.
@@ -178,8 +178,8 @@ def _from_npy(raw: bytes, where: str) -> list[int]:
 
 
 def require_some(task: Task, rows: list[Row], specs: Callable[[Task, str], list[str]]) -> None:
-    """Raises ConfigError when a modality is in no row at all: then the task looks in the wrong place."""
+    """Raises ConfigError if no row has a modality at all: the task looks in the wrong place."""
     for m in needed(task) if rows else []:
         if not any(r.contents[m] for r in rows):
             where = ", ".join(specs(task, m))
-            raise ConfigError(f"task {task.name}: source.members.{m}: no row has any of {where}; say where {m} stands")
+            raise ConfigError(f"task {task.name}: source.members.{m}: no row has any of {where}; say where to find {m}")

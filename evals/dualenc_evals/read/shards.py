@@ -1,4 +1,4 @@
-"""From a task's source to rows: what each item is called, where its bytes lie, its captions, its class.
+"""From a task's source to rows: what each item is called, where its bytes are, its captions, its class.
 
 Only indexes are held: names, offsets, captions. Bytes are read when they are embedded, so an ImageNet-sized set
 costs memory for its names only.
@@ -44,7 +44,7 @@ def read_rows(task: Task) -> Rows:
 
     Raises:
         DataError: files missing or broken, or nothing left.
-        ConfigError: a column, member or split that is not there.
+        ConfigError: a column, member or split that does not exist.
     """
     got = READERS.get(task.source.kind, read_items)(task)
     rows = got.rows
@@ -71,7 +71,7 @@ def _filters(task: Task) -> str:
 class TarSample:
     """One sample of a shard, as training finds it, and how its members are read.
 
-    Two are equal when they are the same place of the same shard, whichever reader they came from.
+    Two are equal if they are at the same position in the same shard, whichever reader they came from.
     """
 
     shard: str
@@ -83,11 +83,11 @@ class TarSample:
         """Bytes of one member.
 
         Raises:
-            DataError: if they cannot be had, or are more than an item of an evaluation may have.
+            DataError: they cannot be read, or are larger than an item of an evaluation may be.
         """
         _, size = self.members[ending]
         if size > MAX_BYTES:
-            raise DataError(f"{self.shard}: {self.key}.{ending} claims {size} bytes, more than {MAX_BYTES}")
+            raise DataError(f"{self.shard}: {self.key}.{ending} claims to have {size} bytes; the limit is {MAX_BYTES}")
         try:
             return self._read(ending)
         except SampleError as e:
@@ -109,11 +109,11 @@ def tar_samples(shards: Sequence[str], name: str = "shards") -> Iterator[TarSamp
     """Every sample of some plain tars, by their headers only; remote ones are read by byte ranges.
 
     Raises:
-        DataError: a tar is not there, broken or compressed, or not as its index says.
+        DataError: a tar is missing, broken or compressed, or does not match its index.
     """
     pipe = next((s for s in shards if is_pipe(s)), None)
     if pipe is not None:
-        raise DataError(f"{pipe}: an evaluation reads parts of a file, which a command's output is not; fetch it first")
+        raise DataError(f"{pipe}: evaluations read parts of files, not a command's output; download the shard first")
     opened = open_source(Source(name=name, shards=list(shards)), scan_remote=True)
     reader = Reader([opened], None, retries=3)
     for i, url in enumerate(opened.urls):
@@ -149,7 +149,7 @@ class _Sample:
         return Content(self.name, path=self.shard, offset=offset, size=size, load=_Later(self.sample, ending))
 
     def value(self, spec: str) -> Any:
-        """A label or filter value: a member's text, ``json:KEY`` or ``metadata:KEY``; None when it is not there."""
+        """A label or filter value: a member's text, ``json:KEY`` or ``metadata:KEY``; None if it is missing."""
         kind, _, key = spec.rpartition(":")
         if kind == "metadata":
             return self.extra.get(key)
@@ -171,10 +171,10 @@ class _Sample:
     def contents(self, specs: list[str], lines: bool) -> list[Content]:
         """What the first of ``specs`` that is there gives: strings for txt and json:KEY, bytes for the rest.
 
-        A sample that cannot be used is skipped and named where it is embedded, like a broken picture.
+        A sample that cannot be used is skipped and reported when it is embedded, like a broken image.
         """
         if unsafe(self.key):
-            why = f"the member name {self.key!r} leaves the shard's folder; such samples are refused"
+            why = f"the member name {self.key!r} points outside the shard's folder; such samples are refused"
             return [Content(f"{self.name}#0", error=why)]
         try:
             return self._contents(specs, lines)
@@ -213,7 +213,7 @@ def _read_clip_benchmark(task: Task) -> Rows:
     folder = f"{root}/{task.source.split or 'test'}"
     count = read_text(f"{folder}/nshards.txt").strip()
     if not count.isdigit():
-        raise DataError(f"{folder}/nshards.txt must hold a number, it holds {count!r}")
+        raise DataError(f"{folder}/nshards.txt must hold a number, not {count!r}")
     shards = [f"{folder}/{i}.tar" for i in range(int(count))]
     spec = label_spec(task) or ("cls" if task.one_class else None)
     return _rows_of_shards(task, shards, spec, lines=True)
@@ -245,7 +245,7 @@ def _metadata(task: Task) -> dict[str, dict[str, Any]]:
         text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
         return {row["key"]: row for row in map(json.loads, text.splitlines())}
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
-        raise DataError(f"{path} must hold one JSON object with a 'key' a line: {e!r}") from e
+        raise DataError(f"{path} must hold one JSON object with a 'key' per line: {e!r}") from e
 
 
 READERS: dict[str, Callable[[Task], Rows]] = {"shards": _read_shards, "clip_benchmark": _read_clip_benchmark}

@@ -1,6 +1,6 @@
 """A teacher and its students on one page: held-out numbers by recipe and seed, size, operations, measured speed.
 
-Held-out numbers are those a run wrote at its last step, where it evaluated itself on the task; else they are computed.
+Held-out numbers are those a run wrote at its last step if it evaluated itself on the task; else they are computed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def compare(
         values, bundle = scores(spec, tasks, batch_size)
         for key, value in values.items():
             group["metrics"].setdefault(key, []).append(value)
-        if not group["cost"]:  # of one architecture once
+        if not group["cost"]:  # once per architecture
             group["cost"] = cost(bundle or load_model(spec), repeats, threads)
     first = next(iter(groups.values()))
     for group in groups.values():
@@ -80,7 +80,7 @@ def compare(
 
 
 def group_name(spec: str) -> str:
-    """A run's recipe name, so that seeds come together; anything else stands for itself."""
+    """A run's recipe name, so that its seeds are grouped; any other MODEL is a group of its own."""
     recipe = Path(spec) / "recipe.yaml"
     if not recipe.is_file():
         return spec
@@ -88,7 +88,7 @@ def group_name(spec: str) -> str:
 
 
 def scores(spec: str, tasks: Sequence[Task], batch_size: int) -> tuple[dict[str, float], Bundle | None]:
-    """task/metric → value; and the model, if it had to be loaded for it."""
+    """task/metric → value; and the model, if it had to be loaded."""
     rows = json_lines(Path(spec) / "metrics.jsonl")
     last = max((r["step"] for r in rows if "loss" in r), default=None)
     own = {k.removeprefix("eval/"): float(v) for r in rows if r["step"] == last for k, v in r.items() if "eval/" in k}
@@ -104,9 +104,9 @@ def scores(spec: str, tasks: Sequence[Task], batch_size: int) -> tuple[dict[str,
 
 
 def cost(bundle: Bundle, repeats: int, threads: int) -> dict[str, dict[str, Any]]:
-    """By modality and in all: parameters, multiply-adds of one item (×2: FLOPs), milliseconds at each batch size.
+    """By modality and in total: parameters, multiply-adds of one item (×2: FLOPs), milliseconds at each batch size.
 
-    Items are the input's dummy row; captions are as long as the context, so that lengths are alike for all.
+    Items are the input's dummy row; captions are as long as the context, so that lengths are equal for all models.
     """
     bundle.model.eval()
     before = torch.get_num_threads()
@@ -196,7 +196,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     for g in result["groups"]:
         cells = [mean_sd(g["metrics"][k]) if k in g["metrics"] else "–" for k in keys]
         lines.append(f"| {g['name']} | {len(g['models'])} | " + " | ".join(cells) + " |")
-    lines += ["", "| model | parameters | GFLOPs a pair | ms, batch 1 | ms, batch 64 | pairs/s, batch 64 | × smaller "
+    lines += ["", "| model | parameters | GFLOPs per pair | ms, batch 1 | ms, batch 64 | pairs/s, batch 64 | × smaller "
               "| × fewer FLOPs | × faster, batch 1 | × faster, batch 64 |", "|---" * 10 + "|"]  # fmt: skip
     for g in result["groups"]:
         c, t = g["cost"]["all"], g["times"]
@@ -209,7 +209,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def weight_charts(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How DCD's weights move, of the first run of every group that has any."""
+    """How DCD's weights change, for the first run of every group that has any."""
     out = []
     for g in groups:
         rows = json_lines(Path(g["models"][0]) / "metrics.jsonl")
@@ -227,7 +227,7 @@ def weight_charts(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The page as text; it loads nothing from anywhere."""
+    """The page as HTML; it loads nothing from anywhere."""
     tables = []
     for block in markdown(result).split("\n\n"):
         lines = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines()]

@@ -1,4 +1,4 @@
-"""The line between a model and its fine-tuned self, evaluated (WiSE-FT, Wortsman et al. 2022): numbers, curve, page."""
+"""Weights between a model and its fine-tuned version, evaluated (WiSE-FT, Wortsman et al. 2022): numbers and page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dualenc_evals.ranks import ranks_of
 from dualenc_evals.task import Task
 
 DOTS = 12
-"""Most points of a curve that are drawn as points (dualenc_evals.pages.svg)."""
+"""A curve with more points than this is drawn without markers (dualenc_evals.pages.svg)."""
 
 
 def interpolate(
@@ -50,7 +50,7 @@ def interpolate(
         "environment"}``.
 
     Raises:
-        ConfigError: for no α, one outside of 0…1, or two models that differ in a field, which is named.
+        ConfigError: no α, one outside of 0…1, or two models that differ in a field, which is named.
     """
     wanted = sorted(dict.fromkeys(float(x) for x in alphas))
     if not wanted:
@@ -89,7 +89,7 @@ def interpolate(
 
 
 def headlines(tasks: Sequence[str], metrics: Mapping[str, float]) -> list[str]:
-    """One key task/metric a task: top1, or else the first R@1, or else the first share."""
+    """One task/metric key per task: top1, or else the first R@1, or else the first share."""
     keys, out = list(metrics), []
     for task in tasks:
         own = [k for k in keys if k.startswith(f"{task}/")]
@@ -110,22 +110,22 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def charts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every task over α; and each target over the source, the way from ``a`` to ``b``."""
+    """Every task against α, and each target against the source, on the way from ``a`` to ``b``."""
     points, keys = result["points"], headlines(result["tasks"], result["points"][0]["metrics"])
     alphas = [p["alpha"] for p in points]
     values = {k: [100 * p["metrics"][k] for p in points] for k in keys}
     over = [Series(named(k), alphas, values[k], n) for n, k in enumerate(keys[:6], 1)]
-    out = [_chart("Over α", over, "α: 0 is the first model, 1 the second")]
+    out = [_chart("Metrics by α", over, "α: 0 is the first model, 1 the second")]
     if len(keys) > 1:
         source, marks = keys[0], [f"{x:g}" for x in alphas] if len(alphas) <= DOTS else ()
         way = [Series(named(k), values[source], values[k], n, labels=marks) for n, k in enumerate(keys[1:6], 2)]
-        title = f"{named(keys[1])} over the source" if len(keys) == 2 else "Targets over the source"
+        title = f"{named(keys[1])} against the source" if len(keys) == 2 else "Targets against the source"
         out.append(_chart(title, way, f"{named(source)}, %"))
     return out
 
 
 def named(key: str) -> str:
-    """A key task/metric as people read it."""
+    """A task/metric key as people read it."""
     task, _, metric = key.rpartition("/")
     return f"{task} {label(metric)}"
 
@@ -136,7 +136,7 @@ def _chart(title: str, series: list[Series], x_label: str) -> dict[str, Any]:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The page as text; it loads nothing from anywhere."""
+    """The page as HTML; it loads nothing from anywhere."""
     keys = headlines(result["tasks"], result["points"][0]["metrics"])
     rows = [[f"{p['alpha']:g}", *(f"{100 * p['metrics'][k]:.1f} %" for k in keys)] for p in result["points"]]
     kept = [f"{p['alpha']:g}" for p in result["points"] if p["alpha"] == result["kept"]]

@@ -1,10 +1,10 @@
-"""What a LiDAR or camera tower's bird's-eye-view map knows of places: regions found again, objects matched over time,
-classes and occupancy read off frozen features. One call, one dictionary of numbers, on keyframes it was not trained on.
+"""What a LiDAR or camera tower's bird's-eye-view map says about places: regions found again, objects matched over time,
+classes and occupancy from frozen features. One call, one dictionary of numbers, on keyframes it was not trained on.
 
-Every number stands beside a control. View-to-view recall is an easy test: turning, mirroring and scaling by a tenth
+Every number comes with a control. View-to-view recall is an easy test: turning, mirroring and scaling by a tenth
 leave a region's distance and heights almost as they were, so the nearest neighbour on (radius, mean height, height
-extent) alone is a strong rival: ``…_control``. Camera to LiDAR within a frame can be won by knowing where a cell is:
-``…_shuffled`` is the same with another keyframe's pictures, and only the difference says that they were looked at.
+extent) alone is a strong baseline: ``…_control``. Camera to LiDAR within a frame can be won by knowing where a cell is:
+``…_shuffled`` is the same with another keyframe's images, and only the difference shows that the images were used.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dualenc_evals.metrics import linear
 from dualenc_evals.metrics.scores import Ints
 
 MIN_POINTS = 5
-"""Above the ground, of a region or box that is asked for."""
+"""Least number of points above the ground in a region or box that is evaluated."""
 SAMPLED = 64
-"""Points of a region or box that are read, at most."""
+"""Most points that are read in a region or box."""
 LIKE = 1.25
-"""Candidates of like size: no more than this much longer or shorter."""
+"""Candidates of similar size: at most this factor longer or shorter."""
 APART = 7
-"""Keyframes between a frame and the one whose pictures it is given in the shuffled control."""
+"""Keyframes between a frame and the one whose images it gets in the shuffled control."""
 CELL = 0.8
 CLASSES = {
     "car": ("vehicle.car", "Car", "Van"),
@@ -82,7 +82,7 @@ class RegionFrame:
         return {"json:lidar": about, "lidar.npy": out.getvalue()}
 
     def camera(self, wrong: bool = False) -> dict[str, Any]:
-        """The pictures as a shard holds them; ``wrong``: each with the pose of the next camera."""
+        """The images as a shard holds them; ``wrong``: each with the pose of the next camera."""
         poses = [v.to_ego.tolist() for v in self.key.views]
         poses = poses[1:] + poses[:1] if wrong else poses
         views = [
@@ -99,7 +99,7 @@ class RegionFrame:
 def evaluate_regions(
     embedder: Embedder, test: Sequence[Keyframe], train: Sequence[Keyframe] = (), seed: int = 0
 ) -> dict[str, Any]:
-    """Everything below that the model and the keyframes allow.
+    """All probes below that the model and the keyframes allow.
 
     Args:
         embedder: of a model with a bird's-eye-view tower for LiDAR, for cameras, or both.
@@ -157,7 +157,7 @@ def view_to_view(
 
 def instances(embedder: Embedder, m: str, frames: Sequence[RegionFrame], rng: np.random.Generator) -> dict[str, float]:
     """R@1 of labelled objects in the next keyframe, among all objects of that keyframe; then with every keyframe turned
-    and mirrored on its own, so that nothing is found again for standing where it stood."""
+    and mirrored on its own, so that no object is found again by its position alone."""
     out: dict[str, float] = {}
     for name in ("instance", "turned_instance"):
         motions = [np.eye(4) if name == "instance" else ground_motion(rng, 180, (1, 1), True, True) for _ in frames]
@@ -184,7 +184,7 @@ def instances(embedder: Embedder, m: str, frames: Sequence[RegionFrame], rng: np
 
 
 def across(embedder: Embedder, camera: str, lidar: str, frames: Sequence[RegionFrame]) -> dict[str, float]:
-    """R@1 and R@5, a region's camera features → its LiDAR features: with its own pictures, with another frame's, and
+    """R@1 and R@5, a region's camera features → its LiDAR features: with its own images, with another frame's, and
     with its own under the poses of other cameras (which lowers it only where the calibration is used)."""
     places = [[f.points[r] for r in f.regions] for f in frames]
     keys = pooled(embedder, lidar, [f.lidar() for f in frames], places, projected=True)
@@ -225,10 +225,10 @@ def classes(
 def occupancy(
     embedder: Embedder, m: str, test: Sequence[RegionFrame], train: Sequence[RegionFrame], rng: np.random.Generator
 ) -> dict[str, float]:
-    """Linear probe: is there something above the ground in a cell of which nothing was measured?
+    """Linear probe: is there something above the ground in a cell without a measurement?
 
-    Half of the points are taken out of the sweep. Asked are cells without any kept point: those that hold a removed
-    point above the ground, and as many that hold none and lie within two cells of one that does. Chance is a half.
+    Half of the points are removed from the sweep. The probe is asked about cells without a kept point: those with a
+    removed point above the ground, and as many without one that are within two cells of one that has. Chance is 0.5.
     """
     sets = []
     for frames in (train or test[: len(test) // 2], test if train else test[len(test) // 2 :]):
@@ -236,9 +236,9 @@ def occupancy(
         for f in frames:
             kept = rng.random(len(f.points)) < 0.5
             items.append(f.lidar(kept=kept))
-            asked, said = _cells(f, kept, rng)
+            asked, occupied = _cells(f, kept, rng)
             places.append(asked)
-            labels.append(said)
+            labels.append(occupied)
         if not items or not sum(map(len, labels)):
             return {}
         values = torch.cat(at(embedder, m, items, places))
@@ -254,14 +254,14 @@ def occupancy(
 def pooled(
     embedder: Embedder, m: str, items: Sequence[Any], places: Sequence[Sequence[F64]], projected: bool | None = None
 ) -> Tensor:
-    """[R, W] the mean of the map over each list of places, of length 1; through the projector where there is one."""
+    """[R, W] the mean of the map over each list of places, L2-normalised; through the projector if there is one."""
     through = map_tower(embedder, m).projects if projected is None else projected
     flat = [np.concatenate(p) if len(p) else np.zeros((0, 3)) for p in places]
     rows = []
     for values, parts in zip(at(embedder, m, items, flat, through), places, strict=True):
         rows += [v.mean(0) for v in torch.split(values, [len(p) for p in parts])]
     if not rows:
-        raise ConfigError("regions: there is no region and no box in these keyframes")
+        raise ConfigError("regions: these keyframes contain no regions and no boxes")
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
 
@@ -273,11 +273,11 @@ def at(
     projected: bool = False,
     batch_size: int = 8,
 ) -> list[Tensor]:
-    """What a bird's-eye-view tower's map says at places of the world.
+    """Features of a bird's-eye-view tower's map at places of the world.
 
     Args:
         items: raw items, as ``embedder.embed`` takes them.
-        places: for each item, x, y (and more, which is not looked at) in the ego frame, in metres: [k, ≥ 2].
+        places: for each item, x, y (further columns are ignored) in the ego frame, in metres: [k, ≥ 2].
         projected: through the tower's projector (``local_dim``), L2-normalised; else the map itself.
 
     Returns:
@@ -291,7 +291,7 @@ def at(
     if projected and not tower.projects:
         raise ConfigError(f"modalities.{m}.encoder.local_dim: the tower was trained without a projector")
     if len(places) != len(items):
-        raise ConfigError(f"places: there are {len(places)} for {len(items)} items")
+        raise ConfigError(f"places: got {len(places)} for {len(items)} items; give one list per item")
     given = [torch.as_tensor(p, dtype=torch.float32, device=embedder.device) for p in places]
     out: list[Tensor] = []
     with torch.no_grad():
@@ -302,14 +302,14 @@ def at(
 
 
 def map_tower(embedder: Embedder, m: str) -> MapTower:
-    """The tower of a modality, if it has a map to look into.
+    """The tower of a modality, if it has a map to sample.
 
     Raises:
         ConfigError: it has none; or the model is in training, where an engine may hold its weights in pieces.
     """
     tower: Any = embedder.bundle.model.tower(m) if m in embedder.modalities else None
     if embedder.training_run or not isinstance(tower, MapTower):
-        raise ConfigError(f"{m!r} has no bird's-eye-view map to look into (own/pillars, own/lift_splat have)")
+        raise ConfigError(f"{m!r} has no bird's-eye-view map to sample; own/pillars and own/lift_splat have one")
     return tower
 
 
@@ -357,7 +357,7 @@ def _chance(n: int, mask: Tensor | None) -> float:
 
 
 def _three(points: F64) -> list[float]:
-    """Mean distance from the car, mean height, height extent: what a motion of the ground hardly changes."""
+    """Mean distance from the car, mean height, height extent: what a motion on the ground hardly changes."""
     return [
         float(np.linalg.norm(points[:, :2], axis=1).mean()), float(points[:, 2].mean()), float(np.ptp(points[:, 2]))
     ]  # fmt: skip

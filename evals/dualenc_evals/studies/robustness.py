@@ -1,4 +1,4 @@
-"""What is left of a camera/LiDAR model's numbers as its sensors fail: a curve for each kind of failure."""
+"""How a camera/LiDAR model's numbers fall as its sensors fail: a curve for each kind of failure."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "turned_deg": (0.5, 1, 2, 5),
     "fog": (0.005, 0.01, 0.02, 0.05),
 }
-TITLES = {"beams": "Silent beams", "pictures": "Black pictures", "turned_deg": "Wrong calibration", "fog": "Fog"}
+TITLES = {"beams": "Silent beams", "pictures": "Black images", "turned_deg": "Wrong calibration", "fog": "Fog"}
 AXES = {
     "beams": "share of beams that are silent",
-    "pictures": "share of pictures that are black",
-    "turned_deg": "error of the calibration, degrees (standard deviation)",
-    "fog": "fog: 1 / metres to a loss of 63 %",
+    "pictures": "share of images that are black",
+    "turned_deg": "calibration error, degrees (standard deviation)",
+    "fog": "fog: 1 / metres until 63 % of the beams are lost",
 }
 
 
@@ -45,7 +45,7 @@ def robustness(
     batch_size: int = 64,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate with whole sensors, then with each kind of failure at each of its ``LEVELS``; write
+    """Evaluate with intact sensors, then with each kind of failure at each of its ``LEVELS``; write
     ``out``/robustness.json and .html.
 
     Args:
@@ -58,13 +58,13 @@ def robustness(
         {task/metric: value}}]}, "environment"}``.
 
     Raises:
-        ConfigError: for no task, or one whose source has no sensors that fail.
+        ConfigError: no task, or one whose source has no sensors.
     """
     if not tasks:
         raise ConfigError("--tasks: name at least one task of kitti or nuscenes, such as kitti_frames")
     for t in tasks:
         if not t.source.has_sensors:
-            raise ConfigError(f"task {t.name}: its source is {t.source.kind}; sensors fail in kitti and nuscenes only")
+            raise ConfigError(f"task {t.name}: source.kind is {t.source.kind}; sensor failures need kitti or nuscenes")
     bundle = load_model(model, device=device)
 
     def run(corrupt: Corruption | None) -> dict[str, Any]:
@@ -96,13 +96,13 @@ def _flat(tasks: Mapping[str, Any], what: str) -> dict[str, float]:
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows, in percent: whole sensors first, then each failure at each level."""
+    """Column heads and rows, in percent: intact sensors first, then each failure at each level."""
     keys = headlines(result["tasks"], result["clean"])
 
     def cells(metrics: Mapping[str, float]) -> list[str]:
         return [f"{100 * metrics[k]:.1f}" if k in metrics else "–" for k in keys]
 
-    rows = [["whole", *cells(result["clean"])], ["chance", *cells(result["chance"])]]
+    rows = [["intact", *cells(result["clean"])], ["chance", *cells(result["chance"])]]
     for kind, points in result["curves"].items():
         rows += [[f"{kind} {p['level']:g}", *cells(p["metrics"])] for p in points]
     return ["sensors", *(named(k) for k in keys)], rows
@@ -115,7 +115,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The page as text; it loads nothing from anywhere."""
+    """The page as HTML; it loads nothing from anywhere."""
     keys = headlines(result["tasks"], result["clean"])
     charts = []
     for kind, points in result["curves"].items():

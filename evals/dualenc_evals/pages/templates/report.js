@@ -41,7 +41,7 @@ for (const svg of document.querySelectorAll("svg.chart")) {
   svg.addEventListener("pointerleave", () => { tip.hidden = true; svg.classList.remove("live"); });
 }
 
-// One recording at a time.
+// Play one clip at a time.
 for (const button of document.querySelectorAll(".play")) {
   const audio = button.querySelector("audio");
   button.addEventListener("click", () => {
