@@ -76,7 +76,7 @@ def _bases(said: Any, where: str) -> list[str]:
     """The files that ``base:`` or ``include:`` names."""
     bases = [said] if isinstance(said, str) else said or []
     if not isinstance(bases, list) or not all(isinstance(b, str) and b and "\0" not in b for b in bases):
-        raise ConfigError(f"{where}: {_short(said)} is not the path of a file or a list of paths")
+        raise ConfigError(f"{where}: must be a path or a list of paths, not {_short(said)}")
     return bases
 
 
@@ -258,9 +258,9 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 50_000
-"""Of a YAML text: its size, lists and mappings within each other, and values once every alias is written out."""
-_DEEP = f"more than {MAX_DEPTH} lists and mappings stand within each other"
-_MANY = f"more than {MAX_VALUES:,} values with the aliases (*) written out"
+"""Of a YAML text: its size, lists and mappings within each other, and values once every alias is expanded."""
+_DEEP = f"lists and mappings are nested more than {MAX_DEPTH} deep"
+_MANY = f"more than {MAX_VALUES:,} values once its aliases (*) are expanded"
 
 
 def load_yaml(text: str) -> Any:
@@ -285,11 +285,11 @@ def load_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, counted: dict[int, int], above: list[int]) -> int:
-    """Values in a node with its aliases written out; one that holds itself has no end."""
+    """Values in a node with its aliases expanded; one that contains itself has no end."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in above:
-        raise yaml.YAMLError(f"{_at(node)}: this value holds itself, through an alias (*)")
+        raise yaml.YAMLError(f"{_at(node)}: this value contains itself through an alias (*)")
     if id(node) not in counted:
         if len(above) >= MAX_DEPTH:
             raise yaml.YAMLError(f"{_at(node)}: {_DEEP}")
