@@ -328,3 +328,24 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, calls: in
     train(recipe("killed"), measures(99))
     train(recipe("killed"), measures(99))
     assert evaluated("killed") == [0, 2, 4]
+
+
+def test_a_kill_while_checkpoints_are_pruned_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [*SAVING, "budget.steps=3", f"out={tmp_path}"]
+    with monkeypatch.context() as patch:
+
+        def dies(path: Path, **_: Any) -> None:
+            raise Killed
+
+        patch.setattr(ckpt.shutil, "rmtree", dies)
+        with pytest.raises(Killed):
+            here(*more)
+    here(*more)
+    whole = saves(tmp_path)
+    (tmp_path / "checkpoints" / "step-0000000001").mkdir()
+    for path in (tmp_path / "checkpoints" / whole[-1]).iterdir():
+        if path.is_file():  # a third one, as if the run had been killed between its last checkpoint and pruning
+            (tmp_path / "checkpoints" / "step-0000000001" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "checkpoints" / ".writing-step-0000000009-1").mkdir()
+    here(*more)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == whole
