@@ -79,7 +79,7 @@ class Registry(Generic[T]):
             ConfigError: if there is no such name.
         """
         self[name]
-        return self._origins[name]
+        return self._origins.get(name)
 
     def source(self, name: str) -> str:
         """Where ``name`` comes from, as text for lists; nothing is imported."""

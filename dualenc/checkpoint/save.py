@@ -253,7 +253,10 @@ def prune(run_dir: Path, keep: int, proven: int | None = None) -> None:
     good = [p for p in saves if proven is not None and step_of(p) <= proven]
     for path in saves[:-keep]:
         if path not in good[-1:]:
-            shutil.rmtree(path)
+            # Out of sight in one step: of a removal that is killed, :func:`sweep` takes the rest.
+            gone = path.with_name(f".writing-{path.name}-{os.getpid()}-gone")
+            path.rename(gone)
+            shutil.rmtree(gone)
 
 
 def sweep(folder: Path) -> None:

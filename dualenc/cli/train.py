@@ -23,7 +23,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would run, without reading samples (but for --probe).")
+        bool, typer.Option("--dry-run", help="Print what would run, without reading samples (except for --probe).")
     ] = False,
     measure: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: take two steps and print the memory and time they took.")

@@ -37,10 +37,11 @@ def _read(path: Path, key: str, seen: tuple[Path, ...], done: dict[Path, _Read])
         names = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ConfigError(f"There is no file {path}. {did_you_mean(path.name, names) if names else ''}".strip())
     if path.resolve() in seen:
-        chain = " → ".join(p.name for p in (*seen, path))
-        raise ConfigError(f"{path}: {key}: files include each other in a circle ({chain})")
+        raise ConfigError(
+            f"{path}: {key}: files include each other in a circle ({' → '.join(p.name for p in (*seen, path))})"
+        )
     if len(seen) >= MAX_DEPTH:
-        raise ConfigError(f"{path}: {key}: more than {MAX_DEPTH} files include one another")
+        raise ConfigError(f"{path}: {key}: more than {MAX_DEPTH} files are built on each other")
     if path.resolve() in done:
         return done[path.resolve()]
     raw = _mapping(path)
@@ -67,7 +68,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold keys and values, not {type(raw).__name__}")
+        raise ConfigError(f"{path} must hold keys and values, not {'nothing' if raw is None else type(raw).__name__}")
     return raw
 
 
@@ -75,7 +76,7 @@ def _bases(said: Any, where: str) -> list[str]:
     """The files that ``base:`` or ``include:`` names."""
     bases = [said] if isinstance(said, str) else said or []
     if not isinstance(bases, list) or not all(isinstance(b, str) and b and "\0" not in b for b in bases):
-        raise ConfigError(f"{where}: {_short(said)} is not the path of a file or a list of paths")
+        raise ConfigError(f"{where}: must be a path or a list of paths, not {_short(said)}")
     return bases
 
 
@@ -257,9 +258,9 @@ def _dotted(node: Any, prefix: str = "") -> list[str]:
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 50_000
-"""Of a YAML text: its size, lists and mappings within each other, and values once every alias is written out."""
-_DEEP = f"more than {MAX_DEPTH} lists and mappings stand within each other"
-_MANY = f"more than {MAX_VALUES:,} values with the aliases (*) written out"
+"""Of a YAML text: its size, lists and mappings within each other, and values once every alias is expanded."""
+_DEEP = f"lists and mappings are nested more than {MAX_DEPTH} deep"
+_MANY = f"more than {MAX_VALUES:,} values once its aliases (*) are expanded"
 
 
 def load_yaml(text: str) -> Any:
@@ -284,11 +285,11 @@ def load_yaml(text: str) -> Any:
 
 
 def _count(node: yaml.Node, counted: dict[int, int], above: list[int]) -> int:
-    """Values in a node with its aliases written out; one that holds itself has no end."""
+    """Values in a node with its aliases expanded; one that contains itself has no end."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) in above:
-        raise yaml.YAMLError(f"{_at(node)}: this value holds itself, through an alias (*)")
+        raise yaml.YAMLError(f"{_at(node)}: this value contains itself through an alias (*)")
     if id(node) not in counted:
         if len(above) >= MAX_DEPTH:
             raise yaml.YAMLError(f"{_at(node)}: {_DEEP}")

@@ -93,6 +93,7 @@ class Run:
         if any_true(self.stop.raised, self.parts.world):
             raise Interrupted(f"Stopped by {self.stop.name or 'a signal to another rank'} before the first step.")
         check_shared_memory(self.parts.recipe, self._probe, self.parts.world)
+        self.save.tidy()
         self.evaluate.at_start()
         self.guard.at_start()
         self.log.begin()

@@ -19,7 +19,7 @@ STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class TwoSteps:
     """What two steps took.
 
     Attributes:
@@ -49,7 +49,7 @@ class Measured:
         )
 
 
-def probe(recipe: Recipe) -> Measured:
+def probe(recipe: Recipe) -> TwoSteps:
     """Begin ``recipe`` anew in a temporary folder, take two steps, and measure; all ranks of a launcher call it alike.
 
     Nothing is evaluated, saved or sent to a tracker.
@@ -69,7 +69,7 @@ def probe(recipe: Recipe) -> Measured:
     return measured
 
 
-def _measure(recipe: Recipe, folder: Path, world: World) -> Measured:
+def _measure(recipe: Recipe, folder: Path, world: World) -> TwoSteps:
     changed = {
         "checkpoint": recipe.checkpoint.model_copy(update={"resume": "none"}),
         "tracking": recipe.tracking.model_copy(update={"tensorboard": False, "wandb": False, "sample_ids": False}),
@@ -90,7 +90,7 @@ def _measure(recipe: Recipe, folder: Path, world: World) -> Measured:
     worker = child if recipe.data.workers else 0
     rows = all_gather_object((own, worker, cuda, seconds), world)
     most = [max(x) for x in zip(*((a, b, c or 0, d) for a, b, c, d in rows), strict=True)]
-    return Measured(int(most[0]), int(most[1]), None if cuda is None else int(most[2]), most[3], world.world_size)
+    return TwoSteps(int(most[0]), int(most[1]), None if cuda is None else int(most[2]), most[3], world.world_size)
 
 
 def _size(n: int) -> str:

@@ -130,6 +130,16 @@ class Save:
             ckpt.prune(p.run_dir, p.recipe.checkpoint.keep, proven)
         barrier(p.world)
 
+    def tidy(self) -> None:
+        """Remove what a killed run left behind: staged files, and in a finished run checkpoints beyond ``keep``."""
+        p = self._parts
+        if p.world.rank != 0:
+            return
+        ckpt.sweep(p.run_dir / "checkpoints")
+        saves = ckpt.list_saves(p.run_dir)
+        if p.state.step >= p.total_steps and saves and saves[-1] == p.resumed_from:
+            ckpt.prune(p.run_dir, p.recipe.checkpoint.keep, p.state.step)
+
     def set_aside(self, proven: int) -> str:
         """Rename the checkpoints of this run that no finite step followed, so that nothing resumes from them. They
         remain readable by path. Returns a sentence that says so, and where the run resumes."""

@@ -550,7 +550,7 @@ def test_pipes_need_a_word_and_are_announced(tmp_path: Path) -> None:
         refuse_pipes(shards, False, "--allow-pipe")
     refuse_pipes(shards, True, "--allow-pipe")
     recipe = ROOT / "recipes" / "quickstart" / "quickstart.yaml"
-    for allowed, said in (("false", "is refused without data.allow_pipe=true"), ("true", "runs 'cat ")):
+    for allowed, said in (("false", "needs data.allow_pipe=true to run 'cat "), ("true", "runs 'cat ")):
         out = io.StringIO()
         given = [f"data.sources=[{{name: net, shards: '{shards}'}}]", f"data.allow_pipe={allowed}"]
         print_pipes(Console(file=out, width=300), load_recipe(recipe, given))

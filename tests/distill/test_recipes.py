@@ -47,4 +47,4 @@ def test_terms_are_listed_and_embed_wants_one_source() -> None:
     text = CliRunner().invoke(app, ["list", "terms"]).output
     assert all(name in text for name in ("dcd", "feature", "soft_labels", "gradient", "interactive", "affinity"))
     result = CliRunner().invoke(app, ["embed", "runs/x", "a.tar", "--recipe", "r.yaml"])
-    assert "not both" in str(result.exception)
+    assert "give either shards or --recipe" in str(result.exception)

@@ -103,9 +103,9 @@ def test_a_detached_gather_would_be_seen() -> None:
 def test_without_replayed_random_numbers_the_cache_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
-    from dualenc.train import step
+    from dualenc.train import grad_cache
 
-    monkeypatch.setattr(step.RandomState, "replayed", lambda self: nullcontext())
+    monkeypatch.setattr(grad_cache.RandomState, "replayed", lambda self: nullcontext())
     got = gradcheck.run(World(), "single", "info_nce", 4, 0.3)
     assert gradcheck.difference(got, gradcheck.reference("info_nce", 4, 0.3, 1))[0] > 1e-3
 

@@ -315,13 +315,17 @@ def kill_once(name: str, cell: Cell, inputs: Path, folder: Path, rng: random.Ran
     kind = KINDS[name]
     if kind.at_save:
         moment = at_a_save(rng)
+    elif kind.result is trained and rng.random() < 0.5:
+        moment = at_lines(rng.randint(0, cell.whole["metrics.jsonl"].count(b"\n") + 1), rng.uniform(0, 0.05))
     elif kind.by_files and rng.random() < 0.5:
         moment = at_files(rng.randint(1, cell.files), rng.uniform(0, 0.02))
     else:
         moment = after(rng.uniform(0, cell.seconds))
+    began = time.monotonic()
     code = run(kind, inputs, folder, moment)
     if code == 0:
         cell.late += 1
+        cell.seconds = min(cell.seconds, time.monotonic() - began)  # the machine is less busy than it was
         return
     if code is not None:
         cell.kills += 1
@@ -360,10 +364,24 @@ def after(seconds: float) -> Callable[[Path], bool]:
 
 def at_files(count: int, wait: float) -> Callable[[Path], bool]:
     """True so many seconds after there are so many files."""
+    return _later(lambda folder: _files(folder) >= count, wait)
+
+
+def at_lines(count: int, wait: float) -> Callable[[Path], bool]:
+    """True so many seconds after metrics.jsonl has so many lines."""
+
+    def there(folder: Path) -> bool:
+        metrics = folder / "run" / "metrics.jsonl"
+        return metrics.is_file() and metrics.read_bytes().count(b"\n") >= count
+
+    return _later(there, wait)
+
+
+def _later(reached: Callable[[Path], bool], wait: float) -> Callable[[Path], bool]:
     seen = [0.0]
 
     def moment(folder: Path) -> bool:
-        if not seen[0] and _files(folder) >= count:
+        if not seen[0] and reached(folder):
             seen[0] = time.monotonic()
         return bool(seen[0]) and time.monotonic() >= seen[0] + wait
 
@@ -372,27 +390,27 @@ def at_files(count: int, wait: float) -> Callable[[Path], bool]:
 
 def at_a_save(rng: random.Random) -> Callable[[Path], bool]:
     """True at a random moment of up to 40 ms after one of the saves was begun."""
-    step, wait, seen = rng.choice((2, 4, 6, 8)), rng.uniform(0, 0.04), [0.0]
-    name = f".writing-step-{step:010d}"
+    name = f".writing-step-{rng.choice((2, 4, 6, 8)):010d}"
 
-    def moment(folder: Path) -> bool:
+    def there(folder: Path) -> bool:
         saves = folder / "run" / "checkpoints"
-        if not seen[0] and saves.is_dir() and any(p.name.startswith(name) for p in saves.iterdir()):
-            seen[0] = time.monotonic()
-        return bool(seen[0]) and time.monotonic() >= seen[0] + wait
+        return saves.is_dir() and any(p.name.startswith(name) for p in saves.iterdir())
 
-    return moment
+    return _later(there, rng.uniform(0, 0.04))
+
+
+USED = ("accelerate", "deepspeed", "dualenc.api.runs", "dualenc.cli", "dualenc.engine.accelerate_engine")
+USED += ("dualenc.engine.deepspeed_engine", "dualenc.features.of_shards", "dualenc.train.loop")
+USED += ("dualenc_data_tools.build", "dualenc_evals.harness")
 
 
 def import_everything() -> None:
     """What the forked processes use, so that none of them imports it."""
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    import accelerate  # noqa: F401
-    import deepspeed  # noqa: F401
     import torch
 
-    import dualenc_evals.harness  # noqa: F401
-
+    for name in USED:
+        importlib.import_module(name)
     torch.set_num_threads(1)
 
 

@@ -35,27 +35,27 @@ MERGES = "a: &a {k0: 0, k1: 1}\n" + "".join(
 )
 
 TRAPS = {
-    "aliases": (bomb(), "values with the aliases (*) written out"),
-    "merges": (MERGES, "values with the aliases (*) written out"),
-    "itself": ("name: x\nmodalities: &m\n  image: *m\n", "this value holds itself, through an alias (*)"),
-    "a key that holds itself": ("? &k [*k]\n: 1\n", "this value holds itself"),
-    "depth in brackets": ("x: " + "[" * 50_000, "lists and mappings stand within each other"),
-    "depth in braces": ("x: " + "{a: " * 20_000, "lists and mappings stand within each other"),
-    "depth by spaces": ("\n".join(" " * i + "k:" for i in range(1000)), "lists and mappings stand within each other"),
+    "aliases": (bomb(), "values once its aliases (*) are expanded"),
+    "merges": (MERGES, "values once its aliases (*) are expanded"),
+    "itself": ("name: x\nmodalities: &m\n  image: *m\n", "this value contains itself through an alias (*)"),
+    "a key that holds itself": ("? &k [*k]\n: 1\n", "this value contains itself"),
+    "depth in brackets": ("x: " + "[" * 50_000, "lists and mappings are nested more than"),
+    "depth in braces": ("x: " + "{a: " * 20_000, "lists and mappings are nested more than"),
+    "depth by spaces": ("\n".join(" " * i + "k:" for i in range(1000)), "lists and mappings are nested more than"),
     "size": ("x: " + "a" * MAX_BYTES, f"have at most {MAX_BYTES:,}"),
-    "values": ("x: [" + "1," * (MAX_VALUES + 1) + "]", "values with the aliases"),
+    "values": ("x: [" + "1," * (MAX_VALUES + 1) + "]", "values once its aliases"),
     "a number of 5,000 digits": ("seed: " + "9" * 5000, "is not valid YAML"),
     "a day that is none": ("name: 2021-13-45", "is not valid YAML"),
     "a tag": ("x: !!int abc", "is not valid YAML"),
     "an object": ("x: !!python/object/apply:os.system [true]", "is not valid YAML"),
     "no mapping": ("- 1\n- 2\n", "must hold keys and values"),
-    "a base of a number": ("base: 7\nname: x\n", "7 is not the path of a file or a list of paths"),
-    "a base of a mapping": ("base: {a: b}\nname: x\n", "{'a': 'b'} is not the path of a file or a list of paths"),
-    "a base of lists": ("base: [[a.yaml]]\nname: x\n", "[['a.yaml']] is not the path of a file or a list of paths"),
-    "a base of nothing": ("base: ['']\nname: x\n", "[''] is not the path of a file or a list of paths"),
-    "a base that is the file": ("base: trap.yaml\nname: x\n", "files include each other in a circle"),
+    "a base of a number": ("base: 7\nname: x\n", "must be a path or a list of paths, not 7"),
+    "a base of a mapping": ("base: {a: b}\nname: x\n", "must be a path or a list of paths, not {'a': 'b'}"),
+    "a base of lists": ("base: [[a.yaml]]\nname: x\n", "must be a path or a list of paths, not [['a.yaml']]"),
+    "a base of nothing": ("base: ['']\nname: x\n", "must be a path or a list of paths, not ['']"),
+    "a base that is the file": ("base: trap.yaml\nname: x\n", "include each other in a circle"),
     "a base that is a folder": ("base: .\nname: x\n", "There is no file"),
-    "a base with a zero": ('base: "a\\0b"\nname: x\n', "is not the path of a file or a list of paths"),
+    "a base with a zero": ('base: "a\\0b"\nname: x\n', "must be a path or a list of paths"),
 }
 
 
@@ -96,7 +96,7 @@ def test_the_planted_traps(
     path = tmp_path / f"{name}.yaml"
     path.write_text((FAULTS / f"{name}.yaml").read_text().replace("PATH-TO-ANY-RECIPE", str(RECIPE)))
     said = refusal(path, monkeypatch, capfd, "train", str(path), "--dry-run")
-    assert ("aliases (*) written out" if name == "alias_bomb" else "holds itself") in said
+    assert ("once its aliases (*) are expanded" if name == "alias_bomb" else "contains itself") in said
 
 
 def test_an_override_that_is_a_trap() -> None:
@@ -112,7 +112,7 @@ def test_bases_of_bases_are_each_read_once_and_go_no_deeper_than_the_bound(tmp_p
         (tmp_path / f"r{i}.yaml").write_text(f"base: [r{i - 1}.yaml, r{i - 1}.yaml]\ndescription: {i}\n")
     begin = time.process_time()
     assert read_yaml(tmp_path / "r40.yaml")[0] == {"name": "x", "description": 40}
-    with pytest.raises(ConfigError, match="files include one another"):
+    with pytest.raises(ConfigError, match="files are built on each other"):
         read_yaml(tmp_path / f"r{MAX_DEPTH + 1}.yaml")
     assert time.process_time() - begin < 2
 

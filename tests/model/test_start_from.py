@@ -168,6 +168,6 @@ def test_one_tower_of_a_clip_says_what_it_leaves_out(tmp_path: Path, caplog: pyt
         raw["modalities"]["image"]["encoder"] = {"name": f"hf/{tmp_path / 'm'}", **settings}
         with caplog.at_level(logging.WARNING):
             build_bundle(Recipe.model_validate(raw))
-        found = [r.getMessage() for r in caplog.records if "without its projection and temperature" in r.getMessage()]
+        found = [r.getMessage() for r in caplog.records if "without projection and logit scale" in r.getMessage()]
         assert bool(found) is said
     assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "clip"

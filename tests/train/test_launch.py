@@ -119,7 +119,7 @@ def test_ranks_left_over_are_killed_after_the_grace(capfd: pytest.CaptureFixture
     code = "import os, sys, time; r = int(os.environ['RANK']); r or sys.exit(1); time.sleep(60)"
     assert launch(python(code), 2, grace_s=0.5) == 1
     assert time.monotonic() - began < 10
-    assert "rank 1 did not end within 0 s" in capfd.readouterr().err
+    assert "rank 1 did not exit within 0 s" in capfd.readouterr().err
 
 
 def test_ranks_end_with_a_killed_launcher(tmp_path: Path) -> None:

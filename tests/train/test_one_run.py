@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _runs import RECIPE, SMALL, build, environment, newest, rows
 
 from dualenc.checkpoint import save as ckpt
-from dualenc.config import load_recipe
+from dualenc.config import Recipe, load_recipe
 from dualenc.distributed.world import World
 from dualenc.errors import CheckpointError, ConfigError, DivergenceError, Interrupted
 from dualenc.train import lock
@@ -287,3 +288,64 @@ main()
     assert "cannot hand over a batch (unable to allocate shared memory" in said
     assert "A data worker died" in said
     assert "Traceback" not in said
+
+
+# --- evaluations that a kill cut off ------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """Ends a run where a kill would."""
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2], ids=["before the first step", "after a save", "after the last save"])
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path, calls: int) -> None:
+    """The save of a step stands before its evaluation; a run that dies in between measures when it is started again."""
+
+    def measures(die_at: int) -> Any:
+        done = 0
+
+        def evaluation(*_: Any) -> dict[str, float]:
+            nonlocal done
+            done += 1
+            if done == die_at + 1:
+                raise Killed
+            return {"task/x": 0.5}
+
+        return evaluation
+
+    def recipe(name: str) -> Recipe:
+        more = ["eval.every_steps=2", "eval.at_start=true", "budget.steps=4", "checkpoint.every_steps=2"]
+        return load_recipe(RECIPE, [*QUICK, *more, f"out={tmp_path / name}"])
+
+    def evaluated(name: str) -> list[int]:
+        lines = [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [x["step"] for x in lines if "eval/task/x" in x]
+
+    train(recipe("whole"), measures(99))
+    assert evaluated("whole") == [0, 2, 4]
+    with pytest.raises(Killed):
+        train(recipe("killed"), measures(calls))
+    train(recipe("killed"), measures(99))
+    train(recipe("killed"), measures(99))
+    assert evaluated("killed") == [0, 2, 4]
+
+
+def test_a_kill_while_checkpoints_are_pruned_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [*SAVING, "budget.steps=3", f"out={tmp_path}"]
+    with monkeypatch.context() as patch:
+
+        def dies(path: Path, **_: Any) -> None:
+            raise Killed
+
+        patch.setattr(ckpt.shutil, "rmtree", dies)
+        with pytest.raises(Killed):
+            here(*more)
+    here(*more)
+    whole = saves(tmp_path)
+    (tmp_path / "checkpoints" / "step-0000000001").mkdir()
+    for path in (tmp_path / "checkpoints" / whole[-1]).iterdir():
+        if path.is_file():  # a third one, as if the run had been killed between its last checkpoint and pruning
+            (tmp_path / "checkpoints" / "step-0000000001" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "checkpoints" / ".writing-step-0000000009-1").mkdir()
+    here(*more)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == whole
