@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _shared import DATA as SHARED_DATA
+from _shared import PYTHONPATH
 from _spawn import spawn
 
 from dualenc.config import Component, EngineConfig, LogitScale, Optim
@@ -211,7 +213,8 @@ with torch.no_grad():
 def test_two_processes_give_the_same_embedding(files: list[bytes]) -> None:
     """Clips of 5 s cropped to 3: the crop of evaluation is always the same (LAION-AI/CLAP#60: cos 0.30)."""
     run = [sys.executable, "-c", PRINT, str(Path(__file__).parent)]
-    first, second = (subprocess.run(run, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    env = os.environ | {"PYTHONPATH": PYTHONPATH}
+    first, second = (subprocess.run(run, env=env, capture_output=True, text=True, check=True).stdout for _ in range(2))
     a, b = ([json.loads(line) for line in text.splitlines() if line.startswith("[")] for text in (first, second))
     assert len(a[0]) == 3 * 16
     for x, y in zip(a, b, strict=True):

@@ -86,7 +86,7 @@ def test_other_features_in_the_folder_are_not_replaced_by_chance(tmp_path: Path)
         FeatureWriter(tmp_path, other)
     with pytest.raises(ConfigError, match=r"dtype is \"fp32\" there and \"int8\" now"):
         FeatureWriter(tmp_path, description(dtype="int8"))
-    with pytest.raises(ConfigError, match="write fp32, fp16, int8"):
+    with pytest.raises(ConfigError, match="use fp32, fp16, int8"):
         FeatureWriter(tmp_path / "x", description(dtype="fp8"))
     writer = FeatureWriter(tmp_path, other, overwrite=True)
     info = writer.write("two", ["k"], {"a": ([0], X[:1, :1])}, data={"shard": "two"})
