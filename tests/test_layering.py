@@ -53,10 +53,10 @@ ONLY_IN = {
     "PIL": ("dualenc/data", "data_tools"),
     "soundfile": ("dualenc/data", "data_tools"),
     "soxr": ("dualenc/data", "data_tools"),
-    "open_clip": ("dualenc/encoders", "dualenc/data/modalities/text.py"),
+    "open_clip": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py"),
     "timm": ("dualenc/encoders",),
     "peft": ("dualenc/encoders",),
-    "transformers": ("dualenc/encoders", "dualenc/data/modalities/text.py", "benchmarks"),
+    "transformers": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
     "jinja2": ("dualenc/pages", "evals/dualenc_evals/pages"),
     "typer": ("dualenc/cli",),
     "argparse": ("dualenc/cli", "benchmarks"),
@@ -143,3 +143,47 @@ def test_the_walk_sees_an_upward_edge(tmp_path: Path) -> None:
     assert imported(bad) == [(2, "dualenc.train.loop")]
     assert package_of("dualenc.train.loop") == "dualenc.train"
     assert LAYERS["dualenc.train"] > LAYERS["dualenc.losses"]
+
+
+def module_level(path: Path) -> set[str]:
+    """Modules of ours that ``path`` imports when it is itself imported."""
+    named: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            named |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named |= {f"{node.module}.{a.name}" for a in node.names} | {str(node.module)}
+    return named
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Packages' ``__init__`` aside, which import what they name again."""
+    modules = {module_name(p): p for p in FILES if p.name != "__init__.py"}
+    left = {m: {x for x in module_level(p) if x in modules and x != m} for m, p in modules.items()}
+    while free := [m for m, needs in left.items() if not needs & left.keys()]:
+        for m in free:
+            del left[m]
+    assert left == {}, f"a circle among {sorted(left)}"
+
+
+def test_attributes_are_declared_not_asked_for_by_name() -> None:
+    """``getattr(x, "name", default)`` stands where a library's object may lack it, and nowhere for parts of ours."""
+    asked = [
+        f"{p.relative_to(ROOT)}:{n.lineno}"
+        for p in FILES
+        if p.is_relative_to(ROOT / "dualenc")
+        for n in ast.walk(ast.parse(p.read_text(encoding="utf-8")))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "getattr"
+        if len(n.args) > 1 and isinstance(n.args[1], ast.Constant)
+    ]
+    assert len(asked) <= 15, asked
+
+
+def test_one_reader_of_tars_and_one_writer_of_whole_files() -> None:
+    """Training, evaluation and tools read shards through dualenc/data/shards; only the quickstart's own packages from
+    npm and Debian are opened as archives."""
+    tars = [p for p in FILES if any(name.split(".")[0] == "tarfile" for _, name in imported(p))]
+    assert [p.name for p in tars] == ["quickstart.py"]
+    replacing = [p.relative_to(ROOT).as_posix() for p in FILES if "os.replace(" in p.read_text(encoding="utf-8")]
+    # A download is renamed when it is complete; until then it stays, and is continued after a failure.
+    assert replacing == ["dualenc/data/shards/remote.py", "dualenc/files.py"]

@@ -10,11 +10,6 @@ ROOT = Path(__file__).parents[1]
 CODE = sorted(p for top in ("dualenc", "evals", "data_tools", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 EVERYWHERE = {"__init__.py", "__main__.py", "conftest.py"}
 
-TWICE_FOR_NOW: set[str] = set()
-"""Classes whose second name is being changed; to be empty."""
-FILES_FOR_NOW: set[str] = set()
-"""Likewise, files that three folders have."""
-
 
 def classes(path: Path) -> list[str]:
     """Names of a module's classes, without those inside a class (``Config``) and the module's own (``_X``)."""
@@ -28,8 +23,7 @@ def test_no_class_name_stands_twice() -> None:
         for name in classes(path):
             where[name].append(path.relative_to(ROOT).as_posix())
     twice = {name: paths for name, paths in where.items() if len(paths) > 1}
-    assert {n: p for n, p in twice.items() if n not in TWICE_FOR_NOW} == {}
-    assert twice.keys() >= TWICE_FOR_NOW, f"no longer twice: {sorted(TWICE_FOR_NOW - twice.keys())}"
+    assert twice == {}
 
 
 def test_no_file_is_called_as_two_others_are() -> None:
@@ -37,8 +31,7 @@ def test_no_file_is_called_as_two_others_are() -> None:
     for path in CODE:
         where[path.name].append(path.relative_to(ROOT).as_posix())
     three = {name: paths for name, paths in where.items() if len(paths) > 2 and name not in EVERYWHERE}
-    assert {n: p for n, p in three.items() if n not in FILES_FOR_NOW} == {}
-    assert three.keys() >= FILES_FOR_NOW, f"no longer three: {sorted(FILES_FOR_NOW - three.keys())}"
+    assert three == {}
 
 
 def test_the_walk_sees_a_class(tmp_path: Path) -> None:

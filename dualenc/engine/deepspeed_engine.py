@@ -164,6 +164,7 @@ class DeepSpeedEngine:
                 flat.narrow(0, start, size).copy_(piece)
         if self.stage in (1, 2):
             self._engine.optimizer.refresh_fp32_params()
+        # only ZeRO 3's optimizer has them
         persistent = getattr(self._engine.optimizer, "persistent_parameters", [])
         if persistent:
             persistent[0].all_gather(persistent)
@@ -301,6 +302,7 @@ def import_deepspeed(world: World) -> Any:
     logger.setLevel(logging.WARNING)
     logger.addFilter(_not_about_our_optimizer)
     if world.device.type == "cpu":
+        # set by DeepSpeed's build; a wheel built without operators has no such table
         ops = getattr(deepspeed.ops, "__compatible_ops__", {})
         if "deepspeed_shm_comm" in ops:
             ops["deepspeed_shm_comm"] = False

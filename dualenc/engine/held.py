@@ -153,4 +153,5 @@ def read(p: Tensor, saved: Stored, name: str) -> Tensor:
 
 def shape(p: Tensor) -> torch.Size:
     """The whole tensor's shape."""
+    # ZeRO 3 hangs the whole shape on a parameter that it has emptied
     return torch.Size(getattr(p, "ds_shape", p.shape))

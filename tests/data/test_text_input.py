@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from dualenc.config import settings_as
 from dualenc.data.modalities import DecodeError
-from dualenc.data.modalities.text import ClipBPE, TextConfig, TextInput
+from dualenc.data.modalities.text import TextConfig, TextInput
+from dualenc.data.modalities.tokenizing import ClipBPE
 from dualenc.errors import ConfigError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -219,7 +220,8 @@ def test_clip_s_vocabulary_is_read_without_open_clip_and_gives_its_ids() -> None
     """open_clip imports for seconds; its file of tokenizers alone gives the same ids."""
     code = """
 import sys
-from dualenc.data.modalities.text import PROBES, ClipBPE
+from dualenc.data.modalities.text import PROBES
+from dualenc.data.modalities.tokenizing import ClipBPE
 bpe = ClipBPE(49408, 77)
 ids = [bpe.encode(t) for t in PROBES]
 print("open_clip" in sys.modules, "transformers" in sys.modules, "torchvision" in sys.modules)
