@@ -403,7 +403,7 @@ def test_parts_of_the_interpreter_are_no_parts_of_a_model(monkeypatch: pytest.Mo
     monkeypatch.setattr(plugins, "_allowed", set())
     with pytest.raises(CheckpointError, match="run its code"):
         plugins.import_recorded({}, ["os:system"], "runs/x")
-    with pytest.raises(CheckpointError, match="not the name of a module"):
+    with pytest.raises(CheckpointError, match="not the name of a plugin module"):
         plugins.import_recorded({"../x": {}}, [], "runs/x")
     with pytest.raises(CheckpointError, match="no_such_package"):
         plugins.import_recorded({"no_such_package.a": {}}, [], "runs/x")
