@@ -73,7 +73,7 @@ def test_accelerate_told_to_use_deepspeed_is_refused_in_one_line(tmp_path: Path)
         cmd, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode != 0
-    assert "write engine.kind: deepspeed in the recipe instead" in " ".join(done.stderr.split())
+    assert "set engine.kind: deepspeed in the recipe instead" in " ".join(done.stderr.split())
 
 
 # --- dualenc launch, with programs that need no torch --------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_resume_refuses_another_order(tmp_path: Path) -> None:
     assert dualenc(*args, cwd=tmp_path).returncode == 0
     changed = dualenc(*args, "data.window=100", "budget.steps=2", cwd=tmp_path)
     assert changed.returncode == 4
-    assert "data.window = 1000000, the recipe now says 100" in " ".join(changed.stderr.split())
+    assert "data.window = 1000000, but the recipe now has 100" in " ".join(changed.stderr.split())
 
 
 def spoil(shards: list[Path], out: Path, share: float) -> set[str]:
