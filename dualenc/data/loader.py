@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from multiprocessing import queues
-from types import TracebackType
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from dualenc.config import Data
@@ -25,6 +19,7 @@ from dualenc.data.modalities.modality import ModalityInput
 from dualenc.data.order import Plan
 from dualenc.data.shards.index import ShardSet, build_plan, open_sources
 from dualenc.data.shards.remote import Bounds, ShardCache, is_local
+from dualenc.data.workers import init_worker, sigterm_blocked, start_workers
 from dualenc.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -101,8 +96,7 @@ class Loader:
         """Batches from ``start_step`` to ``stop_step``; a new iteration starts there again."""
         self.close()
         stop = _NO_END if self.stop_step is None else self.stop_step
-        with _sigterm_blocked():  # before torch starts threads in a worker, which would take the signal
-            iterator = self._iterator = iter(self._torch_loader(self.start_step, stop))
+        iterator = self._iterator = self._start(self.start_step, stop)
         watchdog = self._watchdog = Watchdog(self._data.stall_s, self._awaited)
         try:
             for step in range(self.start_step, stop):
@@ -136,25 +130,32 @@ class Loader:
                 shutdown()
         self._steps.close()
 
-    def _torch_loader(self, start: int, stop: int) -> DataLoader[Any]:
+    def _start(self, start: int, stop: int) -> Any:
+        """Torch's iterator over the steps, its workers running."""
         workers = self._data.workers
         method = self._method or ("fork" if hasattr(os, "fork") else "spawn")
-        more: dict[str, Any] = {}
-        if workers:
-            more = {
-                "prefetch_factor": self._data.prefetch,
-                "multiprocessing_context": method,
-                "worker_init_fn": _quiet_worker,
-            }
-        return DataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=StepSampler(start, stop),
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=self._pin,
-            **more,
-        )
+
+        def build(init: Any) -> Any:
+            more: dict[str, Any] = {}
+            if workers:
+                prefetch = self._data.prefetch
+                more = {"prefetch_factor": prefetch, "multiprocessing_context": method, "worker_init_fn": init}
+            return iter(
+                DataLoader(
+                    self._steps,
+                    batch_size=None,
+                    sampler=StepSampler(start, stop),
+                    num_workers=workers,
+                    collate_fn=_as_it_is,
+                    pin_memory=self._pin,
+                    **more,
+                )
+            )
+
+        if workers and method == "fork":
+            return start_workers(workers, build)
+        with sigterm_blocked():
+            return build(init_worker)
 
     def _next(self, iterator: Any, step: int) -> Batch | Failure:
         try:
@@ -240,57 +241,3 @@ def _open_cache(data: Data, sets: Sequence[ShardSet]) -> ShardCache | None:
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _quiet_worker(worker: int) -> None:
-    """One thread each, as the many workers share the cores with training; the main process handles signals.
-
-    Ctrl-C and a scheduler's SIGTERM reach every process of a job. Workers must survive them, or the run could not
-    finish its step and write a checkpoint; only a SIGTERM from the main process itself ends a worker. SIGTERM is
-    blocked from the worker's start (see :func:`_sigterm_blocked`).
-    """
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    queues.Queue._on_queue_feeder_error = staticmethod(_end_on_failed_hand_over)  # type: ignore[attr-defined]
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), name="dualenc-signals", daemon=True).start()
-    _report_while_alive(os.getppid())
-
-
-def _end_on_failed_hand_over(error: Exception, _: Any) -> None:
-    """Exit where a batch cannot be put into shared memory: it is lost, and the trainer would wait for it forever."""
-    print(f"dualenc: a data worker cannot hand over a batch ({error})", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def _report_while_alive(parent: int) -> None:
-    """Suppress the lost-connection error of a worker whose trainer was killed: nobody is left to read it."""
-    report = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        lost = isinstance(error, OSError | EOFError)
-        if lost:
-            time.sleep(1.0)  # the connection is lost before the process is seen to have exited
-        if os.getppid() == parent or not lost:
-            report(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-@contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """Processes and threads started inside have SIGTERM blocked, and so have all their threads."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _obey_parent(parent: int) -> None:
-    while True:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent:
-            os._exit(0)

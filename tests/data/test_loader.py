@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _shared import PYTHONPATH
 from conftest import numbered, write_tar
 from PIL import Image
 from torch import Tensor
@@ -381,6 +383,55 @@ def test_a_stall_names_what_is_awaited(
     assert cache.folder.exists()
     del loader
     assert not cache.folder.exists()
+
+
+HANGING_FORKS = """
+import os, sys, time
+hanging = int(sys.argv.pop(1))
+def after_fork():
+    global hanging
+    forks = int(os.environ.get("FORKS", "0"))
+    if forks < hanging:
+        time.sleep(10_000)
+def before_fork():
+    os.environ["FORKS"] = str(int(os.environ.get("FORKS", "-1")) + 1)
+os.register_at_fork(before=before_fork, after_in_child=after_fork)
+
+from dualenc.config import Data, Modality
+from dualenc.data import workers
+from dualenc.data.loader import Loader
+from dualenc.data.modalities import build_inputs
+from dualenc.errors import DataError
+workers._START_LIMITS_S = (1.0, 2.0) if hanging < 9 else (0.5,)
+text = Modality.model_validate({"kind": "text", "encoder": {"name": "x"}, "input": {"tokenizer": "clip-bpe:600"}})
+source = {"name": "s", "shards": sys.argv[1], "members": {"a": ["a"], "b": ["b"]}}
+data = Data.model_validate({"workers": 2, "sources": [source]})
+loader = Loader(data, build_inputs({"a": text, "b": text}), [("a", "b")], seed=0, batch_size=8)
+loader.stop_step = 3
+try:
+    print([b.keys[0] for b in loader])
+except DataError as e:
+    print(e)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_in_fork_is_started_again(tmp_path: Path) -> None:
+    """As CPython 3.11's does where a thread of gloo holds the interpreter's lock: the child never runs any code."""
+    (path,) = numbered(tmp_path, [40])
+
+    def run(hanging: int) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", HANGING_FORKS, str(hanging), str(path)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    whole = run(0)
+    assert whole.stdout.startswith("['"), whole.stderr
+    again = run(1)
+    assert again.stdout == whole.stdout
+    assert "1 of 2 data workers did not start within 1 s: killed, and all started again." in again.stderr
+    never = run(1_000)
+    assert never.stdout.startswith("The data workers (data.workers: 2) hung at each of 1 attempts"), never.stderr
 
 
 def test_a_dead_source_is_counted_then_stopped(texts: dict[str, ModalityInput], tmp_path: Path) -> None:
