@@ -9,8 +9,8 @@ wrong scale of the gradient.
 The first table is of a toy with dropout. Its reference knows nothing of engines, gathers or caches: it encodes every
 rank's every chunk with that rank's random numbers in one graph, takes the naive fp64 loss of the whole batch, and steps
 torch's SGD. The others are of the losses on regions, of every other registered loss, and of small real towers
-(``_real_towers.py``) against one process that encodes the whole batch at once. By default every tower meets every engine,
-and the losses take turns; ``--all`` takes every combination, on 1, 2 and 4 ranks.
+(``_real_towers.py``) against one process that encodes the whole batch at once. By default every tower meets every
+engine, and the losses take turns; ``--all`` takes every combination, on 1, 2 and 4 ranks.
 """
 
 from __future__ import annotations
