@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -41,7 +41,8 @@ class Extras:
         pair: the two modalities.
         a, b: name → rows of either side: the batch's ``extras`` (without gradient) and the model's further outputs
             (projections of the features, with gradient).
-        both: name → rows of the pair as a whole.
+        both: name → rows of the pair as a whole, and the labels that ``data.sources.N.values`` names: [B] or
+            [B, width], int64 or float64; ``dualenc.data.batch.present`` says which slots have one.
         teachers: name → what a teacher says of the batch.
     """
 
@@ -69,7 +70,10 @@ class Loss(nn.Module):
     Config: ClassVar[type[Section]] = Section
     """Its settings in a recipe."""
     takes_extras: ClassVar[bool] = False
-    """Whether ``forward`` is also given :class:`Extras`: a teacher's features, further outputs of the model."""
+    """Whether ``forward`` is also given :class:`Extras`: labels, a teacher's features, further outputs of the model."""
+    needs: Sequence[str] = ()
+    """Names of the labels (``data.sources.N.values``) that it cannot do without; set in ``__init__`` where they follow
+    from the settings. A recipe without them is refused before anything is built."""
 
     if TYPE_CHECKING:
 

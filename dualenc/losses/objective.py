@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualenc.config import pair_name
-from dualenc.data.batch import ABSENT, Batch
+from dualenc.data.batch import ABSENT, WHOLE, Batch
 from dualenc.losses.loss import Extras, Loss, LossOutput
 
 
@@ -64,7 +64,7 @@ def extras_of(outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pair: t
             if group not in SHARED and m in rows:
                 side[group] = to_slots(rows[m], batch.rows[m], batch.size)
     for name, values in batch.extras.items():
-        for side, key in ((out.a, pair[0]), (out.b, pair[1]), (out.both, pair_name(pair))):
+        for side, key in ((out.a, pair[0]), (out.b, pair[1]), (out.both, pair_name(pair)), (out.both, WHOLE)):
             if key in values:
                 side[name] = values[key]
     return out

@@ -13,6 +13,7 @@ from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe
 from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
+from dualenc.data.values import check_needs
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World
 from dualenc.engine import Engine, build_engine
@@ -85,6 +86,7 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
         engine.load_model_state(ckpt.trained_weights(save))
         engine.load_optimizer_state(ckpt.optimizer_state(save), state.optimizer)
     loss = build_loss(recipe.loss)
+    check_needs(loss.needs, recipe.data)
     if distiller is not None:
         loss = distiller.loss(loss)
         if save is not None:

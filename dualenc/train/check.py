@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dualenc.config import Recipe
 from dualenc.data.plans import chosen
+from dualenc.data.values import check_needs
 from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
@@ -20,13 +21,14 @@ def check_recipe(recipe: Recipe) -> None:
     """Build what is small and look up what is named; the run itself would find the same errors, only later.
 
     Raises:
-        ConfigError: an unknown loss, term or plan, a wrong setting, a model that does not exist, no CUDA.
+        ConfigError: an unknown loss, term or plan, a label that a loss needs and no source has, a wrong setting,
+            a model that does not exist, no CUDA.
         DataError: a teacher's cache that does not exist.
         CheckpointError: a checkpoint to resume from that does not exist.
     """
     check_device(recipe.engine.device)
     chosen(recipe.data.sampling)
-    build_loss(recipe.loss)
+    check_needs(build_loss(recipe.loss).needs, recipe.data)
     if recipe.distill is not None:
         build_terms(recipe.distill)
         for k, teacher in enumerate(recipe.distill.teachers):

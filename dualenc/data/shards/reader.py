@@ -158,7 +158,7 @@ class Reader:
                 if _JSON not in sample.members:
                     return None
                 if not docs:
-                    docs.append(self._json(source, shard, sample))
+                    docs.append(self.document(source, shard, sample))
                 value = docs[0].get(part[len(_JSON_KEY) :])
                 if value is None:
                     return None
@@ -207,7 +207,12 @@ class Reader:
         """Close all files."""
         self._files.clear()
 
-    def _json(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
+    def document(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
+        """The json member of a sample.
+
+        Raises:
+            SampleError: it cannot be read, or holds no keys and values.
+        """
         try:
             doc = json.loads(self.read(source, shard, sample, _JSON))
         except (ValueError, RecursionError) as e:
