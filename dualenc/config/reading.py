@@ -50,6 +50,7 @@ def _read(path: Path, key: str, seen: tuple[Path, ...], done: dict[Path, _Read])
     origin: dict[str, str] = {}
     for base in _bases(raw.get(key), f"{path}: {key}"):
         base_raw, base_origin = _read(path.parent / base, key, (*seen, path.resolve()), done)
+        _drop_siblings(merged, [k for k in _dotted(base_raw) if _value_at(base_raw, k) is not None], {}, keep="")
         merged = _merge(merged, base_raw)
         origin |= base_origin
     origin |= dict.fromkeys(_dotted(own), str(path))
