@@ -154,6 +154,15 @@ def test_of_several_bases_the_last_decides_a_length_that_can_be_given_only_once(
     assert load_recipe(tmp_path / "long.yaml").budget.steps is None
 
 
+def test_a_base_can_be_a_shipped_recipe_by_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: quickstart\nname: mine\n")
+    loaded = load_recipe(tmp_path / "mine.yaml")
+    assert loaded.modalities == load_recipe("quickstart").modalities
+    (tmp_path / "wrong.yaml").write_text("base: quickstrat\nname: mine\n")
+    with pytest.raises(ConfigError, match="no file"):
+        load_recipe(tmp_path / "wrong.yaml")
+
+
 def test_every_recipe_in_the_repository_loads() -> None:
     found = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if "launch" not in p.parts and p.name[0] != "_"]
     assert found

@@ -1,4 +1,4 @@
-"""recipes/pretrain: every recipe builds the architecture it names, and its twin trains, on data that ship or are made."""
+"""recipes/pretrain: every recipe builds the architecture it names and its twin trains on data that ship or are made."""
 
 from __future__ import annotations
 
