@@ -22,6 +22,8 @@ from dualenc.shipped import recipes_folder, shipped_recipes  # noqa: E402
 
 FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"\]\((?:\.\./)+(recipes/[^)#]+\.yaml|CONTRIBUTING\.md|CHANGELOG\.md)\)")
+FENCE = re.compile(r"^(```\w+) ([\w.]+)$", re.MULTILINE)
+"""A block that the tests write to a file of that name."""
 NAMES = {f"recipes/{p.relative_to(recipes_folder()).as_posix()}": n for n, p in shipped_recipes().items()}
 
 
@@ -44,4 +46,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             f"]({up}{FROM_ROOT[target] if target in FROM_ROOT else f'reference/recipes.md#{anchor_of(NAMES[target])}'})"
         )
 
-    return LINK.sub(on_site, markdown)
+    return FENCE.sub(r'\1 title="\2"', LINK.sub(on_site, markdown))
