@@ -50,13 +50,15 @@ class HFConfig(Section):
     ``resize_positions``: allow an image size or context other than the weights'; learned positions are resized.
     """
 
-    pretrained: bool = True
-    projection: bool = False
-    pooling: Pooling | None = None
-    head: HeadKind = "linear"
+    pretrained: bool = Field(default=True, description="load the weights; false: random ones")
+    projection: bool = Field(default=False, description="keep the released projection into the shared space")
+    pooling: Pooling | None = Field(
+        default=None, description="how tokens become one feature; default: as the architecture does"
+    )
+    head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
     freeze_bn: bool = Field(default=True, description="batch norms use their running statistics in training too")
-    resize_positions: bool = False
-    config: dict[str, Any] | None = None
+    resize_positions: bool = Field(default=False, description="allow an image size or context other than the weights'")
+    config: dict[str, Any] | None = Field(default=None, description="the architecture, as stored in a checkpoint")
 
 
 @families.register("hf")

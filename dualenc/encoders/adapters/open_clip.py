@@ -32,7 +32,9 @@ class OpenClipConfig(Section):
     quick_gelu: bool | None = Field(
         default=None, description="default: as the tag was trained, else as in the model config"
     )
-    patch_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="share of patches left out in training (FLIP); default: the architecture's"
+    )
     head: Literal["auto", "linear", "mlp", "none"] = Field(
         default="auto", description="auto: linear where the widths differ"
     )

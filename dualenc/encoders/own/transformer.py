@@ -92,12 +92,12 @@ class TextTransformer(Tower):
     class Config(Section):
         """Settings of own/transformer."""
 
-        width: Positive = 256
-        layers: Positive = 4
-        heads: Positive = 4
-        mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-        dropout: Rate = 0.0
-        head: HeadKind = "linear"
+        width: Positive = Field(default=256, description="width of a token")
+        layers: Positive = Field(default=4, description="transformer blocks")
+        heads: Positive = Field(default=4, description="attention heads")
+        mlp_ratio: Annotated[float, Field(gt=0)] = Field(default=4.0, description="width of the MLPs relative to width")
+        dropout: Rate = Field(default=0.0, description="in the blocks")
+        head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
         @model_validator(mode="after")
         def _divisible(self) -> Any:
