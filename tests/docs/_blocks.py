@@ -115,5 +115,3 @@ def spans_of(page: str) -> list[tuple[int, str]]:
         lines[b.line - 1 : b.line - 1 + height] = [""] * height
         text = "\n".join(lines)
     return [(text[: m.start()].count("\n") + 1, " ".join(m[1].split())) for m in re.finditer(r"`([^`]+)`", text)]
-
-

@@ -135,7 +135,9 @@ class Workplace:
             if i < 2:
                 _shard(self.template / "data" / f"train-{i:06d}.tar", drawn[20 * i : 20 * i + 20])
             else:
-                os.link(self.template / "data" / f"train-{i % 2:06d}.tar", self.template / "data" / f"train-{i:06d}.tar")
+                os.link(
+                    self.template / "data" / f"train-{i % 2:06d}.tar", self.template / "data" / f"train-{i:06d}.tar"
+                )
         for folder in ("data/mine", "data/fashion", "data/flickr8k", "."):
             (self.template / folder).mkdir(exist_ok=True)
             for i in range(2):

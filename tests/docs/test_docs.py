@@ -112,7 +112,9 @@ def test_commands_in_sentences_exist() -> None:
                 elif inner and re.fullmatch(r"[a-z][a-z-]*", word):
                     raise AssertionError(f"{page}:{line}: {span}: there is no command {word}")
                 elif word.startswith("--"):
-                    assert word.split("=")[0].rstrip(",.") in options | {"--plugins", "--debug"}, f"{page}:{line}: {span}"
+                    assert word.split("=")[0].rstrip(",.") in options | {"--plugins", "--debug"}, (
+                        f"{page}:{line}: {span}"
+                    )
                 elif word in ("train", "eval", "embed"):  # after launch
                     command = typer.main.get_command(app).commands[word]  # type: ignore[attr-defined]
                     options |= {o for p in command.params for o in p.opts}
