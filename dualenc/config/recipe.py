@@ -128,7 +128,7 @@ class Data(Section):
     )
     idle_s: Annotated[float, Field(gt=0)] = Field(
         default=60.0,
-        description="seconds without data from a shard server or pipe: command before retrying; total time is not limited",
+        description="seconds without data from a shard server or pipe: command before retrying; total is not limited",
     )
     allow_pipe: bool = Field(
         default=False, description="run the shell commands of pipe:COMMAND shards; refused by default"

@@ -634,5 +634,5 @@ def test_a_silent_command_costs_a_run_its_shard_by_name(tmp_path: Path) -> None:
     opened = open_source(Source(name="s", shards=[str(path)]))
     opened = dataclasses.replace(opened, urls=[url], sidecars=[None])
     reader = Reader([opened], ShardCache(tmp_path / "cache", 1.0, 0, Bounds(idle_s=0.5)), retries=0)
-    with pytest.raises(SampleError, match="sleep 300.*wrote nothing for 0.5 s"):
+    with pytest.raises(SampleError, match=r"sleep 300.*wrote nothing for 0\.5 s"):
         reader.read(0, 0, index_local(str(path)).sample(0), "a")

@@ -50,8 +50,8 @@ def task(folder: Path, modalities: tuple[str, str] = ("image", "text"), **source
 
 @here
 def test_keyframes_in_shards_are_evaluated_as_they_are_trained_on(tmp_path: Path) -> None:
-    """A calibration with its image, a sweep with its columns: the features of ``dualenc embed``, which reads as training
-    does, and the very values that training reads."""
+    """A calibration with its image, a sweep with its columns: the very values that training reads, and the features of
+    ``dualenc embed``."""
     from dualenc_data_tools.build import build
 
     build("kitti", tmp_path / "s", path=str(KITTI), limit=4, boxes=False, verify=False, progress=False)

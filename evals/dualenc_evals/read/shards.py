@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dualenc.config import Source
-from dualenc.data.shards.index import expand, open_source
 from dualenc.data.modalities import modalities
+from dualenc.data.shards.index import expand, open_source
 from dualenc.data.shards.reader import Reader, SampleError, check_members, is_joined
 from dualenc.data.shards.remote import is_pipe
 from dualenc.data.shards.tar import Sample, unsafe
