@@ -173,7 +173,8 @@ class Data(Section):
         default=15.0, description="seconds to wait for a connection to a shard server before retrying"
     )
     idle_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="seconds without data from a shard server before retrying; total time is not limited"
+        default=60.0,
+        description="seconds without data from a shard server or pipe: command before retrying; total is not limited",
     )
     allow_pipe: bool = Field(
         default=False, description="run the shell commands of pipe:COMMAND shards; refused by default"

@@ -19,7 +19,6 @@ from __future__ import annotations
 import re
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 from _shared import ROOT
 

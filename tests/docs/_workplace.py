@@ -4,8 +4,8 @@
 ``photos/``                             drawings of the quickstart as JPEG, ``cat.jpg``, ``bike.jpg``, ``house.jpg`` …,
                                         a caption beside each; ``captions.jsonl`` lists them
 ``clip-vit-base-patch32/``              a small CLIP in transformers' layout
-``data/train-{000000..000099}.tar``     shards with an image, a sound and a text a sample; ``data/mine``, ``data/fashion``,
-                                        ``data/flickr8k`` and ``train-{000000..000001}.tar`` likewise
+``data/train-{000000..000099}.tar``     shards with an image, a sound and a text a sample; likewise ``data/mine``,
+                                        ``data/fashion``, ``data/flickr8k`` and ``train-{000000..000001}.tar``
 ``runs/quickstart``                     the quickstart's model, untrained
 ``runs/mine``                           a run of recipes/finetune/source.yaml, two steps long
 ``runs/tuned``                          the same after two more steps
