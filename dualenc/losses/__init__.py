@@ -21,7 +21,21 @@ from collections.abc import Sequence
 from dualenc.config import Component, Data
 from dualenc.data.values import check_needs
 from dualenc.errors import ConfigError, did_you_mean
-from dualenc.losses import regions  # noqa: F401  (it registers its losses, as the files of the functions below do)
+from dualenc.losses import (  # noqa: F401  (they register their losses, as the files of the functions below do)
+    barlip,
+    hallucinator,
+    koleo,
+    local_contrast,
+    matryoshka,
+    pair_gate,
+    private_space,
+    regions,
+    siamlip,
+    supremix,
+    swalip,
+    uniformity,
+    whitened,
+)
 
 # These are the functions; the files of the same names are reached as modules, dualenc.losses.info_nce and so on.
 from dualenc.losses.functional import cwcl, info_nce, mse, sigmoid

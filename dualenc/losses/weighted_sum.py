@@ -39,9 +39,11 @@ class WeightedLoss(Component):
 
 @losses.register("sum")
 class WeightedSum(Loss):
-    """Σ weight · loss, what ``loss: [ … ]`` means: each loss for all pairs or those it names.
+    """Several losses, each with a weight, for all pairs or some: what loss: [ … ] means.
 
-    It takes the memory of the largest loss, and the gathers of each.
+    Formula: Σ_t weight_t · mean over its pairs of L_t
+    Paper: none
+    Needs: what its losses need
     """
 
     takes_extras = True
