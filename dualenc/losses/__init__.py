@@ -4,7 +4,7 @@ In your own training loop: :func:`info_nce`, :func:`sigmoid`, :func:`cwcl`, :fun
 :mod:`dualenc.losses.functional`).
 
 A recipe's ``loss: {name: …}`` is looked up in ``losses`` and built by :func:`build_loss`. To add a loss: write
-``losses/yours.py`` with a registered subclass of :class:`Loss`, import it here, and write its test.
+``losses/yours.py`` with a registered subclass of :class:`Loss` (every file of this folder is imported), and its test.
 
 The losses here have no parameters: logit scale and bias belong to the model. Parameters have to be reduced over ranks
 and stepped, so they must be part of the module that the engine wraps; a loss with parameters reads them from the
@@ -13,13 +13,18 @@ and stepped, so they must be part of the module that the engine wraps; a loss wi
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from dualenc.config import Component, settings_as
-from dualenc.losses import regions  # noqa: F401  (it registers its losses, as the files of the functions below do)
 
 # These are the functions; the files of the same names are reached as modules, dualenc.losses.info_nce and so on.
 from dualenc.losses.functional import cwcl, info_nce, mse, sigmoid
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.objective import objective
+
+for _found in iter_modules(__path__):
+    import_module(f"{__name__}.{_found.name}")
 
 __all__ = [
     "Extras",
