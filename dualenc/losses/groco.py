@@ -7,7 +7,7 @@ product of the layers says with which probability a score ends at a rank, and
     ℓ_i = cross-entropy of "the score at rank r is a positive's" with "r is one of the P highest", mean over r
 
 For K = P = 1 it is −log(1/2 + atan(β (s⁺ − s⁻)) / π). There is no temperature; at β = 1 separated pairs keep a loss of
-0.277. Negatives are of the other modality, as positives are: the two ranges of cosines differ.
+0.288. Negatives are of the other modality, as positives are: the two ranges of cosines differ.
 """
 
 from __future__ import annotations

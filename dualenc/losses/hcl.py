@@ -13,6 +13,7 @@ its positives. With α < 1 a learned scale has no minimum of its own (see ``dcl`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -72,11 +73,10 @@ class Reweighted(RowLoss):
             top = torch.maximum(mean, false).detach()
             left = (mean - top).exp() - self.tau_plus * (false - top).exp()
             tiny = torch.finfo(left.dtype).tiny
-            estimate = top + left.clamp(min=tiny).log() - torch.log1p(torch.tensor(-self.tau_plus))
+            estimate = top + left.clamp(min=tiny).log() - math.log1p(-self.tau_plus)
             mean = torch.maximum(estimate, -scale)
         negatives = (mean + n_negative.clamp(min=1).log()).masked_fill(alone, -INF)
-        alpha = torch.tensor(self.alpha, dtype=positives.dtype, device=positives.device).log()
-        return torch.logaddexp(positives + alpha, negatives) - wanted / n_positive
+        return torch.logaddexp(positives + math.log(self.alpha), negatives) - wanted / n_positive
 
 
 @losses.register("hcl")
