@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
@@ -364,7 +371,10 @@ class Recipe(Section):
     )
     embed_dim: Positive = 512
     logit_scale: LogitScale = LogitScale()
-    loss: Component = Component(name="info_nce")
+    loss: Component = Field(
+        default=Component(name="info_nce"),
+        description="a name, {name: …} with settings, or a list of these with a weight each; see dualenc list losses",
+    )
     distill: Distill | None = None
     data: Data
     batch: Batches
@@ -375,6 +385,13 @@ class Recipe(Section):
     checkpoint: Checkpoints = Checkpoints()
     eval: Evals = Evals()
     tracking: Tracking = Tracking()
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _one_loss(cls, raw: Any) -> Any:
+        if isinstance(raw, list):
+            return {"name": "sum", "terms": raw}
+        return {"name": raw} if isinstance(raw, str) else raw
 
     @model_validator(mode="before")
     @classmethod

@@ -82,7 +82,8 @@ def contrast(
     valid = Valid(ids)
     rows = Side(valid.of(ids), {k: valid.of(x) for k, x in values.items()})
     # Zeros that run the backward's collectives on a rank without rows, too.
-    total, metrics = of_a.new_zeros(()) + of_a.flatten()[:0].sum() + of_b.flatten()[:0].sum(), {}
+    total = of_a.new_zeros(()) + of_a.flatten()[:0].sum() + of_b.flatten()[:0].sum()
+    metrics: dict[str, Tensor] = {}
     for row_loss, sums, hits, name in ((ab, of_a, hits_a, "ab"), (ba, of_b, hits_b, "ba")):
         if row_loss is not None:
             total = total + row_loss.loss(sums.unbind(0), rows, logit_scale).sum()

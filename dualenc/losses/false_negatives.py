@@ -81,7 +81,8 @@ class FalseNegatives(Contrastive):
 
         @torch.no_grad()
         def similar(tile: Tile) -> Tensor:
-            return (frozen_cosine(tile, names) if c.label is None else overlap(tile, c.label)) > c.threshold
+            alike: Tensor = frozen_cosine(tile, names) if c.label is None else overlap(tile, c.label)
+            return alike.gt(c.threshold)
 
         row_loss = SoftTarget(SamePair(), push=without(similar))
         return row_loss, row_loss

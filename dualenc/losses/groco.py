@@ -60,7 +60,7 @@ def groco_rows(
     valid = torch.nonzero(row_ids >= 0).flatten()
     place = PositiveColumns(column_ids)
     counts, there = place.count(row_ids[valid]), int((column_ids >= 0).sum())
-    for p in counts.unique().tolist():  # rows with equally many positives at a time
+    for p in sorted(set(counts.tolist())):  # rows with equally many positives at a time
         if p == there:  # without any negative there is nothing to sort
             continue
         mine = valid[counts == p]

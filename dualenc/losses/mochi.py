@@ -76,7 +76,7 @@ def mixtures(
         near = columns[number].masked_fill(~there[:, :, None], 0.0)
         count = there.sum(1, keepdim=True)
         draw = uniform(row_ids, salt, 3 * between + 2 * towards).to(rows.dtype)
-        u, first, second, v, source = draw.split([between, between, between, towards, towards], 1)
+        u, first, second, v, source = torch.split(draw, [between, between, between, towards, towards], 1)
         first, second, source = ((x * count).long().clamp(max=near.shape[1] - 1) for x in (first, second, source))
         alike = torch.bmm(near, near.transpose(1, 2))
         pair = torch.gather(alike.flatten(1), 1, first * near.shape[1] + second)

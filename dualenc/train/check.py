@@ -6,11 +6,10 @@ from pathlib import Path
 
 from dualenc.config import Recipe
 from dualenc.data.plans import chosen
-from dualenc.data.values import check_needs
 from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
-from dualenc.losses import build_loss
+from dualenc.losses import build_loss, check_loss
 from dualenc.model import load_model
 
 FORMS = ("open_clip:", "hf:", "laion_clap:")
@@ -28,7 +27,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_device(recipe.engine.device)
     chosen(recipe.data.sampling)
-    check_needs(build_loss(recipe.loss).needs, recipe.data)
+    check_loss(build_loss(recipe.loss), recipe.data, recipe.pairs)
     if recipe.distill is not None:
         build_terms(recipe.distill)
         for k, teacher in enumerate(recipe.distill.teachers):

@@ -1,4 +1,7 @@
-"""Every registered loss on features, with labels and a locked tower: what one process and the spawned ranks run."""
+"""Every registered contrast, with labels and a locked tower: what one process and the spawned ranks run.
+
+A subclass of ``Contrastive`` is found in the registry; every other loss that is not named here is in ``_term_jobs``.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,11 @@ from dualenc.data.batch import WHOLE, Batch
 from dualenc.distributed.world import World
 from dualenc.engine import build_engine
 from dualenc.losses import Extras, Loss, build_loss, losses
+from dualenc.losses.contrast import Contrastive
 from dualenc.train.step import train_step
 
-OF_REGIONS = {"prc", "point_contrast", "rad"}
-"""Losses on places of maps: their towers and their table are in ``_region_jobs``."""
+OTHERS = {"info_nce", "sigmoid", "mse", "cwcl", "groco", "adversarial"}
+"""Contrasts that are computed in ways of their own."""
 VARIANTS: list[dict[str, Any]] = [
     {"name": "info_nce", "label_smoothing": 0.1},
     {"name": "supcon", "label": "words", "label_smoothing": 0.1},
@@ -41,7 +45,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "groco", "stop_gradient": False, "negatives": 3},
     {"name": "mochi", "hardest": 3},
 ]
-CASES: list[dict[str, Any]] = [*({"name": n} for n in losses if n not in OF_REGIONS), *VARIANTS]
+CASES: list[dict[str, Any]] = [*({"name": n} for n in losses if n in OTHERS or issubclass(losses[n], Contrastive)), *VARIANTS]
 NAMES = [" ".join(f"{v}" if k == "name" else f"{k}={v}" for k, v in case.items()) for case in CASES]
 
 

@@ -1,4 +1,4 @@
-"""What holds for every registered loss: tiles, the ring, ranks and micro-batches change no number.
+"""What holds for every registered contrast: tiles, the ring, ranks and micro-batches change no number.
 
 A new loss is picked up from the registry; one that needs another kind of label adds it to ``_every_jobs.labels``.
 """
