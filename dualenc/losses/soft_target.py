@@ -4,9 +4,9 @@ For a valid row i over all valid columns j, with z = s · a_i·b_j,
 
     ℓ_i = log Σ_j exp(push_ij) − Σ_j T̄_ij pull_ij,    T̄_ij = (1 − ε) T_ij / Σ_k T_ik + ε/|V_i|
 
-T comes from a :class:`Targets`, ``push`` (the denominator's logits; −inf takes a column out) and ``pull`` from functions
-of a tile; both are z unless said otherwise. V_i are the columns in row i's denominator. With pull = push the gradient at
-a logit is softmax − T̄, so a learned scale is safe; without, see the loss at hand (``dcl``).
+T comes from a :class:`Targets`, ``push`` (the denominator's logits; −inf takes a column out) and ``pull`` from
+functions of a tile; both are z unless said otherwise. V_i are the columns in row i's denominator. With pull = push the
+gradient at a logit is softmax − T̄, so a learned scale is safe; if they differ, see the loss at hand (``dcl``).
 
 InfoNCE: T = own pair. SupCon: T = same label. CWCL: T = similarity in a frozen encoder. A new loss of this kind is a
 small class of targets, or a function of a tile, and its test.
@@ -99,7 +99,7 @@ class SoftTarget(RowLoss):
             out.append(None if tile.backward else Sum(torch.xlogy(target, target)))
         return out
 
-    def loss(self, sums: Sequence[Tensor], rows: Side) -> Tensor:
+    def loss(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> Tensor:
         """See the base class."""
         wanted = sums[1] if self.targets.log else sums[1] / sums[2]
         if self.smoothing:
@@ -107,12 +107,12 @@ class SoftTarget(RowLoss):
             wanted = (1 - self.smoothing) * wanted + self.smoothing * sums[k] / sums[k + 1]
         return sums[0] - wanted
 
-    def metrics(self, sums: Sequence[Tensor], rows: Side) -> dict[str, Tensor]:
+    def metrics(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> dict[str, Tensor]:
         """See the base class."""
         if not self.excess:
             return {}
         entropy = sums[-2] - sums[-1] if self.targets.log else sums[2].log() - sums[-1] / sums[2]
-        return {"excess": self.loss(sums, rows) - entropy}
+        return {"excess": self.loss(sums, rows, scale) - entropy}
 
 
 def soft_target_nce(

@@ -1,4 +1,4 @@
-"""A contrastive loss as what it does to one tile of similarities: the rest, tiles, ranks and gradients, is ``row_sums``.
+"""A contrastive loss as what it does to one tile of similarities; ``row_sums`` does tiles, ranks and gradients.
 
 A :class:`RowLoss` says, for rows against columns, which sums over the columns it needs (log-sum-exps, sums, means
 weighted by a softmax) and what a row's loss is, given them. It sees a :class:`Tile`, so nothing of size B·N exists; its
@@ -109,10 +109,10 @@ class RowLoss(ABC):
         """
 
     @abstractmethod
-    def loss(self, sums: Sequence[Tensor], rows: Side) -> Tensor:
-        """ℓ_i [n] of n rows, given their sums over all columns, each [n]."""
+    def loss(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> Tensor:
+        """ℓ_i [n] of n rows, given their sums over all columns, each [n], and the scale [1]."""
 
-    def metrics(self, sums: Sequence[Tensor], rows: Side) -> dict[str, Tensor]:
+    def metrics(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> dict[str, Tensor]:
         """Name → [n] of each row, without gradient; the mean over rows is shown as ``NAME_ab`` or ``NAME_ba``."""
         return {}
 

@@ -92,18 +92,9 @@ class _Sums(torch.autograd.Function):
         of_b = State(Valid(plan.ids).of(found, 1).contiguous(), kinds_b)
         for extra, x in zip(plan.columns, further, strict=True):
             rows, state = (rows_a, of_a) if extra.side == "b" else (rows_b, of_b)
-
-            def add_further(
-                columns: FeatureBlock,
-                _: Tensor,
-                rows: FeatureBlock = rows,
-                state: State = state,
-                row_loss: RowLoss | None = plan.of(extra),
-            ) -> None:
-                _add_sums(rows, columns, scale, plan, (row_loss, None), (state, None), how.tile_mb)
-
-            if plan.of(extra) is not None:
-                _visit_further(plan, extra, x, how, add_further, lambda n, x=x: x.new_zeros(n, 1), lambda found: found)
+            if (row_loss := plan.of(extra)) is not None:
+                add_further = _adding(rows, scale, plan, row_loss, state, how.tile_mb)
+                _visit_further(plan, extra, x, how, add_further, 1, lambda found: found)
         (total_a, shift_a), (total_b, shift_b) = of_a.totals(), of_b.totals()
         ctx.save_for_backward(a, b, scale, total_a, shift_a, total_b, shift_b, *further)
         ctx.plan, ctx.how = plan, how
@@ -133,23 +124,10 @@ class _Sums(torch.autograd.Function):
         to_further: list[Tensor | None] = []
         for extra, x in zip(plan.columns, further, strict=True):
             rows, to_rows = (rows_a, grad_a) if extra.side == "b" else (rows_b, grad_b)
-
-            def add_further(
-                columns: FeatureBlock,
-                found: Tensor,
-                rows: FeatureBlock = rows,
-                to_rows: Tensor = to_rows,
-                row_loss: RowLoss | None = plan.of(extra),
-            ) -> None:
-                grad_scale.add_(
-                    _add_gradients(rows, columns, scale, plan, (row_loss, None), (to_rows, found), how.tile_mb)
-                )
-
             to_x = None
-            if plan.of(extra) is not None:
-                to_x = _visit_further(
-                    plan, extra, x, how, add_further, lambda n, x=x: x.new_zeros(n, x.shape[1]), merge_gradients
-                )
+            if (row_loss := plan.of(extra)) is not None:
+                add_further = _differentiating(rows, scale, plan, row_loss, (to_rows, grad_scale), how.tile_mb)
+                to_x = _visit_further(plan, extra, x, how, add_further, x.shape[1], merge_gradients)
             to_further.append(None if extra.shared else to_x)
         return (
             valid.spread(grad_a, len(a)),
@@ -171,22 +149,45 @@ def _side(block: FeatureBlock, plan: Plan) -> Side:
     return Side(block.ids, dict(zip(plan.values, block.terms, strict=False)))
 
 
+def _adding(
+    rows: FeatureBlock, scale: Tensor, plan: Plan, row_loss: RowLoss, state: State, mb: float
+) -> Callable[[FeatureBlock, Tensor], None]:
+    """For ``sweep``: further columns are added to the state of the rows that see them; nothing is found about them."""
+
+    def add(columns: FeatureBlock, found: Tensor) -> None:
+        _add_sums(rows, columns, scale, plan, (row_loss, None), (state, None), mb)
+
+    return add
+
+
+def _differentiating(
+    rows: FeatureBlock, scale: Tensor, plan: Plan, row_loss: RowLoss, grads: tuple[Tensor, Tensor], mb: float
+) -> Callable[[FeatureBlock, Tensor], None]:
+    """For ``sweep``: the gradients of further columns are found, those of rows and scale added to ``grads``."""
+    grad_rows, grad_scale = grads
+
+    def add(columns: FeatureBlock, found: Tensor) -> None:
+        grad_scale.add_(_add_gradients(rows, columns, scale, plan, (row_loss, None), (grad_rows, found), mb))
+
+    return add
+
+
 def _visit_further(
     plan: Plan,
     extra: Columns,
     x: Tensor,
     how: How,
     add: Callable[[FeatureBlock, Tensor], None],
-    empty: Callable[[int], Tensor],
+    width: int,
     merge: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """``sweep`` over further columns."""
+    """``sweep`` over further columns; what is found about them is [M, ``width``]."""
     given = [x, extra.ids, *(extra.values[k] for k in plan.values)]
     if not extra.shared:
-        return sweep(how.ring, add, given, empty, 0, merge)
+        return sweep(how.ring, add, given, lambda n: x.new_zeros(n, width), 0, merge)
     valid = Valid(extra.ids)
     block = FeatureBlock(valid.of(x), valid.of(extra.ids), tuple(valid.of(t) for t in given[2:]))
-    found = empty(len(block))
+    found = x.new_zeros(len(block), width)
     add(block, found)
     return found
 
