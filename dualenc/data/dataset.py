@@ -83,6 +83,8 @@ class StepDataset(Dataset[Any]):
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         self.cache, self.data = cache, data
         self.modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
+        # Asked once: isinstance of a protocol looks up every member of it, twice a sample.
+        self._placing = {m for m, x in inputs.items() if isinstance(x, NamesPlaces)}
         self._reader: Reader | None = None
         self._owner = 0
         self._used = [0] * len(sets)
@@ -212,7 +214,7 @@ class StepDataset(Dataset[Any]):
             try:
                 with of_one_item():
                     item = part.decode(raw)
-                    if isinstance(part, NamesPlaces):
+                    if m in self._placing:
                         item = part.placed(item, sample_rng(self.seed, full, one, "places"))
                     rng = sample_rng(seed, full, one % passes, m)
                     if partner.keys() >= found.values.keys():

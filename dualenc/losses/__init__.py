@@ -4,7 +4,7 @@ In your own training loop: :func:`info_nce`, :func:`sigmoid`, :func:`cwcl`, :fun
 :mod:`dualenc.losses.functional`).
 
 A recipe's ``loss: {name: …}`` is looked up in ``losses`` and built by :func:`build_loss`. To add a loss: write
-``losses/yours.py`` with a registered subclass of :class:`Loss`, import it here, and write its test.
+``losses/yours.py`` with a registered subclass of :class:`Loss` (every file of this folder is imported), and its test.
 
 ``loss: [ … ]`` is a weighted sum of several (:mod:`dualenc.losses.weighted_sum`).
 
@@ -17,31 +17,21 @@ parameters itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
 
 from dualenc.config import Component, Data
 from dualenc.data.values import check_needs
 from dualenc.errors import ConfigError, did_you_mean
-from dualenc.losses import (  # noqa: F401  (they register their losses, as the files of the functions below do)
-    barlip,
-    hallucinator,
-    koleo,
-    local_contrast,
-    matryoshka,
-    pair_gate,
-    private_space,
-    regions,
-    siamlip,
-    supremix,
-    swalip,
-    uniformity,
-    whitened,
-)
 
 # These are the functions; the files of the same names are reached as modules, dualenc.losses.info_nce and so on.
 from dualenc.losses.functional import cwcl, info_nce, mse, sigmoid
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.objective import objective
 from dualenc.losses.weighted_sum import loss_of
+
+for _found in iter_modules(__path__):
+    import_module(f"{__name__}.{_found.name}")
 
 __all__ = [
     "Extras",

@@ -87,7 +87,7 @@ def test_statistics_of_the_batch_would_be_seen(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_loss_is_in_a_table() -> None:
-    """The others are found in the registry: tests/losses/test_terms_on_ranks.py."""
+    """The others are found in the registry: tests/losses/test_every_loss.py and test_terms_on_ranks.py."""
     assert {*_real_towers.LOSSES, "prc", "point_contrast", "rad"} <= set(losses)
 
 

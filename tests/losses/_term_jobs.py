@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).parent))
+import _every_jobs
 from _tiny import Block
 from gradcheck import CLIP, ENGINES, LR, MOMENTUM, OPTIM
 
@@ -25,8 +27,8 @@ from dualenc.train.step import train_step
 
 SIZE, K, STEPS, WIDTH, DIM = 16, 4, 2, 16, 8
 PAIR = ("image", "audio")
-ELSEWHERE = {"info_nce", "sigmoid", "mse", "cwcl", "prc", "point_contrast", "rad"}
-"""Losses that have tables of their own."""
+ELSEWHERE = {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contrast", "rad"}
+"""Losses that have tables of their own: contrasts on the soft-target core, and losses on regions."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"terms": ["info_nce", {"name": "koleo", "weight": 0.3}, {"name": "siamlip", "project": 4, "hidden": 5}]},
     "matryoshka": {"dims": [2, 8]},
