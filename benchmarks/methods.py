@@ -5,8 +5,8 @@
 Prints a table in Markdown: the loss at the first and the last log line, and R@10 of held-out emoji in another style.
 Each row is a run of its own process, ``OUT/NAME``, and is not run again once it has ended, so the command can be
 stopped and given again; ``--table`` only prints what is there. One seed, a small model: it tells a loss that falls
-from one that diverges, not which is better. A loss that adds to another is trained beside info_nce, as its row says; one that
-needs a trained tower or a teacher takes the info_nce row's model.
+from one that diverges, not which is better. A loss that adds to another is trained beside info_nce, as its row says;
+one that needs a trained tower or a teacher takes the info_nce row's model.
 
 The quickstart's samples are written again with what its metadata file says of them (group, tags, source) as json, for
 the losses that need labels.
