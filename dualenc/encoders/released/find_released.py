@@ -64,7 +64,9 @@ def _find_open_clip(spec: str) -> None:
         oc.pretrained_file(name, weights, f"open_clip:{spec}")
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     if repository and not _on_hub(repository, (file,) if file else OPEN_CLIP_FILES):
-        raise ConfigError(f"open_clip:{spec}: its weights, {repository} on the Hugging Face Hub, are not within reach{_offline()}")
+        raise ConfigError(
+            f"open_clip:{spec}: its weights, {repository} on the Hugging Face Hub, are not within reach{_offline()}"
+        )
 
 
 def _on_hub(repository: str, files: tuple[str, ...]) -> bool:
