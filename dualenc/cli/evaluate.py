@@ -50,6 +50,7 @@ def eval_(
     from dualenc.distributed.world import close_world, init_world
     from dualenc.model import load_model
     from dualenc_evals.harness import evaluate, print_table
+    from dualenc_evals.overlap import training_sources
 
     chosen = resolve_tasks([*(n.strip() for n in tasks.split(",")), *map(str, task or [])])
     if not chosen:
@@ -69,6 +70,7 @@ def eval_(
             seed=seed,
             progress=world.rank == 0,
             resume=resume,
+            training=training_sources(model),
         )
         if world.rank == 0:
             print_table(results)

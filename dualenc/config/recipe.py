@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
@@ -93,6 +100,27 @@ def with_shared(parts: Mapping[str, Any], name: str) -> Any:
     return {**part, **taken, "shares": shares}
 
 
+class Value(Section):
+    """A label of each sample, for losses that ask for it by name; a bare ``json:KEY`` or ending is its ``member``."""
+
+    member: str = Field(description="where it stands: json:KEY, or the ending of a member of text (cls, speaker.txt)")
+    type: Literal["auto", "id", "int", "float", "ids", "ints", "floats", "tree"] = Field(
+        default="auto", description="auto: as some samples have it; tree: a list (or a/b/c) from root to leaf"
+    )
+    width: Positive = Field(default=16, description="most entries of a list, most levels of a tree")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, raw: Any) -> Any:
+        return {"member": raw} if isinstance(raw, str) else raw
+
+    @model_validator(mode="after")
+    def _one_member(self) -> Value:
+        if not self.member or "+" in self.member or "*" in self.member:
+            raise ValueError(f"member: {self.member!r} must be one ending or json:KEY, such as cls or json:class")
+        return self
+
+
 class Source(Section):
     """A set of shards. ``weight`` is its share of samples among the sources (relative)."""
 
@@ -110,6 +138,16 @@ class Source(Section):
         default=None,
         description="member ending (txt, json:instance); samples with equal values there are positives of each other",
     )
+    values: dict[str, Value] = Field(
+        default_factory=dict,
+        description="name → json:KEY or ending: labels for losses that ask for them; {member: …, type: …}",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_empty_values(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without values are written, compared and resumed as they were before there were any."""
+        out: dict[str, Any] = write(self)
+        return out if self.values else {k: v for k, v in out.items() if k != "values"}
 
 
 class Data(Section):
@@ -135,7 +173,8 @@ class Data(Section):
         default=15.0, description="seconds to wait for a connection to a shard server before retrying"
     )
     idle_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="seconds without data from a shard server before retrying; total time is not limited"
+        default=60.0,
+        description="seconds without data from a shard server or pipe: command before retrying; total is not limited",
     )
     allow_pipe: bool = Field(
         default=False, description="run the shell commands of pipe:COMMAND shards; refused by default"
@@ -374,7 +413,10 @@ class Recipe(Section):
     )
     embed_dim: Positive = Field(default=512, description="D, the dimension of the shared space")
     logit_scale: LogitScale = Field(default=LogitScale(), description="the temperature of each pair")
-    loss: Component = Field(default=Component(name="info_nce"), description="what is minimised")
+    loss: Component = Field(
+        default=Component(name="info_nce"),
+        description="a name, {name: …} with settings, or a list of these with a weight each; see dualenc list losses",
+    )
     distill: Distill | None = Field(default=None, description="teachers to learn from; default: none")
     data: Data = Field(description="shards and how they are read")
     batch: Batches = Field(description="global batch and micro-batch")
@@ -387,6 +429,13 @@ class Recipe(Section):
     )
     eval: Evals = Field(default=Evals(), description="zero-shot evaluation while training")
     tracking: Tracking = Field(default=Tracking(), description="where metrics go")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _one_loss(cls, raw: Any) -> Any:
+        if isinstance(raw, list):
+            return {"name": "sum", "terms": raw}
+        return {"name": raw} if isinstance(raw, str) else raw
 
     @model_validator(mode="before")
     @classmethod

@@ -115,7 +115,8 @@ def cwcl(
     with _fp32(a):
         a, b, ids, scale = _prepared(a, b, ids, logit_scale, normalize)
         fa, fb = (None if f is None else unit(f.detach().float(), dim=-1) for f in (frozen_a, frozen_b))
-        return cwcl_rows(a, b, ids, scale, (fa, fb), sharpen).value
+        how = TiledConfig.model_validate({}).choose(len(a) * world_size(), a.device)
+        return cwcl_rows(a, b, ids, scale, (fa, fb), sharpen, how).value
 
 
 def mse(a: Tensor, b: Tensor, ids: Tensor | None = None, *, normalize: bool = True) -> Tensor:

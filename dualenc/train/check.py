@@ -10,7 +10,7 @@ from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
 from dualenc.encoders.released.find_released import FORMS, find_released
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
-from dualenc.losses import build_loss
+from dualenc.losses import build_loss, check_loss
 from dualenc.model.load import model_folder
 
 
@@ -18,13 +18,14 @@ def check_recipe(recipe: Recipe) -> None:
     """Build what is small and look up what is named; the run itself would find the same errors, only later.
 
     Raises:
-        ConfigError: an unknown loss, term or plan, a wrong setting, a model that does not exist, no CUDA.
+        ConfigError: an unknown loss, term or plan, a label that a loss needs and no source has, a wrong setting,
+            a model that does not exist, no CUDA.
         DataError: a teacher's cache that does not exist.
         CheckpointError: a checkpoint to resume from that does not exist.
     """
     check_device(recipe.engine.device)
     chosen(recipe.data.sampling)
-    build_loss(recipe.loss)
+    check_loss(build_loss(recipe.loss), recipe.data, recipe.pairs)
     if recipe.distill is not None:
         build_terms(recipe.distill)
         for k, teacher in enumerate(recipe.distill.teachers):

@@ -72,8 +72,11 @@ class Inspected:
     bad: dict[int, str]
 
 
-def digest(raw: bytes | str) -> str:
-    """128-bit digest of an item; a string and its bytes differ."""
+def digest(raw: Any) -> str:
+    """128-bit digest of an item: bytes, a string (which differs from its bytes), or a dictionary of joined parts."""
+    if isinstance(raw, Mapping):
+        parts = sorted((k, digest(v) if isinstance(v, bytes | str) else digest_of(v)) for k, v in raw.items())
+        return digest(json.dumps(["joined", parts]))
     data = b"s" + raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else b"b" + raw
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -133,7 +136,7 @@ class Store:
             raw = content.read()
         except DataError as e:
             return "", str(e)
-        empty = "is empty" if not raw.strip() else None
+        empty = "is empty" if not (raw.strip() if isinstance(raw, bytes | str) else raw) else None
         return digest(raw), empty or (self.check(modality, raw) if self.strict else None)
 
     def require(self, modality: str) -> None:

@@ -91,6 +91,22 @@ class TaskSource(Section):
     )
     obtain: str = Field("", description="how to get this data")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_members(cls, raw: Any) -> Any:
+        """``image: filepath`` and ``caption: title`` of a table, as in packing, are its members."""
+        from dualenc.data.sources import sources
+        from dualenc.data.sources.columns import SHORT, with_short_members
+        from dualenc.data.sources.samples import accepted
+
+        if not isinstance(raw, dict) or not SHORT.keys() & raw.keys() or str(raw.get("kind")) in SHARDS:
+            return raw
+        try:
+            layout = sources[str(raw.get("kind"))]
+            return with_short_members(raw, accepted(layout.settings)) if layout.table else raw
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+
     @model_validator(mode="after")
     def _fits(self) -> TaskSource:
         own = self._own_settings()

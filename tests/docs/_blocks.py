@@ -19,7 +19,6 @@ from __future__ import annotations
 import re
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 from _shared import ROOT
 
@@ -115,5 +114,3 @@ def spans_of(page: str) -> list[tuple[int, str]]:
         lines[b.line - 1 : b.line - 1 + height] = [""] * height
         text = "\n".join(lines)
     return [(text[: m.start()].count("\n") + 1, " ".join(m[1].split())) for m in re.finditer(r"`([^`]+)`", text)]
-
-

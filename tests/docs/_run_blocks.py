@@ -24,7 +24,10 @@ def check_yaml(path: Path) -> None:
     else:
         from dualenc.cli import app
 
-        app(["train", str(_whole(path, {"base": "recipes/quickstart/quickstart.yaml", **said})), "--dry-run"], standalone_mode=False)
+        app(
+            ["train", str(_whole(path, {"base": "recipes/quickstart/quickstart.yaml", **said})), "--dry-run"],
+            standalone_mode=False,
+        )
 
 
 def _whole(path: Path, content: dict[str, Any]) -> Path:

@@ -6,8 +6,8 @@
 ``sounds/``                             tones as WAV, a description beside each
 ``nuscenes/``                           a scene of nuScenes, where it is below DUALENC_DATA
 ``clip-vit-base-patch32/``              a small CLIP in transformers' layout
-``data/train-{000000..000099}.tar``     shards with an image, a sound and a text a sample; ``data/mine``, ``data/fashion``,
-                                        ``data/flickr8k`` and ``train-{000000..000001}.tar`` likewise
+``data/train-{000000..000099}.tar``     shards with an image, a sound and a text a sample; likewise ``data/mine``,
+                                        ``data/fashion``, ``data/flickr8k`` and ``train-{000000..000001}.tar``
 ``runs/quickstart``                     the quickstart's model, untrained
 ``runs/mine``                           a run of recipes/finetune/source.yaml, two steps long
 ``runs/tuned``                          the same after two more steps
@@ -143,7 +143,9 @@ class Workplace:
             if i < 2:
                 _shard(self.template / "data" / f"train-{i:06d}.tar", drawn[20 * i : 20 * i + 20])
             else:
-                os.link(self.template / "data" / f"train-{i % 2:06d}.tar", self.template / "data" / f"train-{i:06d}.tar")
+                os.link(
+                    self.template / "data" / f"train-{i % 2:06d}.tar", self.template / "data" / f"train-{i:06d}.tar"
+                )
         for folder in ("data/mine", "data/fashion", "data/flickr8k", "."):
             (self.template / folder).mkdir(exist_ok=True)
             for i in range(2):

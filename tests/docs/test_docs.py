@@ -20,6 +20,13 @@ from _workplace import NEEDS, Workplace
 from dualenc.cli import app
 
 PAGES = pages()
+MADE = {
+    "README.md": ("models.html", "tuned-hf/config.json", "runs/student/checkpoints"),
+    "docs/python.md": ("runs/finetuned/checkpoints",),
+    "docs/finetune.md": ("runs/finetune/clap/checkpoints", "between/interpolate.html"),
+    "docs/evaluation.md": ("page.html", "mine.json"),
+}
+"""What must be there once a page has run."""
 RUNNER = Path(__file__).with_name("_run_blocks.py")
 
 
@@ -44,7 +51,7 @@ def test_the_pages_are_found() -> None:
 def test_every_block_is_run_or_listed(page: str) -> None:
     stray = [b for b in blocks_of(page) if b not in runs(page) and b.listed is None]
     assert [f"{b.where}: {b.text.splitlines()[0]}" for b in stray] == [], (
-        "give the block a language that is run (bash, python, yaml), or list it in tests/docs/_blocks.py with the reason"
+        "give the block a language that is run (bash, python, yaml), or list it in tests/docs/_blocks.py with a reason"
     )
 
 
@@ -58,8 +65,9 @@ def steps(page: str) -> list[list[Block]]:
     """What is run together: a shell block alone, consecutive Python and YAML blocks in one process."""
     kept = [b for b in runs(page) if not b.file and b.language in RUN]
     out: list[list[Block]] = []
-    for shell, group in itertools.groupby(kept, key=lambda b: b.language in ("bash", "sh")):
-        out += [[b] for b in group] if shell else [list(group)]
+    for shell, blocks in itertools.groupby(kept, key=lambda b: b.language in ("bash", "sh")):
+        group = list(blocks)
+        out += [[b] for b in group] if shell else [group]
     return out
 
 
@@ -87,6 +95,7 @@ def test_a_page_runs(page: str, workplace: Workplace) -> None:
             command = [sys.executable, str(RUNNER), *(f.name for f in files)]
         done = workplace.run(command, folder)
         assert done.returncode == 0, f"{step[0].where}\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}"
+    assert [name for name in MADE.get(page, ()) if not (folder / name).exists()] == []
 
 
 # --- what is checked without running it ------------------------------------------------------------------------------
@@ -114,7 +123,9 @@ def test_commands_in_sentences_exist() -> None:
                 elif inner and re.fullmatch(r"[a-z][a-z-]*", word):
                     raise AssertionError(f"{page}:{line}: {span}: there is no command {word}")
                 elif word.startswith("--"):
-                    assert word.split("=")[0].rstrip(",.") in options | {"--plugins", "--debug", "--version"}, f"{page}:{line}: {span}"
+                    assert word.split("=")[0].rstrip(",.") in options | {"--plugins", "--debug", "--version"}, (
+                        f"{page}:{line}: {span}"
+                    )
                 elif word in ("train", "eval", "embed"):  # after launch
                     command = typer.main.get_command(app).commands[word]  # type: ignore[attr-defined]
                     options |= {o for p in command.params for o in p.opts}
@@ -133,9 +144,9 @@ def test_makefile_targets() -> None:
 def test_blocks_are_found_wherever_they_stand() -> None:
     """Indented, with more backticks, with tildes, with attributes as documentation sites write them."""
     page = "\n".join([
-        "1. a list", "   ```bash", "   echo a", "   ```", "````python title=\"x.py\"", "```", "````", "~~~ yaml", "a: 1",
-        "~~~", "``` { .toml }", "a = 1", "```", "text ```not a block``` text", '=== "tab"', "", "    ```json", "    {}",
-        "    ```", "```", "plain", "```",
+        "1. a list", "   ```bash", "   echo a", "   ```", '````python title="x.py"', "```", "````", "~~~ yaml",
+        "a: 1", "~~~", "``` { .toml }", "a = 1", "```", "text ```not a block``` text", '=== "tab"', "",
+        "    ```json", "    {}", "    ```", "```", "plain", "```",
     ])  # fmt: skip
     found = [(b.language, b.file, b.text) for b in blocks_of("x.md", page)]
     assert found == [

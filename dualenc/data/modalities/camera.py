@@ -30,9 +30,10 @@ from dualenc.data.driving.geometry import (
     seen,
 )
 from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
-from dualenc.data.modalities.image import Byte, Colour, Picture, Spread, Triple, coloured, png_of, to_tensor
+from dualenc.data.modalities.image import Byte, Colour, Spread, Triple, coloured, to_tensor
 from dualenc.data.modalities.lidar import Motion
 from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.picture import Picture, png_of
 from dualenc.errors import DataError
 
 JSON = "json:cameras"

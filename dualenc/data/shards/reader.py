@@ -62,6 +62,11 @@ class Found:
     members: dict[str, str]
 
 
+def is_joined(ending: str) -> bool:
+    """Whether an ending gives a dictionary, of several members or of those that match."""
+    return _JOIN in ending or "*" in ending
+
+
 def check_members(members: Mapping[str, Sequence[str]], where: str) -> None:
     """Refuse endings that would have to be unpickled.
 
@@ -143,10 +148,22 @@ class Reader:
             for ending in endings:
                 got = self._parts(source, shard, sample, ending.split(_JOIN), docs)
                 if got is not None:
-                    values[modality] = got if _JOIN in ending or "*" in ending else got[ending]
+                    values[modality] = got if is_joined(ending) else got[ending]
                     members[modality] = ending
                     break
         return Found(values, members)
+
+    def lacks(self, source: int, shard: int, sample: Sample, ending: str) -> bool:
+        """Whether :meth:`find` would pass this ending over; of the members, only ``json`` is read.
+
+        Raises:
+            SampleError: the json member cannot be read or is invalid.
+        """
+        plain = [p for p in ending.split(_JOIN) if "*" not in p and not p.startswith(_JSON_KEY)]
+        if any(p.lower() not in sample.members for p in plain):
+            return True
+        keys = [p for p in ending.split(_JOIN) if p.startswith(_JSON_KEY)]
+        return bool(keys) and self._parts(source, shard, sample, keys, []) is None
 
     def _parts(
         self, source: int, shard: int, sample: Sample, parts: Sequence[str], docs: list[dict[str, Any]]
@@ -158,7 +175,7 @@ class Reader:
                 if _JSON not in sample.members:
                     return None
                 if not docs:
-                    docs.append(self._json(source, shard, sample))
+                    docs.append(self.document(source, shard, sample))
                 value = docs[0].get(part[len(_JSON_KEY) :])
                 if value is None:
                     return None
@@ -207,7 +224,12 @@ class Reader:
         """Close all files."""
         self._files.clear()
 
-    def _json(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
+    def document(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
+        """The json member of a sample.
+
+        Raises:
+            SampleError: it cannot be read, or holds no keys and values.
+        """
         try:
             doc = json.loads(self.read(source, shard, sample, _JSON))
         except (ValueError, RecursionError) as e:

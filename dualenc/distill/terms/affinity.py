@@ -23,6 +23,10 @@ class Affinity(Term):
     """Affinity mimicking: the teacher's similarities across modalities, and within each if asked for.
 
     ``{name: affinity, across: true, within: false}``: the mean of the parts that are asked for.
+
+    Formula: KL(softmax(α_T t_i·t_j) ‖ softmax(α a_i·a_j)), across modalities and within each
+    Paper: TinyCLIP, arXiv 2309.12314
+    Needs: a teacher with features
     """
 
     class Config(TermConfig):

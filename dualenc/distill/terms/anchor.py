@@ -22,6 +22,10 @@ class AnchorTerm(Term):
     """Keeps features (L1) and rows of similarities (KL) near those of the model the run started from.
 
     ``{name: anchor, feature: {image: 10, text: 25}, logits: 1}``; a recipe's ``anchor:`` section writes it.
+
+    Formula: Σ_m λ_m mean |f − f⁰| + λ_p KL(softmax(l⁰) ‖ softmax(l))
+    Paper: PromptSRC, arXiv 2307.06948
+    Needs: the model the run started from as teacher
     """
 
     class Config(TermConfig):

@@ -49,6 +49,10 @@ class DCD(Term):
     """Dynamic contrastive distillation: the teacher's hard negatives, weights by sample. Use it with ``hard: 0``.
 
     ``{name: dcd, candidates: 31, dynamic: student}``. It contains the student's own task, hence ``hard: 0``.
+
+    Formula: a k_i KD_i + (1 − a) o_i NCE_i over the positives and the H columns that the teacher scores highest
+    Paper: Dynamic contrastive distillation, arXiv 2207.01426
+    Needs: a teacher, with features or scores
     """
 
     class Config(TermConfig):

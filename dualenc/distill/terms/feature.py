@@ -22,6 +22,10 @@ class Feature(HeadTerm):
     """Features pulled to the teacher's (mse or cosine), through a projection where dimensions differ.
 
     ``{name: feature, distance: mse}``; with a projection to the teacher's dimension (training only).
+
+    Formula: ½ (‖P a − t^a‖² + ‖P b − t^b‖²), or 1 − cosine
+    Paper: CLIP-KD, arXiv 2307.12732
+    Needs: a teacher with features
     """
 
     class Config(HeadConfig):

@@ -22,6 +22,10 @@ class SoftLabels(Term):
     """Rows of similarities pulled to the teacher's: KL of softmaxes with a temperature for each.
 
     ``{name: soft_labels, teacher_temperature: 1, student_temperature: 1}``: the temperatures divide the logits.
+
+    Formula: T² KL(softmax(l^T / T_t) ‖ softmax(l / T_s)), both directions
+    Paper: Hinton et al., arXiv 1503.02531; MobileCLIP, arXiv 2311.17049
+    Needs: a teacher, with features or scores
     """
 
     class Config(TermConfig):

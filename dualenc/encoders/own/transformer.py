@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dualenc.config import Component, Positive, Section
 from dualenc.encoders.families import own_towers
+from dualenc.encoders.length_groups import in_length_groups
 from dualenc.encoders.tower import HeadKind, Tower, build_head
 from dualenc.errors import ConfigError
 
@@ -124,6 +125,9 @@ class TextTransformer(Tower):
 
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
+        return in_length_groups(self._encode, x) if self.length_groups else self._encode(x)
+
+    def _encode(self, x: Mapping[str, Tensor]) -> Tensor:
         ids = x["ids"]
         y = self.drop(self.tokens(ids) + self.positions[: ids.shape[1]])
         y = self.transformer(y, causal=True)
