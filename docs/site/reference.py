@@ -118,7 +118,9 @@ def _with_module(cls: type) -> str:
     """What a class says of itself and, under a fold, what its module says of the formula."""
     module = inspect.getdoc(sys.modules[cls.__module__]) or ""
     text = "\n".join(f"    {line}".rstrip() for line in module.splitlines())
-    return f'{about(cls)}\n\n??? info "The formula, from `{cls.__module__}`"\n\n    ```text\n{text}\n    ```\n'
+    facts = re.findall(r"^\s*(Formula|Paper|Needs): (.+)$", cls.__doc__ or "", re.MULTILINE)
+    known = "".join(f"\n- **{what}**: {f'`{said}`' if what == 'Formula' else cell(said)}" for what, said in facts)
+    return f'{about(cls)}\n{known}\n\n??? info "In full, from `{cls.__module__}`"\n\n    ```text\n{text}\n    ```\n'
 
 
 def sources() -> str:
