@@ -32,7 +32,7 @@ class Propensity(Contrastive):
     """Negatives weigh less the more they resemble the row on the surface alone, as in length.
 
     Formula: −z_ii + log(exp(z_ii) + Σ_{j≠i} w_ij·exp(z_ij)), w_ij ∝ 1/p_ij with mean 1, z = s·a_i·b_j
-    Paper: arXiv 2309.07396 (DebCSE)
+    Paper: after DebCSE, arXiv 2309.07396
     Needs: a label that is a number; a locked tower if semantic > 0
     """
 

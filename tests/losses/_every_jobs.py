@@ -45,7 +45,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "groco", "stop_gradient": False, "negatives": 3},
     {"name": "mochi", "hardest": 3},
 ]
-CASES: list[dict[str, Any]] = [*({"name": n} for n in losses if n in OTHERS or issubclass(losses[n], Contrastive)), *VARIANTS]
+CASES: list[dict[str, Any]] = [
+    *({"name": n} for n in losses if n in OTHERS or issubclass(losses[n], Contrastive)),
+    *VARIANTS,
+]
 NAMES = [" ".join(f"{v}" if k == "name" else f"{k}={v}" for k, v in case.items()) for case in CASES]
 
 
