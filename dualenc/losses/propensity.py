@@ -73,7 +73,7 @@ class Propensity(Contrastive):
             p = torch.where(known, (-apart / c.width).exp(), 0.5)
             if frozen:
                 p = (1 - c.semantic) * p + c.semantic * (frozen_cosine(tile, frozen) / 2 + 0.5).clamp(min=0)
-            return -(c.floor + (1 - c.floor) * p).log()
+            return torch.log(c.floor + (1 - c.floor) * p).neg()
 
         row_loss = Reweighted(log_weight)
         return row_loss, row_loss
