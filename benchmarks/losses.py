@@ -43,7 +43,7 @@ Cell = tuple[float, float, float]
 
 
 def loss_cell(kind: str, size: int, impl: str) -> Cell:
-    """Seconds, peak MiB (beyond the features) and CPU seconds of one forward and backward in this process, which must be fresh.
+    """Seconds, peak MiB (beyond the features) and CPU seconds of a forward and backward in this process, a fresh one.
 
     Args:
         impl: plain, tiled, peer (open_clip's), or default: as a recipe that names the loss alone.

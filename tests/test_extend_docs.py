@@ -26,7 +26,7 @@ def test_every_block_of_every_page_runs(tmp_path: Path) -> None:
                 ran.append(f"# {page.name}\n{text}")
             elif language == "yaml":
                 assert isinstance(yaml.safe_load(text), dict), page
-    assert len(ran) == 6
+    assert len(ran) == 7
     (tmp_path / "pages.py").write_text("\n".join(ran), encoding="utf-8")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), PYTHONPATH]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "pages.py"], env=env, cwd=tmp_path, text=True, capture_output=True)

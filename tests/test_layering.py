@@ -53,7 +53,7 @@ ONLY_IN = {
     "PIL": ("dualenc/data", "data_tools"),
     "soundfile": ("dualenc/data", "data_tools"),
     "soxr": ("dualenc/data", "data_tools"),
-    "open_clip": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py"),
+    "open_clip": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
     "timm": ("dualenc/encoders",),
     "peft": ("dualenc/encoders",),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
