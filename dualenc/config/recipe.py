@@ -119,7 +119,11 @@ class Data(Section):
     lanes: Positive = Field(
         1, description="each epoch is split into this many streams of shards; a rank reads only its own lanes' shards"
     )
-    window: Positive = Field(default=1_000_000, description="samples shuffled together within a lane")
+    window: Positive | Literal["auto"] = Field(
+        default=1_000_000,
+        description="samples shuffled together within a lane; auto: as many as keep the remote shards they are in "
+        "within the cache (cache_gb), so that whole shards are read",
+    )
     workers: Annotated[int, Field(ge=0)] = 2
     prefetch: Positive = 4
     retries: Annotated[int, Field(ge=0)] = 3

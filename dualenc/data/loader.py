@@ -17,7 +17,7 @@ from dualenc.data.batch import Batch
 from dualenc.data.dataset import Failure, StepDataset, StepSampler, TeacherView, check_mix, members_of
 from dualenc.data.modalities.modality import ModalityInput
 from dualenc.data.order import Plan
-from dualenc.data.shards.index import ShardSet, build_plan, open_sources
+from dualenc.data.shards.index import ShardSet, build_plan, how_read, open_sources
 from dualenc.data.shards.remote import Bounds, ShardCache, is_local
 from dualenc.data.workers import init_worker, sigterm_blocked, start_workers
 from dualenc.errors import ConfigError, DataError
@@ -46,6 +46,7 @@ class Loader:
 
     Attributes:
         plan: the order.
+        how_read: a line for each source with remote shards.
         stop_step: iteration ends before this step; None: never. Set it before iterating.
         last_wait_s, data_wait: seconds the consumer waited for the last batch, and for all of them.
 
@@ -82,6 +83,7 @@ class Loader:
         self.last_wait_s = self.data_wait = 0.0
         self._data, self._pin, self._method = data, pin_memory, start_method
         self._cache = _open_cache(data, self.sets)
+        self.how_read = how_read(data, self.sets)
         self._finalizer = None
         if self._cache is not None and data.cache_dir is None:
             self._finalizer = weakref.finalize(self, self._cache.remove)
