@@ -20,6 +20,7 @@ LAYERS = {
     "dualenc.files": 0,
     "dualenc.versions": 0,
     "dualenc.seeds": 0,
+    "dualenc.terminal": 0,
     "dualenc.config": 0,
     "dualenc": 0,
     "dualenc.distributed": 1,

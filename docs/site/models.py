@@ -50,14 +50,10 @@ def type_of(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return " or ".join(f"`{_yaml(a)}`" for a in args)
     if origin in (Union, types.UnionType):
         words = " or ".join(dict.fromkeys(type_of(a) for a in args))
+    elif origin is tuple and Ellipsis not in args:
+        words = f"[{', '.join(map(type_of, args))}]" if len(args) < 4 else f"{len(args)} × {type_of(args[0])}"
     elif origin in (list, tuple, set):
-        inner = [a for a in args if a is not Ellipsis]
-        same = len(set(map(str, inner))) == 1
-        words = (
-            f"list of {'' if origin is list or ... in args else f'{len(inner)} × '}{_inner(inner[0])}"
-            if same
-            else "[" + ", ".join(map(_inner, inner)) + "]"
-        )
+        words = f"list of {_inner(args[0])}"
     elif origin in (dict, Mapping):
         words = f"mapping to {_inner(args[1])}" if args else "mapping"
     elif isinstance(annotation, type) and issubclass(annotation, Component):

@@ -29,9 +29,8 @@ from dualenc_evals.catalog import list_tasks
 from dualenc_evals.kinds import kinds
 from dualenc_evals.task import ClassesTask, Task
 
-GENERATED = (
-    '!!! note "Made from the code"\n    This page is written by `docs/site/reference.py` when the site is built.\n'
-)
+GENERATED = "\n\nMade from the code by `docs/site/reference.py` when the site is built.\n{: .generated }\n"
+"""The last line of every page."""
 
 
 def recipe() -> str:
@@ -43,7 +42,6 @@ key and `data.sources.0.shards=…` an entry of a list. Unknown keys are refused
 modality's `input` are on [Inputs](inputs.md), those of its `encoder` on [Encoders](encoders.md), those of `loss` and
 `distill.terms` on [Losses and terms](losses.md).
 
-{GENERATED}
 {tree(Recipe, "", 2)}
 ## `data.sampling` {{: #sampling }}
 
@@ -53,7 +51,7 @@ modality's `input` are on [Inputs](inputs.md), those of its `encoder` on [Encode
 
 def inputs() -> str:
     """Every modality and the keys of its ``input``."""
-    out = [f"# Inputs\n\nThe keys of `modalities.NAME.input`: how raw bytes become what the tower sees.\n\n{GENERATED}"]
+    out = ["# Inputs\n\nThe keys of `modalities.NAME.input`: how raw bytes become what the tower sees.\n"]
     for kind in modalities:
         cls = modalities[kind]
         endings = ", ".join(f"`{e}`" for e in cls.default_members)
@@ -66,12 +64,10 @@ def inputs() -> str:
 def encoders() -> str:
     """Every family of encoders and every tower of this project, with their settings."""
     out = [
-        f"""# Encoders
+        """# Encoders
 
-`encoder: {{name: FAMILY/NAME, …}}` in a recipe; the other keys are the settings below. `dualenc list encoders` prints
-every name. A tower of your own: [add an encoder](../extend/encoder.md).
-
-{GENERATED}"""
+`encoder: {name: FAMILY/NAME, …}` in a recipe; the other keys are the settings below. `dualenc list encoders` prints
+every name. A tower of your own: [add an encoder](../extend/encoder.md)."""
     ]
     for name in families:
         family = families[name]()
@@ -96,13 +92,12 @@ def _list(words: tuple[str, ...]) -> str:
 def losses_and_terms() -> str:
     """Every loss and every distillation term, with its formula's source and its settings."""
     out = [
-        f"""# Losses and terms
+        """# Losses and terms
 
-`loss: {{name: …}}` is the recipe's own loss; `distill.terms` is a list of terms. The gradient of each is that of one
+`loss: {name: …}` is the recipe's own loss; `distill.terms` is a list of terms. The gradient of each is that of one
 process on the whole batch, whatever the engine, the number of ranks and the micro-batch
 ([why](../concepts.md#the-gradient-contract)).
 
-{GENERATED}
 ## Losses
 """
     ]
@@ -123,7 +118,9 @@ def _with_module(cls: type) -> str:
     """What a class says of itself and, under a fold, what its module says of the formula."""
     module = inspect.getdoc(sys.modules[cls.__module__]) or ""
     text = "\n".join(f"    {line}".rstrip() for line in module.splitlines())
-    return f'{about(cls)}\n\n??? info "The formula, from `{cls.__module__}`"\n\n    ```text\n{text}\n    ```\n'
+    facts = re.findall(r"^\s*(Formula|Paper|Needs): (.+)$", cls.__doc__ or "", re.MULTILINE)
+    known = "".join(f"\n- **{what}**: {f'`{said}`' if what == 'Formula' else cell(said)}" for what, said in facts)
+    return f'{about(cls)}\n{known}\n\n??? info "In full, from `{cls.__module__}`"\n\n    ```text\n{text}\n    ```\n'
 
 
 def sources() -> str:
@@ -134,7 +131,6 @@ def sources() -> str:
 A source is a layout that data sets come in. `dualenc shards build NAME key=value … --out FOLDER` packs it into shards;
 a task reads it with `source: {{kind: NAME, …}}`. A source of your own: [add a source](../extend/source.md).
 
-{GENERATED}
 {table(("source", "what it reads"), ([f"[`{n}`](#{n})", cell(packings[n].about)] for n in packings))}
 ## Settings of every `shards build` {{: #every }}
 
@@ -160,7 +156,6 @@ An evaluation task is a YAML file: `dualenc eval MODEL --task mine.yaml`; shippe
 `--tasks cifar10,coco_cc`. `include: NAME` starts from another task.
 [Evaluate your own set](../howto/evaluate.md) shows one.
 
-{GENERATED}
 ## Keys of every task {{: #every }}
 
 {tree(Task, "", 3)}
@@ -186,7 +181,7 @@ An evaluation task is a YAML file: `dualenc eval MODEL --task mine.yaml`; shippe
 
 def commands() -> str:
     """Every command with its arguments and options."""
-    out = [f"# Commands\n\n{GENERATED}"]
+    out = ["# Commands\n"]
     out += [_command(path, command) for path, command in sorted(_walk(typer.main.get_command(app)))]
     return "\n".join(out)
 
@@ -229,7 +224,6 @@ def exit_codes() -> str:
 Every error that a user can cause is one sentence on stderr and one of these codes. From Python they are the exceptions
 of `dualenc.errors`. `--debug` shows the traceback. What the sentences mean: [Troubleshooting](../troubleshooting.md).
 
-{GENERATED}
 {table(("code", "exception", "when"), rows)}
 """
 
@@ -246,7 +240,6 @@ def recipes() -> str:
 
 `dualenc train NAME` takes these names, in a checkout and from the wheel.
 
-{GENERATED}
 {table(("recipe", "what it trains"), rows)}"""
     ]
     for name, path in shipped.items():
@@ -280,7 +273,16 @@ def python_api() -> str:
 
 
 def _documented(name: str, where: str) -> str:
-    return f"{heading(2, f'`{name}`', name.replace('.', '-').lower())}\n::: {where}\n"
+    """One object under the name it is imported by."""
+    return f"""::: {where}
+    options:
+      heading: "{name}"
+      toc_label: "{name.removeprefix("dualenc.")}"
+      show_root_heading: true
+      show_root_toc_entry: true
+      heading_level: 2
+
+"""
 
 
 PAGES: dict[str, Callable[[], str]] = {

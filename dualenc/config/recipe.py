@@ -110,7 +110,11 @@ class Data(Section):
     lanes: Positive = Field(
         1, description="each epoch is split into this many streams of shards; a rank reads only its own lanes' shards"
     )
-    window: Positive = Field(default=1_000_000, description="samples shuffled together within a lane")
+    window: Positive | Literal["auto"] = Field(
+        default=1_000_000,
+        description="samples shuffled together within a lane; auto: as many as keep the remote shards they are in "
+        "within the cache (cache_gb), so that whole shards are read",
+    )
     workers: Annotated[int, Field(ge=0)] = Field(
         default=2, description="processes per rank that read and decode; 0: the training process does it"
     )

@@ -76,9 +76,9 @@ class Whitened(Wrapper):
         """Settings."""
 
         groups: Positive = Field(32, description="divides embed_dim; 1: full ZCA; embed_dim: standardised dimensions")
-        shuffles: Positive = 2
+        shuffles: Positive = Field(default=2, description="permutations of the dimensions, averaged over")
         eps: Annotated[float, Field(gt=0)] = Field(1e-3, description="added to the covariance, times its mean variance")
-        seed: int = 0
+        seed: int = Field(default=0, description="of the permutations")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

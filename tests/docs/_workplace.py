@@ -3,6 +3,8 @@
 ======================================  ============================================================================
 ``photos/``                             drawings of the quickstart as JPEG, ``cat.jpg``, ``bike.jpg``, ``house.jpg`` …,
                                         a caption beside each; ``captions.jsonl`` lists them
+``sounds/``                             tones as WAV, a description beside each
+``nuscenes/``                           a scene of nuScenes, where it is below DUALENC_DATA
 ``clip-vit-base-patch32/``              a small CLIP in transformers' layout
 ``data/train-{000000..000099}.tar``     shards with an image, a sound and a text a sample; likewise ``data/mine``,
                                         ``data/fashion``, ``data/flickr8k`` and ``train-{000000..000001}.tar``
@@ -31,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _shared import PYTHONPATH, ROOT
+from _shared import DATA, PYTHONPATH, ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "model"))
 from test_released_clap import write_clap
@@ -40,6 +42,9 @@ from test_released_models import write_hf
 SHORT = "budget.steps=2 batch.size=8 schedule.warmup_samples=0 engine.threads=1 data.workers=0"
 """Added to every line that trains: the pages' own budgets are minutes to days."""
 NAMES = ("cat.jpg", "bike.jpg", "house.jpg")
+NUSCENES = DATA / "camera_lidar" / "nuscenes_scene-0523"
+NEEDS = {"docs/howto/camera_lidar.md": NUSCENES}
+"""Pages that need data which cannot be made here: skipped where they are absent."""
 ALONE = ("README.md",)
 """Pages that begin in a folder without runs, as they say."""
 _QUICKSTART = ROOT / "recipes" / "quickstart" / "data" / "train-000000.tar"
@@ -131,6 +136,9 @@ class Workplace:
         self.template.mkdir()
         drawn = samples(40)
         self._photos(drawn)
+        self._sounds()
+        if NUSCENES.is_dir():
+            (self.template / "nuscenes").symlink_to(NUSCENES)
         for i in range(100):
             if i < 2:
                 _shard(self.template / "data" / f"train-{i:06d}.tar", drawn[20 * i : 20 * i + 20])
@@ -159,6 +167,13 @@ class Workplace:
             path.with_suffix(".txt").write_bytes(caption)
             rows.append(json.dumps({"image": f"photos/{path.name}", "caption": caption.decode()}) + "\n")
         (self.template / "captions.jsonl").write_text("".join(rows))
+
+    def _sounds(self) -> None:
+        (self.template / "sounds").mkdir()
+        for i in range(16):
+            path = self.template / "sounds" / f"{i}.wav"
+            path.write_bytes(_wav(i))
+            path.with_suffix(".txt").write_text(f"noise number {i}")
 
     def _programs(self) -> None:
         """``dualenc`` and ``python`` of this checkout; a training line gets :data:`SHORT`."""

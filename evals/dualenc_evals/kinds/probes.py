@@ -58,7 +58,7 @@ class ProbeTask(ClassesTask):
     one_class: ClassVar[bool] = True
     metric_pattern: ClassVar[str] = r"(fewshot|prototype|opta)[1-9]\d*_top1"
     train: Train = Field(description="where the training items come from")
-    probe: ProbeSettings = Field(default_factory=ProbeSettings)
+    probe: ProbeSettings = Field(default_factory=ProbeSettings, description="settings of the probes")
 
     @model_validator(mode="before")
     @classmethod
