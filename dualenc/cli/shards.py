@@ -42,7 +42,7 @@ def shards_build(
 def shards_index(
     shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Index file. Default: index.json next to local shards.")
+        Path | None, typer.Option("--out", help="Folder for index.json. Default: the folder of local shards.")
     ] = None,
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Skip the checksums of members: faster, but training checks less.")
