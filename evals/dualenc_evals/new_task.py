@@ -106,7 +106,7 @@ def _look(data: str, label: str | None) -> Look:
 
 
 def _folder(path: Path) -> Look:
-    cfg = FolderSettings(path=str(path))
+    cfg = settings_as(FolderSettings, {"path": str(path)}, "folder")
     samples = walk(cfg)
     found = Counter(m for s in samples for m in s.files)
     look = Look({"kind": "folder", "path": str(path)}, modality=found.most_common(1)[0][0])
