@@ -137,7 +137,11 @@ def test_logs_in_a_file_have_a_line_a_step(tmp_path: Path) -> None:
     env = os.environ | QUICK | {"COLUMNS": "60", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "dualenc", "train", "quickstart", *small],
-        env=env, cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = done.stderr.splitlines()
     assert [line.split()[1] for line in lines if re.match(r"step \d+/3 ", line)] == ["1/3", "2/3", "3/3"]

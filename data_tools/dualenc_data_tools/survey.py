@@ -13,7 +13,7 @@ from typing import Any
 
 from dualenc.config import Source
 from dualenc.data.modalities import DecodeError, modalities
-from dualenc.data.modalities.image import Picture
+from dualenc.data.modalities.picture import Picture
 from dualenc.data.shards.index import ShardSet, expand, open_source
 from dualenc.data.shards.reader import Found, Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local, local_path

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from dualenc.terminal import PatientConsole
 
 MOST_LINES = 6
 
@@ -17,7 +17,7 @@ def print_finished(run_dir: Path, own_tasks: Sequence[str]) -> None:
     Args:
         own_tasks: of the recipe, for the commands.
     """
-    console = Console(stderr=True)
+    console = PatientConsole(stderr=True)
     for line in finished(run_dir, own_tasks):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -113,12 +113,14 @@ def _terms(only: str) -> None:
 def _registered(what: str, registry: str, room: str, only: str) -> None:
     """A list of ``registry`` in the package ``room``: nothing is imported but what ``--plugins`` names."""
     package, *below = room.split(".")
-    rows = {n: (doc, "dualenc") for n, doc in declared(registry, Path(__file__).parents[1].joinpath(*below)).items()}
+    found = docstrings(registry, Path(__file__).parents[1].joinpath(*below))
+    rows = {n: (summary(doc), "dualenc") for n, doc in found.items()}
     group = f"{package}.{registry}"
     rows |= {n: ("", ", ".join(e.module for e in same)) for n, same in plugins.entry_points(group).items()}
     if plugins.are_named():
-        found: Registry[Any] = vars(import_module(".".join([package, below[0]])))[registry]
-        rows |= {n: (_about(found, n), found.source(n)) for n in found if found.source(n) != "dualenc"}
+        entries: Registry[Any] = vars(import_module(".".join([package, below[0]])))[registry]
+        outside = (n for n in entries if entries.source(n) != "dualenc")
+        rows |= {n: (summary(entries.loaded()[n].__doc__ or ""), entries.source(n)) for n in outside}
     _print(what, ((n, *row) for n, row in sorted(rows.items())), only)
 
 
@@ -157,10 +159,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], only: str) -> No
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         for row in rows:
-            print("\t".join(row).rstrip())  # rich would turn tabs into spaces
+            print("\t".join(" ".join(x.split()) for x in row).rstrip())  # rich would turn tabs into spaces
         return
     first, *others = heads
-    table = Table(Column(first, no_wrap=True), *(Column(h, overflow="fold") for h in others))
+    lined = any("\n" in text for row in rows for text in row)
+    columns = (Column(h, overflow="fold") for h in others)
+    table = Table(Column(first, no_wrap=True), *columns, show_lines=lined)
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
@@ -173,8 +177,31 @@ def _print_outside(what: str, registry: Registry[Any]) -> None:
         Console().print(f"{what} from outside: {said}", highlight=False, markup=False)
 
 
+LINES = ("Formula", "Paper", "Needs")
+"""What a loss or term says of itself in lines of its docstring that begin so."""
+
+
+def said(doc: str) -> dict[str, str]:
+    """Formula, Paper and Needs of a docstring, those that it has."""
+    found = (line.strip().partition(": ") for line in doc.split("\n"))
+    return {name: text for name, _, text in found if name in LINES}
+
+
+def summary(doc: str) -> str:
+    """The first line of a docstring, then its formula, paper and needs, a line each."""
+    lines = said(doc)
+    more = [lines["Formula"]] if "Formula" in lines else []
+    more += [f"{name.lower()}: {lines[name]}" for name in LINES[1:] if name in lines]
+    return "\n".join([doc.strip().split("\n")[0], *more])
+
+
 def declared(registry: str, folder: Path) -> dict[str, str]:
-    """Name → first line of the docstring of every class below ``folder`` that ``@REGISTRY.register("NAME")`` decorates.
+    """Name → first line of the docstring of what ``@REGISTRY.register("NAME")`` decorates below ``folder``."""
+    return {name: doc.split("\n")[0] for name, doc in docstrings(registry, folder).items()}
+
+
+def docstrings(registry: str, folder: Path) -> dict[str, str]:
+    """Name → docstring of every class or function below ``folder`` that ``@REGISTRY.register("NAME")`` decorates.
 
     Read from the source: importing it would import torch, which takes seconds.
     """
@@ -189,7 +216,7 @@ def declared(registry: str, folder: Path) -> dict[str, str]:
                         func=ast.Attribute(value=ast.Name(id=owner), attr="register"),
                         args=[ast.Constant(value=str(name))],
                     ) if owner == registry:
-                        out[name] = (ast.get_docstring(node) or "").split("\n")[0]
+                        out[name] = ast.get_docstring(node) or ""
     return out
 
 

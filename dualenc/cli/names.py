@@ -67,9 +67,9 @@ def sources(incomplete: str) -> list[str]:
 
 
 def _losses() -> list[str]:
-    from dualenc.cli.listing import declared
+    from dualenc.cli.listing import docstrings
 
-    return sorted(declared("losses", Path(__file__).parents[1] / "losses"))
+    return sorted(docstrings("losses", Path(__file__).parents[1] / "losses"))
 
 
 def _section(model: type, path: list[str]) -> type | None:

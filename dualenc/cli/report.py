@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dualenc.cli.app import Debug, app
 from dualenc.errors import ConfigError, did_you_mean
+from dualenc.terminal import PatientConsole
 
 EVERY_S = 5
 
@@ -46,7 +46,7 @@ def report(
     if watch:
         _watch(runs, out)
         return
-    Console().print(f"report: {_write(runs, out)}", highlight=False, soft_wrap=True)
+    PatientConsole().print(f"report: {_write(runs, out)}", highlight=False, soft_wrap=True)
 
 
 def _write(runs: Sequence[Path], out: Path | None, refresh: int = 0, live: str = "") -> Path:
@@ -67,7 +67,7 @@ def _watch(runs: Sequence[Path], out: Path | None) -> None:
 
     if not all(r.is_dir() for r in runs):
         raise ConfigError("--watch: give run folders; a results.json does not change")
-    console = Console(stderr=True)
+    console = PatientConsole(stderr=True)
     seen: float | None = None
     while going := [r for r in runs if is_running(r)]:
         changed = max((p.stat().st_mtime for r in runs for p in r.glob("metrics.jsonl")), default=0.0)

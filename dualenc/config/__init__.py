@@ -20,6 +20,7 @@ from dualenc.config.recipe import (
     Tracking,
     TrajectoryAverage,
     Unlocked,
+    Value,
     load_recipe,
     pair_name,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Tracking",
     "TrajectoryAverage",
     "Unlocked",
+    "Value",
     "apply_override",
     "dump_yaml",
     "load_recipe",

@@ -13,22 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dualenc.config import Data
-from dualenc.data.batch import ABSENT, BadSample, Batch
+from dualenc.data.batch import ABSENT, WHOLE, BadSample, Batch
 from dualenc.data.driving.places import by_slot
 from dualenc.data.modalities.modality import DecodeError, Mixes, ModalityInput, NamesPlaces, of_one_item
 from dualenc.data.order import Plan, Refs
-from dualenc.data.shards.index import ShardSet
-from dualenc.data.shards.reader import Reader, SampleError, check_members
+from dualenc.data.shards.index import ShardSet, window_of
+from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
 from dualenc.data.shards.tar import Sample
+from dualenc.data.values import PREFIX, ValueKind, labels_of, stable_id
 from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 _HOPELESS = 16
+_AHEAD = 4
+"""Steps of this process whose remote bytes are fetched while another is decoded."""
 _ZEROS = np.zeros(4, np.uint64)
 _thread = threading.local()
 
@@ -74,14 +77,21 @@ class StepDataset(Dataset[Any]):
         data: Data,
         views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
+        kinds: Mapping[str, ValueKind] | None = None,
     ) -> None:
-        self.views, self.redraw = dict(views or {}), dict(redraw or {})
+        self.views, self.redraw, self.kinds = dict(views or {}), dict(redraw or {}), dict(kinds or {})
+        self.labels = [labels_of(data, i) for i in range(len(data.sources))]
         self.plan, self.sets, self.inputs, self.pairs, self.wanted = plan, sets, inputs, list(pairs), wanted
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         self.cache, self.data = cache, data
         self.modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
+        # Asked once: isinstance of a protocol looks up every member of it, twice a sample.
+        self._placing = {m for m, x in inputs.items() if isinstance(x, NamesPlaces)}
+        same = [data.sources[i].same for i in range(len(sets))]
+        self._read_of = [[w, {"same": [s]}] if s else [w] for w, s in zip(wanted, same, strict=True)]
         self._reader: Reader | None = None
         self._owner = 0
+        self._planned: dict[int, Refs] = {}
         self._used = [0] * len(sets)
         self._lost = [0] * len(sets)
 
@@ -94,16 +104,33 @@ class StepDataset(Dataset[Any]):
     def __getitem__(self, step: int) -> Batch | Failure:
         begin = time.perf_counter()
         try:
-            batch = self.make(self.plan.local(step, self.rank, self.world, self.batch_size), step)
+            batch = self.make(self._refs(step), step)
         except DualencError as e:
             return Failure(e)
         batch.load_s = time.perf_counter() - begin
         return batch
 
+    def _refs(self, step: int) -> Refs:
+        """The samples of a step. Of remote shards, what this process's next steps read is asked for, too."""
+        if self.cache is None or _AHEAD < 0:
+            return self.plan.local(step, self.rank, self.world, self.batch_size)
+        reader, worker = self._open(), get_worker_info()
+        stride = worker.num_workers if worker is not None else 1
+        self._planned = {s: refs for s, refs in self._planned.items() if s >= step}
+        reader.finish(step - stride)
+        for s in range(step, step + (_AHEAD + 1) * stride, stride):
+            if s not in self._planned:
+                refs = self._planned[s] = self.plan.local(s, self.rank, self.world, self.batch_size)
+                places = list(zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), strict=True))
+                reader.expect(s, places, self._read_of)
+        reader.settle(step)
+        return self._planned.pop(step)
+
     def make(self, refs: Refs, step: int) -> Batch:
         """Read, decode and collate the samples of ``refs``."""
         reader = self._open()
         made: dict[int, dict[str, Any]] = {}  # slot → its rows, by modality and by view
+        said: dict[int, dict[str, Any]] = {}  # slot → its values, by name
         ids, keys, bad = [ABSENT] * len(refs), [], []
         at = zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), refs.passes.tolist(), strict=True)
         for slot, (source, shard, i, one) in enumerate(at):
@@ -113,7 +140,7 @@ class StepDataset(Dataset[Any]):
                 sample = reader.locate(source, shard, i)
                 key = sample.key
                 pair = _pair(reader, source, shard, sample, same) if same else None
-                made[slot] = self._rows(reader, source, shard, sample, one)
+                made[slot], said[slot] = self._rows(reader, source, shard, sample, one)
             except SampleError as e:
                 bad.append(BadSample(self.sets[source].source, name, key, e.member, e.reason))
                 self._lost[source] += 1
@@ -146,6 +173,9 @@ class StepDataset(Dataset[Any]):
             labels: dict[str, torch.Tensor] = x.pop("labels", {}) if isinstance(x, dict) else {}  # type: ignore[assignment]
             for name, values in by_slot(labels, places[m], len(refs)).items():
                 extras.setdefault(name, {})[m] = values
+        for name, kind in self.kinds.items():
+            of_slots = {slot: said[slot][name] for slot in made if name in said[slot]}
+            extras.setdefault(name, {})[WHOLE] = kind.by_slot(of_slots, len(refs))
         return Batch(
             size=len(refs),
             inputs=inputs,
@@ -185,10 +215,13 @@ class StepDataset(Dataset[Any]):
         """The input of each modality and view."""
         return {m: self.inputs[m] for m in self.modalities} | {n: v.input for n, v in self.views.items()}
 
-    def _rows(self, reader: Reader, source: int, shard: int, sample: Sample, one: int) -> dict[str, Any]:
-        """The rows of one sample, by modality and by view."""
+    def _rows(
+        self, reader: Reader, source: int, shard: int, sample: Sample, one: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rows of one sample, by modality and by view, and its values, by name."""
         wanted = self.wanted[source]
-        found = reader.find(source, shard, sample, wanted)
+        found = reader.find(source, shard, sample, {**wanted, **self.labels[source]})
+        values = self._values(source, sample, found)
         if not any(a in found.values and b in found.values for a, b in self.pairs):
             m, looked = next((m, e) for m, e in wanted.items() if m not in found.values)
             there = ", ".join(list(sample.members)[:4])
@@ -202,7 +235,7 @@ class StepDataset(Dataset[Any]):
             try:
                 with of_one_item():
                     item = part.decode(raw)
-                    if isinstance(part, NamesPlaces):
+                    if m in self._placing:
                         item = part.placed(item, sample_rng(self.seed, full, one, "places"))
                     rng = sample_rng(seed, full, one % passes, m)
                     if partner.keys() >= found.values.keys():
@@ -215,6 +248,18 @@ class StepDataset(Dataset[Any]):
                             out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:
                 raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
+        return out, values
+
+    def _values(self, source: int, sample: Sample, found: Found) -> dict[str, Any]:
+        """The values of a sample, taken out of what was found, where modalities remain."""
+        out = {}
+        for name, value in self.data.sources[source].values.items():
+            if PREFIX + name in found.values:
+                try:
+                    out[name] = self.kinds[name].read(found.values.pop(PREFIX + name))
+                except ValueError as e:
+                    where = f"data.sources.{source}.values.{name}"
+                    raise SampleError(f"{sample.key}.{value.member}", f"{where}: {e}") from e
         return out
 
     def _partner(self, reader: Reader, source: int, shard: int, full: str, one: int) -> dict[str, Any]:
@@ -246,9 +291,10 @@ class StepDataset(Dataset[Any]):
     def _open(self) -> Reader:
         if self._reader is None or self._owner != os.getpid():
             # After a fork, file offsets and connections are the parent's.
-            span = self.data.window * self.data.lanes
+            span = window_of(self.data, self.sets) * self.data.lanes
             self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
+            self._planned = {}
         return self._reader
 
 
@@ -292,6 +338,7 @@ def members_of(
     check_members(out, where)
     if source.same is not None:
         check_members({"same": [source.same]}, f"data.sources.{i}")
+    check_members({name: [v.member] for name, v in source.values.items()}, f"data.sources.{i}.values")
     return out
 
 
@@ -315,13 +362,6 @@ def _pair(reader: Reader, source: int, shard: int, sample: Sample, same: str) ->
         raise SampleError(same, f"the sample has no {same}, which data.sources.{source}.same needs")
     value = found["same"]
     return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value)
-
-
-def stable_id(key: str) -> int:
-    """A 63-bit number for a sample id, the same on every rank: a sample drawn twice is its own positive."""
-    return (
-        int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
-    )
 
 
 def sample_rng(seed: int, key: str, one: int, modality: str) -> np.random.Generator:

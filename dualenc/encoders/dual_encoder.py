@@ -103,11 +103,14 @@ class DualEncoder(nn.Module):
         }
         for name, head in self.heads.items():
             assert isinstance(head, nn.ModuleDict)
-            out[name] = {m: head[m](x).float() for m, x in features.items() if m in head}
+            use = {m: m if m in head else EVERY for m in features}
+            out[name] = {m: head[use[m]](x).float() for m, x in features.items() if use[m] in head}
         return out
 
     def add_head(self, name: str, head: Mapping[str, nn.Module]) -> None:
         """Add modality → module on the features [n, D], whose outputs [n, E] become the group ``name`` of the outputs.
+
+        The module of ``EVERY`` serves all modalities that have none of their own.
 
         Heads serve losses only. They are parameters of this module, so that every engine and optimizer sees them, but
         no part of the model that is saved for use: see :func:`without_heads`.
@@ -158,6 +161,12 @@ class DualEncoder(nn.Module):
         for tower in self.trained_towers().values():
             tower.set_grad_checkpointing(enable)
 
+    def group_lengths(self) -> None:
+        """Let text towers encode captions of like length apart, see :attr:`Tower.length_groups`."""
+        for tower in self.towers.values():
+            assert isinstance(tower, Tower)
+            tower.length_groups = True
+
     def compile_towers(self) -> None:
         """torch.compile each tower in place; names in the state dict stay as they are."""
         for tower in self.towers.values():
@@ -169,6 +178,8 @@ def normalised(x: Tensor) -> Tensor:
     return nn.functional.normalize(x.float(), dim=-1)
 
 
+EVERY = "every"
+"""In a head: the module that serves every modality without one of its own."""
 _HEADS = "heads."
 
 

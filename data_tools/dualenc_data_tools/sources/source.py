@@ -62,7 +62,7 @@ class SourceConfig(Section):
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="fail if more than this share of the records is dropped"
     )
-    threads: Positive = Field(4, description="threads that decode and re-encode")
+    threads: Positive = Field(4, description="threads that read and check media")
 
 
 @dataclass(slots=True)

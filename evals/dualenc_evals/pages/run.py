@@ -193,9 +193,17 @@ def cards_while_training(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
         direction = label(metric[: -len(what) - 1]) if "_to_" in metric else "class"
         out.append(
             {
-                "task": task, "what": "top-1 accuracy" if what == "top1" else what.replace("_", " "),
-                "direction": direction, "value": f"{100 * values[-1]:.1f}", "share": values[-1], "seen": "",
-                "ci": None, "interval": "", "chance": None, "chance_text": "", "times": "",
+                "task": task,
+                "what": "top-1 accuracy" if what == "top1" else what.replace("_", " "),
+                "direction": direction,
+                "value": f"{100 * values[-1]:.1f}",
+                "share": values[-1],
+                "seen": "",
+                "ci": None,
+                "interval": "",
+                "chance": None,
+                "chance_text": "",
+                "times": "",
                 "before": f"at first {100 * values[0]:.1f} %" if len(values) > 1 else "",
             }
         )
@@ -299,12 +307,13 @@ def guard_view(rows: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> 
 
 
 def small_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Learning rate, temperature, gradient norm, speed: what to look at when a run goes wrong."""
+    """Learning rate, temperature, gradient norm, speed, each part of a summed loss: what explains a run."""
     names = {"lr": "Learning rate", "grad_norm": "Gradient norm", "samples_per_s": "Samples / s"}
     names |= {"data_wait_share": "Waiting for data"}
     keys = [k for r in rows for k in r if k.startswith(("logit_scale/", "logit_bias/", "acc/", *DISTILL))]
+    keys += [k for r in rows for k in r if k.startswith("loss/") and k.count("/") == 2]  # the parts of a weighted sum
     for k in dict.fromkeys(keys):
-        what, _, pair = k.partition("/")
+        what, _, pair = k.replace("loss/", "loss ", k.count("/") - 1).partition("/")
         names[k] = f"{what.replace('_', ' ').capitalize()} {pair.replace('-', ' – ')}"
     out = []
     for key, title in names.items():
