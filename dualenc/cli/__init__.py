@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from dualenc import __version__, plugins
-from dualenc.cli import evaluate, listing, shards, train, use  # noqa: F401  (their commands register themselves)
+from dualenc.cli import evaluate, listing, plan, shards, train, use  # noqa: F401  (their commands register themselves)
 from dualenc.cli.app import app
 from dualenc.errors import DualencError
 

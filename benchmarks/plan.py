@@ -1,0 +1,149 @@
+"""``dualenc plan`` against runs: what it plans for each engine, and what real ranks allocate.
+
+    python -m benchmarks.plan [--ranks 1 2 4] [--engines DDP FSDP2 …] [--batch 16] [--steps 3]
+
+Every cell starts its ranks as processes on the CPU, joined by gloo, and takes real steps of a ViT and a text
+transformer (38 M parameters) on rows of the largest size. *measured* is the most that torch's CPU allocator had given
+out at once since before the model was built, as its profiler reports it: the counterpart of
+``torch.cuda.max_memory_allocated``. Pages that were given out and never written count there and not in *resident*, the
+rise of the process's VmHWM, which counts the libraries' own memory instead. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dualenc.config import Recipe, load_recipe
+from dualenc.data.batch import Batch
+from dualenc.distributed.launch import launch
+from dualenc.distributed.world import World, close_world, init_world
+from dualenc.errors import DualencError
+
+RECIPE = """
+name: plan
+modalities:
+  image: {input: {size: 128}, encoder: {name: own/vit, patch: 16, width: 384, layers: 12, heads: 6}}
+  text:
+    input: {tokenizer: "clip-bpe:8192", context_length: 32}
+    encoder: {name: own/transformer, width: 384, layers: 8, heads: 6}
+embed_dim: 256
+data: {sources: [{name: none, shards: none.tar}]}
+batch: {size: 16}
+budget: {steps: 3}
+"""
+ENGINES = {
+    "one process": [],
+    "DDP": ["engine.parallel=ddp"],
+    "FSDP2": ["engine.parallel=fsdp2"],
+    **{f"ZeRO {s}": ["engine.kind=deepspeed", f"engine.zero_stage={s}"] for s in range(4)},
+}
+TINY = [f"modalities.{m}.encoder.{k}" for m in ("image", "text") for k in ("layers=1", "width=32", "heads=2")]
+MIB = 2**20
+
+
+def measure(path: Path, overrides: list[str], steps: int) -> dict[str, float]:
+    """MiB that this rank allocated at most, and by how much its resident memory rose, in ``steps`` steps."""
+    world = init_world("cpu", 300, threads=1)
+    recipe = load_recipe(path, overrides)
+    _steps_of(load_recipe(path, [*overrides, *TINY]), world, 1)  # libraries start, and take what they keep
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+    before = _status("VmRSS")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        _steps_of(recipe, world, steps)
+    resident = _status("VmHWM") - before
+    close_world(world)
+    return {"allocated": _peak(profiler) / MIB, "resident": resident}
+
+
+def _peak(profiler: Any) -> int:
+    """The profiler sees this thread only: what one of gloo's threads frees is known to be free when its address is
+    given out again."""
+    events, found = list(profiler.profiler.kineto_results.experimental_event_tree()), []
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.name == "[memory]":
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    held: dict[int, int] = {}
+    live = peak = 0
+    for _, address, size in sorted(found, key=lambda e: e[0]):
+        live -= held.pop(address, 0)
+        if size > 0:
+            held[address] = size
+            live += size
+        peak = max(peak, live)
+    return peak
+
+
+def _steps_of(recipe: Recipe, world: World, steps: int) -> None:
+    from dualenc.engine import build_engine
+    from dualenc.losses import build_loss
+    from dualenc.model import build_bundle
+    from dualenc.plan.rows import widest
+    from dualenc.train.step import train_step
+
+    bundle = build_bundle(recipe)
+    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
+    loss = build_loss(recipe.loss)
+    size = recipe.batch.size // world.world_size
+    inputs = {m: widest(x, size) for m, x in bundle.inputs.items()}
+    rows = {m: torch.arange(size) for m in inputs}
+    ids = torch.arange(size) + size * world.rank
+    batch = Batch(size, inputs, rows, ids, [""] * size)
+    for _ in range(steps):
+        train_step(engine, batch, recipe.pairs, loss, micro=recipe.batch.micro)
+
+
+def _status(field: str) -> float:
+    """A field of /proc/self/status that is given in kB, in MiB."""
+    return int(Path("/proc/self/status").read_text(encoding="ascii").split(f"{field}:")[1].split()[0]) / 1024
+
+
+def measured(recipe: str, overrides: list[str], ranks: int, steps: int) -> dict[str, float]:
+    """What the rank that took most memory took, in MiB: ``allocated`` and ``resident``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        path.write_text(recipe, encoding="utf-8")
+        rank = [sys.executable, "-m", "benchmarks.plan", "--rank", folder, "--steps", str(steps), *overrides]
+        code = launch(rank, ranks)
+        if code:
+            raise DualencError(f"a rank ended with exit code {code}")
+        found = [json.loads(p.read_text(encoding="utf-8")) for p in Path(folder).glob("rank*.json")]
+    return {k: max(f[k] for f in found) for k in found[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--batch", type=int, default=16, help="samples per rank")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args()
+    if given.rank:
+        out = json.dumps(measure(Path(given.rank, "recipe.yaml"), given.overrides, given.steps))
+        Path(given.rank, f"rank{os.environ.get('RANK', '0')}.json").write_text(out, encoding="utf-8")
+        return
+    os.environ |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    for engine in given.engines:
+        for ranks in given.ranks:
+            if engine == "one process" and ranks > 1:
+                continue
+            o = [*ENGINES[engine], f"batch.size={given.batch * ranks}", *given.overrides]
+            print(f"{engine:12} {ranks}", measured(RECIPE, o, ranks, given.steps), flush=True)
+
+
+if __name__ == "__main__":
+    main()
