@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,40 +109,70 @@ def _status(field: str) -> float:
     return int(Path("/proc/self/status").read_text(encoding="ascii").split(f"{field}:")[1].split()[0]) / 1024
 
 
-def measured(recipe: str, overrides: list[str], ranks: int, steps: int) -> dict[str, float]:
+def measured(path: Path, overrides: list[str], ranks: int, steps: int) -> dict[str, float]:
     """What the rank that took most memory took, in MiB: ``allocated`` and ``resident``."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "recipe.yaml")
-        path.write_text(recipe, encoding="utf-8")
-        rank = [sys.executable, "-m", "benchmarks.plan", "--rank", folder, "--steps", str(steps), *overrides]
-        code = launch(rank, ranks)
+        rank = ["--recipe", str(path), "--rank-of", folder, "--steps", str(steps)]
+        command = [sys.executable, "-m", "benchmarks.plan", *rank, *overrides]
+        # One rank is started without a launcher: accelerate would take it for DDP.
+        code = launch(command, ranks) if ranks > 1 else subprocess.run(command, check=False).returncode
         if code:
             raise DualencError(f"a rank ended with exit code {code}")
         found = [json.loads(p.read_text(encoding="utf-8")) for p in Path(folder).glob("rank*.json")]
     return {k: max(f[k] for f in found) for k in found[0]}
 
 
-def main() -> None:
+def planned(path: Path, overrides: list[str], name: str, ranks: int) -> float:
+    """What ``dualenc plan`` says of the whole batch under an engine, in MiB."""
+    from dualenc.plan.engine_memory import KINDS
+    from dualenc.plan.planning import plan
+
+    kind = next(k for k in KINDS if k.name == name)
+    needs = plan(load_recipe(path, overrides), ranks, 80 * 2**30, kinds=[kind]).needs
+    return needs[0].total / MIB  # of the largest micro-batch
+
+
+def cell(name: str, ranks: int, batch: int, steps: int, more: list[str]) -> tuple[float, float, float]:
+    """MiB of one rank: planned, allocated, and by how much resident memory rose."""
+    overrides = [*ENGINES[name], f"batch.size={batch * ranks}", "engine.device=cpu", *more]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        path.write_text(RECIPE, encoding="utf-8")
+        found = measured(path, overrides, ranks, steps)
+        return planned(path, overrides, name, ranks), found["allocated"], found["resident"]
+
+
+def table(names: list[str], worlds: list[int], batch: int, steps: int, more: list[str]) -> None:
+    """Print a line for each engine and number of ranks."""
+    print(f"{'engine':<12}{'ranks':>6}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}{'resident MiB':>14}")
+    for name in names:
+        for ranks in worlds:
+            if (name == "one process") != (ranks == 1) and name in ("one process", "DDP"):
+                continue
+            plan, allocated, resident = cell(name, ranks, batch, steps, more)
+            print(
+                f"{name:<12}{ranks:>6}{plan:>13,.0f}{allocated:>14,.0f}{plan / allocated:>7.2f}{resident:>14,.0f}",
+                flush=True,
+            )
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table, or run one of its ranks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
-    parser.add_argument("--batch", type=int, default=16, help="samples per rank")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a rank")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    if given.rank:
-        out = json.dumps(measure(Path(given.rank, "recipe.yaml"), given.overrides, given.steps))
-        Path(given.rank, f"rank{os.environ.get('RANK', '0')}.json").write_text(out, encoding="utf-8")
+    given = parser.parse_args(arguments)
+    if given.rank_of is not None:
+        out = json.dumps(measure(given.recipe, given.overrides, given.steps))
+        (given.rank_of / f"rank{os.environ.get('RANK', '0')}.json").write_text(out, encoding="utf-8")
         return
-    os.environ |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    for engine in given.engines:
-        for ranks in given.ranks:
-            if engine == "one process" and ranks > 1:
-                continue
-            o = [*ENGINES[engine], f"batch.size={given.batch * ranks}", *given.overrides]
-            print(f"{engine:12} {ranks}", measured(RECIPE, o, ranks, given.steps), flush=True)
+    table(given.engines, given.ranks, given.batch, given.steps, given.overrides)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

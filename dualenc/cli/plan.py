@@ -19,7 +19,9 @@ def plan(
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="World size: number of devices over all machines.")] = 1,
     memory: Annotated[float, typer.Option("--memory", help="Memory of one device in GiB.")] = 80.0,
     ranks_per_node: Annotated[int, typer.Option("--ranks-per-node", min=1, help="Devices in one machine.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: every engine and micro-batch, in bytes.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: every engine and micro-batch, in bytes.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Plan memory and traffic of a recipe for every engine and micro-batch, and recommend one; nothing is read."""

@@ -1,9 +1,9 @@
 """What a forward and backward of a model keeps alive, as a function of the micro-batch.
 
-The model runs on fake tensors: torch's own operators say what shape they would give, nothing is computed and nothing is
-allocated. Every operator's output counts from its making to its end, so recomputation, autocast's copies of weights and
-the temporaries of the backward are in it as they are in a run. Two small micro-batches give, for each moment, a constant
-and a part that grows with the micro-batch.
+The model runs on fake tensors: torch's own operators say what shape they would give, nothing is computed and nothing
+allocated. An operator's output counts from when it is made until it is freed, so recomputation, autocast's copies of
+weights and the temporaries of the backward count as they do in a run. Two small micro-batches give, for each moment, a
+constant and a part that grows with the micro-batch.
 """
 
 from __future__ import annotations
@@ -159,7 +159,11 @@ def _run(model: nn.Module, rows: Any, recipe: Recipe, fake: FakeTensorMode | Non
         del out, outputs
         total.backward()  # type: ignore[no-untyped-call]
     return _Run(
-        np.array([n for n, _ in moments], np.float64), np.array([d for _, d in moments], np.float64), forward, kept, features
+        np.array([n for n, _ in moments], np.float64),
+        np.array([d for _, d in moments], np.float64),
+        forward,
+        kept,
+        features,
     )
 
 

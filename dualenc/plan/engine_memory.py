@@ -49,7 +49,9 @@ class Kind:
 ONE = Kind("one process", ("engine.kind=accelerate", "engine.parallel=auto"), sharded=False)
 DDP = Kind("DDP", ("engine.kind=accelerate", "engine.parallel=ddp"))
 FSDP2 = Kind("FSDP2", ("engine.kind=accelerate", "engine.parallel=fsdp2"))
-ZERO = tuple(Kind(f"ZeRO {s}", ("engine.kind=deepspeed", "engine.parallel=auto", f"engine.zero_stage={s}")) for s in range(4))
+ZERO = tuple(
+    Kind(f"ZeRO {s}", ("engine.kind=deepspeed", "engine.parallel=auto", f"engine.zero_stage={s}")) for s in range(4)
+)
 KINDS = (ONE, DDP, FSDP2, *ZERO)
 
 

@@ -54,7 +54,15 @@ class Need:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.features + self.loss + self.working
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.features
+            + self.loss
+            + self.working
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +103,13 @@ class Planned:
         return min(self.needs, key=lambda n: n.total)
 
 
-def plan(recipe: Recipe, ranks: int, memory: float, ranks_per_node: int = 8) -> Planned:
+def plan(
+    recipe: Recipe, ranks: int, memory: float, ranks_per_node: int = 8, kinds: Sequence[Kind] | None = None
+) -> Planned:
     """Plan a recipe for ``ranks`` devices of ``memory`` bytes.
+
+    Args:
+        kinds: the engines to plan; default: all that the recipe can run under on so many ranks.
 
     Raises:
         ConfigError: the global batch cannot be dealt out to so many ranks; or as building the run's model does.
@@ -105,7 +118,8 @@ def plan(recipe: Recipe, ranks: int, memory: float, ranks_per_node: int = 8) -> 
         raise ConfigError(f"batch.size ({recipe.batch.size}) must be a multiple of the {ranks} ranks.")
     when, model = timeline(recipe)
     weights = count(model)
-    needs = needs_of(recipe, ranks, when, weights)
+    kinds = kinds_for(recipe, ranks) if kinds is None else kinds
+    needs = needs_of(recipe, ranks, when, weights, kinds)
     usable = (1 - RESERVE) * memory
     chosen = best(needs, usable)
     helps = [] if chosen is not None else _what_helps(recipe, ranks, usable)
@@ -123,14 +137,17 @@ def micros(local: int) -> list[int]:
     return found
 
 
-def needs_of(recipe: Recipe, ranks: int, when: Timeline, weights: Weights) -> list[Need]:
-    """What each engine that the recipe can run under needs, for each micro-batch."""
+def kinds_for(recipe: Recipe, ranks: int) -> list[Kind]:
+    """The engines that the recipe can run under on so many ranks."""
+    kinds = [k for k in KINDS if k.sharded == (ranks > 1)]
+    return [k for k in kinds if k not in ZERO] if recipe.optim.name == "muon" else kinds  # DeepSpeed cuts matrices
+
+
+def needs_of(recipe: Recipe, ranks: int, when: Timeline, weights: Weights, kinds: Sequence[Kind]) -> list[Need]:
+    """What each engine needs, for each micro-batch."""
     local = recipe.batch.size // ranks
     cuda = recipe.engine.device != "cpu"
     loss = loss_bytes(recipe, local, ranks, torch.device("cuda" if cuda else "cpu"))
-    kinds = [k for k in KINDS if (k is ONE) == (ranks == 1) or k.sharded and ranks > 1]
-    if recipe.optim.name == "muon":  # DeepSpeed is refused
-        kinds = [k for k in kinds if k not in ZERO]
     return [need_of(k, micro, recipe, ranks, when, weights, loss, cuda) for k in kinds for micro in micros(local)]
 
 
@@ -186,7 +203,7 @@ def _what_helps(recipe: Recipe, ranks: int, usable: float) -> list[tuple[str, Ne
         said.append(f"engine.{key}={str(value).lower()}")
         changed = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=changes)})
         when, model = timeline(changed)
-        found = best(needs_of(changed, ranks, when, count(model)), usable)
+        found = best(needs_of(changed, ranks, when, count(model), kinds_for(changed, ranks)), usable)
         if found is not None:
             return [(" ".join(said), found)]
     return []
@@ -207,6 +224,7 @@ def _notes(recipe: Recipe, when: Timeline) -> list[str]:
 
 def as_json(planned: Planned) -> dict[str, object]:
     """Everything that was planned, bytes and keys."""
+
     def row(need: Need) -> dict[str, object]:
         out = asdict(need)
         out["wire"] = {**asdict(need.wire), "total": need.wire.total}

@@ -27,20 +27,18 @@ def printed(planned: Planned) -> str:
     """The tables, the recommendation, and the keys to write."""
     recipe, w = planned.recipe, planned.weights
     local = recipe.batch.size // planned.ranks
-    head = [
-        f"{recipe.name}: {w.total / 1e6:,.1f} M parameters ({w.trained / 1e6:,.1f} M trained), "
-        f"{recipe.engine.precision}" + (", checkpointing" if recipe.engine.grad_checkpointing else ""),
-        f"global batch {recipe.batch.size:,} on {planned.ranks} rank(s): {local:,} samples each; "
-        f"{size(planned.memory)}iB a device, {size(planned.usable)}iB of it planned",
-    ]
-    lines = [*head, "", *_totals(planned, local), "", *_parts(planned, local), ""]
-    said = [*_said(planned), *planned.notes]
-    return "\n".join([*lines, *(line for x in said for line in textwrap.wrap(x, WIDTH, break_on_hyphens=False))])
+    model = f"{recipe.name}: {w.total / 1e6:,.1f} M parameters, {w.trained / 1e6:,.1f} M of them trained"
+    model += f", {recipe.engine.precision}" + (", checkpointing" if recipe.engine.grad_checkpointing else "")
+    share = f"global batch {recipe.batch.size:,} on {planned.ranks} rank(s): {local:,} samples each"
+    device = f"{size(planned.memory)}iB a device, of which {size(planned.usable)}iB are planned"
+    told = [*_said(planned), *planned.notes]
+    said = [line for x in told for line in textwrap.wrap(x, WIDTH, break_on_hyphens=False)]
+    return "\n".join([model, share, device, "", *_totals(planned, local), "", *_parts(planned, local), "", *said])
 
 
 def _totals(planned: Planned, local: int) -> list[str]:
     sizes = micros(local)
-    title = "peak memory of a rank by micro-batch (* does not fit)"
+    title = "peak memory of a rank by micro-batch (M: MiB, G: GiB, *: does not fit)"
     lines = [title, f"{'engine':<12}" + "".join(f"{m:>10,}" for m in sizes)]
     for name in dict.fromkeys(n.kind.name for n in planned.needs):
         row = {n.micro: n for n in planned.needs if n.kind.name == name}
@@ -108,8 +106,8 @@ def _advice(need: Need, planned: Planned) -> str:
     kept = need.parameters + need.optimizer + need.gradients + need.working
     if kept > planned.usable:
         return (
-            f"Weights, gradients, optimizer and buffers alone take {size(kept)}iB: use more ranks with FSDP2 or ZeRO 3, "
-            "devices with more memory, a smaller encoder, or lock a tower."
+            f"Weights, gradients, optimizer and buffers alone take {size(kept)}iB: use more ranks with FSDP2 or "
+            "ZeRO 3, devices with more memory, a smaller encoder, or lock a tower."
         )
     if need.loss > need.activations:
         return "The loss takes most of it: use loss.impl=tiled, loss.columns=ring, or a smaller batch.size."

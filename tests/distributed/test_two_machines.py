@@ -6,6 +6,7 @@ Only root can make namespaces, and some containers do not let it: then these tes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -40,7 +41,11 @@ class Machine:
     def start(self, command: list[str], folder: Path, log: str) -> subprocess.Popen[bytes]:
         """Run a command there, as the docs say: torch and gloo are told which interface the other machine is at."""
         env = environment(
-            PATH=f"{BIN}:{os.environ['PATH']}", GLOO_SOCKET_IFNAME=self.interface, TP_SOCKET_IFNAME=self.interface
+            PATH=f"{BIN}:{os.environ['PATH']}",
+            GLOO_SOCKET_IFNAME=self.interface,
+            TP_SOCKET_IFNAME=self.interface,
+            # Else a torchrun that stayed does not tell one that comes back where the ranks meet (torch 2.14).
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
         with (folder / log).open("ab") as out:
             return subprocess.Popen(
@@ -51,10 +56,8 @@ class Machine:
         """As if the power went: kill -9 of every process there."""
         said = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True).stdout
         for pid in said.split():
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it ended in between
                 os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it ended in between
 
     def ping(self, other: Machine) -> bool:
         code = f"import socket; socket.create_server(('{self.address}', 0)); s = socket.socket(); s.settimeout(2); "
