@@ -3,16 +3,15 @@
     python -m benchmarks.plan [--ranks 1 2 4] [--engines DDP FSDP2 …] [--batch 16] [--steps 3]
 
 Every cell starts its ranks as processes on the CPU, joined by gloo, and takes real steps of a ViT and a text
-transformer (38 M parameters) on rows of the largest size. *measured* is the most that torch's CPU allocator had given
-out at once since before the model was built, as its profiler reports it: the counterpart of
-``torch.cuda.max_memory_allocated``. Pages that were given out and never written count there and not in *resident*, the
-rise of the process's VmHWM, which counts the libraries' own memory instead. Linux only.
+transformer (39 M parameters) on rows of the largest size. *measured* is the most that torch's CPU allocator had given
+out at once since before the model was built, on the rank where that was most, as torch's profiler reports it: the
+counterpart of ``torch.cuda.max_memory_allocated``. Resident memory would also count what libraries take for themselves,
+and not count pages that were given out and never written.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -46,23 +45,17 @@ ENGINES = {
     "FSDP2": ["engine.parallel=fsdp2"],
     **{f"ZeRO {s}": ["engine.kind=deepspeed", f"engine.zero_stage={s}"] for s in range(4)},
 }
-TINY = [f"modalities.{m}.encoder.{k}" for m in ("image", "text") for k in ("layers=1", "width=32", "heads=2")]
 MIB = 2**20
 
 
-def measure(path: Path, overrides: list[str], steps: int) -> dict[str, float]:
-    """MiB that this rank allocated at most, and by how much its resident memory rose, in ``steps`` steps."""
+def measure(recipe: Recipe, steps: int) -> float:
+    """MiB that this rank had allocated at most in ``steps`` steps of a run that begins here."""
     world = init_world("cpu", 300, threads=1)
-    recipe = load_recipe(path, overrides)
-    _steps_of(load_recipe(path, [*overrides, *TINY]), world, 1)  # libraries start, and take what they keep
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
-    before = _status("VmRSS")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         _steps_of(recipe, world, steps)
-    resident = _status("VmHWM") - before
     close_world(world)
-    return {"allocated": _peak(profiler) / MIB, "resident": resident}
+    return _peak(profiler) / MIB
 
 
 def _peak(profiler: Any) -> int:
@@ -104,13 +97,8 @@ def _steps_of(recipe: Recipe, world: World, steps: int) -> None:
         train_step(engine, batch, recipe.pairs, loss, micro=recipe.batch.micro)
 
 
-def _status(field: str) -> float:
-    """A field of /proc/self/status that is given in kB, in MiB."""
-    return int(Path("/proc/self/status").read_text(encoding="ascii").split(f"{field}:")[1].split()[0]) / 1024
-
-
-def measured(path: Path, overrides: list[str], ranks: int, steps: int) -> dict[str, float]:
-    """What the rank that took most memory took, in MiB: ``allocated`` and ``resident``."""
+def measured(path: Path, overrides: list[str], ranks: int, steps: int) -> float:
+    """MiB that the rank that took most had allocated at most."""
     with tempfile.TemporaryDirectory() as folder:
         rank = ["--recipe", str(path), "--rank-of", folder, "--steps", str(steps)]
         command = [sys.executable, "-m", "benchmarks.plan", *rank, *overrides]
@@ -118,8 +106,7 @@ def measured(path: Path, overrides: list[str], ranks: int, steps: int) -> dict[s
         code = launch(command, ranks) if ranks > 1 else subprocess.run(command, check=False).returncode
         if code:
             raise DualencError(f"a rank ended with exit code {code}")
-        found = [json.loads(p.read_text(encoding="utf-8")) for p in Path(folder).glob("rank*.json")]
-    return {k: max(f[k] for f in found) for k in found[0]}
+        return max(float(p.read_text(encoding="ascii")) for p in Path(folder).glob("rank*"))
 
 
 def planned(path: Path, overrides: list[str], name: str, ranks: int) -> float:
@@ -132,28 +119,24 @@ def planned(path: Path, overrides: list[str], name: str, ranks: int) -> float:
     return needs[0].total / MIB  # of the largest micro-batch
 
 
-def cell(name: str, ranks: int, batch: int, steps: int, more: list[str]) -> tuple[float, float, float]:
-    """MiB of one rank: planned, allocated, and by how much resident memory rose."""
+def cell(name: str, ranks: int, batch: int, steps: int, more: list[str]) -> tuple[float, float]:
+    """MiB of one rank: planned and measured."""
     overrides = [*ENGINES[name], f"batch.size={batch * ranks}", "engine.device=cpu", *more]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
         path.write_text(RECIPE, encoding="utf-8")
-        found = measured(path, overrides, ranks, steps)
-        return planned(path, overrides, name, ranks), found["allocated"], found["resident"]
+        return planned(path, overrides, name, ranks), measured(path, overrides, ranks, steps)
 
 
 def table(names: list[str], worlds: list[int], batch: int, steps: int, more: list[str]) -> None:
-    """Print a line for each engine and number of ranks."""
-    print(f"{'engine':<12}{'ranks':>6}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}{'resident MiB':>14}")
+    """Print a line for each engine and number of ranks; DDP of one rank is one process."""
+    print(f"{'engine':<12}{'ranks':>6}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}")
     for name in names:
         for ranks in worlds:
-            if (name == "one process") != (ranks == 1) and name in ("one process", "DDP"):
+            if (name == "one process" and ranks > 1) or (name == "DDP" and ranks == 1):
                 continue
-            plan, allocated, resident = cell(name, ranks, batch, steps, more)
-            print(
-                f"{name:<12}{ranks:>6}{plan:>13,.0f}{allocated:>14,.0f}{plan / allocated:>7.2f}{resident:>14,.0f}",
-                flush=True,
-            )
+            plan, allocated = cell(name, ranks, batch, steps, more)
+            print(f"{name:<12}{ranks:>6}{plan:>13,.0f}{allocated:>14,.0f}{plan / allocated:>7.2f}", flush=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -168,8 +151,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
     if given.rank_of is not None:
-        out = json.dumps(measure(given.recipe, given.overrides, given.steps))
-        (given.rank_of / f"rank{os.environ.get('RANK', '0')}.json").write_text(out, encoding="utf-8")
+        found = measure(load_recipe(given.recipe, given.overrides), given.steps)
+        (given.rank_of / f"rank{os.environ.get('RANK', '0')}").write_text(str(found), encoding="ascii")
         return
     table(given.engines, given.ranks, given.batch, given.steps, given.overrides)
 

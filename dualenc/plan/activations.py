@@ -146,7 +146,8 @@ def _run(model: nn.Module, rows: Any, recipe: Recipe, fake: FakeTensorMode | Non
     with ExitStack() as held:
         for p in model.parameters():
             if p.requires_grad:
-                held.callback(p.register_post_accumulate_grad_hook(arrived).remove)
+                hook = p.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+                held.callback(hook.remove)
         if fake is not None:
             held.enter_context(fake)
         held.enter_context(live)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, the bytes of all storages that torch's operators make are counted while they live.
 
     It works on real tensors and on fake ones, which have a size and no memory. Storages that existed before do not
@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, grew: Callable[[int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self._grew = grew
         self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -61,4 +61,4 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)

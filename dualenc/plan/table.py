@@ -65,8 +65,8 @@ def _parts(planned: Planned, local: int) -> list[str]:
     lines.append(f"{'engine':<12}{'micro':>5}{'gradients':>12}{'weights':>10}{'features':>10}{'total':>10}")
     for need in shown:
         x = need.wire
-        cells = f"{size(x.gradients):>12}{size(x.parameters):>10}{size(x.features):>10}{size(x.total):>10}"
-        lines.append(f"{need.kind.name:<12}{need.micro:>5}{cells}")
+        sent = f"{size(x.gradients):>12}{size(x.parameters):>10}{size(x.features):>10}{size(x.total):>10}"
+        lines.append(f"{need.kind.name:<12}{need.micro:>5}{sent}")
     lines += ["", f"batches that data workers hold ready: {size(planned.host)}iB of host memory on a machine"]
     return lines
 

@@ -54,7 +54,8 @@ def test_live_bytes_are_those_of_tensors_that_still_exist() -> None:
         del view
         assert live.live == 4000
         c = (a * 2).sum()
-    assert max(seen) == 8004 and c.item() == 2000
+    assert max(seen) == 8004
+    assert c.item() == 2000
 
 
 def test_autograd_keeps_what_the_backward_needs() -> None:
@@ -76,7 +77,8 @@ def test_two_small_micro_batches_foretell_a_larger_one(monkeypatch: pytest.Monke
     small, _ = activations.timeline(recipe())
     monkeypatch.setattr(activations, "SIZES", (16, 17))
     large, _ = activations.timeline(recipe())
-    assert not small.real and len(small.fixed) == len(large.fixed)
+    assert not small.real
+    assert len(small.fixed) == len(large.fixed)
     assert small.peak(16, lambda d: 4 * d) == pytest.approx(large.peak(16, lambda d: 4 * d), rel=0.01)
     assert small.after_forward(16) == pytest.approx(large.after_forward(16), rel=0.01)
 
@@ -106,14 +108,16 @@ def test_checkpointing_and_bf16_are_respected() -> None:
 def test_an_encoder_that_reads_values_is_run_for_real() -> None:
     when, model = activations.timeline(load_recipe(ROOT / "recipes" / "camera_lidar" / "objects.yaml"))
     assert when.real
-    assert when.kept[1] > 0 and count(model).trained > 0
+    assert when.kept[1] > 0
+    assert count(model).trained > 0
 
 
 def test_rows_are_the_widest() -> None:
     _, inputs = build_on("meta", recipe())
     rows = {m: widest(x, 3) for m, x in inputs.items()}
     assert rows["image"].shape == (3, 3, 64, 64)
-    assert rows["text"]["ids"].shape == (3, 32) and bool(rows["text"]["mask"].all())
+    assert rows["text"]["ids"].shape == (3, 32)
+    assert bool(rows["text"]["mask"].all())
 
 
 # --- the loss ------------------------------------------------------------------------------------------------------
@@ -149,11 +153,13 @@ def test_what_engines_hold(planned: Planned) -> None:
         return holding(kind, w, optim, ranks, chunked, cuda=True)
 
     assert of(ONE).optimizer == of(DDP).optimizer == 2 * T
-    assert of(DDP).working == T and of(DDP).gradients(none) == 0
+    assert of(DDP).working == T
+    assert of(DDP).gradients(none) == 0
     assert of(DDP, chunked=True).gradients(none) == T, "besides the buckets"
     for kind in (FSDP2, ZERO[3]):
         assert of(kind).parameters == pytest.approx(T / 4, rel=0.05)
-    assert of(ZERO[2]).parameters >= T and of(ZERO[2]).working == 4 * REDUCE_BUCKET
+    assert of(ZERO[2]).parameters >= T
+    assert of(ZERO[2]).working == 4 * REDUCE_BUCKET
     assert of(ZERO[2]).optimizer == 3 * T / 4, "two moments and a copy of the weights"
     assert of(FSDP2, ranks=8).kept < of(FSDP2, ranks=2).kept
 
@@ -173,7 +179,8 @@ def test_bytes_on_the_wire(planned: Planned) -> None:
     w, r = planned.weights, recipe()
     T = 4 * w.trained
     ddp, zero2 = (wire(k, w, r, 4, 1) for k in (DDP, ZERO[2]))
-    assert ddp.gradients == 2 * 0.75 * T and ddp.parameters == 0
+    assert ddp.gradients == 2 * 0.75 * T
+    assert ddp.parameters == 0
     assert zero2.gradients == zero2.parameters == 0.75 * T
     assert ddp.features == 2 * 0.75 * 4 * 256 * 192 * 2  # there and back, of both modalities
     once, twice = (wire(FSDP2, w, r, 4, chunks) for chunks in (1, 2))
@@ -196,7 +203,8 @@ def test_the_table_is_80_columns_wide_and_its_keys_are_a_recipe(planned: Planned
         r = recipe(*keys_of(need, planned))
         assert need.kind.fits(r.engine)
         assert r.batch.micro in (None, need.micro)
-    assert micros(64) == [64, 32, 16, 8, 4, 2] and micros(3) == [3, 2, 1]
+    assert micros(64) == [64, 32, 16, 8, 4, 2]
+    assert micros(3) == [3, 2, 1]
 
 
 def test_json_has_every_engine_and_micro_batch() -> None:
@@ -214,14 +222,18 @@ def test_json_has_every_engine_and_micro_batch() -> None:
 def test_a_small_device_takes_a_micro_batch_and_a_smaller_one_nothing() -> None:
     r = recipe("batch.size=4096")
     whole = plan(r, 2, 80 * GIB)
-    assert whole.chosen is not None and whole.chosen.micro == 2048
+    assert whole.chosen is not None
+    assert whole.chosen.micro == 2048
     some = plan(r, 2, 1 * GIB)
-    assert some.chosen is not None and some.chosen.micro < 2048
+    assert some.chosen is not None
+    assert some.chosen.micro < 2048
     assert "(each encoded twice)" in table.printed(some)
     none = plan(r, 2, 0.03 * GIB)
     text = table.printed(none)
-    assert none.chosen is None and as_json(none)["recommended"] is None
-    assert "Nothing fits: " in text and "comes nearest with" in text
+    assert none.chosen is None
+    assert as_json(none)["recommended"] is None
+    assert "Nothing fits: " in text
+    assert "comes nearest with" in text
     assert "use more ranks" in text or "With engine." in text
 
 
@@ -230,9 +242,11 @@ def test_what_helps_is_said_where_nothing_fits() -> None:
     r = recipe(*deep)
     least = plan(r, 2, 80 * GIB).nearest.total
     tight = plan(r, 2, 0.97 * least / 0.9)
-    assert tight.chosen is None and len(tight.helps) == 1
+    assert tight.chosen is None
+    assert len(tight.helps) == 1
     said, need = tight.helps[0]
-    assert said.startswith("engine.precision=bf16") and tight.fits(need)
+    assert said.startswith("engine.precision=bf16")
+    assert tight.fits(need)
     assert f"With {said}," in " ".join(table.printed(tight).split())
 
 
@@ -246,7 +260,8 @@ def test_what_helps_is_said_where_nothing_fits() -> None:
 )
 def test_errors_say_what_to_write(arguments: list[str], words: str) -> None:
     said = run(*arguments)
-    assert isinstance(said.exception, ConfigError) and words in str(said.exception)
+    assert isinstance(said.exception, ConfigError)
+    assert words in str(said.exception)
 
 
 def test_no_data_is_read(tmp_path: Path) -> None:
