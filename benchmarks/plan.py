@@ -82,7 +82,7 @@ def _steps_of(recipe: Recipe, world: World, steps: int) -> None:
     from dualenc.engine import build_engine
     from dualenc.losses import build_loss
     from dualenc.model import build_bundle
-    from dualenc.plan.rows import widest
+    from dualenc.plan.widest_rows import widest
     from dualenc.train.step import train_step
 
     bundle = build_bundle(recipe)

@@ -26,8 +26,8 @@ from dualenc.data.modalities import ModalityInput
 from dualenc.encoders import DualEncoder
 from dualenc.engine.protocol import apply_memory_and_compile, protect_outputs
 from dualenc.plan.live import LiveBytes
-from dualenc.plan.rows import widest
 from dualenc.plan.weights import build_on
+from dualenc.plan.widest_rows import widest
 
 logger = logging.getLogger(__name__)
 

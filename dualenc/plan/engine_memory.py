@@ -27,7 +27,7 @@ PREFETCH = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class EngineKind:
     """One way to run the step.
 
     Attributes:
@@ -46,11 +46,12 @@ class Kind:
         return all(str(getattr(config, key)) == value for key, value in said.items())
 
 
-ONE = Kind("one process", ("engine.kind=accelerate", "engine.parallel=auto"), sharded=False)
-DDP = Kind("DDP", ("engine.kind=accelerate", "engine.parallel=ddp"))
-FSDP2 = Kind("FSDP2", ("engine.kind=accelerate", "engine.parallel=fsdp2"))
+ONE = EngineKind("one process", ("engine.kind=accelerate", "engine.parallel=auto"), sharded=False)
+DDP = EngineKind("DDP", ("engine.kind=accelerate", "engine.parallel=ddp"))
+FSDP2 = EngineKind("FSDP2", ("engine.kind=accelerate", "engine.parallel=fsdp2"))
 ZERO = tuple(
-    Kind(f"ZeRO {s}", ("engine.kind=deepspeed", "engine.parallel=auto", f"engine.zero_stage={s}")) for s in range(4)
+    EngineKind(f"ZeRO {s}", ("engine.kind=deepspeed", "engine.parallel=auto", f"engine.zero_stage={s}"))
+    for s in range(4)
 )
 KINDS = (ONE, DDP, FSDP2, *ZERO)
 
@@ -81,7 +82,7 @@ class Holding:
         return self.parameters + self.optimizer + self.average
 
 
-def holding(kind: Kind, weights: Weights, optim: Optim, ranks: int, chunked: bool, cuda: bool) -> Holding:
+def holding(kind: EngineKind, weights: Weights, optim: Optim, ranks: int, chunked: bool, cuda: bool) -> Holding:
     """What a rank holds under an engine.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError
 from dualenc.plan.activations import Timeline, timeline
-from dualenc.plan.engine_memory import DDP, FP32, FSDP2, KINDS, ONE, ZERO, Kind, holding
+from dualenc.plan.engine_memory import DDP, FP32, FSDP2, KINDS, ONE, ZERO, EngineKind, holding
 from dualenc.plan.loss_memory import loss_bytes
 from dualenc.plan.weights import Weights, count
 from dualenc.plan.wire import Wire, wire
@@ -39,7 +39,7 @@ class Need:
         wire: bytes sent.
     """
 
-    kind: Kind
+    kind: EngineKind
     micro: int
     moment: str
     parameters: float
@@ -104,7 +104,7 @@ class Planned:
 
 
 def plan(
-    recipe: Recipe, ranks: int, memory: float, ranks_per_node: int = 8, kinds: Sequence[Kind] | None = None
+    recipe: Recipe, ranks: int, memory: float, ranks_per_node: int = 8, kinds: Sequence[EngineKind] | None = None
 ) -> Planned:
     """Plan a recipe for ``ranks`` devices of ``memory`` bytes.
 
@@ -137,13 +137,13 @@ def micros(local: int) -> list[int]:
     return found
 
 
-def kinds_for(recipe: Recipe, ranks: int) -> list[Kind]:
+def kinds_for(recipe: Recipe, ranks: int) -> list[EngineKind]:
     """The engines that the recipe can run under on so many ranks."""
     kinds = [k for k in KINDS if k.sharded == (ranks > 1)]
     return [k for k in kinds if k not in ZERO] if recipe.optim.name == "muon" else kinds  # DeepSpeed cuts matrices
 
 
-def needs_of(recipe: Recipe, ranks: int, when: Timeline, weights: Weights, kinds: Sequence[Kind]) -> list[Need]:
+def needs_of(recipe: Recipe, ranks: int, when: Timeline, weights: Weights, kinds: Sequence[EngineKind]) -> list[Need]:
     """What each engine needs, for each micro-batch."""
     local = recipe.batch.size // ranks
     cuda = recipe.engine.device != "cpu"
@@ -152,7 +152,7 @@ def needs_of(recipe: Recipe, ranks: int, when: Timeline, weights: Weights, kinds
 
 
 def need_of(
-    kind: Kind,
+    kind: EngineKind,
     micro: int,
     recipe: Recipe,
     ranks: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dualenc.config import Recipe
-from dualenc.plan.engine_memory import DDP, FP32, FSDP2, LIVE, ONE, ZERO, Kind
+from dualenc.plan.engine_memory import DDP, FP32, FSDP2, LIVE, ONE, ZERO, EngineKind
 from dualenc.plan.weights import Weights
 
 
@@ -29,7 +29,7 @@ class Wire:
         return self.gradients + self.parameters + self.features
 
 
-def wire(kind: Kind, weights: Weights, recipe: Recipe, ranks: int, chunks: int) -> Wire:
+def wire(kind: EngineKind, weights: Weights, recipe: Recipe, ranks: int, chunks: int) -> Wire:
     """What a rank sends.
 
     Args:

@@ -29,7 +29,7 @@ STEPS, EVERY = 40, 8
 RUN = [str(RECIPE), *SMALL, f"budget.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "out=run"]
 PORT = 29500
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def on_one_machine(engine: str) -> list[float]:
     """The curve of two ranks on one machine, under the same engine: another adds up in another order."""
     command = [sys.executable, "-m", "dualenc", "launch", "--nproc", "2", "train", *RUN, *ENGINES[engine]]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True, timeout=240)
+        subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True, timeout=600)
         return losses(Path(folder, "run"))
 
 

@@ -22,8 +22,8 @@ from dualenc.plan import activations, loss_memory, table
 from dualenc.plan.engine_memory import DDP, FSDP2, ONE, REDUCE_BUCKET, ZERO, holding
 from dualenc.plan.live import LiveBytes
 from dualenc.plan.planning import Planned, as_json, keys_of, kinds_for, micros, plan
-from dualenc.plan.rows import widest
 from dualenc.plan.weights import build_on, count
+from dualenc.plan.widest_rows import widest
 from dualenc.plan.wire import wire
 
 QUICKSTART = ROOT / "recipes" / "quickstart" / "quickstart.yaml"
