@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
+from dualenc.encoders.negatives import outputs_with_negatives
 from dualenc.encoders.tower import Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
@@ -83,12 +84,12 @@ class DualEncoder(nn.Module):
             ``frozen``: locked modality → [n_m, W], what its encoder itself says of the rows, before the head,
             L2-normalised, fp32, without gradient; losses such as CWCL take their targets from it. Then one group for
             each of the heads: modality → [n_m, E]; and what towers say of their rows besides, such as ``local`` →
-            [n_m, K, D'].
+            [n_m, K, D'], and ``negatives`` [n_m, K, D] of rows that bring wrong items.
         """
         features, frozen = {}, {}
         more: dict[str, dict[str, Tensor]] = {}
         for m, x in inputs.items():
-            said = self.tower(m)(x, whole=True)
+            said = outputs_with_negatives(self.tower(m), x)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
