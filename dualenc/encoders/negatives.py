@@ -25,5 +25,5 @@ def outputs_with_negatives(tower: Tower, x: Any) -> dict[str, Tensor]:
     of_rows = x[NEGATIVES]
     n, k = next(iter(of_rows.values())).shape[:2]
     said = tower({name: torch.cat([x[name], v.flatten(0, 1)]) for name, v in of_rows.items()}, whole=True)
-    wrong = nn.functional.normalize(said["features"][n:].float(), dim=-1).unflatten(0, (n, k))
+    wrong = nn.functional.normalize(said["features"][n:].float(), dim=-1).view(n, k, -1)
     return {name: v[:n] for name, v in said.items()} | {NEGATIVES: wrong}

@@ -173,7 +173,7 @@ class TextInput:
         there = torch.arange(most) < torch.tensor([len(own) for own in wrong])[:, None]
         return {
             **{k: x[:n] for k, x in padded.items()},
-            "negatives": {k: x[n:].unflatten(0, (n, most)) for k, x in padded.items()},
+            "negatives": {k: x[n:].view(n, most, -1) for k, x in padded.items()},
             "labels": {"negatives_there": there.long()},
         }
 

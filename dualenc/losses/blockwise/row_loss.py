@@ -54,7 +54,7 @@ class Tile:
         return self.rows.values[name][:, None], self.columns.values[name][None]
 
     def products(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """⟨row, column⟩ [h, w] of [h, W] and [w, W], in memory as the logits are: a flipped tile is a transposed view."""
+        """Dot products [h, w] of [h, W] and [w, W], laid out in memory as the logits (a flipped tile is a view)."""
         if self.logits.stride(0) < self.logits.stride(1):
             return (columns @ rows.T).T
         return rows @ columns.T
