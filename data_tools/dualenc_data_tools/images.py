@@ -6,7 +6,8 @@ import io
 from typing import TYPE_CHECKING
 
 from dualenc.data.modalities import DecodeError
-from dualenc.data.modalities.image import ImageInput, Picture
+from dualenc.data.modalities.image import ImageInput
+from dualenc.data.modalities.picture import Picture
 from dualenc_data_tools.sources.source import BadMedia, SourceConfig
 
 if TYPE_CHECKING:

@@ -167,7 +167,7 @@ def _short(value: Any) -> str:
 
 
 def _size(raw: bytes) -> tuple[int, int]:
-    from dualenc.data.modalities.image import Picture
+    from dualenc.data.modalities.picture import Picture
 
     return Picture(raw, (255, 255, 255)).size
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dualenc.api.runs import resolve_tasks
 from dualenc.cli.app import AllowPipe, Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
+from dualenc.terminal import PatientConsole, say
 
 
 @app.command("eval")
@@ -50,6 +50,7 @@ def eval_(
     from dualenc.distributed.world import close_world, init_world
     from dualenc.model import load_model
     from dualenc_evals.harness import evaluate, print_table
+    from dualenc_evals.overlap import training_sources
 
     chosen = resolve_tasks([*(n.strip() for n in tasks.split(",")), *map(str, task or [])])
     if not chosen:
@@ -69,11 +70,12 @@ def eval_(
             seed=seed,
             progress=world.rank == 0,
             resume=resume,
+            training=training_sources(model),
         )
         if world.rank == 0:
-            print_table(results)
+            print_table(results, PatientConsole())
             if out is not None:
-                Console().print(f"written: {out}", highlight=False, soft_wrap=True)
+                PatientConsole().print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
 
@@ -165,7 +167,7 @@ def embed(
         if layout == "parquet":
             write_parquet(FeatureStore(out), world)
         if world.rank == 0:
-            print(json.dumps(done, indent=1))
+            say(json.dumps(done, indent=1))
     finally:
         close_world(world)
 
@@ -193,8 +195,8 @@ def compare(
     from dualenc_evals.studies.compare import compare as run
     from dualenc_evals.studies.compare import markdown
 
-    print(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
-    Console(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
+    say(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
+    PatientConsole(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -239,8 +241,8 @@ def interpolate(
         done = run(a, b, shares, chosen, out, keep, world, str(world.device), batch_size, cache)
         if world.rank == 0:
             if chosen:
-                print(markdown(done))
-            Console(stderr=True).print(f"written: {out}", highlight=False, soft_wrap=True)
+                say(markdown(done))
+            PatientConsole(stderr=True).print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
 
@@ -282,7 +284,7 @@ def regions(
     done = evaluate_regions(bundle.embedder(), asked, keys[:skip] if labels else (), seed)
     write_json(out, {"model": model, "data": data, "skip": skip, "seed": seed, **done})
     for name, value in done["metrics"].items():
-        print(f"{name}\t{100 * value:.1f} %")
+        say(f"{name}\t{100 * value:.1f} %")
 
 
 @app.command()
@@ -311,8 +313,8 @@ def robustness(
     try:
         done = run(model, resolve_tasks(words(tasks)), out, words(kinds), world, str(world.device), batch_size)
         if world.rank == 0:
-            print(markdown(done))
-            Console(stderr=True).print(f"written: {out}", highlight=False, soft_wrap=True)
+            say(markdown(done))
+            PatientConsole(stderr=True).print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
 
@@ -332,7 +334,7 @@ def export_(
     from dualenc.model.export.export import export
 
     folder = export(load_model(model), layout, out, model, results)
-    Console().print(f"written: {folder}", highlight=False, soft_wrap=True)
+    PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -361,7 +363,7 @@ def report(
         page = write_report(runs[0], out)
     else:
         page = write_comparison(runs, out or Path("models.html"))
-    Console().print(f"report: {page}", highlight=False, soft_wrap=True)
+    PatientConsole().print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def _names(parent: Path) -> list[str]:

@@ -60,6 +60,7 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.train.build import total_steps
     from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
+    from dualenc.train.probe import standing_memory
     from dualenc_data_tools.glance import glance
 
     console = Console()
@@ -88,6 +89,8 @@ def print_plan(recipe: Recipe) -> None:
     console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
     check_length(recipe, steps)
     check_data(recipe, bundle)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    console.print(standing_memory(bundle.model, recipe, ranks), highlight=False, markup=False)
     check_values(recipe.data, sets)
     for note in glance(recipe, sets):
         console.print(note, highlight=False, markup=False)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dualenc.data.driving.geometry import F64
 from dualenc.data.modalities import DecodeError, modalities
-from dualenc.data.modalities.image import Picture
+from dualenc.data.modalities.picture import Picture
 
 if TYPE_CHECKING:
     from PIL import Image

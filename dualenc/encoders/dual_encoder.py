@@ -162,6 +162,12 @@ class DualEncoder(nn.Module):
         for tower in self.trained_towers().values():
             tower.set_grad_checkpointing(enable)
 
+    def group_lengths(self) -> None:
+        """Let text towers encode captions of like length apart, see :attr:`Tower.length_groups`."""
+        for tower in self.towers.values():
+            assert isinstance(tower, Tower)
+            tower.length_groups = True
+
     def compile_towers(self) -> None:
         """torch.compile each tower in place; names in the state dict stay as they are."""
         for tower in self.towers.values():

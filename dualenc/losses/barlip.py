@@ -59,9 +59,9 @@ class BarLIP(Loss):
         """Settings."""
 
         redundancy: Annotated[float, Field(ge=0)] = Field(5e-3, description="λ, weight of the terms off the diagonal")
-        scale: Annotated[float, Field(gt=0)] = 0.025
+        scale: Annotated[float, Field(gt=0)] = Field(default=0.025, description="factor of the whole loss")
         project: Positive | None = Field(default=1024, description="width of the projection; null: the features")
-        hidden: Positive = 1024
+        hidden: Positive = Field(default=1024, description="width inside the projector")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -93,7 +93,9 @@ class InfoNCE(Loss):
     class Config(TiledConfig):
         """Settings."""
 
-        label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+        label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+            default=0.0, description="ε: share of the target spread over all columns"
+        )
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -66,9 +66,9 @@ class PrivateSpace(Loss):
         """Settings."""
 
         width: Positive = Field(64, description="dimensions of the private space")
-        tau: Annotated[float, Field(gt=0)] = 0.5
-        weight_joint: Annotated[float, Field(ge=0)] = 1.0
-        weight_private: Annotated[float, Field(ge=0)] = 1.0
+        tau: Annotated[float, Field(gt=0)] = Field(default=0.5, description="τ, width of the Gaussian kernels")
+        weight_joint: Annotated[float, Field(ge=0)] = Field(default=1.0, description="weight of JEM")
+        weight_private: Annotated[float, Field(ge=0)] = Field(default=1.0, description="weight of unif")
         detach_shared: bool = Field(default=False, description="only the private space is moved")
 
     def __init__(self, config: Config) -> None:
@@ -92,7 +92,7 @@ class PrivateSpace(Loss):
         assert extras is not None
         config, private = self.config, {"a": extras.a["private"], "b": extras.b["private"]}
         values = []
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for name, x in config.of(a, b):
             c = x.detach() if config.detach_shared else x
             joint, alone = joint_entropies(c, normalize(private[name], dim=1), ids, config.tau, config.strip_mb)

@@ -281,8 +281,12 @@ class RAD(Loss):
     class Config(RegionConfig):
         """Settings."""
 
-        positive: Literal["region", "place"] = "region"
-        against: Literal["all", "others"] = "all"
+        positive: Literal["region", "place"] = Field(
+            default="region", description="what a place is matched with: its region, or the same place"
+        )
+        against: Literal["all", "others"] = Field(
+            default="all", description="the denominator: all places, or the positives and the places of other regions"
+        )
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dualenc.config import Positive, Section
@@ -51,8 +52,8 @@ class SiamLIP(Loss):
     class Config(Section):
         """Settings."""
 
-        project: Positive = 512
-        hidden: Positive = 1024
+        project: Positive = Field(default=512, description="width of the projection")
+        hidden: Positive = Field(default=1024, description="width inside projector and predictor")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

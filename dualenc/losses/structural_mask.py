@@ -33,7 +33,9 @@ class StructuralMask(Contrastive):
         """Settings."""
 
         label: str = Field("group", description="name in data.sources.N.values")
-        label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+        label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+            default=0.0, description="ε: target spread over all columns"
+        )
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -161,7 +161,7 @@ class SupReMix(Loss):
         same: Annotated[float, Field(ge=0)] = Field(0.0, description="labels at most so far apart are positives")
         window: Annotated[float, Field(gt=0)] = Field(5.0, description="how far labels of a mixed positive may be")
         mixed: Annotated[int, Field(ge=0)] = Field(1, description="mixed positives of an anchor, at most")
-        mix_negatives: bool = True
+        mix_negatives: bool = Field(default=True, description="mix negatives with the anchor; false: plain ones")
         strip_mb: Annotated[float, Field(gt=0)] = Field(64.0, description="MiB of [n, N] matrices held at once")
 
     def __init__(self, config: Config) -> None:

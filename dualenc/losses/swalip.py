@@ -68,10 +68,10 @@ class SwALIP(Loss):
     class Config(Section):
         """Settings."""
 
-        prototypes: Positive = 512
-        tau: Annotated[float, Field(gt=0)] = 0.1
-        epsilon: Annotated[float, Field(ge=0.02)] = 0.05
-        iterations: Positive = 3
+        prototypes: Positive = Field(default=512, description="K, unit vectors that both towers share")
+        tau: Annotated[float, Field(gt=0)] = Field(default=0.1, description="τ of the softmax over prototypes")
+        epsilon: Annotated[float, Field(ge=0.02)] = Field(default=0.05, description="ε of the Sinkhorn assignments")
+        iterations: Positive = Field(default=3, description="Sinkhorn iterations")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

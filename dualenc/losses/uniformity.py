@@ -50,7 +50,7 @@ class Uniformity(Loss):
     class Config(StripConfig):
         """Settings."""
 
-        t: Annotated[float, Field(gt=0)] = 2.0
+        t: Annotated[float, Field(gt=0)] = Field(default=2.0, description="t of the Gaussian kernel")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class WeightedSum(Loss):
     class Config(Section):
         """Settings."""
 
-        terms: list[WeightedLoss] = Field(min_length=1)
+        terms: list[WeightedLoss] = Field(min_length=1, description="losses, each with weight, pairs, settings")
 
         @field_validator("terms", mode="before")
         @classmethod

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 KEY = "dualenc"
 # Settings under which no feature of a good item changes, or that the ids tell (tokenizer, lower).
-_FREE = ("tokenizer", "lower", "pad", "bucket", "augment", "max_pixels", "background", "crop")
+_FREE = ("tokenizer", "lower", "pad", "bucket", "augment", "max_pixels", "background", "crop", "decode")
 
 
 def record(bundle: Bundle) -> dict[str, str]:

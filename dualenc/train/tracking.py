@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dualenc.config import Recipe, Tracking
 from dualenc.errors import ConfigError
 from dualenc.files import write_atomically
+from dualenc.terminal import PatientConsole
 from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -138,19 +138,6 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
-
-
-class PatientConsole(Console):
-    """A console that stops printing when nobody reads it any more (a closed pipe, a closed terminal)."""
-
-    def print(self, *args: Any, **more: Any) -> None:
-        try:
-            super().print(*args, **more)
-        except (OSError, ValueError):
-            self.quiet = True
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
 
 
 class Tracker:

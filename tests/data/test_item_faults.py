@@ -14,9 +14,10 @@ from _shared import DATA as SHARED_DATA
 from PIL import Image, features
 
 from dualenc.data.arrays import read_npy
-from dualenc.data.modalities.image import ImageInput, Picture
+from dualenc.data.modalities.image import ImageInput
 from dualenc.data.modalities.lidar import LidarInput
 from dualenc.data.modalities.modality import DecodeError, modalities, of_one_item, reason_of
+from dualenc.data.modalities.picture import Picture
 from dualenc.data.modalities.sound_file import Sound
 from dualenc.data.modalities.text import TextInput
 from dualenc.data.shards.reader import SampleError, iter_samples

@@ -6,7 +6,9 @@ import copy
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,3 +237,85 @@ assert ClipBPE(8192, 77).digest() and [ClipBPE(49408, 77).encode(t) for t in PRO
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False False False"
+
+
+ODD = [
+    "<start_of_text>",
+    "<END_OF_TEXT>",
+    "&amp;",
+    "&#39;",
+    "&amp;lt;",
+    "&nbsp;",
+    "’",
+    "\x1b[31m",
+    "\x00",
+    "\x7f",
+    "\t",
+    "\n",
+    "\x0b",
+    "\x1c",
+    "\x85",
+    "\u2028",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "ſ",
+    "K",
+    "İ",
+    "ß",
+    "猫",
+    "👩‍👩‍👧",
+    "Â©",
+    "â€™",
+    "it's",
+    "'RE",
+    "1234",
+    "½",
+    "²",
+    "٣",
+    "_",
+    "--",
+    "!!!",
+    "a" * 70,
+    "xyz" * 90,
+    "\u200b",
+    "\ufeff",
+    "ǅ",
+    "&",
+    "a&b",
+    "&lt",
+    " ",
+    "  ",
+    "The",
+    "DOG",
+    "of",
+]
+LETTERS = st.characters(blacklist_categories=["Cs"])
+
+
+@pytest.mark.parametrize("lower", [None, False])
+@given(
+    words=st.lists(st.one_of(st.sampled_from(ODD), st.text(LETTERS, max_size=9), st.text(max_size=30)), max_size=12),
+    by=st.sampled_from(["", " "]),
+)
+@settings(max_examples=300, deadline=None)
+def test_remembered_words_give_open_clip_s_ids(lower: bool | None, words: list[str], by: str) -> None:
+    simple, bpe = _both(lower)
+    text = by.join(words).encode("utf-8", "ignore").decode("utf-8")
+    assert bpe.encode(text) == [bpe.sot_id, *simple.encode(text)[:75], bpe.eot_id]
+
+
+@cache
+def _both(lower: bool | None) -> tuple[Any, ClipBPE]:
+    open_clip = pytest.importorskip("open_clip")
+    return open_clip.SimpleTokenizer(clean="whitespace" if lower is False else "lower"), ClipBPE(49408, 77, lower)
+
+
+def test_remembered_words_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualenc.data.modalities.tokenizing._KNOWN_WORDS", 8)
+    bpe, fresh = ClipBPE(49408, 77), ClipBPE(49408, 77)
+    for i in range(50):
+        text = f"word{i} {chr(97 + i % 26) * (i + 1)}"
+        assert bpe.encode(text) == fresh.encode(text)
+        assert len(bpe._words) <= 8
+    assert len(bpe._bpe.cache) == 2

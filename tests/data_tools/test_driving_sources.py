@@ -19,8 +19,8 @@ from _rigs import FOLDER, KITTI, NUSCENES, golden, here
 from dualenc.data.driving.geometry import project, seen
 from dualenc.data.driving.places import read_regions
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
-from dualenc.data.modalities.image import open_picture
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.modalities.picture import open_picture
 from dualenc.data.shards.reader import iter_samples
 from dualenc.errors import ConfigError, DataError
 from dualenc_data_tools.build import build

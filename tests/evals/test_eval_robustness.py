@@ -18,7 +18,7 @@ from dualenc.config import load_recipe
 from dualenc.data.driving import corruption
 from dualenc.data.driving.corruption import Corruption
 from dualenc.data.driving.keyframes import Keyframe
-from dualenc.data.modalities.image import black_picture as picture
+from dualenc.data.modalities.picture import black_picture as picture
 from dualenc.model import build_bundle
 from dualenc_evals.catalog import parse_task
 from dualenc_evals.read.shards import read_rows

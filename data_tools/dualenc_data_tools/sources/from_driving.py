@@ -39,8 +39,8 @@ from dualenc.data.driving.places import MEMBER
 from dualenc.data.driving.regions import region_places
 from dualenc.data.modalities import DecodeError
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
-from dualenc.data.modalities.image import cut_out, open_picture
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.modalities.picture import cut_out, open_picture
 from dualenc.data.sources import sources as layouts
 from dualenc.data.sources.driving import kitti_drives, kitti_folder
 from dualenc.data.sources.opened import need_folder

@@ -23,7 +23,7 @@ from dualenc.data.driving import corruption
 from dualenc.data.driving.corruption import Corruption
 from dualenc.data.driving.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
 from dualenc.data.driving.keyframes import Box, CameraView, Keyframe, part_seen
-from dualenc.data.modalities.image import Picture, black_picture, cut_out, open_picture
+from dualenc.data.modalities.picture import Picture, black_picture, cut_out, open_picture
 from dualenc.data.show import points_over, webp_uri
 from dualenc.data.sources.item import Content, Item
 from dualenc.data.sources.opened import open_binary

@@ -9,7 +9,7 @@ the affinities inside each modality, a row's own column left out:
 from __future__ import annotations
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, kl_rows, soft_label_sum, terms
@@ -32,8 +32,8 @@ class Affinity(Term):
     class Config(TermConfig):
         """Settings."""
 
-        across: bool = True
-        within: bool = False
+        across: bool = Field(default=True, description="compare the similarities between the modalities")
+        within: bool = Field(default=False, description="compare the similarities inside each modality")
 
         @model_validator(mode="after")
         def _some(self) -> Affinity.Config:

@@ -31,8 +31,10 @@ class AnchorTerm(Term):
     class Config(TermConfig):
         """Settings; a modality that is not named is not anchored."""
 
-        feature: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-        logits: Annotated[float, Field(ge=0)] = 1.0
+        feature: dict[str, Annotated[float, Field(ge=0)]] = Field(
+            default_factory=dict, description="modality → weight of mean |f − f0|"
+        )
+        logits: Annotated[float, Field(ge=0)] = Field(default=1.0, description="weight of KL(p0 ‖ p)")
 
     needs_features = True
     config: Config

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from dualenc.distill.terms.term import HeadConfig, HeadTerm, PairInputs, features_of, terms
@@ -30,7 +31,9 @@ class Feature(HeadTerm):
     class Config(HeadConfig):
         """Settings."""
 
-        distance: Literal["mse", "cosine"] = "mse"
+        distance: Literal["mse", "cosine"] = Field(
+            default="mse", description="between the features of student and teacher"
+        )
 
     config: Config
 

@@ -31,8 +31,12 @@ class SoftLabels(Term):
     class Config(TermConfig):
         """Settings."""
 
-        teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
-        student_temperature: Annotated[float, Field(gt=0)] = 1.0
+        teacher_temperature: Annotated[float, Field(gt=0)] = Field(
+            default=1.0, description="the teacher's logits are divided by this"
+        )
+        student_temperature: Annotated[float, Field(gt=0)] = Field(
+            default=1.0, description="the student's logits are divided by this"
+        )
         learn_scale: bool = Field(default=True, description="false: this term does not move the student's logit scale")
 
     config: Config
