@@ -50,6 +50,8 @@ def loss_cell(kind: str, size: int, impl: str) -> Cell:
     """
     g = torch.Generator().manual_seed(0)
     run = _peer(kind) if impl == "peer" else _ours(kind, impl)
+    one = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(one * one, one, torch.ones(1))  # it imports sympy at its first call: half a second, 80 MiB
     for n in (256, size):  # the small one first: threads and libraries start
         a, b, frozen = (normalize(torch.randn(n, d, generator=g), dim=-1) for d in (DIM, DIM, WIDTH))
         a.requires_grad_()

@@ -18,7 +18,14 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, WHOLE, BadSample, Batch
 from dualenc.data.driving.places import by_slot
-from dualenc.data.modalities.modality import DecodeError, Mixes, ModalityInput, NamesPlaces, of_one_item
+from dualenc.data.modalities.modality import (
+    DecodeError,
+    Mixes,
+    ModalityInput,
+    NamesPlaces,
+    ReadsBeside,
+    of_one_item,
+)
 from dualenc.data.order import Plan, Refs
 from dualenc.data.shards.index import ShardSet, window_of
 from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
@@ -333,6 +340,9 @@ def members_of(
     out = {m: list(source.members.get(m) or inputs[m].default_members) for m in paired}
     if source.members:
         out = {m: e for m, e in out.items() if m in source.members}
+    for m, part in inputs.items():
+        if m in out and isinstance(part, ReadsBeside) and (other := part.beside()) is not None:
+            out[m] = [*(f"{ending}+{other}" for ending in out[m]), *out[m]]
     if not any(a in out and b in out for a, b in pairs):
         raise ConfigError(f"{where}: {sorted(out)} form none of the pairs {[list(p) for p in pairs]}.")
     check_members(out, where)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
 from dualenc.encoders.hidden import Hidden
+from dualenc.encoders.negatives import joined, parted
 from dualenc.encoders.tower import Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
@@ -85,16 +86,18 @@ class DualEncoder(nn.Module):
             ``frozen``: locked modality → [n_m, W], what its encoder itself says of the rows, before the head,
             L2-normalised, fp32, without gradient; losses such as CWCL take their targets from it. Then one group for
             each of the heads: modality → [n_m, E]; and what towers say of their rows besides, such as ``local`` →
-            [n_m, K, D'].
+            [n_m, K, D'], and ``negatives`` [n_m, K, D] of rows that bring wrong items.
         """
         features, frozen = {}, {}
         more: dict[str, dict[str, Tensor]] = {}
         for m, x in inputs.items():
+            everything, k = joined(x)
             if m in self.hidden:
                 self.hidden[m].begin()
-            said = self.tower(m)(x, whole=True)
+            said = self.tower(m)(everything, whole=True)
             if m in self.hidden:
-                said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(x).items()}
+                said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
+            said = parted(said, k)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
@@ -132,6 +135,7 @@ class DualEncoder(nn.Module):
             if owner not in self.hidden:
                 self.hidden[owner] = Hidden(self.tower(m), depths, owner)
             kept = self.hidden[m] = self.hidden[owner]
+            self.tower(m).length_groups = False  # its blocks may run only once for a batch
             with torch.no_grad():
                 self.tower(m)(x)
             for depth, y in kept.take(x).items():

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -42,7 +41,7 @@ class FrozenSimilarity(Targets):
         """See the class."""
         rows, columns = tile.rows.values[self.name], tile.columns.values[self.name]
         # A cosine a rounding error below −1 would give a negative weight.
-        weight = torch.addmm(rows.new_full((), 0.5), rows, columns.T, alpha=0.5).clamp_(min=0)
+        weight = tile.products(rows, columns).mul_(0.5).add_(0.5).clamp_(min=0)
         return (weight if self.sharpen == 1 else weight.pow_(self.sharpen)).to(tile.logits.dtype)
 
 

@@ -25,7 +25,7 @@ from dualenc.losses.targets import SoftTarget, Targets
 
 def frozen_cosine(tile: Tile, names: Sequence[str]) -> Tensor:
     """The mean over ``names`` of the cosines of slots in a frozen encoder, [h, w]."""
-    total = [tile.rows.values[n] @ tile.columns.values[n].T for n in names]
+    total = [tile.products(tile.rows.values[n], tile.columns.values[n]) for n in names]
     return torch.stack(total).mean(0).to(tile.logits.dtype) if len(total) > 1 else total[0].to(tile.logits.dtype)
 
 
