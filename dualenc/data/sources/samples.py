@@ -137,6 +137,7 @@ def _read(content: Content) -> bytes | str | DataError:
 
     try:
         with of_one_item():
-            return content.read()
+            raw: bytes | str = content.read()
+            return raw
     except DataError as e:
         return e
