@@ -13,14 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, WHOLE, BadSample, Batch
 from dualenc.data.driving.places import by_slot
-from dualenc.data.modalities.modality import DecodeError, Mixes, ModalityInput, NamesPlaces, of_one_item
+from dualenc.data.modalities.modality import (
+    DecodeError,
+    Mixes,
+    ModalityInput,
+    NamesPlaces,
+    ReadsBeside,
+    of_one_item,
+)
 from dualenc.data.order import Plan, Refs
-from dualenc.data.shards.index import ShardSet
+from dualenc.data.shards.index import ShardSet, window_of
 from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
 from dualenc.data.shards.tar import Sample
@@ -30,6 +37,8 @@ from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 logger = logging.getLogger(__name__)
 
 _HOPELESS = 16
+_AHEAD = 4
+"""Steps of this process whose remote bytes are fetched while another is decoded."""
 _ZEROS = np.zeros(4, np.uint64)
 _thread = threading.local()
 
@@ -85,8 +94,11 @@ class StepDataset(Dataset[Any]):
         self.modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
         # Asked once: isinstance of a protocol looks up every member of it, twice a sample.
         self._placing = {m for m, x in inputs.items() if isinstance(x, NamesPlaces)}
+        same = [data.sources[i].same for i in range(len(sets))]
+        self._read_of = [[w, {"same": [s]}] if s else [w] for w, s in zip(wanted, same, strict=True)]
         self._reader: Reader | None = None
         self._owner = 0
+        self._planned: dict[int, Refs] = {}
         self._used = [0] * len(sets)
         self._lost = [0] * len(sets)
 
@@ -99,11 +111,27 @@ class StepDataset(Dataset[Any]):
     def __getitem__(self, step: int) -> Batch | Failure:
         begin = time.perf_counter()
         try:
-            batch = self.make(self.plan.local(step, self.rank, self.world, self.batch_size), step)
+            batch = self.make(self._refs(step), step)
         except DualencError as e:
             return Failure(e)
         batch.load_s = time.perf_counter() - begin
         return batch
+
+    def _refs(self, step: int) -> Refs:
+        """The samples of a step. Of remote shards, what this process's next steps read is asked for, too."""
+        if self.cache is None or _AHEAD < 0:
+            return self.plan.local(step, self.rank, self.world, self.batch_size)
+        reader, worker = self._open(), get_worker_info()
+        stride = worker.num_workers if worker is not None else 1
+        self._planned = {s: refs for s, refs in self._planned.items() if s >= step}
+        reader.finish(step - stride)
+        for s in range(step, step + (_AHEAD + 1) * stride, stride):
+            if s not in self._planned:
+                refs = self._planned[s] = self.plan.local(s, self.rank, self.world, self.batch_size)
+                places = list(zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), strict=True))
+                reader.expect(s, places, self._read_of)
+        reader.settle(step)
+        return self._planned.pop(step)
 
     def make(self, refs: Refs, step: int) -> Batch:
         """Read, decode and collate the samples of ``refs``."""
@@ -270,9 +298,10 @@ class StepDataset(Dataset[Any]):
     def _open(self) -> Reader:
         if self._reader is None or self._owner != os.getpid():
             # After a fork, file offsets and connections are the parent's.
-            span = self.data.window * self.data.lanes
+            span = window_of(self.data, self.sets) * self.data.lanes
             self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
+            self._planned = {}
         return self._reader
 
 
@@ -311,6 +340,9 @@ def members_of(
     out = {m: list(source.members.get(m) or inputs[m].default_members) for m in paired}
     if source.members:
         out = {m: e for m, e in out.items() if m in source.members}
+    for m, part in inputs.items():
+        if m in out and isinstance(part, ReadsBeside) and (other := part.beside()) is not None:
+            out[m] = [*(f"{ending}+{other}" for ending in out[m]), *out[m]]
     if not any(a in out and b in out for a, b in pairs):
         raise ConfigError(f"{where}: {sorted(out)} form none of the pairs {[list(p) for p in pairs]}.")
     check_members(out, where)

@@ -17,7 +17,7 @@ from dualenc.data.batch import Batch
 from dualenc.data.dataset import Failure, StepDataset, StepSampler, TeacherView, check_mix, members_of
 from dualenc.data.modalities.modality import ModalityInput
 from dualenc.data.order import Plan
-from dualenc.data.shards.index import ShardSet, build_plan, open_sources
+from dualenc.data.shards.index import ShardSet, build_plan, how_read, open_sources, window_of
 from dualenc.data.shards.reader import Reader
 from dualenc.data.shards.remote import Bounds, ShardCache, is_local
 from dualenc.data.values import ValueKind, kinds_of
@@ -48,6 +48,7 @@ class Loader:
 
     Attributes:
         plan: the order.
+        how_read: a line for each source with remote shards.
         stop_step: iteration ends before this step; None: never. Set it before iterating.
         last_wait_s, data_wait: seconds the consumer waited for the last batch, and for all of them.
 
@@ -84,6 +85,7 @@ class Loader:
         self.last_wait_s = self.data_wait = 0.0
         self._data, self._pin, self._method = data, pin_memory, start_method
         self._cache = _open_cache(data, self.sets)
+        self.how_read = how_read(data, self.sets)
         self._finalizer = None
         if self._cache is not None and data.cache_dir is None:
             self._finalizer = weakref.finalize(self, self._cache.remove)
@@ -250,7 +252,7 @@ def _kinds(data: Data, sets: Sequence[ShardSet], cache: ShardCache | None) -> di
     """The kinds of the recipe's values; some samples are read where it leaves out a type."""
     if not any(s.values for s in data.sources):
         return {}
-    reader = Reader(sets, cache, data.retries, data.window * data.lanes, Bounds.of(data))
+    reader = Reader(sets, cache, data.retries, window_of(data, sets) * data.lanes, Bounds.of(data))
     try:
         return kinds_of(data, reader)
     finally:

@@ -45,7 +45,7 @@ class Adversarial(Loss):
     """InfoNCE also of features moved a step against it: hard positives and negatives at once.
 
     Formula: (1−λ)·NCE(a, b) + λ/2·(NCE(a, b̂) + NCE(â, b)), b̂ = norm(b + ε·rising direction)
-    Paper: arXiv 2012.07280 (CLAPS)
+    Paper: the idea of CLAPS, arXiv 2012.07280
     Needs: nothing
     """
 

@@ -74,7 +74,7 @@ class CACR(Contrastive):
     """Far positives are pulled harder and near negatives pushed harder; no temperature.
 
     Formula: Σ_P π⁺·c − Σ_N π⁻·c, c = ‖a_i − b_j‖², π⁺ = softmax_P(t⁺·c), π⁻ = softmax_N(−t⁻·c)
-    Paper: arXiv 2105.03746
+    Paper: CACR, arXiv 2105.03746
     Needs: nothing; several positives a pair id for π⁺ to act
     """
 

@@ -7,9 +7,10 @@ out, takes further columns, and divides so that the mean over ranks is the loss 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dualenc.config import Section
+from dualenc.data.batch import ABSENT
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError, did_you_mean
@@ -25,7 +27,16 @@ from dualenc.losses.blockwise.row_sums import NO_PAIR, Columns, Plan, tiled_sums
 from dualenc.losses.blockwise.sweeps import How, Valid
 from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig
 
-__all__ = ["NO_PAIR", "Columns", "ContrastConfig", "Contrastive", "contrast", "frozen_features", "label"]
+__all__ = [
+    "NO_PAIR",
+    "Columns",
+    "ContrastConfig",
+    "Contrastive",
+    "contrast",
+    "frozen_features",
+    "hard_negatives",
+    "label",
+]
 
 
 class ContrastConfig(TiledConfig):
@@ -126,8 +137,24 @@ class Contrastive(Loss):
         """See :func:`contrast`; ``logit_bias`` is ignored, as it adds the same to all logits of a row."""
         how = self.config.choose(len(a) * world_size(), a.device)
         inputs = RowInputs(a, b, ids, logit_scale, extras)
-        values = self.values(inputs)
-        return contrast(a, b, ids, logit_scale, *self.directions(inputs), values=values, how=how)
+        values, columns = self.values(inputs), hard_negatives(extras, ids)
+        if columns:
+            columns = [replace(x, values=self.values_of_columns(values, len(x.ids))) for x in columns]
+        row_losses = self.directions(inputs)
+        return contrast(a, b, ids, logit_scale, *row_losses, values=values, columns=columns, how=how)
+
+    def values_of_columns(self, values: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        """``values`` of n further columns: they have no label.
+
+        Raises:
+            ConfigError: the loss reads embeddings by a frozen encoder, which they lack.
+        """
+        if frozen := [k for k in values if k.startswith(FROZEN)]:
+            raise ConfigError(
+                f"loss: it compares items in a locked tower ({frozen[0]}), and hard negatives have no such embedding; "
+                "leave out input.negatives, or take a loss that needs no locked tower"
+            )
+        return {k: nothing(x, n) for k, x in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +181,41 @@ def label(extras: Extras | None, name: str) -> Tensor:
     return extras.both[name]
 
 
+FROZEN = "frozen_"
+"""What the names of embeddings by a frozen encoder begin with."""
+
+
+def nothing(like: Tensor, n: int) -> Tensor:
+    """A value of n columns that lack it."""
+    return like.new_full((n, *like.shape[1:]), math.nan if like.is_floating_point() else ABSENT)
+
+
+def hard_negatives(extras: Extras | None, ids: Tensor) -> list[Columns]:
+    """The further columns that the samples bring: ``negatives`` [B, K, D] of either side, features of wrong items.
+
+    ``negatives_there`` [B, K], if it is given, is 0 for one that a sample lacks. Those of a slot that takes no part are
+    not there either.
+    """
+    out = []
+    sides: list[tuple[Literal["a", "b"], dict[str, Tensor]]]
+    sides = [] if extras is None else [("a", extras.a), ("b", extras.b)]
+    for side, found in sides:
+        if "negatives" in found:
+            x = found["negatives"]
+            there = (ids >= 0)[:, None].expand(x.shape[:2])
+            if "negatives_there" in found:
+                there = there & (found["negatives_there"] > 0)
+            out.append(Columns(x.flatten(0, 1), torch.where(there, NO_PAIR, ABSENT).flatten(), side))
+    return out
+
+
 def frozen_features(extras: Extras | None, what: str) -> dict[str, Tensor]:
     """The embeddings [B, W] by the pair's frozen encoders, as ``frozen_a`` and ``frozen_b``, those that there are.
 
     Raises:
         ConfigError: neither tower is locked; ``what`` names the loss.
     """
-    found = {} if extras is None else {f"frozen_{n}": side for n, side in (("a", extras.a), ("b", extras.b))}
+    found = {} if extras is None else {f"{FROZEN}{n}": side for n, side in (("a", extras.a), ("b", extras.b))}
     out = {name: side["frozen"] for name, side in found.items() if "frozen" in side}
     if not out:
         raise ConfigError(

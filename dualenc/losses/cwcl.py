@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,9 +25,10 @@ from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.row_loss import Tile
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.losses.contrast import ContrastConfig
+from dualenc.losses.contrast import ContrastConfig, hard_negatives
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.losses.soft_target import SamePair, Targets, soft_target_nce
+from dualenc.losses.soft_target import soft_target_nce
+from dualenc.losses.targets import SamePair, Targets
 
 
 class FrozenSimilarity(Targets):
@@ -41,7 +41,7 @@ class FrozenSimilarity(Targets):
         """See the class."""
         rows, columns = tile.rows.values[self.name], tile.columns.values[self.name]
         # A cosine a rounding error below −1 would give a negative weight.
-        weight = torch.addmm(rows.new_full((), 0.5), rows, columns.T, alpha=0.5).clamp_(min=0)
+        weight = tile.products(rows, columns).mul_(0.5).add_(0.5).clamp_(min=0)
         return (weight if self.sharpen == 1 else weight.pow_(self.sharpen)).to(tile.logits.dtype)
 
 
@@ -85,9 +85,11 @@ def cwcl(
 
 @losses.register("cwcl")
 class CWCL(Loss):
-    """CWCL as a recipe's ``loss: {name: cwcl}``, with ``lock: true`` (or ``trunk``) on one tower of each pair.
+    """Targets from the similarity of items in a locked tower, for the direction whose rows it encodes.
 
-    It has no parameters.
+    Formula: −Σ_j w̄_ij log softmax_j(s·x_i·y_j), w = f_i·f_j/2 + 1/2; the other direction is InfoNCE
+    Paper: CWCL, Srinivasa et al., NeurIPS 2023
+    Needs: a locked tower (modalities.NAME.lock: true or trunk)
     """
 
     takes_extras = True
@@ -113,5 +115,7 @@ class CWCL(Loss):
     ) -> LossOutput:
         """See :func:`cwcl`; ``logit_bias`` adds the same to all logits of a row and is ignored."""
         frozen = (extras.a.get("frozen"), extras.b.get("frozen")) if extras is not None else (None, None)
+        if hard_negatives(extras, ids):
+            raise ConfigError("loss: cwcl has no targets for hard negatives; leave out input.negatives")
         how = self.config.choose(len(a) * world_size(), a.device)
         return cwcl(a, b, ids, logit_scale, frozen, self.config.sharpen, how)

@@ -25,7 +25,7 @@ from dualenc.distributed.gather import gather_ids
 from dualenc.losses.blockwise.row_loss import INF, Kind, LogSumExp, Reduction, RowLoss, Side, Sum, Tile
 from dualenc.losses.contrast import ContrastConfig, Contrastive, RowInputs
 from dualenc.losses.loss import losses
-from dualenc.losses.soft_target import TileFunction
+from dualenc.losses.targets import TileFunction
 
 ScaleBy = Literal["nce", "loss", "nothing"]
 
@@ -81,7 +81,7 @@ class DCL(Contrastive):
     """InfoNCE without the positive in the denominator, for small batches.
 
     Formula: −w_i·s·a_i·b_i + log Σ_{j≠i} exp(s·a_i·b_j)
-    Paper: arXiv 2110.06848
+    Paper: DCL and DCLW, arXiv 2110.06848
     Needs: nothing; the scale is moved by InfoNCE unless scale_by says otherwise
     """
 

@@ -22,7 +22,7 @@ from dualenc.losses.blockwise.row_loss import RowLoss, Tile
 from dualenc.losses.contrast import ContrastConfig, Contrastive, RowInputs, frozen_features, label
 from dualenc.losses.loss import losses
 from dualenc.losses.relational import frozen_cosine
-from dualenc.losses.soft_target import SamePair, SoftTarget, without
+from dualenc.losses.targets import SamePair, SoftTarget, without
 
 
 def overlap(tile: Tile, name: str) -> Tensor:
@@ -45,7 +45,7 @@ class FalseNegatives(Contrastive):
     """InfoNCE without the negatives that look like the row's own item to a locked tower, or share its words.
 
     Formula: −z_ii + log Σ_{j=i or sim_ij≤t} exp(z_ij), z = s·a_i·b_j
-    Paper: arXiv 2310.10962 (MultiCSR)
+    Paper: MultiCSR, arXiv 2310.10962
     Needs: a locked tower, or a label that is a list
     """
 

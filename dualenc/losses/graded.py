@@ -22,7 +22,7 @@ from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.row_loss import RowLoss, Tile
 from dualenc.losses.contrast import ContrastConfig, Contrastive, RowInputs, label
 from dualenc.losses.loss import losses
-from dualenc.losses.soft_target import SoftTarget, Targets
+from dualenc.losses.targets import SoftTarget, Targets
 
 
 class SharedPath(Targets):
@@ -48,7 +48,7 @@ class Graded(Contrastive):
     """Targets graded by how far two items agree in a tree of annotations.
 
     Formula: −Σ_j T̄_ij log softmax_j(s·a_i·b_j), T_ij: shared part of the two paths
-    Paper: arXiv 2209.06638 (SPACE-2)
+    Paper: SPACE-2, arXiv 2209.06638
     Needs: a label of type tree
     """
 

@@ -79,7 +79,7 @@ class GroCo(Loss):
     """Positives are sorted above the hardest negatives by a differentiable sorting network; no temperature.
 
     Formula: mean_r BCE(rank r is a positive's), K negatives and P positives through an odd-even network
-    Paper: arXiv 2301.02009
+    Paper: GroCo, arXiv 2301.02009
     Needs: nothing
     """
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from dualenc.losses.blockwise.row_loss import INF, Kind, LogSumExp, Reduction, RowLoss, Side, Sum, Tile
 from dualenc.losses.contrast import ContrastConfig, Contrastive, RowInputs
 from dualenc.losses.loss import losses
-from dualenc.losses.soft_target import TileFunction
+from dualenc.losses.targets import TileFunction
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class HCL(Contrastive):
     """InfoNCE in which hard negatives weigh more (HCL, HN-NCE), and which may allow for false ones.
 
     Formula: −z_ii + log(α·exp(z_ii) + Σ_{j≠i} w_ij·exp(z_ij)), w_ij ∝ exp(β·z_ij) with mean 1, z = s·a_i·b_j
-    Paper: arXiv 2010.04592, arXiv 2301.02280
+    Paper: HCL, arXiv 2010.04592; HN-NCE (DiHT), arXiv 2301.02280
     Needs: nothing
     """
 

@@ -61,7 +61,7 @@ class Matryoshka(Wrapper):
             raise ConfigError(
                 f"loss.dims: {max(self.dims)} is wider than the features ({a.shape[1]}, embed_dim); leave it out"
             )
-        value, metrics = a.new_zeros(()), {}
+        value, metrics = a.new_zeros(()), dict[str, Tensor]()
         for d, weight in sorted(zip(self.dims, self.weights, strict=True)):
             whole = d == a.shape[1]
             x, y = (a, b) if whole else (normalize(a[:, :d], dim=1), normalize(b[:, :d], dim=1))

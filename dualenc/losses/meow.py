@@ -39,7 +39,7 @@ class MEOW(Contrastive):
     """Negatives of other clusters weigh more, those of the row's own cluster nothing.
 
     Formula: −z_ii + log Σ_{j≠i} w_ij·exp(z_ij), w_ij: clusterings that part i and j, z = s·a_i·b_j
-    Paper: arXiv 2212.13847
+    Paper: MEOW, arXiv 2212.13847
     Needs: a label, one cluster or a list of them; the scale is moved by InfoNCE unless scale_by says otherwise
     """
 

@@ -97,7 +97,7 @@ class MoCHi(Contrastive):
     """InfoNCE with further negatives mixed from each row's hardest ones.
 
     Formula: −z_ii + log(Σ_j exp(z_ij) + Σ_h exp(s·a_i·h)), h: mixtures of the hardest negatives, z = s·a_i·b_j
-    Paper: arXiv 2010.01028
+    Paper: MoCHi, arXiv 2010.01028
     Needs: nothing
     """
 

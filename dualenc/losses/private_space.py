@@ -92,7 +92,7 @@ class PrivateSpace(Loss):
         assert extras is not None
         config, private = self.config, {"a": extras.a["private"], "b": extras.b["private"]}
         values = []
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         for name, x in config.of(a, b):
             c = x.detach() if config.detach_shared else x
             joint, alone = joint_entropies(c, normalize(private[name], dim=1), ids, config.tau, config.strip_mb)

@@ -32,7 +32,7 @@ class Propensity(Contrastive):
     """Negatives weigh less the more they resemble the row on the surface alone, as in length.
 
     Formula: −z_ii + log(exp(z_ii) + Σ_{j≠i} w_ij·exp(z_ij)), w_ij ∝ 1/p_ij with mean 1, z = s·a_i·b_j
-    Paper: arXiv 2309.07396 (DebCSE)
+    Paper: after DebCSE, arXiv 2309.07396
     Needs: a label that is a number; a locked tower if semantic > 0
     """
 
@@ -73,7 +73,7 @@ class Propensity(Contrastive):
             p = torch.where(known, (-apart / c.width).exp(), 0.5)
             if frozen:
                 p = (1 - c.semantic) * p + c.semantic * (frozen_cosine(tile, frozen) / 2 + 0.5).clamp(min=0)
-            return -(c.floor + (1 - c.floor) * p).log()
+            return torch.log(c.floor + (1 - c.floor) * p).neg()
 
         row_loss = Reweighted(log_weight)
         return row_loss, row_loss

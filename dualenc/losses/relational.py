@@ -20,12 +20,12 @@ from torch import Tensor
 from dualenc.losses.blockwise.row_loss import RowLoss, Tile
 from dualenc.losses.contrast import ContrastConfig, Contrastive, RowInputs, frozen_features
 from dualenc.losses.loss import losses
-from dualenc.losses.soft_target import SoftTarget, Targets
+from dualenc.losses.targets import SoftTarget, Targets
 
 
 def frozen_cosine(tile: Tile, names: Sequence[str]) -> Tensor:
     """The mean over ``names`` of the cosines of slots in a frozen encoder, [h, w]."""
-    total = [tile.rows.values[n] @ tile.columns.values[n].T for n in names]
+    total = [tile.products(tile.rows.values[n], tile.columns.values[n]) for n in names]
     return torch.stack(total).mean(0).to(tile.logits.dtype) if len(total) > 1 else total[0].to(tile.logits.dtype)
 
 
@@ -47,7 +47,7 @@ class Relational(Contrastive):
     """Rows of similarities follow those of items in a locked tower.
 
     Formula: −Σ_j T̄_ij log softmax_j(s·a_i·b_j), T̄_i = softmax_j(f_i·f_j/τ)
-    Paper: arXiv 2207.01426 (DCD), arXiv 2311.17049
+    Paper: DCD, arXiv 2207.01426; MobileCLIP, arXiv 2311.17049
     Needs: a locked tower
     """
 

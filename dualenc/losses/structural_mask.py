@@ -16,8 +16,8 @@ from pydantic import Field
 from dualenc.losses.blockwise.row_loss import RowLoss
 from dualenc.losses.contrast import ContrastConfig, Contrastive, RowInputs
 from dualenc.losses.loss import losses
-from dualenc.losses.soft_target import SamePair, SoftTarget, without
 from dualenc.losses.supcon import same_value
+from dualenc.losses.targets import SamePair, SoftTarget, without
 
 
 @losses.register("structural_mask")
@@ -25,7 +25,7 @@ class StructuralMask(Contrastive):
     """InfoNCE whose negatives are not of the row's own group (place, clip, partition).
 
     Formula: −z_ii + log Σ_{j=i or group_j≠group_i} exp(z_ij), z = s·a_i·b_j
-    Paper: arXiv 2006.10511
+    Paper: Chaitanya et al. 2020, arXiv 2006.10511
     Needs: a label
     """
 

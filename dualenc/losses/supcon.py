@@ -20,7 +20,7 @@ from dualenc.data.batch import present
 from dualenc.losses.blockwise.row_loss import RowLoss, Tile
 from dualenc.losses.contrast import ContrastConfig, Contrastive, RowInputs
 from dualenc.losses.loss import losses
-from dualenc.losses.soft_target import SoftTarget, Targets
+from dualenc.losses.targets import SoftTarget, Targets
 
 
 def same_value(tile: Tile, name: str) -> Tensor:
@@ -51,7 +51,7 @@ class SupCon(Contrastive):
     """Items with the same label (class, entity, speaker, repeated caption) are positives of each other.
 
     Formula: −1/|P_i| Σ_{j∈P_i} log softmax_j(s·a_i·b_j), P_i: same label
-    Paper: arXiv 2004.11362, arXiv 2204.03610
+    Paper: SupCon, arXiv 2004.11362; UniCL, arXiv 2204.03610
     Needs: a label
     """
 

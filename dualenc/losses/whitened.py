@@ -37,7 +37,8 @@ class InverseRoot(torch.autograd.Function):
         values, vectors = torch.linalg.eigh(a)
         root = values.sqrt()
         ctx.save_for_backward(root, vectors)
-        return (vectors / root[:, None, :]) @ vectors.mT
+        out: Tensor = (vectors / root[:, None, :]) @ vectors.mT
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
@@ -45,7 +46,8 @@ class InverseRoot(torch.autograd.Function):
         # d(S⁻¹) = −S⁻¹ dS S⁻¹ and S dS + dS S = dA, both in the basis of the eigenvectors.
         inner = v.mT @ ((grads[0] + grads[0].mT) / 2) @ v
         inner = -inner / (root[:, :, None] * root[:, None, :]) / (root[:, :, None] + root[:, None, :])
-        return v @ inner @ v.mT
+        out: Tensor = v @ inner @ v.mT
+        return out
 
 
 def whitened(x: Tensor, ids: Tensor, groups: int, order: Tensor, eps: float) -> Tensor:
@@ -53,7 +55,7 @@ def whitened(x: Tensor, ids: Tensor, groups: int, order: Tensor, eps: float) -> 
     valid = (ids >= 0)[:, None]
     n = (gather_ids(ids) >= 0).sum().clamp(min=1).to(x.dtype)
     y = torch.where(valid, x, 0.0)[:, order]
-    y = torch.where(valid, y - total(y.sum(0)) / n, 0.0).unflatten(1, (groups, -1)).transpose(0, 1)  # [G, B, g]
+    y = torch.where(valid, y - total(y.sum(0)) / n, 0.0).view(len(x), groups, -1).transpose(0, 1)  # [G, B, g]
     covariance = total(y.mT @ y) / n
     unit = torch.eye(y.shape[2], dtype=x.dtype, device=x.device)
     ridge = eps * covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]

@@ -246,6 +246,8 @@ def greet(parts: Parts) -> None:
         f"global batch {r.batch.size} on {parts.world.world_size} rank(s), "
         f"{parts.total_steps} steps = {parts.total_steps * r.batch.size:,} samples, run folder {parts.run_dir}"
     )
+    for line in parts.loader.how_read:
+        parts.tracker.say(f"{line}.")
     if parts.resumed_from is not None:
         done = " (nothing left to train)" if parts.state.step >= parts.total_steps else ""
         parts.tracker.say(f"Resuming from {parts.resumed_from}, step {parts.state.step}{done}.")

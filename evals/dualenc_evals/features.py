@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dualenc.errors import DataError, DivergenceError
+from dualenc.errors import ConfigError, DataError, DivergenceError
 from dualenc.features.store import Description
 from dualenc.features.writer import FeatureWriter
 from dualenc_evals.ranks import Ranks
@@ -230,7 +230,7 @@ class Store:
         description = Description(about, {m: m for m in names}, dict.fromkeys(names, 1), "fp32", made)
         try:
             self._writer = FeatureWriter(self.cache_dir / description.digest, description, growing=True)
-        except DataError as e:
+        except (ConfigError, DataError) as e:
             logger.warning("Features are not cached: %s", e)
 
     def _read(self, modality: str, ids: Sequence[str]) -> Tensor | None:

@@ -17,6 +17,7 @@ number is given. Shares are between 0 and 1. The same command gives the same num
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 from collections.abc import Sequence
@@ -29,8 +30,9 @@ from dualenc.data.modalities import DecodeError, ModalityInput, modalities
 from dualenc.data.modalities.modality import of_one_item
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError, DataError
-from dualenc.files import write_atomically
+from dualenc.files import replacing, write_atomically
 from dualenc.model import Bundle
+from dualenc.terminal import PatientConsole
 from dualenc.versions import versions
 from dualenc_evals.features import EvalModel, Seen, Store, digest_of
 from dualenc_evals.kinds import Collected, Measured, kinds
@@ -99,6 +101,8 @@ def evaluate(
         raise ConfigError(f"tasks: {sorted(twice)[0]!r} is listed twice")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    if out is not None:
+        ranks.share(lambda: check_writable(Path(out)))
     results: dict[str, Any] = {
         "model": json.loads(json.dumps(embedder.describe(), default=str)),
         "tasks": {},
@@ -281,6 +285,23 @@ def environment(seed: int, batch_size: int) -> dict[str, Any]:
     }
 
 
+def check_writable(out: Path) -> None:
+    """Find out before hours of work whether the results can be written.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        with replacing(out.with_name(f"{out.name}.probe")) as probe:
+            probe.touch()
+        out.with_name(f"{out.name}.probe").unlink()
+    except (OSError, ValueError) as e:
+        why = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
+        raise ConfigError(f"out: {str(out)!r} cannot be written ({why}); name another file") from e
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Write the results, so that a reader finds the old file or the new one, never half of it."""
     write_atomically(path, json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
@@ -290,12 +311,11 @@ class Progress:
     """A bar on the terminal, or nothing."""
 
     def __init__(self, visible: bool) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not visible, transient=True)
+        self._bar = Bar(*columns, console=PatientConsole(stderr=True), disable=not visible, transient=True)
         self._name, self._what = "", ""
         self._id: Any = None
 

@@ -18,8 +18,9 @@ from dualenc.distributed.world import World
 from dualenc.losses.blockwise import tiled
 from dualenc.losses.blockwise.sweeps import How
 from dualenc.losses.contrast import NO_PAIR, Columns
-from dualenc.losses.soft_target import SamePair, soft_target_nce, without
+from dualenc.losses.soft_target import soft_target_nce
 from dualenc.losses.supcon import EqualValues, same_value
+from dualenc.losses.targets import SamePair, without
 
 WAYS = {"plain": None, "tiled": How(1e-6, False, tiled), "ring": How(1e-6, True, tiled)}
 PER_SLOT = 2

@@ -82,6 +82,23 @@ def test_equal_items_are_matched_to_all_alike() -> None:
     assert "excess_ab" not in out.metrics
 
 
+def test_its_value_says_little_and_its_excess_does() -> None:
+    """At 1,024 unrelated items the pair's own share of the target is 0.2 %, and a perfect model still loses log N."""
+    n = 1024
+    eye, ids, scale = torch.eye(n), torch.arange(n), torch.tensor([100.0])
+    out = cwcl(eye, eye, ids, scale, (None, eye), how=How(2.0, False, tiled))
+    own = 1 / (1 + (n - 1) / 2)
+    assert own == pytest.approx(0.00195, abs=1e-5)
+    weighted, plain = 2 * float(out.value), 0.0  # the plain direction is solved
+    assert weighted - plain == pytest.approx((1 - own) * 100, rel=1e-3)
+    flat = cwcl(
+        eye, eye, ids, torch.tensor([0.69]), (None, eye), how=How(2.0, False, tiled)
+    )  # e^0.69 ≈ 2: softmax is w̄
+    assert float(flat.metrics["excess_ba"]) == pytest.approx(0.0, abs=1e-5)
+    weighted_flat = float(flat.metrics["excess_ba"]) + math.log(n)
+    assert weighted_flat == pytest.approx(math.log(n), abs=0.01)
+
+
 def test_both_sides_locked_weighs_both_directions() -> None:
     a, b, scale, f = made(7)
     ids = torch.arange(7)

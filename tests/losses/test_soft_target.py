@@ -22,7 +22,8 @@ from dualenc.losses.blockwise.row_loss import Tile
 from dualenc.losses.blockwise.sweeps import How
 from dualenc.losses.contrast import NO_PAIR, Columns
 from dualenc.losses.info_nce import info_nce
-from dualenc.losses.soft_target import SamePair, Targets, soft_target_nce
+from dualenc.losses.soft_target import soft_target_nce
+from dualenc.losses.targets import SamePair, Targets
 
 torch.set_num_threads(1)
 HOWS = [None, How(1e-6, False, tiled)]

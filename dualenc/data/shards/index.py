@@ -228,8 +228,61 @@ def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
         seed,
         weights=[s.weight for s in data.sources],
         lanes=data.lanes,
-        window=data.window,
+        window=window_of(data, sets),
     )
+
+
+_WINDOW = 1_000_000
+_OF_CACHE = 0.8
+
+
+def window_of(data: Data, sets: Sequence[ShardSet]) -> int:
+    """``data.window``; ``auto`` is the default, or less if the shards that it spans would fill over 80 % of the cache.
+
+    A pure function of the recipe and the indexes, as the order is.
+    """
+    if data.window != "auto":
+        return data.window
+    remote = [s for s in sets if not all(is_local(u) for u in s.urls)]
+    room = data.cache_gb * 1e9 * _OF_CACHE
+    if sum(i.bytes for s in remote for i in s.infos) <= room:
+        return _WINDOW
+    shard, sample = 0.0, 0.0
+    for s in remote:
+        total = sum(i.bytes for i in s.infos)
+        shard, sample = shard + total / len(s.infos), sample + total / sum(s.counts)
+    return max(1, min(_WINDOW, int((room - shard) / sample / data.lanes)))
+
+
+def fits(shards: ShardSet, span: int, max_bytes: int) -> bool:
+    """Whether the shards that ``span`` samples, read in random order, are in fit into the cache; if not, they are read
+    by byte range."""
+    total, samples = sum(i.bytes for i in shards.infos), sum(shards.counts)
+    return min(total, total / samples * span + total / len(shards.infos)) <= max_bytes
+
+
+def how_read(data: Data, sets: Sequence[ShardSet]) -> list[str]:
+    """A line for each source with remote shards: how they are read, and what to write for whole shards."""
+    lines = []
+    window = window_of(data, sets)
+    for s in sets:
+        if all(is_local(u) or is_pipe(u) for u in s.urls):
+            continue
+        total = sum(i.bytes for i in s.infos)
+        about = f"Source {s.source!r}: {len(s.urls)} remote shards, {total / 1e9:.3g} GB: "
+        if fits(s, window * data.lanes, int(data.cache_gb * 1e9)):
+            lines.append(
+                f"{about}whole shards are fetched into the cache (data.cache_gb={data.cache_gb:g}), window {window:,}, "
+                f"lanes {data.lanes}"
+            )
+            continue
+        auto = window_of(data.model_copy(update={"window": "auto"}), sets)
+        lines.append(
+            f"{about}a window of {window:,} samples in {data.lanes} lane(s) spans more than the cache "
+            f"(data.cache_gb={data.cache_gb:g}), so samples are fetched by byte range; data.window=auto ({auto:,}) or "
+            f"data.cache_gb={total / 1e9 * 1.1:.3g} reads whole shards"
+        )
+    return lines
 
 
 def samples_per_pass(data: Data) -> int:

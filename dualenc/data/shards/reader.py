@@ -11,15 +11,18 @@ import fnmatch
 import json
 import logging
 import os
+import threading
 import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from dualenc.config import Data, Source
-from dualenc.data.shards.index import ShardSet, index_local, open_source, refuse_pipes
+from dualenc.data.shards.ahead import Pool, Ranges, Span
+from dualenc.data.shards.index import ShardSet, fits, index_local, open_source, refuse_pipes
 from dualenc.data.shards.remote import (
     Bounds,
     NoRanges,
@@ -42,8 +45,16 @@ _FAILURES = 3
 _JSON = "json"
 _JSON_KEY = "json:"
 _JOIN = "+"
+_SHARDS_AT_ONCE = 4
+_INDEXES_AT_ONCE = 16
 REFUSED = ("pkl", "pickle", "pyd", "pth", "pt")
 """Endings whose usual decoders run code: never read."""
+
+
+Wanted = Mapping[str, Sequence[str]]
+"""Modality → endings."""
+Place = tuple[int, int, int]
+"""(source, shard, sample) by number."""
 
 
 class SampleError(Exception):
@@ -107,11 +118,110 @@ class Reader:
         self.sets = sets
         self.cache = cache
         self.retries = retries
-        self._ranged = [_span(s, window) > (cache.max_bytes if cache else 0) for s in sets]
+        self._ranged = [not fits(s, window, cache.max_bytes if cache else 0) for s in sets]
+        self._proven: set[int] = set()  # sources whose server has answered with a byte range: many may be asked for
         self._indexes: OrderedDict[tuple[int, int], TarIndex] = OrderedDict()
         self._index_bytes = 0
         self._files: OrderedDict[tuple[int, int], _File] = OrderedDict()
         self._failed: dict[tuple[int, int], tuple[int, float, str]] = {}
+        self._kept = threading.Lock()
+        self._planner = Pool(1, "dualenc-ahead")
+        self._indexers = Pool(_INDEXES_AT_ONCE, "dualenc-index")
+        self._fetchers = Pool(_SHARDS_AT_ONCE, "dualenc-shard")
+        self._ranges = Ranges(lambda url, start, stop: fetch_bytes(url, retries, start, stop, bounds))
+        self._coming: dict[tuple[int, int], Future[Any]] = {}
+        self._expected: dict[int, Future[Any]] = {}
+
+    # --- ahead of reading -------------------------------------------------------------------------------------
+
+    def expect(self, step: int, places: Sequence[Place], wanted: Sequence[Sequence[Wanted]]) -> None:
+        """Start fetching what a later step reads from remote shards: its byte ranges at once, or the shards themselves.
+
+        In the background; nothing is raised here, and what did not arrive is read as if it had not been asked for.
+
+        Args:
+            places: (source, shard, sample) of its samples.
+            wanted: by source, what each ``find`` of a sample will be asked.
+        """
+        remote = [p for p in places if self._is_remote(p[:2])]
+        if remote:
+            self._expected[step] = self._planner.submit(lambda: self._fetch_ahead(step, remote, wanted))
+
+    def settle(self, step: int) -> None:
+        """Wait until everything that the step reads has been asked for."""
+        if step in self._expected:
+            self._expected.pop(step).result()
+
+    def finish(self, step: int) -> None:
+        """Drop what the step asked for and did not read."""
+        self._ranges.forget(step)
+
+    def _is_remote(self, at: tuple[int, int]) -> bool:
+        """Whether it is to be fetched; not commands, nor a shard that is left alone after failures."""
+        url = self.sets[at[0]].urls[at[1]]
+        times = self._failed[at][0] if at in self._failed else 0
+        return not is_local(url) and not is_pipe(url) and times < _FAILURES
+
+    def _fetch_ahead(self, step: int, places: Sequence[Place], wanted: Sequence[Sequence[Wanted]]) -> None:
+        shards = list(dict.fromkeys(p[:2] for p in places))
+        without = [at for at in shards if at not in self._indexes and at[1] not in self.sets[at[0]].memory]
+        for loading in [self._indexers.submit(lambda at=at: self._index_ahead(at)) for at in without]:  # type: ignore[misc]
+            loading.result()
+        for at in shards:
+            if not self._ranged[at[0]]:
+                self._shard_ahead(at)
+        spans: dict[tuple[int, int], list[Span]] = {}
+        for source, shard, i in places:
+            index = self._indexes.get((source, shard)) or self.sets[source].memory.get(shard)
+            if self._ranged[source] and index is not None and i < len(index):
+                sample = index.sample(i)
+                members = [e for part in wanted[source] for e in needed(sample, part)]
+                places_in = [sample.members[e] for e in members]
+                spans.setdefault((source, shard), []).extend((at - BLOCK, at + size) for at, size in places_in)
+        answers = {}
+        for (source, shard), found in spans.items():
+            url = self.sets[source].urls[shard]
+            if source not in answers:
+                answers[source] = self._answers_ranges(source, url, found[0])
+            if answers[source]:
+                self._ranges.ask(url, found, step)
+
+    def _answers_ranges(self, source: int, url: str, span: Span) -> bool:
+        """Whether many ranges may be asked for: a server without them answers each with the whole shard, so the first
+        is asked for alone."""
+        if source not in self._proven:
+            try:
+                fetch_bytes(url, 0, *span, self._bounds)
+                self._proven.add(source)
+            except NoRanges:
+                self._read_whole_shards(source, url)
+            except Exception as e:  # noqa: BLE001 – the reader asks again, with retries, and counts what it cannot read
+                logger.debug("nothing was fetched ahead from %s: %s", url, e)
+        return source in self._proven
+
+    def _read_whole_shards(self, source: int, url: str) -> None:
+        if self._ranged[source]:
+            logger.warning("%s: the server does not support byte ranges; reading whole shards.", url)
+        self._ranged[source] = False
+
+    def _index_ahead(self, at: tuple[int, int]) -> None:
+        try:
+            index = self._sidecar(at)
+            if index is not None:
+                self._check_headers(at, index)
+                self._keep_index(at, index)
+        except Exception as e:  # noqa: BLE001 – the reader meets it again, counts it and says it
+            logger.debug("the index of %s was not fetched ahead: %s", self.sets[at[0]].urls[at[1]], e)
+
+    def _shard_ahead(self, at: tuple[int, int]) -> None:
+        cache, url, size = self.cache, self.sets[at[0]].urls[at[1]], self.sets[at[0]].infos[at[1]].bytes
+        if cache is None or at in self._coming or at in self._files or cache.has(url, size):
+            return
+        coming = [a for a, f in list(self._coming.items()) if not f.done()]
+        if sum(self.sets[s].infos[h].bytes for s, h in [*coming, at]) <= cache.max_bytes / 2:
+            self._coming[at] = self._fetchers.submit(lambda: cache.get(url, size))
+
+    # --- reading ----------------------------------------------------------------------------------------------
 
     def locate(self, source: int, shard: int, sample: int) -> Sample:
         """The key and members of a sample.
@@ -181,10 +291,7 @@ class Reader:
                     return None
                 out[part] = value
             elif "*" in part:
-                fitting = [
-                    m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED
-                ]
-                out |= {name: self.read(source, shard, sample, name) for name in fitting}
+                out |= {name: self.read(source, shard, sample, name) for name in _members_of(sample, part)}
             elif part.lower() in sample.members:
                 out[part] = self.read(source, shard, sample, part.lower())
             else:
@@ -221,8 +328,11 @@ class Reader:
         return raw
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files, and ask for nothing any more."""
         self._files.clear()
+        self._ranges.close()
+        for pool in (self._planner, self._indexers, self._fetchers):
+            pool.close()
 
     def document(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
         """The json member of a sample.
@@ -243,12 +353,15 @@ class Reader:
         if not self._ranged[source] or is_local(url) or is_pipe(url):
             return None
         try:
-            return fetch_bytes(url, self.retries, start, stop, self._bounds)
+            raw = self._ranges.take(url, start, stop)
+            if raw is None:
+                raw = fetch_bytes(url, self.retries, start, stop, self._bounds)
+                self._proven.add(source)
+            return raw
         except FileNotFoundError as e:
             raise DataError(f"There is no shard {url}.") from e
         except NoRanges:
-            logger.warning("%s: the server does not support byte ranges; reading whole shards.", url)
-            self._ranged[source] = False
+            self._read_whole_shards(source, url)
             return None
 
     def _pread(self, at: tuple[int, int], offset: int, size: int) -> bytes:
@@ -268,6 +381,9 @@ class Reader:
             raise ReadFailed(
                 f"{url} cannot be read in parts: its server does not support byte ranges; download the file first"
             )
+        coming = self._coming.pop(at, None)
+        if coming is not None:
+            coming.result()  # raises what the fetch raised
         return str(self.cache.get(url, shards.infos[at[1]].bytes))
 
     def index(self, source: int, shard: int) -> TarIndex:
@@ -278,42 +394,57 @@ class Reader:
             SampleError: if the shard cannot be read.
         """
         at = (source, shard)
-        index = self._indexes.get(at)
-        if index is not None:
-            self._indexes.move_to_end(at)
-            return index
+        with self._kept:
+            index = self._indexes.get(at)
+            if index is not None:
+                self._indexes.move_to_end(at)
+                return index
         index = self.sets[source].memory.get(shard)
         if index is not None:
             return index
         index = self._load_index(at)
-        self._indexes[at] = index
-        self._index_bytes += index.nbytes
-        while self._index_bytes > _INDEX_BYTES and len(self._indexes) > 1:
-            self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes
+        self._keep_index(at, index)
         return index
+
+    def _keep_index(self, at: tuple[int, int], index: TarIndex) -> None:
+        with self._kept:
+            if at in self._indexes:
+                return
+            self._indexes[at] = index
+            self._index_bytes += index.nbytes
+            while self._index_bytes > _INDEX_BYTES and len(self._indexes) > 1:
+                self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes
 
     def _load_index(self, at: tuple[int, int]) -> TarIndex:
         """From the sidecar; from the tar itself where there is none or it belongs to another tar."""
-        shards = self.sets[at[0]]
-        sidecar, info = shards.sidecars[at[1]], shards.infos[at[1]]
         self._refuse_failed(at, "")
         try:
-            raw = None
-            if sidecar is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    raw = _read_whole(sidecar, self.retries, self._bounds)
-            index = None if raw is None else TarIndex.from_bytes(raw, str(sidecar))
-            if index is None or index.tar_bytes != info.bytes:
+            index = self._sidecar(at)
+            if index is None:
                 index = index_local(self._path(at))
         except (ReadFailed, OSError) as e:
             self._note_failure(at, str(e))
             raise SampleError("", f"the shard could not be read: {e}") from e
+        self._check_headers(at, index)
+        return index
+
+    def _sidecar(self, at: tuple[int, int]) -> TarIndex | None:
+        """The index beside a shard; None where there is none or it belongs to another tar."""
+        sidecar, info = self.sets[at[0]].sidecars[at[1]], self.sets[at[0]].infos[at[1]]
+        raw = None
+        if sidecar is not None:
+            with contextlib.suppress(FileNotFoundError):
+                raw = _read_whole(sidecar, self.retries, self._bounds)
+        index = None if raw is None else TarIndex.from_bytes(raw, str(sidecar))
+        return index if index is not None and index.tar_bytes == info.bytes else None
+
+    def _check_headers(self, at: tuple[int, int], index: TarIndex) -> None:
+        shards, info = self.sets[at[0]], self.sets[at[0]].infos[at[1]]
         if info.headers and index.digest and index.digest != info.headers:
             raise DataError(
                 f"The index of {shards.urls[at[1]]} is stale: the shard's headers are not those that were indexed, so "
                 "it was replaced; if that is intended, rewrite the index with: dualenc shards index"
             )
-        return index
 
     def _note_failure(self, at: tuple[int, int], why: str) -> None:
         times = self._failed[at][0] if at in self._failed else 0
@@ -340,10 +471,27 @@ class _File:
             os.close(self.fd)
 
 
-def _span(shards: ShardSet, window: int) -> float:
-    """Bytes of the shards that one window of samples spans."""
-    total, samples = sum(i.bytes for i in shards.infos), sum(shards.counts)
-    return min(total, total / samples * window + total / len(shards.infos))
+def needed(sample: Sample, wanted: Wanted) -> list[str]:
+    """The members that ``Reader.find`` reads of a sample, as far as their names tell.
+
+    A json member may turn out to lack the key: the next ending is then read without having been expected.
+    """
+    out: dict[str, None] = {}
+    for endings in wanted.values():
+        for ending in endings:
+            names = [n for part in ending.split(_JOIN) for n in _members_of(sample, part)]
+            if names and all(n in sample.members for n in names):
+                out |= dict.fromkeys(names)
+                break
+    return list(out)
+
+
+def _members_of(sample: Sample, part: str) -> list[str]:
+    if part.startswith(_JSON_KEY):
+        return [_JSON]
+    if "*" in part:
+        return [m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED]
+    return [part.lower()]
 
 
 def _read_whole(path: str, retries: int, bounds: Bounds | None) -> bytes:

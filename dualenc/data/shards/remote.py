@@ -119,7 +119,14 @@ def filesystem(url: str, bounds: Bounds | None = None) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(url, **_options(url, bounds or Bounds()))
     except (ValueError, ImportError) as e:
         raise DataError(f"{url}: {e}; for s3:// install dualenc[s3]") from e
+    _opened[id(fs)] = fs
     return fs, path
+
+
+_opened: dict[int, Any] = {}
+"""Filesystems are never dropped (fsspec keeps one for each set of options anyway). In a forked worker fsspec empties
+its own store; the parent's client would be closed there, and with it, in the epoll that both share, the parent's
+connections: the parent's next request would wait until ``idle_s`` has passed."""
 
 
 def _options(url: str, bounds: Bounds) -> dict[str, Any]:
@@ -216,13 +223,20 @@ class ShardCache:
             ReadFailed: if it could not be read completely after all retries.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / (hashlib.blake2b(url.encode(), digest_size=12).hexdigest() + ".tar")
+        path = self._file(url)
         if not self._touch(path, expected):
             with self._lock(path):
                 if not self._touch(path, expected):
                     self._fetch(url, path, expected)
                     self._evict(keep=path)
         return path
+
+    def has(self, url: str, expected: int | None = None) -> bool:
+        """Whether a shard need not be fetched; it then counts as used."""
+        return self._touch(self._file(url), expected)
+
+    def _file(self, url: str) -> Path:
+        return self.folder / (hashlib.blake2b(url.encode(), digest_size=12).hexdigest() + ".tar")
 
     def _touch(self, path: Path, expected: int | None) -> bool:
         """Whether there is a usable copy; one of another size belongs to a shard that has since been replaced."""

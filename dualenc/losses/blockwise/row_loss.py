@@ -53,6 +53,12 @@ class Tile:
         """A value of the rows as [h, 1, …] and of the columns as [1, w, …]."""
         return self.rows.values[name][:, None], self.columns.values[name][None]
 
+    def products(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Dot products [h, w] of [h, W] and [w, W], laid out in memory as the logits (a flipped tile is a view)."""
+        if self.logits.stride(0) < self.logits.stride(1):
+            return (columns @ rows.T).T
+        return rows @ columns.T
+
     def flipped(self) -> Tile:
         """The same tile with the columns as rows; shares what is already computed."""
         out = Tile(self.logits.T, self.scale, self.columns, self.rows, self.backward)
