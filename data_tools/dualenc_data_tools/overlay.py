@@ -12,8 +12,8 @@ from dualenc.data.driving.geometry import F64, inverse, moved, project, seen
 from dualenc.data.driving.keyframes import Box
 from dualenc.data.driving.places import MEMBER, read_regions
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot, views_of
-from dualenc.data.modalities.image import Picture
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.modalities.picture import Picture
 from dualenc.data.show import colours, points_over, webp_uri
 from dualenc.errors import DataError
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 SOURCES = ("folder", "jsonl", "json", "csv", "parquet", "hf", "kitti", "kitti_raw", "nuscenes", "quickstart")
 LISTS = ("recipes", "encoders", "losses", "terms", "sources", "tasks")
@@ -72,11 +75,11 @@ def _losses() -> list[str]:
     return sorted(docstrings("losses", Path(__file__).parents[1] / "losses"))
 
 
-def _section(model: type, path: list[str]) -> type | None:
+def _section(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
     """The section of settings at a dotted path; None where there is none."""
     from pydantic import BaseModel
 
-    found: type | None = model
+    found: type[BaseModel] | None = model
     for part in path:
         if found is None or part not in found.model_fields:
             return None

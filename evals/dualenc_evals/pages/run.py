@@ -213,7 +213,7 @@ def cards_while_training(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 def is_held_out(task: Mapping[str, Any]) -> bool:
     """Whether the results say that no item occurs in the training shards, all of which were compared."""
     seen = task.get("in_training")
-    return bool(seen) and seen["count"] == 0 and bool(seen["complete"]) and not seen["unread"]
+    return seen is not None and seen["count"] == 0 and bool(seen["complete"]) and not seen["unread"]
 
 
 def _seen(task: Mapping[str, Any]) -> str:
