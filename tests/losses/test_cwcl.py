@@ -91,7 +91,9 @@ def test_its_value_says_little_and_its_excess_does() -> None:
     assert own == pytest.approx(0.00195, abs=1e-5)
     weighted, plain = 2 * float(out.value), 0.0  # the plain direction is solved
     assert weighted - plain == pytest.approx((1 - own) * 100, rel=1e-3)
-    flat = cwcl(eye, eye, ids, torch.tensor([0.69]), (None, eye), how=How(2.0, False, tiled))  # e^0.69 ≈ 2: softmax is w̄
+    flat = cwcl(
+        eye, eye, ids, torch.tensor([0.69]), (None, eye), how=How(2.0, False, tiled)
+    )  # e^0.69 ≈ 2: softmax is w̄
     assert float(flat.metrics["excess_ba"]) == pytest.approx(0.0, abs=1e-5)
     weighted_flat = float(flat.metrics["excess_ba"]) + math.log(n)
     assert weighted_flat == pytest.approx(math.log(n), abs=0.01)
