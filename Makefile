@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test test-all test-fast check format gradcheck gradcheck-all fuzz kills bench distill clean
+.PHONY: help setup quickstart test test-all test-fast check format docs gradcheck gradcheck-all fuzz kills bench distill clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ format: $(STAMP) ## rewrite the code in the project's format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+docs: $(STAMP) ## build the documentation site into build/site, every link and anchor checked
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/site/mkdocs.yml
+
 gradcheck: $(STAMP) ## the gradient of every engine, world size, loss, real small towers against one process: tables
 	PYTHONPATH=tests $(PY) tests/distributed/gradcheck.py
 
@@ -64,4 +67,4 @@ distill: $(STAMP) ## teacher, then scratch/feature/affinity/KD/DCD students, 3 s
 	PYTHON=$(PY) recipes/distill/series.sh fashion
 
 clean: ## remove runs and caches, not the environment
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,11 +1,14 @@
 """Benchmarks that print the numbers quoted elsewhere.
 
-    python -m benchmarks.losses loss [N …] [--max-gib 12] [--runs 3] [--threads T]
+    python -m benchmarks.losses loss [N …] [--max-gib 12] [--runs 3] [--threads T] [--kinds info_nce,cwcl …]
+    python -m benchmarks.losses against TREE [N …] [--kinds info_nce,cwcl] [--runs 5] [--threads T]
     python -m benchmarks.losses ranks [--size 100000] [--dim 256]
 
-``loss``: time and peak memory of one forward and backward of each loss, plain and tiled, D = 512. Every run is a
-process of its own (a peak cannot be taken back), plain and tiled take turns, and medians are shown; nan: left out for
-its memory. ``ranks``: exact retrieval ranks of as many queries as candidates. Linux only.
+``loss``: time and peak memory of one forward and backward of each loss, plain and tiled, D = 512, and of the peer:
+open_clip's own ClipLoss and SigLipLoss. Every run is a process of its own (a peak cannot be taken back), the ways take
+turns, and medians are shown; nan: left out for its memory, or not to be had. ``against``: the same loss in another
+checkout of this project; runs are paired, and the ratio is the median of the pairs' (this / that). ``ranks``: exact
+retrieval ranks of as many queries as candidates. Linux only.
 """
 
 from __future__ import annotations
@@ -15,40 +18,77 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from math import log
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
+from dualenc.config import Component
 from dualenc.errors import DualencError
-from dualenc.losses.info_nce import info_nce
-from dualenc.losses.loss import TiledConfig
-from dualenc.losses.sigmoid import sigmoid_loss
+from dualenc.losses import Extras, build_loss
 
-DIM = 512
+DIM, WIDTH = 512, 512
 SIZES = (2048, 4096, 8192, 16384, 32768)
 PLAIN_BYTES = {"info_nce": 40, "sigmoid": 30}
-"""Per logit, a little more than measured: tells beforehand what would not fit."""
+"""Per logit, a little more than measured: tells beforehand what would not fit. Others: 60."""
+PEERS = {"info_nce": "ClipLoss", "sigmoid": "SigLipLoss"}
+"""Of open_clip."""
 
-Cell = tuple[float, float]
+Cell = tuple[float, float, float]
+"""Wall seconds, MiB, CPU seconds."""
 
 
 def loss_cell(kind: str, size: int, impl: str) -> Cell:
-    """Seconds and peak MiB (beyond the features) of one forward and backward in this process, which must be fresh."""
+    """Seconds, peak MiB (beyond the features) and CPU seconds of a forward and backward in this process, a fresh one.
+
+    Args:
+        impl: plain, tiled, peer (open_clip's), or default: as a recipe that names the loss alone.
+    """
     g = torch.Generator().manual_seed(0)
-    how = TiledConfig.model_validate({"impl": impl}).choose(size, torch.device("cpu"))
+    run = _peer(kind) if impl == "peer" else _ours(kind, impl)
+    one = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(one * one, one, torch.ones(1))  # it imports sympy at its first call: half a second, 80 MiB
     for n in (256, size):  # the small one first: threads and libraries start
-        a, b = (normalize(torch.randn(n, DIM, generator=g), dim=-1).requires_grad_() for _ in "ab")
+        a, b, frozen = (normalize(torch.randn(n, d, generator=g), dim=-1) for d in (DIM, DIM, WIDTH))
+        a.requires_grad_()
+        b.requires_grad_()
         scale, bias = torch.tensor([20.0], requires_grad=True), torch.tensor([-10.0], requires_grad=True)
-        ids = torch.arange(n)
-        before, start = _mib("/proc/self/status", "VmRSS"), time.perf_counter()
-        loss = info_nce(a, b, ids, scale, 0.0, how) if kind == "info_nce" else sigmoid_loss(a, b, ids, scale, bias, how)
-        loss.value.backward()  # type: ignore[no-untyped-call]
-        seconds = time.perf_counter() - start
+        before, start, cpu = _mib("/proc/self/status", "VmRSS"), time.perf_counter(), time.process_time()
+        run(a, b, scale, bias, frozen).backward()  # type: ignore[no-untyped-call]
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     # Not getrusage, whose peak starts at the parent's.
-    return seconds, _mib("/proc/self/status", "VmHWM") - before
+    return seconds, _mib("/proc/self/status", "VmHWM") - before, cpu
+
+
+def _ours(kind: str, impl: str) -> Callable[..., Tensor]:
+    settings = {} if impl == "default" else {"impl": impl}
+    loss = build_loss(Component.model_validate({"name": kind, **settings}))
+
+    def run(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, frozen: Tensor) -> Tensor:
+        slots = torch.arange(len(a))
+        labels = {"label": slots // 4, "group": slots // 4, "clusters": slots // 4, "length": slots % 20}
+        labels["tree"] = torch.stack([slots // 64, slots // 4], 1)
+        extras = Extras(("a", "b"), {}, {"frozen": frozen}, labels)
+        more = {"extras": extras} if loss.takes_extras else {}
+        return loss(a, b, slots, scale, bias, **more).value
+
+    return run
+
+
+def _peer(kind: str) -> Callable[..., Tensor]:
+    import open_clip.loss
+
+    loss = getattr(open_clip.loss, PEERS[kind])()
+
+    def run(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, frozen: Tensor) -> Tensor:
+        out: Tensor = loss(a, b, scale, bias) if kind == "sigmoid" else loss(a, b, scale)
+        return out
+
+    return run
 
 
 def _mib(path: str, field: str) -> float:
@@ -56,16 +96,45 @@ def _mib(path: str, field: str) -> float:
     return int(Path(path).read_text(encoding="ascii").split(f"{field}:")[1].split()[0]) / 1024
 
 
+def cell(kind: str, size: int, impl: str, threads: int, tree: Path | None = None) -> Cell:
+    """:func:`loss_cell` in a process of its own, with the losses of another checkout if ``tree`` is given."""
+    command = [sys.executable, __file__, "loss-cell", kind, str(size), impl, str(threads)]
+    env = os.environ | {"PYTHONPATH": str(tree or Path(__file__).parents[1])}
+    text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout
+    seconds, mib, cpu = map(float, text.split())
+    return seconds, mib, cpu
+
+
 def measure(kind: str, size: int, impls: list[str], runs: int, threads: int) -> dict[str, Cell]:
     """Medians by implementation; they take turns, so that a slow minute of the machine affects all alike."""
     found: dict[str, list[Cell]] = {impl: [] for impl in impls}
     for _ in range(runs):
         for impl in impls:
-            command = [sys.executable, "-m", "benchmarks.losses", "loss-cell", kind, str(size), impl, str(threads)]
-            text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            seconds, mib = map(float, text.split())
-            found[impl].append((seconds, mib))
-    return {k: (median(s for s, _ in cells), median(m for _, m in cells)) for k, cells in found.items()}
+            found[impl].append(cell(kind, size, impl, threads))
+    return {k: _medians(cells) for k, cells in found.items()}
+
+
+def _medians(cells: Sequence[Cell]) -> Cell:
+    seconds, mib, cpu = (median(x) for x in zip(*cells, strict=True))
+    return seconds, mib, cpu
+
+
+def against(tree: Path, kinds: list[str], sizes: list[int], runs: int, threads: int) -> None:
+    """Print this checkout's CPU time over another's, as a recipe that names the loss alone computes it.
+
+    CPU time, since a ratio of wall times says little on a machine that does other work.
+    """
+    print(f"CPU seconds, that = {tree}, D = {DIM}, {threads} thread(s), medians of {runs} pairs")
+    print(f"{'loss':>15} {'N':>6}  {'that s':>8} {'this s':>8} {'ratio':>6}  {'that MiB':>9} {'this MiB':>9}")
+    for kind in kinds:
+        for size in sizes:
+            pairs = [[cell(kind, size, "default", threads, t) for t in (tree, None)] for _ in range(runs)]
+            that, this = (_medians(cells) for cells in zip(*pairs, strict=True))
+            ratio = median(y[2] / x[2] for x, y in pairs)
+            print(
+                f"{kind:>15} {size:>6}  {that[2]:8.2f} {this[2]:8.2f} {ratio:6.2f}  {that[1]:9.0f} {this[1]:9.0f}",
+                flush=True,
+            )
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
@@ -77,23 +146,26 @@ def slope(sizes: list[int], values: list[float]) -> float:
     return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
 
 
-def loss_table(sizes: list[int], max_gib: float, runs: int, threads: int) -> None:
+def loss_table(kinds: list[str], sizes: list[int], max_gib: float, runs: int, threads: int) -> None:
     """Print the table and, under each loss, how memory grows with N."""
     print(f"one forward and backward, D = {DIM}, {threads} thread(s), median of {runs}, load {os.getloadavg()[0]:.1f}")
-    print(f"{'loss':>9} {'N':>6}  {'plain s':>8} {'tiled s':>8} {'ratio':>6}  {'plain MiB':>9} {'tiled MiB':>9}")
-    for kind in ("info_nce", "sigmoid"):
-        memory: dict[str, dict[int, float]] = {"plain": {}, "tiled": {}}
+    heads = f"{'peer s':>8} {'plain s':>8} {'tiled s':>8} {'peer/tiled':>10}"
+    print(f"{'loss':>15} {'N':>6}  {heads}  {'peer MiB':>9} {'plain MiB':>9} {'tiled MiB':>9}")
+    for kind in kinds:
+        memory: dict[str, dict[int, float]] = {}
         for size in sizes:
             limit = min(max_gib * 1024, 0.8 * _mib("/proc/meminfo", "MemAvailable"))
-            fits = PLAIN_BYTES[kind] * size**2 / 2**20 <= limit
-            cells = measure(kind, size, ["plain", "tiled"] if fits else ["tiled"], runs, threads)
-            for impl, (_, mib) in cells.items():
-                memory[impl][size] = mib
-            (plain_s, plain_mib), (tiled_s, tiled_mib) = cells.get("plain", (float("nan"),) * 2), cells["tiled"]
-            times = f"{plain_s:8.2f} {tiled_s:8.2f} {plain_s / tiled_s:6.2f}"
-            print(f"{kind:>9} {size:>6}  {times}  {plain_mib:9.0f} {tiled_mib:9.0f}", flush=True)
+            fits = PLAIN_BYTES.get(kind, 60) * size**2 / 2**20 <= limit
+            ways = [*(["peer"] if kind in PEERS else []), "plain"] if fits else []
+            cells = measure(kind, size, [*ways, "tiled"], runs, threads)
+            for impl, (_, mib, _) in cells.items():
+                memory.setdefault(impl, {})[size] = mib
+            none = (float("nan"),) * 3
+            peer, plain, tiled = (cells.get(k, none) for k in ("peer", "plain", "tiled"))
+            times = f"{peer[0]:8.2f} {plain[0]:8.2f} {tiled[0]:8.2f} {peer[0] / tiled[0]:10.2f}"
+            print(f"{kind:>15} {size:>6}  {times}  {peer[1]:9.0f} {plain[1]:9.0f} {tiled[1]:9.0f}", flush=True)
         slopes = ", ".join(f"{impl} {slope(list(m), list(m.values())):.2f}" for impl, m in memory.items())
-        print(f"{kind:>9} slope of log memory over log N: {slopes}")
+        print(f"{kind:>15} slope of log memory over log N: {slopes}")
 
 
 def ranks(size: int, dim: int) -> None:
@@ -126,18 +198,27 @@ def main(arguments: list[str]) -> None:
         help="skip plain runs that need more than this, or than 80 %% of the free memory",
     )
     table.add_argument("--runs", type=int, default=3)
+    table.add_argument("--kinds", default="info_nce,sigmoid", help="names of losses, separated by commas")
     table.add_argument("--threads", type=int, default=torch.get_num_threads())
-    cell = commands.add_parser("loss-cell", help="one run of the table, in a fresh process")
-    cell.add_argument("kind", choices=["info_nce", "sigmoid"])
-    cell.add_argument("size", type=int)
-    cell.add_argument("impl", choices=["plain", "tiled"])
-    cell.add_argument("threads", type=int)
+    other = commands.add_parser("against", help="time against another checkout of this project")
+    other.add_argument("tree", type=Path)
+    other.add_argument("sizes", type=int, nargs="*", default=list(SIZES[:4]), metavar="N")
+    other.add_argument("--kinds", default="info_nce,cwcl")
+    other.add_argument("--runs", type=int, default=5)
+    other.add_argument("--threads", type=int, default=torch.get_num_threads())
+    one = commands.add_parser("loss-cell", help="one run of the table, in a fresh process")
+    one.add_argument("kind")
+    one.add_argument("size", type=int)
+    one.add_argument("impl", choices=["plain", "tiled", "peer", "default"])
+    one.add_argument("threads", type=int)
     exact = commands.add_parser("ranks", help="exact retrieval ranks: time, and peak memory of the process")
     exact.add_argument("--size", type=int, default=100_000)
     exact.add_argument("--dim", type=int, default=256)
     given = parser.parse_args(arguments)
     if given.command == "loss":
-        loss_table(given.sizes, given.max_gib, given.runs, given.threads)
+        loss_table(given.kinds.split(","), given.sizes, given.max_gib, given.runs, given.threads)
+    elif given.command == "against":
+        against(given.tree, given.kinds.split(","), given.sizes, given.runs, given.threads)
     elif given.command == "ranks":
         ranks(given.size, given.dim)
     else:

@@ -16,12 +16,15 @@ def recipes_folder() -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name → file of every recipe that comes with the package: ``quickstart``, ``finetune/fashion_lora`` …"""
+    """Name → file of every recipe that comes with the package: ``quickstart``, ``finetune/fashion_lora`` …
+
+    Files that begin with ``_`` are parts that recipes have in common.
+    """
     root = recipes_folder()
     out = {}
     for path in sorted(root.rglob("*.yaml")):
         folder, name = path.parent.relative_to(root), path.stem
-        if "launch" not in folder.parts:  # launchers' own files
+        if "launch" not in folder.parts and not name.startswith("_"):  # launch: the launchers' own files
             # recipes/quickstart/quickstart.yaml is just "quickstart"
             out[name if folder.name == name else (folder / name).as_posix()] = path
     return out

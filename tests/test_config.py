@@ -145,6 +145,24 @@ def test_a_resolved_recipe_reads_back_as_itself(recipe: Path, tmp_path: Path) ->
     assert load_recipe(path) == loaded
 
 
+def test_of_several_bases_the_last_decides_a_length_that_can_be_given_only_once(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("budget: {steps: 4}\n")
+    (tmp_path / "samples.yaml").write_text(f"base: {recipe}\nbudget: {{samples: 320}}\n")
+    (tmp_path / "both.yaml").write_text("base: [samples.yaml, short.yaml]\nname: both\n")
+    (tmp_path / "long.yaml").write_text("base: both.yaml\nbudget: {samples: 640}\n")
+    assert load_recipe(tmp_path / "both.yaml").budget.steps == 4
+    assert load_recipe(tmp_path / "long.yaml").budget.steps is None
+
+
+def test_a_base_can_be_a_shipped_recipe_by_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("base: quickstart\nname: mine\n")
+    loaded = load_recipe(tmp_path / "mine.yaml")
+    assert loaded.modalities == load_recipe("quickstart").modalities
+    (tmp_path / "wrong.yaml").write_text("base: quickstrat\nname: mine\n")
+    with pytest.raises(ConfigError, match="no file"):
+        load_recipe(tmp_path / "wrong.yaml")
+
+
 def test_every_recipe_in_the_repository_loads() -> None:
     found = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if "launch" not in p.parts and p.name[0] != "_"]
     assert found

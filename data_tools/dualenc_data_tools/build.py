@@ -172,12 +172,13 @@ def _in_order(records: Iterable[Record | Dropped], cfg: SourceConfig) -> Iterato
     waiting: deque[Future[_Packed | Dropped]] = deque()
     with ThreadPoolExecutor(cfg.threads) as pool:
         try:
-            for record in records:
+            for number, record in enumerate(records):
                 if isinstance(record, Dropped):
                     future: Future[_Packed | Dropped] = Future()
                     future.set_result(record)
                 else:
-                    split = record.split or cfg.name
+                    held_out = cfg.val_every is not None and number % cfg.val_every == 0
+                    split = "val" if held_out else record.split or cfg.name
                     key = record.name if record.exact_key else keys.setdefault(split, Keys()).make(record.name)
                     future = pool.submit(_pack_one, record, key, split, cfg)
                 waiting.append(future)

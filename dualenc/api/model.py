@@ -195,7 +195,8 @@ class Model:
         Args:
             batch_size: items on the device at once.
             normalize: L2-normalise the features; False: as the tower's head gives them.
-            dtype, device: of the returned features.
+            dtype: of the returned features.
+            device: of the returned features.
             progress: show a bar on stderr.
             sample_rate: of waveforms given as arrays, in Hz.
             skipped: filled with position → reason for unusable items, which get no row. Default: such an item is an

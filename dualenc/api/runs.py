@@ -101,6 +101,7 @@ def evaluate(
     from dualenc.api.model import Model, load_model
     from dualenc.model import Bundle
     from dualenc_evals.harness import evaluate as run
+    from dualenc_evals.overlap import training_sources
 
     loaded = load_model(model) if isinstance(model, str | Path) else model
     embedder = loaded.embedder() if isinstance(loaded, Bundle) else loaded.embedder
@@ -115,6 +116,7 @@ def evaluate(
         seed=seed,
         progress=progress,
         details=details,
+        training=training_sources(model) if isinstance(model, str | Path) else (),
     )
 
 

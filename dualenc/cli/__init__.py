@@ -6,25 +6,33 @@ eval.guard, with a checkpoint; 130 stopped by a signal, with a checkpoint.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
 from dualenc import __version__, plugins
-from dualenc.cli import evaluate, listing, shards, train, use  # noqa: F401  (their commands register themselves)
+from dualenc.cli import evaluate, importing, init, listing, plan, report, shards, task, train, use  # noqa: F401  (their commands register themselves)
 from dualenc.cli.app import app
 from dualenc.errors import DualencError
+from dualenc.terminal import PatientConsole, open_standard_streams
 
 __all__ = ["app", "main"]
+
+PLACES = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOENT, errno.ENAMETOOLONG, errno.EIO,
+}  # fmt: skip
+"""What is wrong with a path that a person named, and not with the program that opens it."""
 
 
 def main() -> None:
     """Entry point. Errors meant for the user are one line on stderr; ``--debug`` shows the traceback."""
+    open_standard_streams()
     sys.argv[1:] = take_plugins(take_launcher_arguments(sys.argv[1:]))
     debug = "--debug" in sys.argv
     if not debug:  # torch's C++ warnings come once per rank and can be silenced only before torch is loaded
@@ -32,15 +40,21 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO if debug else logging.WARNING,
         format="%(name)s: %(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+        handlers=[RichHandler(console=PatientConsole(stderr=True), show_time=False, show_path=False)],
     )
     try:
         app(standalone_mode=True)
     except DualencError as e:
         if debug:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(e))}", highlight=False, soft_wrap=True)
+        PatientConsole(stderr=True).print(f"[bold red]error:[/] {_escape(str(e))}", highlight=False, soft_wrap=True)
         raise SystemExit(e.exit_code) from None
+    except OSError as e:
+        if debug or e.errno not in PLACES or e.filename is None:
+            raise
+        said = f"{e.filename} cannot be used ({(e.strerror or '').lower()})"
+        PatientConsole(stderr=True).print(f"[bold red]error:[/] {_escape(said)}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -13,17 +13,23 @@ from rich.table import Table
 
 from dualenc.api.runs import tasks_of
 from dualenc.api.runs import train as run
+from dualenc.cli import names
 from dualenc.cli.app import AllowPipe, Debug, Overrides, app
+from dualenc.cli.finished import print_finished
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
 from dualenc.errors import ConfigError
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.", autocompletion=names.recipes),
+    ],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would run, without reading samples (except for --probe).")
+        bool,
+        typer.Option("--dry-run", help="Print what would run; reads no samples but those of --probe and a few labels."),
     ] = False,
     measure: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: take two steps and print the memory and time they took.")
@@ -47,17 +53,21 @@ def train(
         if measure:
             print_probe(loaded)
     else:
-        run(loaded)
+        run_dir = run(loaded)
+        if os.environ.get("RANK", "0") == "0":
+            print_finished(run_dir, loaded.eval.tasks)
 
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
     from dualenc.data.shards.index import open_sources
+    from dualenc.data.values import check_values
     from dualenc.encoders import batch_norm_notes
     from dualenc.model import build_bundle
     from dualenc.train.build import total_steps
     from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
+    from dualenc.train.probe import standing_memory
     from dualenc_data_tools.glance import glance
 
     console = Console()
@@ -86,6 +96,9 @@ def print_plan(recipe: Recipe) -> None:
     console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
     check_length(recipe, steps)
     check_data(recipe, bundle)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    console.print(standing_memory(bundle.model, recipe, ranks), highlight=False, markup=False)
+    check_values(recipe.data, sets)
     for note in glance(recipe, sets):
         console.print(note, highlight=False, markup=False)
     console.print(

@@ -16,7 +16,6 @@ from dualenc.config.recipe import (
     Optim,
     Recipe,
     Schedule,
-    Source,
     Tracking,
     TrajectoryAverage,
     Unlocked,
@@ -24,6 +23,7 @@ from dualenc.config.recipe import (
     pair_name,
 )
 from dualenc.config.section import Component, Positive, Section, Share
+from dualenc.config.source import Source, Value
 
 __all__ = [
     "Anchor",
@@ -51,6 +51,7 @@ __all__ = [
     "Tracking",
     "TrajectoryAverage",
     "Unlocked",
+    "Value",
     "apply_override",
     "dump_yaml",
     "load_recipe",

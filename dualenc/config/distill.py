@@ -30,7 +30,7 @@ class Teacher(Section):
         default=None,
         description="for a cross-encoder (vilt:FOLDER): how many other rows of the batch to score each row against",
     )
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of the teacher's forward")
     max_missing: Share = Field(default=0.0, description="largest share of samples without stored features")
 
     @model_validator(mode="after")
@@ -50,14 +50,14 @@ class LookAhead(Section):
         default=0.01, description="learning rate of the virtual steps (plain SGD)"
     )
     decay: Share = Field(default=0.999, description="upper bound of the average's decay, min(1 − 1/(t+1), decay)")
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="relative weight among the teachers")
 
 
 class Distill(Section):
     """Learning from teachers: ``hard`` · loss + Σ weight · term, each term averaged over the teachers."""
 
-    teachers: list[Teacher] = Field(default_factory=list)
-    look_ahead: LookAhead | None = None
+    teachers: list[Teacher] = Field(default_factory=list, description="models to learn from")
+    look_ahead: LookAhead | None = Field(default=None, description="the student's own average as a teacher")
     terms: list[Component] = Field(min_length=1, description="see dualenc list terms; default weight: 1")
     hard: Annotated[float, Field(ge=0)] = Field(default=1.0, description="weight of the recipe's own loss")
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ValidationError
 
 from dualenc.errors import ConfigError, did_you_mean
-from dualenc.shipped import recipes_folder
+from dualenc.shipped import recipes_folder, shipped_recipes
 
 S = TypeVar("S", bound=BaseModel)
 COMMAND_LINE = "the command line"
@@ -49,7 +49,9 @@ def _read(path: Path, key: str, seen: tuple[Path, ...], done: dict[Path, _Read])
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for base in _bases(raw.get(key), f"{path}: {key}"):
-        base_raw, base_origin = _read(path.parent / base, key, (*seen, path.resolve()), done)
+        shipped = shipped_recipes().get(base) if key == "base" and not (path.parent / base).is_file() else None
+        base_raw, base_origin = _read(shipped or path.parent / base, key, (*seen, path.resolve()), done)
+        _drop_siblings(merged, [k for k in _dotted(base_raw) if _value_at(base_raw, k) is not None], {}, keep="")
         merged = _merge(merged, base_raw)
         origin |= base_origin
     origin |= dict.fromkeys(_dotted(own), str(path))

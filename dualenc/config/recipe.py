@@ -13,11 +13,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
+from dualenc.config.source import Source
 from dualenc.errors import did_you_mean
 from dualenc.plugins import import_plugins, named_in
 from dualenc.shipped import find_recipe
@@ -34,9 +40,11 @@ class Unlocked(Section):
 class Lora(Section):
     """Low-rank adapters beside a tower's layers (Hu et al. 2021): nothing else of the tower is trained."""
 
-    rank: Positive = 8
+    rank: Positive = Field(default=8, description="rank of each adapter")
     alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters are scaled by alpha / rank")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="dropout on the input of the adapters"
+    )
     targets: Literal["auto"] | list[str] = Field(
         default="auto",
         description="endings of layer names; auto: every linear layer, or every convolution if there is none",
@@ -49,7 +57,7 @@ class Modality(Section):
 
     kind: str | None = Field(default=None, description="registered modality that handles it; default: the key itself")
     input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
-    encoder: Component
+    encoder: Component = Field(description="its tower: FAMILY/NAME and that tower's settings")
     lock: bool | Literal["trunk"] | Unlocked = Field(
         default=False,
         description="freeze the tower's weights (LiT); trunk: all but its projection; "
@@ -91,27 +99,10 @@ def with_shared(parts: Mapping[str, Any], name: str) -> Any:
     return {**part, **taken, "shares": shares}
 
 
-class Source(Section):
-    """A set of shards. ``weight`` is its share of samples among the sources (relative)."""
-
-    name: str
-    shards: str | list[str] = Field(description="path, brace pattern, list, pipe:COMMAND, http(s):// or s3:// URL")
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    index: str | None = Field(default=None, description="index file; default: index.json beside the shards")
-    members: dict[str, list[str]] = Field(
-        default_factory=dict,
-        description="modality → member endings, tried in order; 'json:KEY': a key of the .json; default: the kind's",
-    )
-    same: str | None = Field(
-        default=None,
-        description="member ending (txt, json:instance); samples with equal values there are positives of each other",
-    )
-
-
 class Data(Section):
     """Where samples come from and how they are ordered and read."""
 
-    sources: list[Source] = Field(min_length=1)
+    sources: list[Source] = Field(min_length=1, description="sets of shards")
     sampling: str | Component = Field(
         default="without_replacement",
         description="without_replacement, with_replacement, or a plugin's plan; {name: …} with its settings",
@@ -124,14 +115,19 @@ class Data(Section):
         description="samples shuffled together within a lane; auto: as many as keep the remote shards they are in "
         "within the cache (cache_gb), so that whole shards are read",
     )
-    workers: Annotated[int, Field(ge=0)] = 2
-    prefetch: Positive = 4
-    retries: Annotated[int, Field(ge=0)] = 3
+    workers: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="processes per rank that read and decode; 0: the training process does it"
+    )
+    prefetch: Positive = Field(default=4, description="batches each worker prepares ahead")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="attempts after a failed read before a shard counts as unreadable"
+    )
     connect_s: Annotated[float, Field(gt=0)] = Field(
         default=15.0, description="seconds to wait for a connection to a shard server before retrying"
     )
     idle_s: Annotated[float, Field(gt=0)] = Field(
-        default=60.0, description="seconds without data from a shard server before retrying; total time is not limited"
+        default=60.0,
+        description="seconds without data from a shard server or pipe: command before retrying; total is not limited",
     )
     allow_pipe: bool = Field(
         default=False, description="run the shell commands of pipe:COMMAND shards; refused by default"
@@ -146,7 +142,9 @@ class Data(Section):
     cache_dir: str | None = Field(
         default=None, description="folder for remote shards while they are read; default: a temporary folder"
     )
-    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    cache_gb: Annotated[float, Field(gt=0)] = Field(
+        default=50.0, description="GB (10^9 bytes) of remote shards kept in cache_dir"
+    )
     stall_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="after this many seconds, say which batch training waits for"
     )
@@ -155,38 +153,47 @@ class Data(Section):
 class LogitScale(Section):
     """The temperature: logits = scale · cosine (+ bias)."""
 
-    init: Annotated[float, Field(gt=0)] = 1 / 0.07
-    max: Annotated[float, Field(gt=0)] = 100.0
-    learnable: bool = True
+    init: Annotated[float, Field(gt=0)] = Field(
+        default=1 / 0.07, description="initial scale, 1 / temperature; SigLIP: 10"
+    )
+    max: Annotated[float, Field(gt=0)] = Field(default=100.0, description="upper bound, applied in the forward")
+    learnable: bool = Field(default=True, description="train the scale; false: it keeps its initial value")
     bias: float | None = Field(default=None, description="initial logit bias (SigLIP: −10); none: no bias")
 
 
 class Batches(Section):
     """``size`` is the global batch over all ranks; ``micro`` bounds how many samples a rank encodes at once."""
 
-    size: Positive
-    micro: Positive | None = None
+    size: Positive = Field(description="samples per step over all ranks; the same on any number of ranks")
+    micro: Positive | None = Field(
+        default=None,
+        description="samples a rank encodes at once; bounds memory and changes no gradient; default: all of its share",
+    )
 
 
 class TrajectoryAverage(Section):
     """Weights of a run averaged with a Gaussian over its length (PromptSRC); both are shares of the run."""
 
-    mean: Share = 0.75
-    std: Annotated[float, Field(gt=0)] = 0.05
+    mean: Share = Field(default=0.75, description="centre of the Gaussian")
+    std: Annotated[float, Field(gt=0)] = Field(default=0.05, description="standard deviation of the Gaussian")
 
 
 class Optim(Section):
     """AdamW or Muon (matrices inside the towers; everything else AdamW). Gains, biases, scale: no weight decay."""
 
-    name: Literal["adamw", "muon", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    betas: tuple[Decay, Decay] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.2
+    name: Literal["adamw", "muon", "sgd"] = Field(default="adamw", description="optimizer of the towers")
+    lr: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="peak learning rate")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.98), description="AdamW's decay of the first and second moment")
+    eps: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="AdamW's ε")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.2, description="decoupled weight decay of matrices")
     momentum: Share = Field(default=0.95, description="momentum of Muon and SGD")
-    muon_lr: Annotated[float, Field(gt=0)] = 0.02
+    muon_lr: Annotated[float, Field(gt=0)] = Field(
+        default=0.02, description="peak learning rate of the matrices that Muon steps"
+    )
     logit_scale_lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="default: lr")
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="bound of the gradient's norm over all parameters; null: no clipping"
+    )
     ema_samples: Positive | None = Field(
         default=None, description="half-life of an exponential moving average of the weights, in samples"
     )
@@ -210,19 +217,25 @@ class Optim(Section):
 class Schedule(Section):
     """Learning rate over samples: warm-up, then the named shape down to ``final`` (a share of the peak)."""
 
-    name: Literal["cosine", "constant", "constant_cooldown", "wsd"] = "cosine"
-    warmup_samples: Annotated[int, Field(ge=0)] = 0
-    cooldown_samples: Annotated[int, Field(ge=0)] = 0
-    cooldown_shape: Literal["linear", "sqrt", "cosine"] = "sqrt"
-    final: Share = 0.0
+    name: Literal["cosine", "constant", "constant_cooldown", "wsd"] = Field(
+        default="cosine", description="shape after the warm-up"
+    )
+    warmup_samples: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="samples over which the rate rises from 0 to its peak"
+    )
+    cooldown_samples: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="samples of the final decay of constant_cooldown and wsd"
+    )
+    cooldown_shape: Literal["linear", "sqrt", "cosine"] = Field(default="sqrt", description="shape of that decay")
+    final: Share = Field(default=0.0, description="rate at the end as a share of the peak")
 
 
 class Budget(Section):
     """How long to train: exactly one of ``steps``, ``samples``, ``epochs`` (``passes`` is another name for epochs, and
     the one that is written)."""
 
-    steps: Positive | None = None
-    samples: Positive | None = None
+    steps: Positive | None = Field(default=None, description="optimizer steps")
+    samples: Positive | None = Field(default=None, description="samples seen; rounded down to whole steps")
     passes: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         validation_alias=AliasChoices("passes", "epochs"),
@@ -249,28 +262,36 @@ class Budget(Section):
 class EngineConfig(Section):
     """The engine that runs the step. ``kind: deepspeed, zero_stage: 2`` is the only change needed for DeepSpeed."""
 
-    kind: Literal["accelerate", "deepspeed"] = "accelerate"
+    kind: Literal["accelerate", "deepspeed"] = Field(default="accelerate", description="who runs the step")
     parallel: Literal["auto", "ddp", "fsdp2"] = Field(default="auto", description="auto: DDP, or a single process")
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    offload_optimizer: bool = False
-    offload_params: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed's ZeRO stage; 0: DDP by DeepSpeed")
+    offload_optimizer: bool = Field(default=False, description="DeepSpeed: optimizer state in host memory")
+    offload_params: bool = Field(default=False, description="DeepSpeed, stage 3: parameters in host memory")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights stay fp32")
     compile: bool = Field(default=False, description="torch.compile each tower")
-    grad_checkpointing: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    grad_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward instead of keeping them"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is a GPU")
     threads: Positive | None = Field(
         default=None, description="CPU threads per process; default: torch's own, shared among local ranks"
     )
-    timeout_s: Positive = 600
+    timeout_s: Positive = Field(
+        default=600, description="seconds that a rank waits for the others before the run ends with an error"
+    )
     max_nonfinite: Positive = Field(default=10, description="stop after this many non-finite steps in a row")
 
 
 class Checkpoints(Section):
     """When checkpoints are written. The last step always writes one."""
 
-    every_steps: Positive | None = None
-    every_minutes: Annotated[float, Field(gt=0)] | None = 15.0
-    keep: Positive = 2
+    every_steps: Positive | None = Field(
+        default=None, description="steps between checkpoints; null: only every_minutes counts"
+    )
+    every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=15.0, description="minutes between checkpoints; null: only every_steps counts"
+    )
+    keep: Positive = Field(default=2, description="newest checkpoints to keep")
     resume: str = Field(
         default="auto",
         description="auto: newest good checkpoint of this run; none: start from scratch; or a checkpoint folder",
@@ -285,11 +306,13 @@ class Checkpoints(Section):
 class Tracking(Section):
     """Where metrics are logged. metrics.jsonl is always written."""
 
-    log_every: Positive = 10
+    log_every: Positive = Field(default=10, description="steps between lines of metrics.jsonl")
     sample_ids: bool = Field(default=False, description="write every step's sample ids to samples-rankR.jsonl")
-    tensorboard: bool = False
-    wandb: bool = False
-    wandb_project: str = "dualenc"
+    tensorboard: bool = Field(
+        default=False, description="also write TensorBoard's files (pip install 'dualenc[tracking]')"
+    )
+    wandb: bool = Field(default=False, description="also log to Weights & Biases (pip install 'dualenc[tracking]')")
+    wandb_project: str = Field(default="dualenc", description="project of wandb")
 
 
 class Guard(Section):
@@ -314,40 +337,58 @@ class Guard(Section):
 class Evals(Section):
     """Zero-shot evaluation while training. ``tasks`` are names or YAML files."""
 
-    tasks: list[str] = Field(default_factory=list)
-    every_steps: Positive | None = None
-    at_start: bool = False
-    guard: Guard | None = None
+    tasks: list[str] = Field(
+        default_factory=list, description="task names or YAML files, measured at the end and every every_steps"
+    )
+    every_steps: Positive | None = Field(
+        default=None, description="steps between evaluations; default: only at the end"
+    )
+    at_start: bool = Field(default=False, description="also before the first step")
+    guard: Guard | None = Field(default=None, description="stop or warn when fine-tuning makes the model forget")
 
 
 class Recipe(Section):
     """One training run."""
 
-    name: str
-    description: str = ""
+    name: str = Field(description="name of the run and of its folder below runs/")
+    description: str = Field(default="", description="what it trains, for lists and the model card")
     plugins: list[str] = Field(
         default_factory=list,
         description="modules to import first, which register losses, encoders, modalities … of their own",
     )
-    seed: int = 0
+    seed: int = Field(default=0, description="of weights, order and augmentation")
     out: str | None = Field(default=None, description="run folder; default: runs/NAME")
-    modalities: dict[str, Modality] = Field(min_length=2)
+    modalities: dict[str, Modality] = Field(
+        min_length=2, description="what is read and which tower encodes it, by name"
+    )
     pairs: list[tuple[str, str]] = Field(
         default_factory=list, description="default: the only pair, if there are two modalities"
     )
-    embed_dim: Positive = 512
-    logit_scale: LogitScale = LogitScale()
-    loss: Component = Component(name="info_nce")
-    distill: Distill | None = None
-    data: Data
-    batch: Batches
-    budget: Budget
-    optim: Optim = Optim()
-    schedule: Schedule = Schedule()
-    engine: EngineConfig = EngineConfig()
-    checkpoint: Checkpoints = Checkpoints()
-    eval: Evals = Evals()
-    tracking: Tracking = Tracking()
+    embed_dim: Positive = Field(default=512, description="D, the dimension of the shared space")
+    logit_scale: LogitScale = Field(default=LogitScale(), description="the temperature of each pair")
+    loss: Component = Field(
+        default=Component(name="info_nce"),
+        description="a name, {name: …} with settings, or a list of these with a weight each; see dualenc list losses",
+    )
+    distill: Distill | None = Field(default=None, description="teachers to learn from; default: none")
+    data: Data = Field(description="shards and how they are read")
+    batch: Batches = Field(description="global batch and micro-batch")
+    budget: Budget = Field(description="how long to train")
+    optim: Optim = Field(default=Optim(), description="optimizer")
+    schedule: Schedule = Field(default=Schedule(), description="learning rate over the run")
+    engine: EngineConfig = Field(default=EngineConfig(), description="who runs the step, on what, in which precision")
+    checkpoint: Checkpoints = Field(
+        default=Checkpoints(), description="when checkpoints are written and where the run starts"
+    )
+    eval: Evals = Field(default=Evals(), description="zero-shot evaluation while training")
+    tracking: Tracking = Field(default=Tracking(), description="where metrics go")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _one_loss(cls, raw: Any) -> Any:
+        if isinstance(raw, list):
+            return {"name": "sum", "terms": raw}
+        return {"name": raw} if isinstance(raw, str) else raw
 
     @model_validator(mode="before")
     @classmethod

@@ -20,7 +20,7 @@ class Component(BaseModel):
     """A part chosen by ``name``; its other keys are settings, checked by the part's own ``Config`` when it is built."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
+    name: str = Field(description="which part")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 ABSENT = -1
-"""Pair id of a slot without a usable sample: it takes part in no loss."""
+"""Pair id of a slot without a usable sample: it takes part in no loss. Also a whole-number value that a slot lacks."""
+WHOLE = "*"
+"""Key in ``Batch.extras`` of what belongs to the sample as a whole, whatever its modalities."""
+
+
+def present(values: Tensor) -> Tensor:
+    """Where a label has a value: bool of the same shape. ``ABSENT`` (whole numbers) and NaN (floats) are none."""
+    return ~values.isnan() if values.is_floating_point() else values != ABSENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +66,8 @@ class Batch:
         passes: LongTensor [B]: the epoch of its source that each slot's sample is from; augmentation depends on it.
         views: name → collated rows of one modality as another model takes them (a teacher's image size or tokenizer):
             the same rows and slots as ``inputs`` of that modality.
-        extras: name → modality (or pair) → [B, …] by slot, without gradient: further inputs of a loss. The loader
-            makes them from the ``labels`` in a modality's rows.
+        extras: name → modality (or pair, or ``WHOLE``) → [B, …] by slot, without gradient: further inputs of a loss.
+            The loader makes them from the ``labels`` in a modality's rows and from the sources' ``values``.
         teachers: name → a teacher's outputs for these samples; distillation adds them on the device.
     """
 

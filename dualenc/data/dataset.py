@@ -16,14 +16,22 @@ import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dualenc.config import Data
-from dualenc.data.batch import ABSENT, BadSample, Batch
+from dualenc.data.batch import ABSENT, WHOLE, BadSample, Batch
 from dualenc.data.driving.places import by_slot
-from dualenc.data.modalities.modality import DecodeError, Mixes, ModalityInput, NamesPlaces, of_one_item
+from dualenc.data.modalities.modality import (
+    DecodeError,
+    Mixes,
+    ModalityInput,
+    NamesPlaces,
+    ReadsBeside,
+    of_one_item,
+)
 from dualenc.data.order import Plan, Refs
 from dualenc.data.shards.index import ShardSet, window_of
-from dualenc.data.shards.reader import Reader, SampleError, check_members
+from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
 from dualenc.data.shards.tar import Sample
+from dualenc.data.values import PREFIX, ValueKind, labels_of, stable_id
 from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -76,8 +84,10 @@ class StepDataset(Dataset[Any]):
         data: Data,
         views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
+        kinds: Mapping[str, ValueKind] | None = None,
     ) -> None:
-        self.views, self.redraw = dict(views or {}), dict(redraw or {})
+        self.views, self.redraw, self.kinds = dict(views or {}), dict(redraw or {}), dict(kinds or {})
+        self.labels = [labels_of(data, i) for i in range(len(data.sources))]
         self.plan, self.sets, self.inputs, self.pairs, self.wanted = plan, sets, inputs, list(pairs), wanted
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         self.cache, self.data = cache, data
@@ -127,6 +137,7 @@ class StepDataset(Dataset[Any]):
         """Read, decode and collate the samples of ``refs``."""
         reader = self._open()
         made: dict[int, dict[str, Any]] = {}  # slot → its rows, by modality and by view
+        said: dict[int, dict[str, Any]] = {}  # slot → its values, by name
         ids, keys, bad = [ABSENT] * len(refs), [], []
         at = zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), refs.passes.tolist(), strict=True)
         for slot, (source, shard, i, one) in enumerate(at):
@@ -136,7 +147,7 @@ class StepDataset(Dataset[Any]):
                 sample = reader.locate(source, shard, i)
                 key = sample.key
                 pair = _pair(reader, source, shard, sample, same) if same else None
-                made[slot] = self._rows(reader, source, shard, sample, one)
+                made[slot], said[slot] = self._rows(reader, source, shard, sample, one)
             except SampleError as e:
                 bad.append(BadSample(self.sets[source].source, name, key, e.member, e.reason))
                 self._lost[source] += 1
@@ -169,6 +180,9 @@ class StepDataset(Dataset[Any]):
             labels: dict[str, torch.Tensor] = x.pop("labels", {}) if isinstance(x, dict) else {}  # type: ignore[assignment]
             for name, values in by_slot(labels, places[m], len(refs)).items():
                 extras.setdefault(name, {})[m] = values
+        for name, kind in self.kinds.items():
+            of_slots = {slot: said[slot][name] for slot in made if name in said[slot]}
+            extras.setdefault(name, {})[WHOLE] = kind.by_slot(of_slots, len(refs))
         return Batch(
             size=len(refs),
             inputs=inputs,
@@ -208,10 +222,13 @@ class StepDataset(Dataset[Any]):
         """The input of each modality and view."""
         return {m: self.inputs[m] for m in self.modalities} | {n: v.input for n, v in self.views.items()}
 
-    def _rows(self, reader: Reader, source: int, shard: int, sample: Sample, one: int) -> dict[str, Any]:
-        """The rows of one sample, by modality and by view."""
+    def _rows(
+        self, reader: Reader, source: int, shard: int, sample: Sample, one: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The rows of one sample, by modality and by view, and its values, by name."""
         wanted = self.wanted[source]
-        found = reader.find(source, shard, sample, wanted)
+        found = reader.find(source, shard, sample, {**wanted, **self.labels[source]})
+        values = self._values(source, sample, found)
         if not any(a in found.values and b in found.values for a, b in self.pairs):
             m, looked = next((m, e) for m, e in wanted.items() if m not in found.values)
             there = ", ".join(list(sample.members)[:4])
@@ -238,6 +255,18 @@ class StepDataset(Dataset[Any]):
                             out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:
                 raise SampleError(f"{sample.key}.{found.members[m]}", str(e)) from e
+        return out, values
+
+    def _values(self, source: int, sample: Sample, found: Found) -> dict[str, Any]:
+        """The values of a sample, taken out of what was found, where modalities remain."""
+        out = {}
+        for name, value in self.data.sources[source].values.items():
+            if PREFIX + name in found.values:
+                try:
+                    out[name] = self.kinds[name].read(found.values.pop(PREFIX + name))
+                except ValueError as e:
+                    where = f"data.sources.{source}.values.{name}"
+                    raise SampleError(f"{sample.key}.{value.member}", f"{where}: {e}") from e
         return out
 
     def _partner(self, reader: Reader, source: int, shard: int, full: str, one: int) -> dict[str, Any]:
@@ -311,11 +340,15 @@ def members_of(
     out = {m: list(source.members.get(m) or inputs[m].default_members) for m in paired}
     if source.members:
         out = {m: e for m, e in out.items() if m in source.members}
+    for m, part in inputs.items():
+        if m in out and isinstance(part, ReadsBeside) and (other := part.beside()) is not None:
+            out[m] = [*(f"{ending}+{other}" for ending in out[m]), *out[m]]
     if not any(a in out and b in out for a, b in pairs):
         raise ConfigError(f"{where}: {sorted(out)} form none of the pairs {[list(p) for p in pairs]}.")
     check_members(out, where)
     if source.same is not None:
         check_members({"same": [source.same]}, f"data.sources.{i}")
+    check_members({name: [v.member] for name, v in source.values.items()}, f"data.sources.{i}.values")
     return out
 
 
@@ -339,13 +372,6 @@ def _pair(reader: Reader, source: int, shard: int, sample: Sample, same: str) ->
         raise SampleError(same, f"the sample has no {same}, which data.sources.{source}.same needs")
     value = found["same"]
     return value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value)
-
-
-def stable_id(key: str) -> int:
-    """A 63-bit number for a sample id, the same on every rank: a sample drawn twice is its own positive."""
-    return (
-        int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
-    )
 
 
 def sample_rng(seed: int, key: str, one: int, modality: str) -> np.random.Generator:

@@ -17,8 +17,10 @@ from dualenc.data.batch import Batch
 from dualenc.data.dataset import Failure, StepDataset, StepSampler, TeacherView, check_mix, members_of
 from dualenc.data.modalities.modality import ModalityInput
 from dualenc.data.order import Plan
-from dualenc.data.shards.index import ShardSet, build_plan, how_read, open_sources
+from dualenc.data.shards.index import ShardSet, build_plan, how_read, open_sources, window_of
+from dualenc.data.shards.reader import Reader
 from dualenc.data.shards.remote import Bounds, ShardCache, is_local
+from dualenc.data.values import ValueKind, kinds_of
 from dualenc.data.workers import init_worker, sigterm_blocked, start_workers
 from dualenc.errors import ConfigError, DataError
 
@@ -88,7 +90,20 @@ class Loader:
         if self._cache is not None and data.cache_dir is None:
             self._finalizer = weakref.finalize(self, self._cache.remove)
         self._steps = StepDataset(
-            self.plan, self.sets, inputs, pairs, wanted, seed, batch_size, rank, world, self._cache, data, views, redraw
+            self.plan,
+            self.sets,
+            inputs,
+            pairs,
+            wanted,
+            seed,
+            batch_size,
+            rank,
+            world,
+            self._cache,
+            data,
+            views,
+            redraw,
+            _kinds(data, self.sets, self._cache),
         )
         self._iterator: Any = None
         self._lost_worker = False
@@ -231,6 +246,17 @@ class Watchdog:
             if times and said != (step, times):
                 said = (step, times)
                 logger.warning("Stalled for %.0f s: %s.", waited, self._describe(step))
+
+
+def _kinds(data: Data, sets: Sequence[ShardSet], cache: ShardCache | None) -> dict[str, ValueKind]:
+    """The kinds of the recipe's values; some samples are read where it leaves out a type."""
+    if not any(s.values for s in data.sources):
+        return {}
+    reader = Reader(sets, cache, data.retries, window_of(data, sets) * data.lanes, Bounds.of(data))
+    try:
+        return kinds_of(data, reader)
+    finally:
+        reader.close()
 
 
 def _open_cache(data: Data, sets: Sequence[ShardSet]) -> ShardCache | None:

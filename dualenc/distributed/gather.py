@@ -32,6 +32,19 @@ def gather(x: Tensor) -> Tensor:
     return out
 
 
+def total(x: Tensor) -> Tensor:
+    """Sum ``x`` of one shape over all ranks; its gradient is summed over ranks too, as :func:`gather`'s is.
+
+    So a function of sums over the global batch (a covariance, say) that every rank evaluates alike has the gradient of
+    one process: the same as ``gather(x[None]).sum(0)`` without W copies of it.
+    """
+    if world_size() == 1:
+        return x
+    check_equal_shapes(x)
+    out: Tensor = _AllSum.apply(x)
+    return out
+
+
 def gather_ids(ids: Tensor) -> Tensor:
     """Concatenate integer ``ids [B]`` of all ranks → ``[W·B]``, without gradient."""
     return ids if world_size() == 1 else all_gather(ids)
@@ -68,6 +81,24 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return reduce_scatter_sum(grad)
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_sum(grad)
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum ``x`` over ranks, without gradient."""
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(out)
+    return out
 
 
 def all_gather(x: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ class Tower(nn.Module):
             Statistics of the batch would make a gradient depend on how the global batch is cut into ranks and
             micro-batches, and a released tower has good ones already.
         channels_last: its weights and pictures lie in that order in memory.
+        length_groups: a text tower may encode captions of like length apart (see
+            :func:`dualenc.encoders.length_groups.in_length_groups`). How many calls that makes depends on the captions,
+            so it is for engines that keep all weights on every rank.
     """
 
     component: Component
@@ -32,6 +35,7 @@ class Tower(nn.Module):
     head: nn.Module
     freeze_bn: bool = True
     channels_last: bool = False
+    length_groups: bool = False
 
     def pooled(self, x: Any) -> Tensor:
         """The collated rows of one modality → [n, W]: the encoder's own output, before the head."""

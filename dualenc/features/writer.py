@@ -40,9 +40,9 @@ class FeatureWriter:
         overwrite: replace features of another description in ``folder``.
 
     Raises:
-        ConfigError: an unknown dtype; the folder holds features of another description, naming the first field that
-            differs.
-        DataError: the folder cannot be written to.
+        ConfigError: an unknown dtype; the folder cannot be written to, or holds features of another description, naming
+            the first field that differs.
+        DataError: its description is damaged.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class FeatureWriter:
                 for left in self.folder.glob(".*.tmp"):  # left by a process that was killed while writing
                     left.unlink(missing_ok=True)
         except OSError as e:
-            raise DataError(f"{self.folder} cannot be written to ({e.strerror or e}); name another folder") from e
+            raise ConfigError(f"{self.folder} cannot be written to ({e.strerror or e}); name another folder") from e
         before: list[dict[str, Any]] = []
         if (self.folder / ABOUT).is_file():
             try:

@@ -18,17 +18,31 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from dualenc.config import Section
-from dualenc.distributed.gather import gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
-from dualenc.losses.info_nce import info_nce_rows
+from dualenc.losses.blockwise.row_loss import Tile
+from dualenc.losses.blockwise.sweeps import How
+from dualenc.losses.contrast import ContrastConfig, hard_negatives
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
+from dualenc.losses.soft_target import soft_target_nce
+from dualenc.losses.targets import SamePair, Targets
+
+
+class FrozenSimilarity(Targets):
+    """T = (⟨f_i, f_j⟩/2 + ½)^sharpen of frozen unit embeddings f, the value ``name`` of the slots."""
+
+    def __init__(self, name: str, sharpen: float = 1.0) -> None:
+        self.name, self.sharpen = name, sharpen
+
+    def __call__(self, tile: Tile) -> Tensor:
+        """See the class."""
+        rows, columns = tile.rows.values[self.name], tile.columns.values[self.name]
+        # A cosine a rounding error below −1 would give a negative weight.
+        weight = tile.products(rows, columns).mul_(0.5).add_(0.5).clamp_(min=0)
+        return (weight if self.sharpen == 1 else weight.pow_(self.sharpen)).to(tile.logits.dtype)
 
 
 def cwcl(
@@ -38,23 +52,23 @@ def cwcl(
     logit_scale: Tensor,
     frozen: tuple[Tensor | None, Tensor | None],
     sharpen: float = 1.0,
-    strip_mb: float = 64.0,
+    how: How | None = None,
 ) -> LossOutput:
     """This rank's rows of the loss above.
 
     Args:
-        a, b: [B, D] normalised features; the columns are gathered from all ranks.
+        a, b: [B, D] normalised features; the columns are those of all ranks.
         ids: [B] pair ids, −1 for a slot that takes no part.
         logit_scale: [1].
         frozen: for ``a`` and for ``b`` the frozen encoder's normalised embeddings [B, W], or None where that side is
             trained. With both, both directions are weighted.
         sharpen: exponent of w; 1 is the paper's.
-        strip_mb: MiB of logits (and as much again of targets) held at once.
+        how: tiled, or None for the whole matrices.
 
     Returns:
         value = Σ_{local valid i} ½ (ℓ_i(a→b) + ℓ_i(b→a)) / (n / W) with n valid rows in the global batch; the share of
-        rows whose best column is a positive (``top1_ab``, ``top1_ba``), and for a weighted direction ``excess_ab`` or
-        ``excess_ba``, likewise.
+        rows with a positive above every negative (``top1_ab``, ``top1_ba``), and for a weighted direction ``excess_ab``
+        or ``excess_ba``, likewise.
 
     Raises:
         ConfigError: neither side is frozen.
@@ -64,87 +78,31 @@ def cwcl(
             "loss: cwcl takes its targets from a locked tower, and neither tower of this pair is locked: "
             "set modalities.NAME.lock: true for one of them, or write loss: {name: info_nce}"
         )
-    all_ids = gather_ids(ids)
-    share = (all_ids >= 0).sum().clamp(min=1) / world_size()
-    total = a.new_zeros(())
-    metrics: dict[str, Tensor] = {}
-    for rows, columns, f, name in ((a, gather(b), frozen[0], "ab"), (b, gather(a), frozen[1], "ba")):
-        strips = torch.split(torch.arange(len(rows), device=rows.device), rows_of(strip_mb, columns))
-        # Recomputed in the backward: a strip's logits and targets are never kept.
-        parts: list[tuple[Tensor, ...]]
-        if f is None:
-            parts = [
-                checkpoint(info_nce_rows, rows[i], columns, ids[i], all_ids, logit_scale, 0.0, use_reentrant=False)
-                for i in strips
-            ]
-        else:
-            given = (columns, all_ids, logit_scale, gather_frozen(f), sharpen)
-            parts = [checkpoint(cwcl_rows, rows[i], ids[i], f[i], *given, use_reentrant=False) for i in strips]
-            metrics[f"excess_{name}"] = torch.stack([p[2] for p in parts]).sum() / share
-        total = total + torch.stack([p[0] for p in parts]).sum() / (2 * share)
-        metrics[f"top1_{name}"] = torch.stack([p[1] for p in parts]).sum() / share
-    return LossOutput(total, metrics)
-
-
-def cwcl_rows(
-    rows: Tensor,
-    row_ids: Tensor,
-    row_frozen: Tensor,
-    columns: Tensor,
-    column_ids: Tensor,
-    logit_scale: Tensor,
-    column_frozen: Tensor,
-    sharpen: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ ℓ_i over valid rows, the number of rows with a positive above every negative, and Σ (ℓ_i − entropy of w̄_i).
-
-    Args:
-        rows: [B, D]; columns: [N, D]; row_ids: [B]; column_ids: [N]; logit_scale: [1].
-        row_frozen: [B, W]; column_frozen: [N, W]: unit embeddings of the anchors' modality, of every slot.
-    """
-    valid, present = row_ids >= 0, column_ids >= 0
-    logits = logit_scale * (rows[valid] @ columns[present].T)
-    if not len(logits):  # a zero that still runs the gather's backward with the other ranks
-        return logit_scale[:0].sum() + rows[:0].sum() + columns[:0].sum(), logits.new_zeros(()), logits.new_zeros(())
-    # A cosine a rounding error below −1 would give a negative weight.
-    weight = ((row_frozen[valid] @ column_frozen[present].T) / 2 + 0.5).clamp(min=0).to(logits.dtype)
-    weight = weight if sharpen == 1 else weight**sharpen
-    target = weight / weight.sum(1, keepdim=True)
-    per_row = torch.logsumexp(logits, dim=1) - (target * logits).sum(1)
-    positive, seen = row_ids[valid, None] == column_ids[None, present], logits.detach()
-    hits = (seen.amax(1) > seen.masked_fill(positive, -float("inf")).amax(1)).sum().to(logits.dtype)
-    return per_row.sum(), hits, (per_row.detach() + torch.xlogy(target, target).sum(1)).sum()
-
-
-def gather_frozen(f: Tensor) -> Tensor:
-    """The frozen embeddings [W·B, W] of all ranks; they are data: no gradient."""
-    with torch.no_grad():
-        return gather(f.detach())
-
-
-def rows_of(strip_mb: float, columns: Tensor) -> int:
-    """How many rows make a strip of at most ``strip_mb`` MiB of logits, at least 16."""
-    return max(int(strip_mb * 2**20 / columns.element_size() / max(len(columns), 1)), 16)
+    values = {name: f for name, f in zip("ab", frozen, strict=True) if f is not None}
+    ab, ba = (FrozenSimilarity(side, sharpen) if side in values else SamePair() for side in "ab")
+    return soft_target_nce(a, b, ids, logit_scale, (ab, ba), excess=True, values=values, how=how)
 
 
 @losses.register("cwcl")
 class CWCL(Loss):
-    """CWCL as a recipe's ``loss: {name: cwcl}``, with ``lock: true`` (or ``trunk``) on one tower of each pair.
+    """Targets from the similarity of items in a locked tower, for the direction whose rows it encodes.
 
-    It has no parameters. Strips are recomputed in the backward, so nothing of size B·N is kept.
+    Formula: −Σ_j w̄_ij log softmax_j(s·x_i·y_j), w = f_i·f_j/2 + 1/2; the other direction is InfoNCE
+    Paper: CWCL, Srinivasa et al., NeurIPS 2023
+    Needs: a locked tower (modalities.NAME.lock: true or trunk)
     """
 
     takes_extras = True
 
-    class Config(Section):
+    class Config(ContrastConfig):
         """Settings."""
 
         sharpen: Annotated[float, Field(gt=0)] = Field(1.0, description="power of the weights; 1 as published")
-        strip_mb: Annotated[float, Field(gt=0)] = Field(64.0, description="MiB of logits held at once")
+        strip_mb: Annotated[float, Field(gt=0)] | None = Field(None, description="the older name of tile_mb")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
+        self.config = config.model_copy(update={"tile_mb": config.tile_mb or config.strip_mb})
 
     def forward(
         self,
@@ -157,4 +115,7 @@ class CWCL(Loss):
     ) -> LossOutput:
         """See :func:`cwcl`; ``logit_bias`` adds the same to all logits of a row and is ignored."""
         frozen = (extras.a.get("frozen"), extras.b.get("frozen")) if extras is not None else (None, None)
-        return cwcl(a, b, ids, logit_scale, frozen, self.config.sharpen, self.config.strip_mb)
+        if hard_negatives(extras, ids):
+            raise ConfigError("loss: cwcl has no targets for hard negatives; leave out input.negatives")
+        how = self.config.choose(len(a) * world_size(), a.device)
+        return cwcl(a, b, ids, logit_scale, frozen, self.config.sharpen, how)

@@ -43,7 +43,8 @@ def info_nce(
     """Symmetric InfoNCE, CLIP's loss (arXiv 2103.00020), over the batch of all ranks.
 
     Args:
-        a, b: [B, D] features of this rank's pairs, of any floating type; computed in fp32. B is equal on all ranks.
+        a: [B, D] features of this rank's pairs, of any floating type; computed in fp32. B is equal on all ranks.
+        b: [B, D] features of the other modality.
         logit_scale: multiplies the cosines (itself, not its logarithm), a number or [1]; CLIP learns its logarithm from
             log(1 / 0.07).
         ids: [B] int64; rows with equal ids, here or on another rank, are positives of each other, −1 takes no part.
@@ -79,7 +80,8 @@ def sigmoid(
     """SigLIP's loss (arXiv 2303.15343) over the batch of all ranks.
 
     Args:
-        logit_scale, logit_bias: numbers or [1]; SigLIP begins with 10 and −10.
+        logit_scale: a number or [1]; SigLIP begins with 10.
+        logit_bias: a number or [1]; SigLIP begins with −10.
 
     The other arguments, the result and what is raised are those of :func:`info_nce`.
     """
@@ -104,8 +106,8 @@ def cwcl(
     """Continuously weighted contrastive loss (Srinivasa et al., NeurIPS 2023) for a tower matched to a frozen one.
 
     Args:
-        frozen_a, frozen_b: [B, W] embeddings by the frozen encoder of that side, before any learned projection; give
-            at least one.
+        frozen_a: [B, W] embeddings by the frozen encoder of that side, before any learned projection.
+        frozen_b: [B, W] the same of the other side; give at least one of the two.
         sharpen: exponent of the weights; 1 is the paper's.
 
     The other arguments, the result and what is raised are those of :func:`info_nce`.
@@ -113,7 +115,8 @@ def cwcl(
     with _fp32(a):
         a, b, ids, scale = _prepared(a, b, ids, logit_scale, normalize)
         fa, fb = (None if f is None else unit(f.detach().float(), dim=-1) for f in (frozen_a, frozen_b))
-        return cwcl_rows(a, b, ids, scale, (fa, fb), sharpen).value
+        how = TiledConfig.model_validate({}).choose(len(a) * world_size(), a.device)
+        return cwcl_rows(a, b, ids, scale, (fa, fb), sharpen, how).value
 
 
 def mse(a: Tensor, b: Tensor, ids: Tensor | None = None, *, normalize: bool = True) -> Tensor:

@@ -19,7 +19,9 @@ from torch import Tensor
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.losses.blockwise.sweeps import How, sweep_info_nce
-from dualenc.losses.loss import Loss, LossOutput, TiledConfig, losses
+from dualenc.losses.contrast import contrast, hard_negatives
+from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig, losses
+from dualenc.losses.targets import SamePair, SoftTarget
 
 
 def info_nce(
@@ -79,20 +81,41 @@ def hits(logits: Tensor, positive: Tensor) -> Tensor:
 
 @losses.register("info_nce")
 class InfoNCE(Loss):
-    """InfoNCE as a recipe's ``loss: {name: info_nce}``. It has no parameters; a logit bias would cancel out."""
+    """InfoNCE, CLIP's loss, both directions; with label smoothing, and hard negatives where samples bring them.
+
+    Formula: −(log softmax_j(s·a_i·b_j))_i, targets (1−ε)·own pair + ε/N
+    Paper: CLIP, arXiv 2103.00020
+    Needs: nothing
+    """
+
+    takes_extras = True
 
     class Config(TiledConfig):
         """Settings."""
 
-        label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+        label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+            default=0.0, description="ε: share of the target spread over all columns"
+        )
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
 
     def forward(
-        self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        ids: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        extras: Extras | None = None,
     ) -> LossOutput:
-        """See :func:`info_nce`; ``logit_bias`` adds the same to all logits of a row and is ignored."""
+        """See :func:`info_nce`; ``logit_bias`` adds the same to all logits of a row and is ignored.
+
+        Hard negatives (``contrast.hard_negatives``) are further columns.
+        """
         how = self.config.choose(len(a) * world_size(), a.device)
+        if columns := hard_negatives(extras, ids):
+            row_loss = SoftTarget(SamePair(), smoothing=self.config.label_smoothing)
+            return contrast(a, b, ids, logit_scale, row_loss, row_loss, columns=columns, how=how)
         return info_nce(a, b, ids, logit_scale, self.config.label_smoothing, how)

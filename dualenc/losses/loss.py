@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -41,8 +41,11 @@ class Extras:
         pair: the two modalities.
         a, b: name → rows of either side: the batch's ``extras`` (without gradient) and the model's further outputs
             (projections of the features, with gradient).
-        both: name → rows of the pair as a whole.
+        both: name → rows of the pair as a whole, and the labels that ``data.sources.N.values`` names: [B] or
+            [B, width], int64 or float64; ``dualenc.data.batch.present`` says which slots have one.
         teachers: name → what a teacher says of the batch.
+        pairs: all pairs that are contrasted; empty where the loss is called by itself.
+        step: of the run, counted from 0.
     """
 
     pair: tuple[str, str]
@@ -50,6 +53,8 @@ class Extras:
     b: dict[str, Tensor]
     both: dict[str, Tensor] = field(default_factory=dict)
     teachers: Mapping[str, TeacherRows] = field(default_factory=dict)
+    pairs: Sequence[tuple[str, str]] = ()
+    step: int = 0
 
 
 class Loss(nn.Module):
@@ -69,7 +74,26 @@ class Loss(nn.Module):
     Config: ClassVar[type[Section]] = Section
     """Its settings in a recipe."""
     takes_extras: ClassVar[bool] = False
-    """Whether ``forward`` is also given :class:`Extras`: a teacher's features, further outputs of the model."""
+    """Whether ``forward`` is also given :class:`Extras`: labels, a teacher's features, further outputs of the model."""
+    needs: Sequence[str] = ()
+    """Names of the labels (``data.sources.N.values``) that it cannot do without; set in ``__init__`` where they follow
+    from the settings. A recipe without them is refused before anything is built."""
+    names_pairs: Sequence[tuple[str, str]] = ()
+    """Pairs that its settings name; the recipe must have them."""
+    hidden: Sequence[float] = ()
+    """Shares of the towers' depth at which it wants their hidden states, pooled and mapped to the features' width: the
+    groups ``dualenc.encoders.dual_encoder.hidden_group(share)`` of its extras."""
+
+    def heads(self, dim: int, modalities: Sequence[str]) -> Mapping[str, Mapping[str, nn.Module]]:
+        """What it trains besides the towers: group → modality → a module on the features [n, ``dim``].
+
+        A module under ``dualenc.encoders.dual_encoder.EVERY`` serves all modalities. The outputs [n, E] are
+        ``extras.a[group]`` and ``extras.b[group]``.
+
+        They become part of the model that is trained and of its checkpoints, and of no model that is saved for use.
+        Batch statistics in them would depend on how the batch is cut into ranks and micro-batches.
+        """
+        return {}
 
     if TYPE_CHECKING:
 

@@ -38,7 +38,12 @@ def mse(a: Tensor, b: Tensor, ids: Tensor) -> LossOutput:
 
 @losses.register("mse")
 class MSE(Loss):
-    """As a recipe's ``loss: {name: mse}``, with one tower locked. It has no parameters and uses no temperature."""
+    """As a recipe's ``loss: {name: mse}``, with one tower locked. It has no parameters and uses no temperature.
+
+    Formula: 1/n Σ_i ‖a_i − b_i‖²
+    Paper: LidarCLIP, arXiv 2212.06858
+    Needs: a locked tower: there are no negatives
+    """
 
     def __init__(self, config: Section) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualenc.config import pair_name
-from dualenc.data.batch import ABSENT, Batch
+from dualenc.data.batch import ABSENT, WHOLE, Batch
 from dualenc.losses.loss import Extras, Loss, LossOutput
 
 
@@ -41,7 +41,7 @@ def objective(
     for a, b in pairs:
         key = pair_name((a, b))
         ids = torch.where(has[a] & has[b], batch.ids, ABSENT)
-        more = {"extras": extras_of(outputs, batch, (a, b))} if loss.takes_extras else {}
+        more = {"extras": extras_of(outputs, batch, (a, b), pairs)} if loss.takes_extras else {}
         out = loss(slots[a], slots[b], ids, scales[key], biases.get(key), **more)
         value = value + out.value / len(pairs)
         metrics[f"loss/{key}"] = out.value.detach()
@@ -56,15 +56,20 @@ SHARED = ("features", "logit_scale", "logit_bias")
 """Groups of a model's outputs that every loss is given; the others are extras."""
 
 
-def extras_of(outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pair: tuple[str, str]) -> Extras:
-    """What the batch and the model's further outputs hold for a pair."""
-    out = Extras(pair, {}, {}, teachers=batch.teachers)
+def extras_of(
+    outputs: Mapping[str, Mapping[str, Tensor]],
+    batch: Batch,
+    pair: tuple[str, str],
+    pairs: Sequence[tuple[str, str]] = (),
+) -> Extras:
+    """What the batch and the model's further outputs hold for a pair, one of ``pairs``."""
+    out = Extras(pair, {}, {}, teachers=batch.teachers, pairs=pairs, step=batch.step)
     for group, rows in outputs.items():
         for side, m in zip((out.a, out.b), pair, strict=True):
             if group not in SHARED and m in rows:
                 side[group] = to_slots(rows[m], batch.rows[m], batch.size)
     for name, values in batch.extras.items():
-        for side, key in ((out.a, pair[0]), (out.b, pair[1]), (out.both, pair_name(pair))):
+        for side, key in ((out.a, pair[0]), (out.b, pair[1]), (out.both, pair_name(pair)), (out.both, WHOLE)):
             if key in values:
                 side[name] = values[key]
     return out

@@ -202,7 +202,12 @@ def both_ways(s: Sides, parts: list[Part], logit_scale: Tensor, poor: bool, stri
 
 @losses.register("prc")
 class PRC(Loss):
-    """CALICO's stage 1 on two views of one sweep: ``loss: {name: prc}``; the temperature is ``logit_scale`` (1 / τ)."""
+    """CALICO's stage 1 on two views of one sweep: ``loss: {name: prc}``; the temperature is ``logit_scale`` (1 / τ).
+
+    Formula: mean_i α·(log Z_i − mean_{same region} s_ij) + (1 − α)·(log(e^{s_ii} + Σ_{other regions} e^{s_ij}) − s_ii)
+    Paper: CALICO, arXiv 2306.00349
+    Needs: towers that say what is at places (local_dim and input.places), and regions
+    """
 
     takes_extras = True
 
@@ -233,7 +238,12 @@ class PRC(Loss):
 
 @losses.register("point_contrast")
 class PointContrast(Loss):
-    """PointContrast on the same places, regions unused: the control of ``prc``."""
+    """PointContrast on the same places, regions unused: the control of ``prc``.
+
+    Formula: mean_i log Σ_j e^{s_ij} − s_ii over places
+    Paper: PointContrast, arXiv 2007.10985
+    Needs: towers that say what is at places (local_dim and input.places)
+    """
 
     takes_extras = True
 
@@ -259,15 +269,24 @@ class PointContrast(Loss):
 
 @losses.register("rad")
 class RAD(Loss):
-    """CALICO's stage 2: the first modality of the pair learns from the second, whose tower is locked."""
+    """CALICO's stage 2: the first modality of the pair learns from the second, whose tower is locked.
+
+    Formula: Σ_i w_i (log Z_i − mean_{same region} s_ij), w_i = 1 / (R |r_i|)
+    Paper: CALICO, arXiv 2306.00349
+    Needs: towers that say what is at places, regions, and a locked second tower
+    """
 
     takes_extras = True
 
     class Config(RegionConfig):
         """Settings."""
 
-        positive: Literal["region", "place"] = "region"
-        against: Literal["all", "others"] = "all"
+        positive: Literal["region", "place"] = Field(
+            default="region", description="what a place is matched with: its region, or the same place"
+        )
+        against: Literal["all", "others"] = Field(
+            default="all", description="the denominator: all places, or the positives and the places of other regions"
+        )
 
     def __init__(self, config: Config) -> None:
         super().__init__()

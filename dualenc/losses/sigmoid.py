@@ -77,9 +77,13 @@ def plain_sigmoid(
 
 @losses.register("sigmoid")
 class Sigmoid(Loss):
-    """The sigmoid loss as a recipe's ``loss: {name: sigmoid}``. Give ``logit_scale: {init: 10, bias: -10}`` with it.
+    """SigLIP's loss: every pair of the batch is classified by itself.
 
-    It has no parameters: scale and bias are the model's.
+    Give ``logit_scale: {init: 10, bias: -10}`` with it.
+
+    Formula: −1/n Σ_ij log σ(z_ij·(s·a_i·b_j + bias)), z = 1 for a pair, else −1
+    Paper: SigLIP, arXiv 2303.15343
+    Needs: a logit bias
     """
 
     Config = TiledConfig

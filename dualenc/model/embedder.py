@@ -47,6 +47,7 @@ class Embedder:
         """
         if forward is None:
             bundle.model.eval()
+            bundle.model.group_lengths()
         return cls(bundle, forward, torch.device(device) if device is not None else bundle.device)
 
     def embed(

@@ -78,6 +78,21 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
 
 
 def _load_folder(spec: str) -> Bundle:
+    folder = model_folder(spec)
+    if (folder / DESCRIPTION).is_file():
+        return load_bundle(folder)
+    if (folder / "open_clip_config.json").is_file():
+        return _released(from_open_clip_folder(folder), spec)
+    return _released(from_hf(str(folder)), spec)
+
+
+def model_folder(spec: str) -> Path:
+    """The folder that holds a model's description: in a run, that of its newest finished checkpoint.
+
+    Raises:
+        ConfigError: there is no such folder, or no model in it.
+        CheckpointError: a run without a finished checkpoint.
+    """
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         if folder.is_file():
@@ -90,12 +105,8 @@ def _load_folder(spec: str) -> Bundle:
         folder = newest_save(folder)
     if (folder / "model" / DESCRIPTION).is_file():
         folder = folder / "model"
-    if (folder / DESCRIPTION).is_file():
-        return load_bundle(folder)
-    if (folder / "open_clip_config.json").is_file():
-        return _released(from_open_clip_folder(folder), spec)
-    if (folder / "config.json").is_file():
-        return _released(from_hf(str(folder)), spec)
+    if any((folder / name).is_file() for name in (DESCRIPTION, "open_clip_config.json", "config.json")):
+        return folder
     raise ConfigError(f"{spec} has no model: there is no {DESCRIPTION}, open_clip_config.json or config.json in it.")
 
 

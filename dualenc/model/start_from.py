@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dualenc.errors import ConfigError, did_you_mean
+from dualenc.errors import ConfigError, DualencError, did_you_mean
 from dualenc.model.bundle import Bundle
 from dualenc.model.load import load_model
 
@@ -38,7 +38,10 @@ def completed(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"modalities: this recipe has no modalities and does not name a model to fine-tune; add {_EXAMPLE}"
         )
-    model = load_model(spec)
+    try:
+        model = load_model(spec)
+    except DualencError as e:
+        raise type(e)(f"checkpoint.init_from: {e}") from e
     for m, part in parts.items():
         if m not in model.modalities and not _is_whole(part):
             raise ConfigError(

@@ -18,7 +18,7 @@ from dualenc.distributed.world import World
 from dualenc.engine import Engine, build_engine
 from dualenc.engine.ema import EMA, Average, Trajectory
 from dualenc.errors import CheckpointError, did_you_mean
-from dualenc.losses import Loss, build_loss
+from dualenc.losses import Loss, build_loss, check_loss
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
@@ -74,7 +74,10 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
         ConfigError, DataError, CheckpointError: the recipe asks for something that does not exist or cannot be built.
     """
     save = find_save(recipe, run_dir, world)
+    loss = build_loss(recipe.loss)
+    check_loss(loss, recipe.data, recipe.pairs)
     bundle = begin_model(recipe, fresh=save is None)
+    add_heads(loss, bundle, recipe.seed)
     distiller = Distiller(recipe, bundle, world.device) if recipe.distill is not None else None
     state = begin_state(recipe, distiller, save)
     counts = [(p.numel(), p.requires_grad) for p in bundle.model.parameters()]  # before ZeRO 3 empties them
@@ -84,7 +87,6 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
     if save is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(ckpt.trained_weights(save))
         engine.load_optimizer_state(ckpt.optimizer_state(save), state.optimizer)
-    loss = build_loss(recipe.loss)
     if distiller is not None:
         loss = distiller.loss(loss)
         if save is not None:
@@ -135,6 +137,16 @@ def begin_model(recipe: Recipe, fresh: bool) -> Bundle:
             with seeded(recipe.seed, m, "lora"):
                 bundle.model.add_adapters(m, part.lora)
     return bundle
+
+
+def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
+    """Put what the loss trains besides the towers into the model, with the same weights for the same seed."""
+    with seeded(seed, "loss", "heads"):
+        for group, head in loss.heads(bundle.embed_dim, bundle.model.modalities).items():
+            bundle.model.add_head(group, head)
+        if loss.hidden:
+            rows = {m: x.collate([x.dummy(), x.dummy()]) for m, x in bundle.inputs.items()}
+            bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
 
 
 def init_weights(bundle: Bundle, spec: str) -> None:

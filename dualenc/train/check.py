@@ -8,25 +8,24 @@ from dualenc.config import Recipe
 from dualenc.data.plans import chosen
 from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
+from dualenc.encoders.released.find_released import FORMS, find_released
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
-from dualenc.losses import build_loss
-from dualenc.model import load_model
-
-FORMS = ("open_clip:", "hf:", "laion_clap:")
-"""Prefixes of models that are not folders: only loading one tells whether it exists."""
+from dualenc.losses import build_loss, check_loss
+from dualenc.model.load import model_folder
 
 
 def check_recipe(recipe: Recipe) -> None:
     """Build what is small and look up what is named; the run itself would find the same errors, only later.
 
     Raises:
-        ConfigError: an unknown loss, term or plan, a wrong setting, a model that does not exist, no CUDA.
+        ConfigError: an unknown loss, term or plan, a label that a loss needs and no source has, a wrong setting,
+            a model that does not exist, no CUDA.
         DataError: a teacher's cache that does not exist.
         CheckpointError: a checkpoint to resume from that does not exist.
     """
     check_device(recipe.engine.device)
     chosen(recipe.data.sampling)
-    build_loss(recipe.loss)
+    check_loss(build_loss(recipe.loss), recipe.data, recipe.pairs)
     if recipe.distill is not None:
         build_terms(recipe.distill)
         for k, teacher in enumerate(recipe.distill.teachers):
@@ -60,9 +59,13 @@ def check_length(recipe: Recipe, total_steps: int) -> None:
 
 
 def _check_model(where: str, spec: str | None) -> None:
-    if spec is None or spec.startswith(FORMS) or Path(spec).expanduser().is_dir():
+    """Find a model without loading it."""
+    if spec is None:
         return
     try:
-        load_model(spec)
+        if spec.startswith(FORMS):
+            find_released(spec)
+        else:
+            model_folder(spec)
     except DualencError as e:
         raise type(e)(f"{where}: {e}") from e

@@ -1,4 +1,4 @@
-"""Two real steps of a run, to see how much memory and time it takes; nothing of them is kept."""
+"""What a run takes: its standing memory from the model alone, or memory and time measured on two real steps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from dualenc.config import Recipe
+from dualenc.config import EngineConfig, Recipe
 from dualenc.distributed.world import World, all_gather_object, close_world, init_world
+from dualenc.engine.optim import parameters_by_role
 from dualenc.train.loop import Run
 
 STEPS = 2
+
+
+def standing_memory(model: nn.Module, recipe: Recipe, ranks: int) -> str:
+    """One line for a person: :func:`standing_bytes`, labelled an estimate."""
+    parts = standing_bytes(model, recipe, ranks)
+    said = " + ".join(f"{k} {_size(n)}" for k, n in parts.items())
+    return (
+        f"memory per rank, estimate for {ranks} rank(s): {said} = {_size(sum(parts.values()))}; activations come on "
+        "top, --dry-run --probe measures all of it"
+    )
+
+
+def standing_bytes(model: nn.Module, recipe: Recipe, ranks: int) -> dict[str, int]:
+    """What weights, gradients and optimizer states take on each of ``ranks`` ranks all the time, from their shapes."""
+    roles = parameters_by_role(model)
+    trained = {role: sum(p.numel() * p.element_size() for p in found) for role, found in roles.items()}
+    weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    gradients = sum(trained.values())
+    # AdamW keeps two moments of each parameter; SGD, and Muon of its matrices, one momentum.
+    one = gradients if recipe.optim.name == "sgd" else trained.get("matrix", 0) if recipe.optim.name == "muon" else 0
+    states = one + 2 * (gradients - one)
+    if recipe.engine.kind == "deepspeed" and recipe.engine.zero_stage > 0:
+        states += gradients  # ZeRO steps on a copy of the weights
+    sharded = _sharded(recipe.engine, ranks)
+    parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
+    return {k: n // ranks if k in sharded else n for k, n in parts.items()}
+
+
+def _sharded(engine: EngineConfig, ranks: int) -> tuple[str, ...]:
+    """What the ranks share instead of holding it whole."""
+    parts = ("optimizer states", "gradients", "weights")
+    if engine.kind == "deepspeed":
+        return parts[: engine.zero_stage]
+    return parts if engine.parallel == "fsdp2" and ranks > 1 else ()
 
 
 @dataclass(frozen=True, slots=True)

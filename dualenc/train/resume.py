@@ -43,7 +43,8 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """What must stay the same for a resumed run to be the run that was saved."""
     full = recipe.model_dump(mode="json")
     data = {k: full["data"][k] for k in ("sampling", "lanes", "window")}
-    sources = [{k: s[k] for k in ("name", "weight", "members")} for s in full["data"]["sources"]]
+    named = ("name", "weight", "members", "values")  # values: only where a source has some
+    sources = [{k: s[k] for k in named if k in s} for s in full["data"]["sources"]]
     keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
     distill = full["distill"]
     if distill is not None:  # a teacher's location may change; its content is compared by hash

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dualenc.config import Recipe, Tracking
 from dualenc.errors import ConfigError
 from dualenc.files import write_atomically
+from dualenc.terminal import PatientConsole
 from dualenc.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -140,19 +140,6 @@ class WandbSink:
         self._run.finish()
 
 
-class PatientConsole(Console):
-    """A console that stops printing when nobody reads it any more (a closed pipe, a closed terminal)."""
-
-    def print(self, *args: Any, **more: Any) -> None:
-        try:
-            super().print(*args, **more)
-        except (OSError, ValueError):
-            self.quiet = True
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
 class Tracker:
     """Sends rank 0's numbers to the sinks and draws the progress line; on other ranks it does nothing."""
 
@@ -192,7 +179,8 @@ class Tracker:
             self._progress.update(self._task, completed=step, info=info)
         elif "loss" in values:
             left = (time.monotonic() - self._began) / max(step - self._start_step, 1) * (self._total - step)
-            self.console.print(f"step {step}/{self._total}  {info}  {_clock(left)} left", highlight=False)
+            line = f"step {step}/{self._total}  {info}  {_clock(left)} left"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar between log lines."""
@@ -202,7 +190,8 @@ class Tracker:
     def say(self, text: str) -> None:
         """Print one line on the terminal."""
         if self.is_main:
-            self.console.print(text, highlight=False)
+            # In a file or pipe a line stays one line, however long.
+            self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         if self._progress is not None:

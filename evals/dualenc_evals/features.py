@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dualenc.errors import DataError, DivergenceError
+from dualenc.errors import ConfigError, DataError, DivergenceError
 from dualenc.features.store import Description
 from dualenc.features.writer import FeatureWriter
 from dualenc_evals.ranks import Ranks
@@ -72,8 +72,11 @@ class Inspected:
     bad: dict[int, str]
 
 
-def digest(raw: bytes | str) -> str:
-    """128-bit digest of an item; a string and its bytes differ."""
+def digest(raw: Any) -> str:
+    """128-bit digest of an item: bytes, a string (which differs from its bytes), or a dictionary of joined parts."""
+    if isinstance(raw, Mapping):
+        parts = sorted((k, digest(v) if isinstance(v, bytes | str) else digest_of(v)) for k, v in raw.items())
+        return digest(json.dumps(["joined", parts]))
     data = b"s" + raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else b"b" + raw
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
@@ -133,7 +136,7 @@ class Store:
             raw = content.read()
         except DataError as e:
             return "", str(e)
-        empty = "is empty" if not raw.strip() else None
+        empty = "is empty" if not (raw.strip() if isinstance(raw, bytes | str) else raw) else None
         return digest(raw), empty or (self.check(modality, raw) if self.strict else None)
 
     def require(self, modality: str) -> None:
@@ -227,7 +230,7 @@ class Store:
         description = Description(about, {m: m for m in names}, dict.fromkeys(names, 1), "fp32", made)
         try:
             self._writer = FeatureWriter(self.cache_dir / description.digest, description, growing=True)
-        except DataError as e:
+        except (ConfigError, DataError) as e:
             logger.warning("Features are not cached: %s", e)
 
     def _read(self, modality: str, ids: Sequence[str]) -> Tensor | None:

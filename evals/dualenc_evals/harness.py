@@ -4,7 +4,7 @@ Results are a plain dictionary (and a JSON file) that says what was measured, on
 
     {"model": what the model says of itself,
      "tasks": {name: {version, definition, kind, n, metrics, ci, chance, reference, data_digest, templates, skipped,
-                      notes, details}},
+                      in_training, notes, details}},
      "environment": versions, seed, batch size,
      "run": when, on how many ranks}
 
@@ -17,6 +17,7 @@ number is given. Shares are between 0 and 1. The same command gives the same num
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 from collections.abc import Sequence
@@ -24,15 +25,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from dualenc.config import Source
 from dualenc.data.modalities import DecodeError, ModalityInput, modalities
 from dualenc.data.modalities.modality import of_one_item
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError, DataError
-from dualenc.files import write_atomically
+from dualenc.files import replacing, write_atomically
 from dualenc.model import Bundle
+from dualenc.terminal import PatientConsole
 from dualenc.versions import versions
 from dualenc_evals.features import EvalModel, Seen, Store, digest_of
 from dualenc_evals.kinds import Collected, Measured, kinds
+from dualenc_evals.overlap import TrainingShards, overlap, sentence
 from dualenc_evals.pages.table import print_table
 from dualenc_evals.ranks import ranks_of
 from dualenc_evals.read.shards import Rows, read_rows
@@ -63,6 +67,7 @@ def evaluate(
     details: bool = True,
     resume: bool = False,
     seen: Seen | None = None,
+    training: Sequence[Source] = (),
 ) -> dict[str, Any]:
     """Evaluate ``embedder`` on ``tasks``; every rank of ``world`` must call this.
 
@@ -79,6 +84,8 @@ def evaluate(
             ``cache_dir`` are reused whether or not ``resume`` is set.
         seen: what is known of the data's files, kept by the caller from one evaluation to the next (training evaluates
             the same files again and again and need not read, digest and check them each time).
+        training: the shards the model was trained on (:func:`dualenc_evals.overlap.training_sources`): each task then
+            says how many of its items occur in those that are on this machine (``in_training``).
 
     Returns:
         The results, the same on every rank except for ``details``.
@@ -94,6 +101,8 @@ def evaluate(
         raise ConfigError(f"tasks: {sorted(twice)[0]!r} is listed twice")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    if out is not None:
+        ranks.share(lambda: check_writable(Path(out)))
     results: dict[str, Any] = {
         "model": json.loads(json.dumps(embedder.describe(), default=str)),
         "tasks": {},
@@ -106,11 +115,12 @@ def evaluate(
     )
     with Progress(progress and ranks.is_main) as bar:
         known = {} if seen is None else seen
+        trained_on = TrainingShards(training) if training else None
         store = Store(embedder, ranks, Checker(embedder), batch_size, cache_dir, bar.advance, shown_as, known)
         for task in tasks:
             bar.begin(task.name)
             kept = done.get(task.name)
-            results["tasks"][task.name] = run_task(task, store, seed, details) if kept is None else kept
+            results["tasks"][task.name] = run_task(task, store, seed, details, trained_on) if kept is None else kept
             if out is not None and ranks.is_main:
                 write_json(Path(out), results)
     return results
@@ -164,7 +174,9 @@ def definition(task: Task) -> str:
     return digest_of(plain(OTHER_KINDS_KEYS | task.model_dump(mode="json")))
 
 
-def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, Any]:
+def run_task(
+    task: Task, store: Store, seed: int, details: bool, training: TrainingShards | None = None
+) -> dict[str, Any]:
     """One task: rows → contents → features → numbers."""
     for modality in task.needed():
         store.require(modality)
@@ -184,6 +196,9 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
         notes.append(
             f"{len(data.skipped)} of {data.asked} items were left out; the first: {first['id']}: {first['reason']}."
         )
+    seen = None if training is None else overlap(rows.rows, task.read_modalities(), store, training)
+    if seen is not None and sentence(seen):
+        notes.append(sentence(seen))
     result: dict[str, Any] = {
         "version": task.version,
         "definition": definition(task),
@@ -200,6 +215,8 @@ def run_task(task: Task, store: Store, seed: int, details: bool) -> dict[str, An
         "skipped": {"count": len(data.skipped), "of": data.asked, "items": data.skipped[:SHOWN_SKIPPED]},
         "notes": notes,
     }
+    if seen is not None:
+        result["in_training"] = seen
     result |= {k: v for k, v in got.items() if k in ("largest_class_share", "settings", "details")}
     return result
 
@@ -268,6 +285,23 @@ def environment(seed: int, batch_size: int) -> dict[str, Any]:
     }
 
 
+def check_writable(out: Path) -> None:
+    """Find out before hours of work whether the results can be written.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        with replacing(out.with_name(f"{out.name}.probe")) as probe:
+            probe.touch()
+        out.with_name(f"{out.name}.probe").unlink()
+    except (OSError, ValueError) as e:
+        why = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
+        raise ConfigError(f"out: {str(out)!r} cannot be written ({why}); name another file") from e
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Write the results, so that a reader finds the old file or the new one, never half of it."""
     write_atomically(path, json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
@@ -277,12 +311,11 @@ class Progress:
     """A bar on the terminal, or nothing."""
 
     def __init__(self, visible: bool) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not visible, transient=True)
+        self._bar = Bar(*columns, console=PatientConsole(stderr=True), disable=not visible, transient=True)
         self._name, self._what = "", ""
         self._id: Any = None
 

@@ -34,8 +34,8 @@ def _wrong(key: str, why: str, value: Any = None) -> ValidationError:
 class Every(Section):
     """Rows ``offset, offset + step, …``: a fixed held-out share of a set that has no split of its own."""
 
-    step: Positive
-    offset: Annotated[int, Field(ge=0)] = 0
+    step: Positive = Field(description="take every step-th row")
+    offset: Annotated[int, Field(ge=0)] = Field(default=0, description="first row that is taken")
     others: bool = Field(False, description="take all other rows instead")
 
     def of(self, rows: list[Any]) -> list[Any]:
@@ -60,7 +60,7 @@ class TaskSource(Section):
         "files next to it; hf: a Hugging Face data set by name, or a local folder; kitti, kitti_raw, nuscenes: the "
         "folder as published (camera and lidar); or the name of a source that another package registers"
     )
-    path: str | list[str] = ""
+    path: str | list[str] = Field(default="", description="file, pattern, folder or name, as kind says")
     split: str | None = Field(
         None,
         description="hf: the split; tables: rows whose 'split' is this; folder, clip_benchmark: subfolder; nuscenes: "
@@ -69,7 +69,7 @@ class TaskSource(Section):
     subset: str | None = Field(None, description="hf: the configuration, where a data set has several")
     revision: str | None = Field(None, description="hf: the commit or tag to read")
     where: dict[str, str | list[str]] = Field(default_factory=dict, description="keep rows whose column has this value")
-    every: Every | None = None
+    every: Every | None = Field(default=None, description="a fixed share of the rows, for sets without a split")
     limit: Positive | None = Field(None, description="read only this many rows")
     members: dict[str, list[str]] = Field(
         default_factory=dict,
@@ -90,6 +90,22 @@ class TaskSource(Section):
         None, description="shards: a .jsonl or .jsonl.gz with a 'key' per sample that adds columns"
     )
     obtain: str = Field("", description="how to get this data")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_members(cls, raw: Any) -> Any:
+        """``image: filepath`` and ``caption: title`` of a table, as in packing, are its members."""
+        from dualenc.data.sources import sources
+        from dualenc.data.sources.columns import SHORT, with_short_members
+        from dualenc.data.sources.samples import accepted
+
+        if not isinstance(raw, dict) or not SHORT.keys() & raw.keys() or str(raw.get("kind")) in SHARDS:
+            return raw
+        try:
+            layout = sources[str(raw.get("kind"))]
+            return with_short_members(raw, accepted(layout.settings)) if layout.table else raw
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
 
     @model_validator(mode="after")
     def _fits(self) -> TaskSource:
@@ -156,10 +172,10 @@ class TaskSource(Section):
 class Reference(Section):
     """A number that somebody published for this task."""
 
-    model: str
-    metric: str
-    value: float
-    source: str
+    model: str = Field(description="the model that was measured")
+    metric: str = Field(description="name of the metric")
+    value: float = Field(description="the published number")
+    source: str = Field(description="where it was published")
 
 
 class Task(Section):
@@ -177,20 +193,24 @@ class Task(Section):
     metric_pattern: ClassVar[str] = r"(?!)"
     """Metrics with a number in their name, besides the default ones."""
 
-    name: str
-    version: Positive = 1
-    kind: str
+    name: str = Field(description="its name in results; default: the file's")
+    version: Positive = Field(default=1, description="raised when a change moves its numbers")
+    kind: str = Field(description="what is measured")
     plugins: list[str] = Field(
         default_factory=list, exclude=True, description="modules to import first; they register kinds and modalities"
     )
-    description: str = ""
-    source: TaskSource
-    modalities: tuple[str, str] = ("image", "text")
+    description: str = Field(default="", description="one line for lists and reports")
+    source: TaskSource = Field(description="what is read")
+    modalities: tuple[str, str] = Field(
+        default=("image", "text"), description="what is looked at, and what it is matched with"
+    )
     metrics: list[str] = Field(default_factory=list, description="default: those of the kind of task")
     max_skipped: Share = Field(0.1, description="fail if more than this share of the items cannot be read")
-    reference: list[Reference] = Field(default_factory=list)
-    license: str = ""
-    citation: str = ""
+    reference: list[Reference] = Field(
+        default_factory=list, description="published numbers, shown beside the measured ones"
+    )
+    license: str = Field(default="", description="license of the data")
+    citation: str = Field(default="", description="how to cite the data")
 
     @field_validator("name")
     @classmethod

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# sbatch recipes/launch/slurm.sh RECIPE [key=value …]
+# sbatch --account=ACCOUNT --partition=PARTITION recipes/launch/slurm.sh RECIPE [key=value …]
+# Activate the environment before: the job takes that of the shell that submits it. docs/cluster/launch.md says more.
 # One task per GPU. SIGTERM comes 120 s before the time limit, or on pre-emption: the run saves and ends with 130, the
 # job is queued again, and the same command goes on from that save. Any other failure stays as it is, to be looked at.
 #SBATCH --job-name=dualenc

@@ -5,6 +5,7 @@ The inputs of ``../shared/faults`` that are about shards, and generated ones of 
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import http.server
 import io
@@ -574,6 +575,19 @@ else:
 """
 
 
+def await_end(group: int) -> None:
+    """A process group ends within 10 s."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("the command goes on")
+
+
 @pytest.mark.parametrize("where", ["trainer", "worker"])
 def test_commands_end_with_the_trainer(tmp_path: Path, where: str) -> None:
     """Also when it is killed, and when the one that waits for the command is one of its workers."""
@@ -587,16 +601,7 @@ def test_commands_end_with_the_trainer(tmp_path: Path, where: str) -> None:
     assert group != os.getpgid(trainer.pid)
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.05)
-    else:
-        os.killpg(group, signal.SIGKILL)
-        pytest.fail("the command outlived its trainer")
+    await_end(group)
 
 
 def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
@@ -606,3 +611,28 @@ def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ReadFailed, match="status 1"):
         cache.get("pipe:false | cat")
     assert cache.get("pipe:cat; printf abc").read_bytes() == b"abc", "its input is empty, not the trainer's"
+
+
+def test_a_command_that_stays_silent_is_killed_with_all_it_started(tmp_path: Path) -> None:
+    """Bounded by data.idle_s since its last byte, however long the whole takes; what it writes to stderr is no data."""
+    cache = ShardCache(tmp_path / "cache", 1.0, 0, Bounds(idle_s=1.0))
+    slow = "for i in 1 2 3 4 5 6; do printf x; sleep 0.4; done"
+    assert cache.get(f"pipe:{slow}").read_bytes() == b"xxxxxx"
+    stuck = f"echo $$ > {tmp_path}/started; printf abc; (while :; do echo busy >&2; sleep 0.1; done) & sleep 300 | cat"
+    began = time.monotonic()
+    with pytest.raises(ReadFailed, match=r"Reading pipe:echo .* wrote nothing for 1 s \(data.idle_s\) after 3 bytes"):
+        cache.get(f"pipe:{stuck}")
+    assert time.monotonic() - began < 30
+    await_end(int((tmp_path / "started").read_text()))
+    assert list((tmp_path / "cache").glob("*.part")) == []
+
+
+def test_a_silent_command_costs_a_run_its_shard_by_name(tmp_path: Path) -> None:
+    """The samples of that shard are counted and named; the others are read."""
+    (path,) = numbered(tmp_path, [3])
+    url = f"pipe:cat {path}; sleep 300"
+    opened = open_source(Source(name="s", shards=[str(path)]))
+    opened = dataclasses.replace(opened, urls=[url], sidecars=[None])
+    reader = Reader([opened], ShardCache(tmp_path / "cache", 1.0, 0, Bounds(idle_s=0.5)), retries=0)
+    with pytest.raises(SampleError, match=r"sleep 300.*wrote nothing for 0\.5 s"):
+        reader.read(0, 0, index_local(str(path)).sample(0), "a")

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from dualenc.config import Data, Modality
 from dualenc.data.batch import ABSENT, Batch
-from dualenc.data.dataset import sample_rng, stable_id
+from dualenc.data.dataset import sample_rng
 from dualenc.data.loader import Loader
 from dualenc.data.modalities import ModalityInput, build_inputs
 from dualenc.data.quarantine import Ledger
+from dualenc.data.values import stable_id
 from dualenc.errors import ConfigError, DataError
 
 PAIRS = [("image", "text")]

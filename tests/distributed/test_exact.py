@@ -86,8 +86,9 @@ def test_statistics_of_the_batch_would_be_seen(monkeypatch: pytest.MonkeyPatch) 
     assert _real_towers.differences({"free/single/info_nce/2": got})["free/single/info_nce/2"][0] > 1e-2
 
 
-def test_every_loss_is_in_the_table() -> None:
-    assert {*_real_towers.LOSSES, "prc", "point_contrast", "rad"} == set(losses)
+def test_every_loss_is_in_a_table() -> None:
+    """The others are found in the registry: tests/losses/test_every_loss.py and test_terms_on_ranks.py."""
+    assert {*_real_towers.LOSSES, "prc", "point_contrast", "rad"} <= set(losses)
 
 
 @pytest.mark.dist

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,20 +182,3 @@ def test_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
     again = dualenc("launch", "--nproc", "2", *embed, str(tmp_path / "two"), "--format", "parquet")
     assert again["kept"] == 2
     assert files(tmp_path / "two") == got
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-def test_the_commands_of_the_page(tmp_path: Path) -> None:
-    """Every block of docs/features.md, as it stands there, beside a model and shards of the names it uses."""
-    tiny().save(tmp_path / "runs" / "quickstart")
-    (tmp_path / "data" / "mine").mkdir(parents=True)
-    texts(tmp_path / "data" / "mine", prefix="train")
-    page = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", page, re.S)
-    assert [kind for kind, _ in blocks] == ["bash", "python", "python"]
-    for kind, block in blocks:
-        shell = f'dualenc() {{ "{sys.executable}" -m dualenc "$@"; }}\n{block}'
-        command = ["bash", "-ec", shell] if kind == "bash" else [sys.executable, "-c", block]
-        done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]

@@ -146,7 +146,7 @@ def test_what_is_no_store_is_said_in_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=match) as caught:
             parts(folder)
         assert "\n" not in str(caught.value), folder
-    with pytest.raises(DataError, match="cannot be written to"):
+    with pytest.raises(ConfigError, match="cannot be written to"):
         FeatureWriter(good / "one.json", description())
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "teacher.json").write_text("{}")

@@ -16,6 +16,8 @@ from dualenc.config import Component
 from dualenc.distributed.world import World
 from dualenc.errors import ConfigError
 from dualenc.losses import build_loss
+from dualenc.losses.blockwise import tiled
+from dualenc.losses.blockwise.sweeps import How
 from dualenc.losses.cwcl import cwcl
 from dualenc.losses.info_nce import info_nce
 
@@ -27,7 +29,7 @@ from _spawn import spawn
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
 
-TINY_STRIP = 1e-6  # MiB: strips of the smallest size, 16 rows
+TINY_TILES = How(1e-6, False, tiled)  # of the smallest size, 16 x 16
 LIMIT = 1e-5
 
 
@@ -40,19 +42,19 @@ def made(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a, b, torch.tensor([7.0], dtype=torch.float64), f
 
 
-@pytest.mark.parametrize("strip", [64.0, TINY_STRIP])
+@pytest.mark.parametrize("how", [None, TINY_TILES])
 @pytest.mark.parametrize("sharpen", [1.0, 3.0])
 @settings(max_examples=8, deadline=None)
 @given(ids=st.lists(st.integers(-1, 4), min_size=1, max_size=18), seed=st.integers(0, 1000))
-def test_value_and_gradient_equal_the_papers(sharpen: float, strip: float, ids: list[int], seed: int) -> None:
+def test_value_and_gradient_equal_the_papers(sharpen: float, how: How | None, ids: list[int], seed: int) -> None:
     """Any pattern of shared ids and absent rows; the absent slots hold what must not matter."""
     a, b, scale, f = made(len(ids), seed)
     keep = [i for i, x in enumerate(ids) if x >= 0]
     lost = [i for i, x in enumerate(ids) if x < 0]
     f[lost] = float("nan")
     inputs = [a.requires_grad_(), b.requires_grad_(), scale.requires_grad_()]
-    got = cwcl(a, b, torch.tensor(ids), scale, (None, f), sharpen, strip).value
-    mirrored = cwcl(b, a, torch.tensor(ids), scale, (f, None), sharpen, strip).value
+    got = cwcl(a, b, torch.tensor(ids), scale, (None, f), sharpen, how).value
+    mirrored = cwcl(b, a, torch.tensor(ids), scale, (f, None), sharpen, how).value
     if not keep:
         assert float(got.detach()) == 0.0
         assert all(float(g.abs().max()) == 0 for g in torch.autograd.grad(got, inputs))
@@ -78,6 +80,23 @@ def test_equal_items_are_matched_to_all_alike() -> None:
     assert float(out.value) == pytest.approx(math.log(4), abs=1e-5)
     assert float(out.metrics["excess_ba"]) == pytest.approx(0.0, abs=1e-5)
     assert "excess_ab" not in out.metrics
+
+
+def test_its_value_says_little_and_its_excess_does() -> None:
+    """At 1,024 unrelated items the pair's own share of the target is 0.2 %, and a perfect model still loses log N."""
+    n = 1024
+    eye, ids, scale = torch.eye(n), torch.arange(n), torch.tensor([100.0])
+    out = cwcl(eye, eye, ids, scale, (None, eye), how=How(2.0, False, tiled))
+    own = 1 / (1 + (n - 1) / 2)
+    assert own == pytest.approx(0.00195, abs=1e-5)
+    weighted, plain = 2 * float(out.value), 0.0  # the plain direction is solved
+    assert weighted - plain == pytest.approx((1 - own) * 100, rel=1e-3)
+    flat = cwcl(
+        eye, eye, ids, torch.tensor([0.69]), (None, eye), how=How(2.0, False, tiled)
+    )  # e^0.69 ≈ 2: softmax is w̄
+    assert float(flat.metrics["excess_ba"]) == pytest.approx(0.0, abs=1e-5)
+    weighted_flat = float(flat.metrics["excess_ba"]) + math.log(n)
+    assert weighted_flat == pytest.approx(math.log(n), abs=0.01)
 
 
 def test_both_sides_locked_weighs_both_directions() -> None:

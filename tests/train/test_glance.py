@@ -10,12 +10,17 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from _shared import DATA
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _runs import RECIPE, SMALL, environment
 
 from dualenc.cli import main
+from dualenc.config import load_recipe
+from dualenc.engine.optim import build_optimizers
+from dualenc.model import build_bundle
+from dualenc.train.probe import standing_bytes
 
 FAULTS = DATA.parent / "faults"
 QUICK = [*SMALL, "batch.size=16", "budget.steps=4", "schedule.warmup_samples=0", "data.workers=0", "out=run"]
@@ -95,6 +100,50 @@ def test_names_with_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert code == 3, said
     assert ".0.jpg (1)" in said
     assert "pack them again with other names" in said
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon", "sgd"])
+def test_the_estimate_of_memory_is_what_the_model_and_its_optimizer_hold(optim: str) -> None:
+    recipe = load_recipe(RECIPE, [*QUICK, f"optim.name={optim}", "modalities.text.lock=true"])
+    model = build_bundle(recipe).model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = build_optimizers(model, recipe.optim)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    for o in optimizers:
+        o.step()
+    states = [x for o in optimizers for s in o.state.values() for x in s.values() if torch.is_tensor(x) and x.dim()]
+    held = {
+        "weights": sum(x.nbytes for x in (*model.parameters(), *model.buffers())),
+        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
+        "optimizer states": sum(x.nbytes for x in states),
+    }
+    assert held["gradients"] < held["weights"]
+    assert standing_bytes(model, recipe, 1) == held
+    assert standing_bytes(model, recipe, 4) == held  # DDP: each rank holds all of it
+
+
+def test_what_engines_share_among_ranks_is_counted_once() -> None:
+    def of(ranks: int, *items: str) -> dict[str, int]:
+        recipe = load_recipe(RECIPE, [*QUICK, *items])
+        return standing_bytes(build_bundle(recipe).model, recipe, ranks)
+
+    whole = of(1)
+    assert of(4, "engine.parallel=fsdp2") == {k: n // 4 for k, n in whole.items()}
+    states = (whole["optimizer states"] + whole["gradients"]) // 4  # with ZeRO's own copy of the weights
+    for stage, (weights, gradients) in {1: (1, 1), 2: (1, 4), 3: (4, 4)}.items():
+        found = of(4, "engine.kind=deepspeed", f"engine.zero_stage={stage}")
+        want = {"weights": whole["weights"] // weights, "gradients": whole["gradients"] // gradients}
+        assert found == {**want, "optimizer states": states}, stage
+
+
+def test_a_dry_run_prints_the_estimate(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, said = dry_run(monkeypatch, capfd)
+    assert code == 0, said
+    size = r"[\d,.]+ (?:MiB|GiB)"
+    parts = rf"weights {size} \+ gradients {size} \+ optimizer states {size} = {size}"
+    assert re.search(rf"memory per rank, estimate for 4 rank\(s\): {parts}", said), said
 
 
 PROBED = re.compile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +22,35 @@ from dualenc.engine.deepspeed_engine import deepspeed_json
 
 TEMPLATES = ROOT / "recipes" / "launch"
 BIN = Path(sys.executable).parent
-ACCELERATE = ["accelerate", "launch", "--config_file", str(TEMPLATES / "accelerate.yaml"), "--num_processes", "2"]
-LAUNCHERS = {
-    "dualenc": ["dualenc", "launch", "--nproc", "2"],
-    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "dualenc"],
-    "accelerate": [*ACCELERATE, "-m", "dualenc"],
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "--module", "dualenc"],
+COMMANDS = [
+    re.findall(r"`([^`]+)`", line)[-1]
+    for line in (TEMPLATES / "README.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ") and "`" in line
+]
+"""Those of the page's table."""
+ELSEWHERE = {
+    "torchrun --nnodes 4": "needs four machines",
+    "deepspeed --hostfile": "needs several machines and ssh between them",
+    "sbatch": "needs SLURM",
 }
+"""Commands of the table that no test runs, and why."""
+
+
+def launchers() -> dict[str, list[str]]:
+    """Program → the table's command up to ``train``, with 2 processes for 8."""
+    here = [c for c in COMMANDS if not c.startswith(tuple(ELSEWHERE))]
+    made = {"8": "2", "recipes/launch/accelerate.yaml": str(TEMPLATES / "accelerate.yaml")}
+    return {c.split()[0]: [made.get(w, w) for w in c.removesuffix(" train RECIPE").split()] for c in here}
+
+
+LAUNCHERS = launchers()
+
+
+def test_every_command_of_the_table_is_run_or_listed() -> None:
+    assert list(LAUNCHERS) == ["dualenc", "torchrun", "accelerate", "deepspeed"]
+    assert len(COMMANDS) == len(LAUNCHERS) + len(ELSEWHERE)
+    assert all("8" not in words and "2" in words for words in LAUNCHERS.values())
+    assert all(c.endswith("RECIPE") for c in COMMANDS)
 
 
 @pytest.fixture(scope="module")

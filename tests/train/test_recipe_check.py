@@ -24,6 +24,22 @@ WRONG = [
     (3, "distill={teachers: [{cache: nowhere}], terms: [{name: dcd}]}", "distill.teachers.0.cache: there is no folder"),
     (2, "distill={look_ahead: {}, terms: [{name: dcdd}]}", "Did you mean 'dcd'?"),
     (2, "checkpoint.init_from=runs/nowhere", "checkpoint.init_from: There is no model"),
+    (2, "checkpoint.init_from=hf:nobody/nothing", "checkpoint.init_from: hf/nobody/nothing: there is no such folder"),
+    (2, "checkpoint.init_from=hf:///", "checkpoint.init_from: hf"),
+    (2, "checkpoint.init_from=open_clip:ViT-B-23/openai", "checkpoint.init_from: There is no open_clip model"),
+    (2, "checkpoint.init_from=open_clip:ViT-B-32/opnai", "checkpoint.init_from: open_clip:ViT-B-32/opnai"),
+    (2, "checkpoint.init_from=laion_clap:no.pt", "checkpoint.init_from: laion_clap:no.pt: there is no such file"),
+    (2, "checkpoint.init_from=/", "checkpoint.init_from: / has no model"),
+    (
+        2,
+        "distill={teachers: [{model: 'hf:nobody/nothing'}], terms: [{name: dcd}]}",
+        "distill.teachers.0.model: hf/nobody/nothing",
+    ),
+    (
+        2,
+        "modalities.image.init_from='open_clip:ViT-B-32/laion2b_e16#image'",
+        "modalities.image.init_from: open_clip:ViT-B-32/laion2b_e16: its weights",
+    ),
     (4, "checkpoint.resume=runs/nowhere", "checkpoint.resume: there is no folder"),
     (2, "eval.tasks=[quickstart_val_clipartt]", "There is no task"),
     (2, "modalities.image.encoder.what=1", "modalities.image.encoder.what"),
@@ -53,6 +69,35 @@ def test_dry_run_finds(
     assert ended.value.code == code, said
     assert words in said
     assert "Traceback" not in said
+
+
+def test_a_released_model_is_found_without_its_weights_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the Hub's cache, in a folder, by a tag: the weights there are no weights, and nobody looks."""
+    from dualenc.encoders.released import find_released as found
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+    from test_released_models import write_hf
+
+    folder = tmp_path / "models--openai--clip-vit-base-patch32" / "snapshots" / ("0" * 40)
+    write_hf(folder, "clip")
+    (folder / "model.safetensors").write_bytes(b"none")
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text(folder.name)
+    tagged = tmp_path / "models--laion--CLIP-ViT-B-32-laion2B-s34B-b79K"
+    (tagged / "snapshots" / folder.name).mkdir(parents=True)
+    (tagged / "refs").mkdir()
+    (tagged / "refs" / "main").write_text(folder.name)
+    (tagged / "snapshots" / folder.name / "open_clip_model.safetensors").write_bytes(b"none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found.find_released("hf:openai/clip-vit-base-patch32")
+    found.find_released(f"hf:{folder}")
+    found.find_released("open_clip:ViT-B-32/laion2b_s34b_b79k")
+    found.find_released("open_clip:ViT-B-32")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=f"hf:{folder} has no weights within reach: none of model.safetensors"):
+        found.find_released(f"hf:{folder}")
 
 
 def test_a_budget_on_the_command_line_replaces_the_recipes(tmp_path: Path) -> None:

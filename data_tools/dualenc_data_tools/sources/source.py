@@ -55,11 +55,14 @@ class SourceConfig(Section):
     limit: Positive | None = Field(None, description="stop after this many records")
     shard_samples: Positive = Field(1000, description="most samples per shard")
     shard_mb: Annotated[float, Field(gt=0)] = Field(500.0, description="most megabytes (10^6 bytes) per shard")
+    val_every: int | None = Field(
+        None, ge=2, description="put every n-th sample (the first, …) into shards named val- instead, to evaluate on"
+    )
     overwrite: bool = Field(False, description="replace shards of the same name")
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="fail if more than this share of the records is dropped"
     )
-    threads: Positive = 4
+    threads: Positive = Field(4, description="threads that read and check media")
 
 
 @dataclass(slots=True)

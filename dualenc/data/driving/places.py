@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dualenc.config import Positive, Section
@@ -30,8 +31,8 @@ POOR = -2
 class PlacesConfig(Section):
     """How many places a row lists: inside regions (rich) and outside (poor); fewer where a sample has fewer."""
 
-    rich: Positive = 512
-    poor: int = 512
+    rich: Positive = Field(default=512, description="places inside regions")
+    poor: int = Field(default=512, description="places outside regions")
 
     @property
     def count(self) -> int:

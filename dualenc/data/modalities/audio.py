@@ -27,22 +27,22 @@ _Count = Annotated[int, Field(ge=0)]
 class Features(Section):
     """What the tower computes from a waveform on the device. Defaults: 64 mel bins in dB, for dualenc's own tower."""
 
-    kind: Literal["mel", "waveform"] = "mel"
-    n_fft: Positive = 1024
+    kind: Literal["mel", "waveform"] = Field(default="mel", description="log-mel, or the waveform itself")
+    n_fft: Positive = Field(default=1024, description="samples of an FFT")
     win: Positive | None = Field(default=None, description="window length in samples; default: n_fft")
-    hop: Positive = 320
-    window: Literal["hann", "hann_symmetric", "povey"] = "hann"
+    hop: Positive = Field(default=320, description="samples between frames")
+    window: Literal["hann", "hann_symmetric", "povey"] = Field(default="hann", description="window function")
     center: bool = Field(default=True, description="frame k is centred on sample k · hop; the ends are reflected")
     drop_last: bool = Field(default=False, description="leave out the last frame (Whisper)")
     remove_dc: bool = Field(default=False, description="subtract each frame's mean (Kaldi)")
-    preemphasis: Share = 0.0
+    preemphasis: Share = Field(default=0.0, description="coefficient of the pre-emphasis filter (Kaldi: 0.97); 0: none")
     scale: _Positive = Field(default=1.0, description="factor for the waveform (32768: Kaldi's 16-bit range)")
-    mels: Positive = 64
-    f_min: _NonNegative = 50.0
+    mels: Positive = Field(default=64, description="mel bins")
+    f_min: _NonNegative = Field(default=50.0, description="lower edge of the lowest bin in Hz")
     f_max: _Positive | None = Field(default=None, description="default: half the rate")
-    mel_scale: Literal["htk", "slaney", "kaldi"] = "slaney"
+    mel_scale: Literal["htk", "slaney", "kaldi"] = Field(default="slaney", description="formula of the mel scale")
     mel_norm: bool = Field(default=True, description="divide each triangle by its width (Slaney)")
-    log: Literal["db", "log10", "ln"] = "db"
+    log: Literal["db", "log10", "ln"] = Field(default="db", description="logarithm of the power; db: 10 · log10")
     floor: _Positive = Field(default=1e-10, description="lower bound of the power before the logarithm")
     span: _Positive | None = Field(default=None, description="clamp the log-mel at this far below the clip's maximum")
     mean: float = Field(default=-40.0, description="subtracted from the log-mel")
@@ -58,20 +58,22 @@ class Features(Section):
 class SpecAugment(Section):
     """Ranges of mel bins and of frames set to the clip's mean (Park et al. 2019); shares are of the widest mask."""
 
-    freq_masks: _Count = 2
-    freq_share: Share = 0.2
-    time_masks: _Count = 2
-    time_share: Share = 0.1
-    p: Share = 1.0
+    freq_masks: _Count = Field(default=2, description="masks of mel bins")
+    freq_share: Share = Field(default=0.2, description="widest mask as a share of the bins")
+    time_masks: _Count = Field(default=2, description="masks of frames")
+    time_share: Share = Field(default=0.1, description="widest mask as a share of the frames")
+    p: Share = Field(default=1.0, description="share of clips that are masked")
 
 
 class AudioAugment(Section):
     """Training only. ``gain_db``: range of a random gain; ``mix_db``: how much louder the first of two mixed clips is
     than the second (``data.mix`` says how many are mixed)."""
 
-    gain_db: tuple[float, float] | None = None
-    mix_db: tuple[float, float] = (-5.0, 5.0)
-    spec: SpecAugment | None = None
+    gain_db: tuple[float, float] | None = Field(default=None, description="range of a random gain in dB; null: none")
+    mix_db: tuple[float, float] = Field(
+        default=(-5.0, 5.0), description="range in dB of how much louder the first of two mixed clips is"
+    )
+    spec: SpecAugment | None = Field(default=None, description="masking of the log-mel; null: none")
 
 
 class AudioConfig(Section):
@@ -82,11 +84,15 @@ class AudioConfig(Section):
     repeat: copies of the clip, the last one cut; repeatpad: as many whole copies as fit, then zeros.
     """
 
-    rate: Positive = 16_000
-    max_s: _Positive = 10.0
+    rate: Positive = Field(default=16_000, description="samples per second; other rates are resampled")
+    max_s: _Positive = Field(default=10.0, description="longest clip in seconds; longer ones are cropped")
     min_s: _NonNegative = Field(default=0.05, description="shorter clips are refused: they would not fill a window")
-    eval_crop: Literal["start", "center"] = "center"
-    pad: Literal["none", "zeros", "repeat", "repeatpad"] = "none"
+    eval_crop: Literal["start", "center"] = Field(
+        default="center", description="which part of a long clip evaluation sees"
+    )
+    pad: Literal["none", "zeros", "repeat", "repeatpad"] = Field(
+        default="none", description="how short clips are filled up to max_s"
+    )
     long: Literal["crop", "fusion"] = Field(
         default="crop",
         description="for clips longer than max_s; fusion (CLAP): the whole clip shrunk, and three crops of it",
@@ -96,8 +102,8 @@ class AudioConfig(Section):
         default="float32",
         description="how samples leave the workers; int16: half the memory, noise at −98 dB of full scale",
     )
-    features: Features = Features()
-    augment: AudioAugment = AudioAugment()
+    features: Features = Field(default=Features(), description="what is computed from the waveform on the device")
+    augment: AudioAugment = Field(default=AudioAugment(), description="training only")
 
     @model_validator(mode="after")
     def _fits(self) -> AudioConfig:

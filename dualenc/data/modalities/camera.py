@@ -44,19 +44,25 @@ class CameraAugment(Section):
     """Training only. ``zoom``: how much each image is enlarged further before a random crop; ``scene``: a motion of the
     whole scene, which changes only the extrinsics."""
 
-    zoom: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = (1.0, 1.0)
-    flip: bool = False
-    colour: Colour | None = None
-    scene: Motion = Motion()
+    zoom: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] = Field(
+        default=(1.0, 1.0), description="range of an enlargement before the random crop"
+    )
+    flip: bool = Field(default=False, description="mirror images and geometry left and right")
+    colour: Colour | None = Field(default=None, description="colour jitter; null: none")
+    scene: Motion = Field(default=Motion(), description="motion of the whole scene")
 
 
 class CameraConfig(Section):
     """How images become a row: resized to cover ``size`` (height, width), then cropped."""
 
-    size: tuple[Positive, Positive] = (128, 352)
-    mean: Triple = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bilinear"
+    size: tuple[Positive, Positive] = Field(default=(128, 352), description="height and width in px")
+    mean: Triple = Field(default=(0.48145466, 0.4578275, 0.40821073), description="subtracted from RGB in 0…1")
+    std: tuple[Spread, Spread, Spread] = Field(
+        default=(0.26862954, 0.26130258, 0.27577711), description="RGB is divided by this"
+    )
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = Field(
+        default="bilinear", description="filter for resizing"
+    )
     cameras: list[str] | None = Field(default=None, description="camera names, in this order; default: all of a sample")
     missing: Literal["refuse", "mask"] = Field(
         default="refuse", description="whether a sample that lacks one of the cameras is refused, or that camera masked"
@@ -65,9 +71,9 @@ class CameraConfig(Section):
         default="needed", description="optional: accept an image without calibration, as one camera of unknown geometry"
     )
     cut: Literal["top", "middle"] = Field(default="top", description="which rows an image that is too tall loses")
-    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    max_pixels: Positive = 25_000_000
-    augment: CameraAugment = CameraAugment()
+    background: tuple[Byte, Byte, Byte] = Field(default=(255, 255, 255), description="colour behind transparent pixels")
+    max_pixels: Positive = Field(default=25_000_000, description="larger images are rejected before decoding")
+    augment: CameraAugment = Field(default=CameraAugment(), description="training only")
     places: PlacesConfig | None = Field(
         default=None, description="places in the scene that rows list, for region losses (rad)"
     )

@@ -35,21 +35,21 @@ _NonNegative = Annotated[float, Field(ge=0)]
 class Colour(Section):
     """Colour jitter, with torchvision's meaning of each strength, then greyscale."""
 
-    brightness: _NonNegative = 0.0
-    contrast: _NonNegative = 0.0
-    saturation: _NonNegative = 0.0
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    p: Share = 0.8
-    grayscale_p: Share = 0.0
+    brightness: _NonNegative = Field(default=0.0, description="strength")
+    contrast: _NonNegative = Field(default=0.0, description="strength")
+    saturation: _NonNegative = Field(default=0.0, description="strength")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(default=0.0, description="strength")
+    p: Share = Field(default=0.8, description="share of images that are jittered")
+    grayscale_p: Share = Field(default=0.0, description="share of images that become grey")
 
 
 class ImageAugment(Section):
     """Random resized crop (fraction of the area ``scale``, aspect ``ratio``), horizontal flip, colour jitter."""
 
-    scale: tuple[_Fraction, _Fraction] = (0.9, 1.0)
-    ratio: tuple[_Positive, _Positive] = (0.75, 4 / 3)
-    flip: bool = False
-    colour: Colour | None = None
+    scale: tuple[_Fraction, _Fraction] = Field(default=(0.9, 1.0), description="range of the crop's share of the area")
+    ratio: tuple[_Positive, _Positive] = Field(default=(0.75, 4 / 3), description="range of the crop's aspect ratio")
+    flip: bool = Field(default=False, description="mirror half of the images left and right")
+    colour: Colour | None = Field(default=None, description="colour jitter; null: none")
 
 
 class ImageConfig(Section):
@@ -57,14 +57,20 @@ class ImageConfig(Section):
     longest scales the longer edge and pads with ``pad``; naflex has no ``size``: the image keeps its aspect ratio, in
     at most ``max_patches`` patches of ``patch`` px (``augment.ratio`` is then relative to it)."""
 
-    size: Positive = 224
-    mean: Triple = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[Spread, Spread, Spread] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
-    resize: Literal["shortest", "squash", "longest", "naflex"] = "shortest"
-    patch: Positive = 16
-    max_patches: Positive = 256
-    crop: Literal["center"] = "center"
+    size: Positive = Field(default=224, description="side of the square in px")
+    mean: Triple = Field(default=(0.48145466, 0.4578275, 0.40821073), description="subtracted from RGB in 0…1")
+    std: tuple[Spread, Spread, Spread] = Field(
+        default=(0.26862954, 0.26130258, 0.27577711), description="RGB is divided by this"
+    )
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = Field(
+        default="bicubic", description="filter for resizing"
+    )
+    resize: Literal["shortest", "squash", "longest", "naflex"] = Field(
+        default="shortest", description="how an image becomes a square"
+    )
+    patch: Positive = Field(default=16, description="naflex: side of a patch in px")
+    max_patches: Positive = Field(default=256, description="naflex: most patches of an image")
+    crop: Literal["center"] = Field(default="center", description="where the square is cut")
     shortest_edge: Positive | None = Field(
         default=None,
         description="resize: shortest scales the shorter edge to this; default: size (DINOv2: 256 for size 224)",
@@ -86,7 +92,7 @@ class ImageConfig(Section):
     eval_decode: Literal["reference", "fast"] = Field(
         default="reference", description="the same for evaluation and embedding; fast moves published numbers"
     )
-    augment: ImageAugment = ImageAugment()
+    augment: ImageAugment = Field(default=ImageAugment(), description="training only")
 
 
 @modalities.register("image")

@@ -38,10 +38,12 @@ _Positive = Annotated[float, Field(gt=0)]
 class Motion(Section):
     """Rotate (about z, up to ± degrees), scale, mirror the scene: flip_x front and back, flip_y left and right."""
 
-    rotate_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
-    scale: tuple[_Positive, _Positive] = (1.0, 1.0)
-    flip_x: bool = False
-    flip_y: bool = False
+    rotate_deg: Annotated[float, Field(ge=0, le=180)] = Field(
+        default=0.0, description="largest angle about z, in degrees"
+    )
+    scale: tuple[_Positive, _Positive] = Field(default=(1.0, 1.0), description="range of a factor")
+    flip_x: bool = Field(default=False, description="mirror front and back in half of the scenes")
+    flip_y: bool = Field(default=False, description="mirror left and right in half of the scenes")
 
     def draw(self, rng: np.random.Generator) -> F64:
         """[4, 4]."""
@@ -51,7 +53,7 @@ class Motion(Section):
 class LidarAugment(Motion):
     """Training only: the motion, then a random share of the points, up to ``drop``, is left out."""
 
-    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="largest share of points left out")
 
 
 class LidarConfig(Section):
@@ -60,7 +62,9 @@ class LidarConfig(Section):
     features: list[Extra] = Field(
         default=["intensity"], description="columns after x, y, z; a sweep that lacks one is refused"
     )
-    frame: Literal["ego", "sensor"] = "ego"
+    frame: Literal["ego", "sensor"] = Field(
+        default="ego", description="coordinates: the vehicle's (ego) or the sensor's"
+    )
     range: tuple[float, float, float, float, float, float] = Field(
         default=(-50.0, -50.0, -5.0, 50.0, 50.0, 3.0),
         description="[x, y, z minimum, x, y, z maximum] in metres; points outside are left out",
@@ -80,7 +84,7 @@ class LidarConfig(Section):
     not_finite: Literal["refuse", "drop"] = Field(
         default="refuse", description="refuse a sweep with NaN or infinite points, or drop those points"
     )
-    augment: LidarAugment = LidarAugment()
+    augment: LidarAugment = Field(default=LidarAugment(), description="training only")
     places: PlacesConfig | None = Field(
         default=None, description="places in the scene that rows list, for region losses (prc, rad)"
     )

@@ -89,6 +89,14 @@ class Mixes(Protocol):
 
 
 @runtime_checkable
+class ReadsBeside(Protocol):
+    """A modality that reads a second member of the sample with each of its own, where the sample has it."""
+
+    def beside(self) -> str | None:
+        """Its ending (``json:negatives``), or None; ``decode`` is then given both, own first, by ending."""
+
+
+@runtime_checkable
 class NamesPlaces(Protocol):
     """A modality whose rows list places in the scene (:mod:`dualenc.data.driving.places`)."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,13 @@ class TextConfig(Section):
         description="training only: one is drawn and the text is put into its {}, such as 'a photo of a {}.'",
     )
 
+    negatives: str | None = Field(
+        default=None,
+        description="training only: a member with texts that are wrong for the item (json:negatives); they become "
+        "further columns of the loss",
+    )
+    max_negatives: Positive = Field(default=4, description="wrong texts used of a sample; drawn if it has more")
+
     @field_validator("templates")
     @classmethod
     def _one_place(cls, templates: list[str]) -> list[str]:
@@ -56,11 +64,28 @@ class TextConfig(Section):
         return templates
 
 
+class Captions(list[str]):
+    """The captions of an item, and the texts that are wrong for it."""
+
+    def __init__(self, captions: list[str], negatives: list[str]) -> None:
+        super().__init__(captions)
+        self.negatives = negatives
+
+
+class TextRow(NamedTuple):
+    """Token ids of a caption [L], and of the texts that are wrong for its item."""
+
+    ids: Tensor
+    negatives: list[Tensor]
+
+
 @modalities.register("text")
 class TextInput:
     """Captions as rows int64 [L]; ``collate`` → ``{"ids": int64 [B, L], "mask": bool [B, L]}`` (mask: real tokens).
 
     A sample may have several captions (a list in a json member): training draws one, evaluation takes the first.
+    With ``negatives`` every batch also has ``negatives`` of the same kind, [B, K, L], and ``labels`` that say which of
+    them there are; the model encodes them with the captions.
     """
 
     Config: ClassVar[type[BaseModel]] = TextConfig
@@ -89,6 +114,9 @@ class TextInput:
         Raises:
             DecodeError: if there is no text in it, or it is not UTF-8.
         """
+        if isinstance(raw, dict):  # of two members, its own first: see beside
+            own, *other = raw.values()
+            return Captions(self.decode(own), self.decode(other[0]) if other and self.config.negatives else [])
         if isinstance(raw, bytes | bytearray | memoryview):
             if len(raw) > _MAX_BYTES:
                 raise DecodeError(f"the text has {len(raw):,} bytes; at most {_MAX_BYTES:,} are allowed")
@@ -106,11 +134,22 @@ class TextInput:
             raise DecodeError("the caption is empty")
         return texts
 
-    def train(self, x: list[str], rng: np.random.Generator) -> Tensor:
+    def train(self, x: list[str], rng: np.random.Generator) -> Tensor | TextRow:
         """Ids of one caption, drawn by ``rng`` where there are several, in a template that is drawn too."""
         text = x[int(rng.integers(len(x)))] if len(x) > 1 else x[0]
         templates = self.config.templates
-        return self._row(templates[int(rng.integers(len(templates)))].replace("{}", text) if templates else text)
+        template = templates[int(rng.integers(len(templates)))] if templates else "{}"
+        row = self._row(template.replace("{}", text))
+        if not isinstance(x, Captions):
+            return row
+        wrong, most = x.negatives, self.config.max_negatives
+        if len(wrong) > most:
+            wrong = [wrong[int(k)] for k in sorted(rng.choice(len(wrong), most, replace=False))]
+        return TextRow(row, [self._row(template.replace("{}", t)) for t in wrong])
+
+    def beside(self) -> str | None:
+        """The member that ``negatives`` names."""
+        return self.config.negatives
 
     def mix(self, a: list[str], b: list[str], rng: np.random.Generator) -> list[str]:
         """One caption of each, joined by "and"; the second with a small first letter."""
@@ -121,8 +160,24 @@ class TextInput:
         """Ids of the first caption."""
         return self._row(x[0])
 
-    def collate(self, rows: list[Tensor]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Tensor | TextRow]) -> dict[str, Any]:
         """Pad to the longest row, rounded up to ``bucket``, never beyond the context."""
+        if self.config.negatives is None:
+            return self._padded([r.ids if isinstance(r, TextRow) else r for r in rows])
+        # As many of every row, on every rank and in every batch: a rank without any takes part in gathering them.
+        most, nothing = self.config.max_negatives, self.dummy()
+        wrong = [r.negatives if isinstance(r, TextRow) else [] for r in rows]
+        texts = [r.ids if isinstance(r, TextRow) else r for r in rows]
+        texts += [t for own in wrong for t in [*own, *[nothing] * (most - len(own))]]
+        padded, n = self._padded(texts), len(rows)
+        there = torch.arange(most) < torch.tensor([len(own) for own in wrong])[:, None]
+        return {
+            **{k: x[:n] for k, x in padded.items()},
+            "negatives": {k: x[n:].view(n, most, -1) for k, x in padded.items()},
+            "labels": {"negatives_there": there.long()},
+        }
+
+    def _padded(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         bucket = self.config.bucket
         longest = max(len(r) for r in rows)
         length = self.context_length if self._full else min(-(-longest // bucket) * bucket, self.context_length)
@@ -142,8 +197,9 @@ class TextInput:
         return x if isinstance(x, str | list | tuple) else None
 
     def describe(self) -> dict[str, Any]:
-        """Settings with the context resolved, and the tokenizer's identity."""
-        config = {**self.config.model_dump(mode="json"), "context_length": self.context_length}
+        """Settings with the context resolved, and the tokenizer's identity. Wrong texts are for training only."""
+        config = self.config.model_dump(mode="json", exclude={"negatives", "max_negatives"})
+        config["context_length"] = self.context_length
         return {
             "kind": "text",
             "config": config,

@@ -39,3 +39,8 @@ def members_of(sample: Sample, part: str) -> list[str]:
     if "*" in part:
         return [m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED]
     return [part.lower()]
+
+
+def is_joined(ending: str) -> bool:
+    """Whether an ending gives a dictionary, of several members or of those that match."""
+    return JOIN in ending or "*" in ending

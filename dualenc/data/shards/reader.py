@@ -24,6 +24,7 @@ from dualenc.data.shards.ahead import Pool, Ranges, Span
 from dualenc.data.shards.index import ShardSet, fits, index_local, open_source, refuse_pipes
 from dualenc.data.shards.members import JOIN, JSON, JSON_KEY, Wanted, members_of, needed
 from dualenc.data.shards.members import REFUSED as REFUSED
+from dualenc.data.shards.members import is_joined as is_joined
 from dualenc.data.shards.remote import (
     Bounds,
     NoRanges,
@@ -247,10 +248,22 @@ class Reader:
             for ending in endings:
                 got = self._parts(source, shard, sample, ending.split(JOIN), docs)
                 if got is not None:
-                    values[modality] = got if JOIN in ending or "*" in ending else got[ending]
+                    values[modality] = got if is_joined(ending) else got[ending]
                     members[modality] = ending
                     break
         return Found(values, members)
+
+    def lacks(self, source: int, shard: int, sample: Sample, ending: str) -> bool:
+        """Whether :meth:`find` would pass this ending over; of the members, only ``json`` is read.
+
+        Raises:
+            SampleError: the json member cannot be read or is invalid.
+        """
+        plain = [p for p in ending.split(JOIN) if "*" not in p and not p.startswith(JSON_KEY)]
+        if any(p.lower() not in sample.members for p in plain):
+            return True
+        keys = [p for p in ending.split(JOIN) if p.startswith(JSON_KEY)]
+        return bool(keys) and self._parts(source, shard, sample, keys, []) is None
 
     def _parts(
         self, source: int, shard: int, sample: Sample, parts: Sequence[str], docs: list[dict[str, Any]]
@@ -262,7 +275,7 @@ class Reader:
                 if JSON not in sample.members:
                     return None
                 if not docs:
-                    docs.append(self._json(source, shard, sample))
+                    docs.append(self.document(source, shard, sample))
                 value = docs[0].get(part[len(JSON_KEY) :])
                 if value is None:
                     return None
@@ -311,7 +324,12 @@ class Reader:
         for pool in (self._planner, self._indexers, self._fetchers):
             pool.close()
 
-    def _json(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
+    def document(self, source: int, shard: int, sample: Sample) -> dict[str, Any]:
+        """The json member of a sample.
+
+        Raises:
+            SampleError: it cannot be read, or holds no keys and values.
+        """
         try:
             doc = json.loads(self.read(source, shard, sample, JSON))
         except (ValueError, RecursionError) as e:

@@ -33,7 +33,8 @@ _TRUE_BYTES = {"Accept-Encoding": "identity"}
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How long a server may take: to connect, and between two pieces of data. The total is not limited."""
+    """How long a server may take to connect, and a server or command between two pieces of data. The total is not
+    limited."""
 
     connect_s: float = 15.0
     idle_s: float = 60.0
@@ -261,7 +262,7 @@ class ShardCache:
         def read() -> None:
             if is_pipe(url):
                 with open(temporary, "wb") as out:
-                    _run_pipe(url.removeprefix(_PIPE), out)
+                    _run_pipe(url.removeprefix(_PIPE), out, (self.bounds or Bounds()).idle_s)
             else:
                 fs, at = filesystem(url, self.bounds)
                 if url.startswith(("http://", "https://")):
@@ -314,10 +315,14 @@ exit $code
 ends, in whatever way, the pipe closes and the whole group is killed."""
 
 
-def _run_pipe(command: str, out: IO[bytes]) -> None:
+def _run_pipe(command: str, out: IO[bytes], idle_s: float) -> None:
     """Write a command's output; a command that fails halfway is an error, not a short shard.
 
     The command ends with this process, and with the trainer if this process is one of its workers.
+
+    Raises:
+        TimeoutError: it wrote nothing for ``idle_s`` and was killed, with all that it had started.
+        OSError: it failed.
     """
     # pipefail: in `curl … | zstd -d` the first failure counts, not only the last command's status.
     child = subprocess.Popen(
@@ -331,12 +336,19 @@ def _run_pipe(command: str, out: IO[bytes]) -> None:
     said: list[bytes] = []
     reader = threading.Thread(target=lambda: said.append(child.stderr.read()), daemon=True)  # type: ignore[union-attr]
     reader.start()
+    written, since = 0, time.monotonic()
     try:
         while True:
             try:
-                child.wait(0.5)
+                child.wait(min(0.5, idle_s / 2))
                 break
             except subprocess.TimeoutExpired:
+                if os.fstat(out.fileno()).st_size > written:
+                    written, since = os.fstat(out.fileno()).st_size, time.monotonic()
+                elif time.monotonic() - since > idle_s:
+                    raise TimeoutError(
+                        f"the command wrote nothing for {idle_s:g} s (data.idle_s) after {written:,} bytes"
+                    ) from None
                 # A worker that waits here would not notice that its trainer was killed.
                 if trainer is not None and os.getppid() != trainer.pid:
                     raise DataError("the trainer of this data worker has exited") from None

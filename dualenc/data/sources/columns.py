@@ -8,6 +8,8 @@
     fold{fold}/{name}.wav        a path made from several columns; {id:06} pads with zeros
     caption_0+caption_1          both, in that order
     file:audio                   the same as audio: a file (needed only where the modality is text)
+
+``image: filepath``, ``audio: …`` and ``caption: title`` are short for it in all three (:func:`with_short_members`).
 """
 
 from __future__ import annotations
@@ -59,6 +61,30 @@ class LazyRow(Mapping[str, Any]):
 
     def __contains__(self, column: object) -> bool:
         return column in self.block.columns
+
+
+SHORT = {"image": "image", "audio": "audio", "caption": "text"}
+"""``image: filepath`` is short for ``members: {image: [filepath]}``: key → modality."""
+
+
+def with_short_members(settings: Mapping[str, Any], own: Sequence[str] | set[str] = ()) -> dict[str, Any]:
+    """Settings of a table with ``image``, ``audio`` and ``caption`` moved into ``members``, as packing takes them.
+
+    Args:
+        own: keys that the source itself has under these names; they stay.
+
+    Raises:
+        ConfigError: both forms name the same modality.
+    """
+    short = {k: settings[k] for k in SHORT if k in settings and k not in own and settings[k] is not None}
+    if not short:
+        return dict(settings)
+    members = dict(settings.get("members") or {})
+    for key, spec in short.items():
+        if SHORT[key] in members:
+            raise ConfigError(f"{key}: members.{SHORT[key]} names the column, too; keep one of them")
+        members[SHORT[key]] = [spec] if isinstance(spec, str) else ["+".join(spec)]
+    return {**{k: v for k, v in settings.items() if k not in short}, "members": members}
 
 
 def value_of(fields: Mapping[str, Any], column: str) -> Any:

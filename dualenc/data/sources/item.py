@@ -30,7 +30,8 @@ class Content:
     Attributes:
         id: its name in reports; never a path on this machine.
         error: why it cannot be read, as "REASON: details".
-        load: makes the bytes where they are not part of a file (a cell of a table, a crop).
+        load: makes the bytes where they are not part of a file (a cell of a table, a crop), or a dictionary of joined
+            members of a shard.
         shown: how a page shows it, where the source knows better than the bytes (see :mod:`dualenc.data.show`).
     """
 
@@ -40,15 +41,15 @@ class Content:
     offset: int = 0
     size: int = -1
     error: str = ""
-    load: Callable[[], bytes] | None = None
+    load: Callable[[], Any] | None = None
     shown: Callable[[], dict[str, str]] | None = None
 
     def __post_init__(self) -> None:
         if self.text is not None:
             object.__setattr__(self, "text", whole(self.text))
 
-    def read(self) -> bytes | str:
-        """The string, or the bytes. Raises DataError when they cannot be read."""
+    def read(self) -> Any:
+        """The string, or the bytes (for joined members: ending → value). Raises DataError when they cannot be read."""
         if self.error:
             raise DataError(self.error)
         if self.text is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import AliasChoices, Field
 
 from dualenc.config import Positive, Section, settings_as
-from dualenc.data.sources.columns import check_members, contents_of, value_of
+from dualenc.data.sources.columns import check_members, contents_of, value_of, with_short_members
 from dualenc.data.sources.item import Content, Item, Layout, sources
 from dualenc.errors import ConfigError, DataError, did_you_mean
 
@@ -51,6 +51,7 @@ def open_layout(kind: str, settings: Mapping[str, Any]) -> tuple[Layout[Any], An
     """
     layout: Layout[Any] = sources[kind]
     own = accepted(layout.settings)
+    settings = with_short_members(settings, own) if layout.table else settings
     common = accepted(CommonSettings) - own
     unknown = [k for k in settings if k not in own | common]
     if unknown:
@@ -136,6 +137,7 @@ def _read(content: Content) -> bytes | str | DataError:
 
     try:
         with of_one_item():
-            return content.read()
+            read: bytes | str = content.read()
+            return read
     except DataError as e:
         return e

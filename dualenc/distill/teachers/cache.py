@@ -21,11 +21,12 @@ from torch import Tensor
 
 from dualenc.config import Recipe
 from dualenc.data.batch import map_tensors
-from dualenc.data.dataset import members_of, sample_rng, stable_id
+from dualenc.data.dataset import members_of, sample_rng
 from dualenc.data.modalities import DecodeError, ModalityInput
 from dualenc.data.modalities.modality import InFolder
 from dualenc.data.shards.index import ShardSet, open_sources
 from dualenc.data.shards.reader import Found, SampleError
+from dualenc.data.values import stable_id
 from dualenc.distributed.world import World, agree
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.features.of_shards import Gathered, Samples, ShardJob, shard_jobs, write_shards

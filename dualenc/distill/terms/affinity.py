@@ -9,7 +9,7 @@ the affinities inside each modality, a row's own column left out:
 from __future__ import annotations
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, kl_rows, soft_label_sum, terms
@@ -23,13 +23,17 @@ class Affinity(Term):
     """Affinity mimicking: the teacher's similarities across modalities, and within each if asked for.
 
     ``{name: affinity, across: true, within: false}``: the mean of the parts that are asked for.
+
+    Formula: KL(softmax(α_T t_i·t_j) ‖ softmax(α a_i·a_j)), across modalities and within each
+    Paper: TinyCLIP, arXiv 2309.12314
+    Needs: a teacher with features
     """
 
     class Config(TermConfig):
         """Settings."""
 
-        across: bool = True
-        within: bool = False
+        across: bool = Field(default=True, description="compare the similarities between the modalities")
+        within: bool = Field(default=False, description="compare the similarities inside each modality")
 
         @model_validator(mode="after")
         def _some(self) -> Affinity.Config:

@@ -22,13 +22,19 @@ class AnchorTerm(Term):
     """Keeps features (L1) and rows of similarities (KL) near those of the model the run started from.
 
     ``{name: anchor, feature: {image: 10, text: 25}, logits: 1}``; a recipe's ``anchor:`` section writes it.
+
+    Formula: Σ_m λ_m mean |f − f⁰| + λ_p KL(softmax(l⁰) ‖ softmax(l))
+    Paper: PromptSRC, arXiv 2307.06948
+    Needs: the model the run started from as teacher
     """
 
     class Config(TermConfig):
         """Settings; a modality that is not named is not anchored."""
 
-        feature: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-        logits: Annotated[float, Field(ge=0)] = 1.0
+        feature: dict[str, Annotated[float, Field(ge=0)]] = Field(
+            default_factory=dict, description="modality → weight of mean |f − f0|"
+        )
+        logits: Annotated[float, Field(ge=0)] = Field(default=1.0, description="weight of KL(p0 ‖ p)")
 
     needs_features = True
     config: Config

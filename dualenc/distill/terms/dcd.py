@@ -49,6 +49,10 @@ class DCD(Term):
     """Dynamic contrastive distillation: the teacher's hard negatives, weights by sample. Use it with ``hard: 0``.
 
     ``{name: dcd, candidates: 31, dynamic: student}``. It contains the student's own task, hence ``hard: 0``.
+
+    Formula: a k_i KD_i + (1 − a) o_i NCE_i over the positives and the H columns that the teacher scores highest
+    Paper: Dynamic contrastive distillation, arXiv 2207.01426
+    Needs: a teacher, with features or scores
     """
 
     class Config(TermConfig):
@@ -57,10 +61,12 @@ class DCD(Term):
         candidates: Positive | Literal["all"] = Field(
             default=31, description="H: hard negatives per row; all: every column"
         )
-        dynamic: Literal["student", "teacher", "none"] = "student"
+        dynamic: Literal["student", "teacher", "none"] = Field(
+            default="student", description="whose entropy weights a row; none: equal weights"
+        )
         a: Share = Field(default=0.5, description="share of the distillation term")
-        kd: Literal["kl", "mse"] = "kl"
-        temperature: Annotated[float, Field(gt=0)] = 1.0
+        kd: Literal["kl", "mse"] = Field(default="kl", description="distance between the distributions")
+        temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="softens both distributions")
         weight_temperature: Annotated[float, Field(gt=0)] = Field(
             default=1.0, description="τ of the softmax over (1 − e)²; the smaller, the more the weights differ"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from dualenc.distill.terms.term import HeadConfig, HeadTerm, PairInputs, features_of, terms
@@ -21,12 +22,18 @@ class Feature(HeadTerm):
     """Features pulled to the teacher's (mse or cosine), through a projection where dimensions differ.
 
     ``{name: feature, distance: mse}``; with a projection to the teacher's dimension (training only).
+
+    Formula: ½ (‖P a − t^a‖² + ‖P b − t^b‖²), or 1 − cosine
+    Paper: CLIP-KD, arXiv 2307.12732
+    Needs: a teacher with features
     """
 
     class Config(HeadConfig):
         """Settings."""
 
-        distance: Literal["mse", "cosine"] = "mse"
+        distance: Literal["mse", "cosine"] = Field(
+            default="mse", description="between the features of student and teacher"
+        )
 
     config: Config
 

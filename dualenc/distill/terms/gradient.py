@@ -31,6 +31,10 @@ class Gradient(HeadTerm):
 
     Raises:
         ConfigError: with a fusion teacher, which has no features.
+
+    Formula: ½ (‖g^a − ĝ^a‖² + ‖g^b − ĝ^b‖²), g the gradient of InfoNCE at the features
+    Paper: CLIP-KD, arXiv 2307.12732
+    Needs: a teacher with features
     """
 
     def __call__(self, x: PairInputs) -> LossOutput:

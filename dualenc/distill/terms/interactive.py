@@ -36,6 +36,10 @@ class Interactive(HeadTerm):
     """Interactive contrast: student queries on the teacher's keys.
 
     ``{name: interactive}``; with a projection to the teacher's dimension (training only).
+
+    Formula: ½ (NCE(α P a · t^b) + NCE(α P b · t^a))
+    Paper: CLIP-KD, arXiv 2307.12732
+    Needs: a teacher with features
     """
 
     def __call__(self, x: PairInputs) -> LossOutput:

@@ -22,13 +22,21 @@ class SoftLabels(Term):
     """Rows of similarities pulled to the teacher's: KL of softmaxes with a temperature for each.
 
     ``{name: soft_labels, teacher_temperature: 1, student_temperature: 1}``: the temperatures divide the logits.
+
+    Formula: T² KL(softmax(l^T / T_t) ‖ softmax(l / T_s)), both directions
+    Paper: Hinton et al., arXiv 1503.02531; MobileCLIP, arXiv 2311.17049
+    Needs: a teacher, with features or scores
     """
 
     class Config(TermConfig):
         """Settings."""
 
-        teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
-        student_temperature: Annotated[float, Field(gt=0)] = 1.0
+        teacher_temperature: Annotated[float, Field(gt=0)] = Field(
+            default=1.0, description="the teacher's logits are divided by this"
+        )
+        student_temperature: Annotated[float, Field(gt=0)] = Field(
+            default=1.0, description="the student's logits are divided by this"
+        )
         learn_scale: bool = Field(default=True, description="false: this term does not move the student's logit scale")
 
     config: Config

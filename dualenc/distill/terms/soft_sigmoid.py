@@ -23,6 +23,10 @@ class SoftSigmoid(Term):
     """Soft yes/no labels for sigmoid models, every pair by itself.
 
     ``{name: soft_sigmoid, teacher_bias: null}``.
+
+    Formula: Σ_j KL(Bernoulli(σ(l^T_ij)) ‖ Bernoulli(σ(l_ij)))
+    Paper: SigLIP, arXiv 2303.15343
+    Needs: a teacher, with features or scores
     """
 
     class Config(TermConfig):

@@ -11,19 +11,19 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor, nn
+from torch import nn
 
 from dualenc.config import Component, Section
 from dualenc.encoders.adapters import hf_audio
 from dualenc.encoders.adapters.hf_halves import PROJECTED, ProjectedHalf
 from dualenc.encoders.adapters.hf_naflex import TYPE as NAFLEX
 from dualenc.encoders.adapters.hf_naflex import NaflexTower
+from dualenc.encoders.adapters.hf_towers import HFImageTrunk, HFText, Pooling
 from dualenc.encoders.families import families
-from dualenc.encoders.own.transformer import end_of_text
 from dualenc.encoders.released.migrations import resize_positions
 from dualenc.encoders.released.weights import (
     PACKAGE,
@@ -38,7 +38,6 @@ from dualenc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Pooling = Literal["mean", "cls", "eot", "model"]
 WHOLE_PROJECTED = ("clip", "altclip", "chinese_clip", "clap")
 """transformers' model_type of dual encoders whose towers have a projection of their own."""
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -50,13 +49,15 @@ class HFConfig(Section):
     ``resize_positions``: allow an image size or context other than the weights'; learned positions are resized.
     """
 
-    pretrained: bool = True
-    projection: bool = False
-    pooling: Pooling | None = None
-    head: HeadKind = "linear"
+    pretrained: bool = Field(default=True, description="load the weights; false: random ones")
+    projection: bool = Field(default=False, description="keep the released projection into the shared space")
+    pooling: Pooling | None = Field(
+        default=None, description="how tokens become one feature; default: as the architecture does"
+    )
+    head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
     freeze_bn: bool = Field(default=True, description="batch norms use their running statistics in training too")
-    resize_positions: bool = False
-    config: dict[str, Any] | None = None
+    resize_positions: bool = Field(default=False, description="allow an image size or context other than the weights'")
+    config: dict[str, Any] | None = Field(default=None, description="the architecture, as stored in a checkpoint")
 
 
 @families.register("hf")
@@ -131,63 +132,6 @@ def _say_what_is_left(folder: str, config: HFConfig, where: str) -> None:
         whole.projection_dim,
         folder,
     )
-
-
-class HFText(Tower):
-    """A transformers text model; padding is masked, so a batch cut to its longest caption gives the same features.
-
-    SigLIP's text tower was trained without a mask on captions padded to 64: its batches are padded to that here.
-    """
-
-    def __init__(self, net: nn.Module, head: nn.Module, pooling: Pooling, eot_id: int, pad: tuple[int, int]) -> None:
-        super().__init__()
-        self.net, self.head, self.pooling = net, head, pooling
-        self.eot_id, (self.pad_to, self.pad_id) = eot_id, pad
-
-    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
-        ids, mask = x["ids"], x["mask"]
-        if self.pad_to:
-            ids = nn.functional.pad(ids, (0, self.pad_to - ids.shape[1]), value=self.pad_id)
-            out = self.net(input_ids=ids)
-        else:
-            out = self.net(input_ids=ids, attention_mask=mask.long())
-        return self._pool(out, ids, mask)
-
-    def _pool(self, out: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        if self.pooling == "model":
-            return pooled_output(out)
-        states: Tensor = out.last_hidden_state
-        if self.pooling == "cls":
-            return states[:, 0]
-        if self.pooling == "eot":
-            return states[torch.arange(ids.shape[0], device=ids.device), end_of_text(ids, mask, self.eot_id)]
-        weights = mask.unsqueeze(-1).to(states.dtype)
-        return (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """transformers' own switch."""
-        switch_checkpointing(self.net, enable)
-
-
-class HFImageTrunk(nn.Module):
-    """A transformers vision model → one vector per image."""
-
-    def __init__(self, net: nn.Module, pooling: Pooling) -> None:
-        super().__init__()
-        self.net, self.pooling = net, pooling
-
-    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
-        """[n, 3, S, S] → [n, W]; ``more``: what else the model takes."""
-        out = self.net(pixel_values=x, **more)
-        if self.pooling == "model":
-            return pooled_output(out)
-        states: Tensor = out.last_hidden_state
-        return states[:, 0] if self.pooling == "cls" else states.mean(1)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """transformers' own switch."""
-        switch_checkpointing(self.net, enable)
 
 
 # --- from a name to a model --------------------------------------------------------------------------------------
@@ -501,20 +445,3 @@ def kept_config(arch: Any) -> dict[str, Any]:
     """The architecture as plain data, to be kept in a bundle."""
     full: dict[str, Any] = json.loads(arch.to_json_string(use_diff=False))
     return {k: v for k, v in full.items() if k not in _VOLATILE} | {"model_type": arch.model_type}
-
-
-def pooled_output(out: Any) -> Tensor:
-    """The model's own pooled output, projected if the model projects."""
-    for key in ("image_embeds", "text_embeds", "audio_embeds", "pooler_output"):
-        value = out.get(key)
-        if isinstance(value, Tensor):
-            return value
-    raise ConfigError("pooling: model needs a tower that does its own pooling; use mean, cls or eot.")
-
-
-def switch_checkpointing(net: nn.Module, enable: bool) -> None:
-    """Turn gradient checkpointing of a transformers model on or off."""
-    if enable:
-        net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    else:
-        net.gradient_checkpointing_disable()  # type: ignore[operator]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualenc.encoders.adapters.hf_towers import switch_checkpointing
 from dualenc.encoders.audio_front import FrontEnd, Heard
 from dualenc.encoders.tower import Tower
 from dualenc.errors import ConfigError
@@ -291,8 +292,6 @@ class HFAudio(Tower):
         """transformers' own switch; CLAP does not have one."""
         net: Any = self.net
         if net.supports_gradient_checkpointing:  # of every PreTrainedModel
-            from dualenc.encoders.adapters.hf import switch_checkpointing
-
             switch_checkpointing(self.net, enable)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dualenc.config import Component, Section
 from dualenc.encoders.families import families
+from dualenc.encoders.length_groups import in_length_groups
 from dualenc.encoders.released.migrations import migrate_open_clip, resize_positions
 from dualenc.encoders.released.weights import load_exactly, no_scalars, read_weights, strip_prefix
 from dualenc.encoders.tower import ImageTower, Tower, build_head, with_batch_norms
@@ -32,7 +33,9 @@ class OpenClipConfig(Section):
     quick_gelu: bool | None = Field(
         default=None, description="default: as the tag was trained, else as in the model config"
     )
-    patch_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="share of patches left out in training (FLIP); default: the architecture's"
+    )
     head: Literal["auto", "linear", "mlp", "none"] = Field(
         default="auto", description="auto: linear where the widths differ"
     )
@@ -109,6 +112,9 @@ class OpenClipText(Tower):
 
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"ids": int64 [n, L], …}`` → [n, W]."""
+        return in_length_groups(self._encode, x) if self.length_groups and not self.fixed else self._encode(x)
+
+    def _encode(self, x: Mapping[str, Tensor]) -> Tensor:
         ids = x["ids"]
         if self.fixed and ids.shape[1] < self.context_length:
             ids = nn.functional.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)

@@ -38,8 +38,10 @@ class TimmConfig(Section):
 
     pretrained: bool | str = Field(default=False, description="true: timm's own; package:NAME; or a weights file")
     freeze_bn: bool = Field(default=True, description="batch norms use their running statistics in training too")
-    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
-    head: HeadKind = "linear"
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="stochastic depth; default: the architecture's"
+    )
+    head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 
 

@@ -33,9 +33,9 @@ class AudioCNN(Tower):
         widths: list[Positive] = Field([32, 64, 128], min_length=1, description="channels of each stage")
         depths: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="blocks of each stage; default: one")
         bands: Positive = Field(4, description="groups of mel bands that are pooled separately, which keeps the pitch")
-        channels_last: bool = True
-        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-        head: HeadKind = "linear"
+        channels_last: bool = Field(default=True, description="memory layout of the maps")
+        dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="before the head")
+        head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
         @model_validator(mode="after")
         def _same_length(self) -> Any:

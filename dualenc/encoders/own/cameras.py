@@ -40,9 +40,9 @@ class Cameras(Tower):
 
         image: Component = Field(Component(name="own/convnet"), description="an image tower of any family")
         width: Positive = Field(256, description="width of each camera's feature when they are pooled")
-        heads: Positive = 4
+        heads: Positive = Field(default=4, description="attention heads of the pooling")
         geometry: bool = Field(True, description="false: pool cameras without their geometry")
-        head: HeadKind = "linear"
+        head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
         @model_validator(mode="after")
         def _divisible(self) -> Any:

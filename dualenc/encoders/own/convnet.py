@@ -84,8 +84,8 @@ class ConvNet(ImageTower):
         grid: Annotated[int, Field(ge=1)] = Field(
             1, description="pool to grid × grid cells before the head: more than 1 keeps the image's layout"
         )
-        channels_last: bool = True
-        head: HeadKind = "linear"
+        channels_last: bool = Field(default=True, description="memory layout of the maps")
+        head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
         @model_validator(mode="after")
         def _same_length(self) -> Any:

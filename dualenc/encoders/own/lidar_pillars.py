@@ -124,12 +124,12 @@ class BEVSettings(Section):
     widths: list[Positive] = Field(
         [64, 128, 256], min_length=1, description="channels of each stage; each halves the map"
     )
-    depth: Positive = 1
-    heads: Positive = 4
+    depth: Positive = Field(default=1, description="blocks of each stage")
+    heads: Positive = Field(default=4, description="attention heads of the pooling")
     local_dim: Positive | None = Field(
         None, description="width of the projected features at positions, for losses on regions"
     )
-    head: HeadKind = "linear"
+    head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
     @model_validator(mode="after")
     def _divisible(self) -> Any:
@@ -164,7 +164,7 @@ class Pillars(BEVTower):
     class Config(BEVSettings):
         """Settings of own/pillars."""
 
-        pillar_width: Positive = 64
+        pillar_width: Positive = Field(default=64, description="width of a pillar's feature")
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()

@@ -79,11 +79,11 @@ class RangeViT(Tower):
             (-180.0, 180.0), description="degrees, right and left of straight ahead"
         )
         patch: tuple[Positive, Positive] = Field((4, 16), description="pixels of a patch: elevation, azimuth")
-        width: Positive = 192
-        layers: Positive = 6
-        heads: Positive = 3
-        dropout: Rate = 0.0
-        head: HeadKind = "linear"
+        width: Positive = Field(default=192, description="width of a token")
+        layers: Positive = Field(default=6, description="transformer blocks")
+        heads: Positive = Field(default=3, description="attention heads")
+        dropout: Rate = Field(default=0.0, description="in the blocks")
+        head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
         @model_validator(mode="after")
         def _fits(self) -> Any:

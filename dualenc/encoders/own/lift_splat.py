@@ -113,7 +113,7 @@ class LiftSplat(BEVTower):
             (-50.0, -50.0, -5.0, 50.0, 50.0, 3.0), description="x, y, z from, x, y, z to (m); as in the LiDAR's input"
         )
         depth_range: tuple[_Positive, _Positive] = Field((2.0, 58.0), description="metres along the optical axis")
-        depth_bins: Positive = 56
+        depth_bins: Positive = Field(default=56, description="depths that a pixel is spread over")
         channels: Positive = Field(64, description="width of a feature before it is lifted")
 
         @model_validator(mode="after")

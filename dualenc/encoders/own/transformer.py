@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dualenc.config import Component, Positive, Section
 from dualenc.encoders.families import own_towers
+from dualenc.encoders.length_groups import in_length_groups
 from dualenc.encoders.tower import HeadKind, Tower, build_head
 from dualenc.errors import ConfigError
 
@@ -92,12 +93,12 @@ class TextTransformer(Tower):
     class Config(Section):
         """Settings of own/transformer."""
 
-        width: Positive = 256
-        layers: Positive = 4
-        heads: Positive = 4
-        mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-        dropout: Rate = 0.0
-        head: HeadKind = "linear"
+        width: Positive = Field(default=256, description="width of a token")
+        layers: Positive = Field(default=4, description="transformer blocks")
+        heads: Positive = Field(default=4, description="attention heads")
+        mlp_ratio: Annotated[float, Field(gt=0)] = Field(default=4.0, description="width of the MLPs relative to width")
+        dropout: Rate = Field(default=0.0, description="in the blocks")
+        head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
         @model_validator(mode="after")
         def _divisible(self) -> Any:
@@ -124,6 +125,9 @@ class TextTransformer(Tower):
 
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
+        return in_length_groups(self._encode, x) if self.length_groups else self._encode(x)
+
+    def _encode(self, x: Mapping[str, Tensor]) -> Tensor:
         ids = x["ids"]
         y = self.drop(self.tokens(ids) + self.positions[: ids.shape[1]])
         y = self.transformer(y, causal=True)

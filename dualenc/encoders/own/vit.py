@@ -56,13 +56,15 @@ class ViT(ImageTower):
     class Config(Section):
         """Settings of own/vit."""
 
-        patch: Positive = 8
-        width: Positive = 192
-        layers: Positive = 6
-        heads: Positive = 3
-        dropout: Rate = 0.0
-        patch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-        head: HeadKind = "linear"
+        patch: Positive = Field(default=8, description="side of a patch in px")
+        width: Positive = Field(default=192, description="width of a token")
+        layers: Positive = Field(default=6, description="transformer blocks")
+        heads: Positive = Field(default=3, description="attention heads")
+        dropout: Rate = Field(default=0.0, description="in the blocks")
+        patch_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+            default=0.0, description="share of patches left out in training (FLIP)"
+        )
+        head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
         @model_validator(mode="after")
         def _divisible(self) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dualenc.encoders.adapters.hf import HFImageTrunk
+from dualenc.encoders.adapters.hf_towers import HFImageTrunk
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.errors import ConfigError
 

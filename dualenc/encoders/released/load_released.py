@@ -32,9 +32,9 @@ PAIR = ("image", "text")
 _KEY = "-".join(PAIR)
 # Of an OpenAI archive; a CoCa's caption decoder is no part of the dual encoder.
 _IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text_decoder.")
-_OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 _TABLES = ("position_ids", "token_type_ids")
-_OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 @dataclass
@@ -93,13 +93,13 @@ def from_open_clip_folder(folder: Path) -> Released:
     Raises:
         CheckpointError: if a file is missing or the tensors are not this model's.
     """
-    raw = json.loads((folder / _OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+    raw = json.loads((folder / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
     cfg = raw.get("model_cfg")
     if not isinstance(cfg, dict):
         raise CheckpointError(f"{folder}/open_clip_config.json has no model_cfg")
-    file = next((folder / f for f in _OPEN_CLIP_FILES if (folder / f).is_file()), None)
+    file = next((folder / f for f in OPEN_CLIP_FILES if (folder / f).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{folder} has none of {', '.join(_OPEN_CLIP_FILES)}")
+        raise CheckpointError(f"{folder} has none of {', '.join(OPEN_CLIP_FILES)}")
     cfg = oc.architecture(folder.name, oc.OpenClipConfig(config=cfg))
     own_vocabulary = "hf_tokenizer_name" in cfg["text_cfg"]
     tokenizer = f"open_clip:local-dir:{folder.resolve()}" if own_vocabulary else "clip"
@@ -154,7 +154,7 @@ def from_hf(where: str) -> Released:
         ConfigError: if it cannot be found, or is another kind of model.
         CheckpointError: if a tensor is missing, or size and architecture contradict each other.
     """
-    folder = hf.snapshot_with(where, _OPEN_CLIP_CONFIG, _OPEN_CLIP_FILES)
+    folder = hf.snapshot_with(where, OPEN_CLIP_CONFIG, OPEN_CLIP_FILES)
     if folder is not None and not hf.read_json(where, "config.json"):
         return from_open_clip_folder(folder)
     config = hf.load_config(where)

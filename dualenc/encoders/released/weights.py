@@ -71,15 +71,35 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the file is damaged or holds anything but tensors.
     """
+    raw = _unpacked(read_archive(path), path)
+    if not isinstance(raw, Mapping) or not any(isinstance(v, Tensor) for v in raw.values()):
+        raise CheckpointError(f"{path}: not a state dict of tensors")
+    tensors = {k: v for k, v in raw.items() if not _is_plain(v)}
+    other = next((k for k, v in tensors.items() if not isinstance(v, Tensor)), None)
+    if other is not None:
+        raise CheckpointError(f"{path}: not a state dict of tensors: {other!r} is a {type(tensors[other]).__name__}")
+    if not renamed:
+        return tensors
+    try:
+        return migrate(tensors)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def read_archive(path: Path) -> Any:
+    """All that a safetensors or torch file holds, read without running code.
+
+    Raises:
+        CheckpointError: if the file is damaged or holds anything but tensors, numbers and words.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
-            raw: Any = load_file(str(path))
-        else:
-            with torch.serialization.safe_globals(_numbers()):
-                raw = torch.load(str(path), map_location="cpu", weights_only=True)
+            return load_file(str(path))
+        with torch.serialization.safe_globals(_numbers()):
+            return torch.load(str(path), map_location="cpu", weights_only=True)
     except RuntimeError as e:
         if "TorchScript" in str(e):
             raise CheckpointError(
@@ -93,19 +113,6 @@ def read_weights(path: Path, renamed: bool = True) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: refused; it has more than tensors, and reading it would run code. Convert it to safetensors."
         ) from e
-    raw = _unpacked(raw, path)
-    if not isinstance(raw, Mapping) or not any(isinstance(v, Tensor) for v in raw.values()):
-        raise CheckpointError(f"{path}: not a state dict of tensors")
-    tensors = {k: v for k, v in raw.items() if not _is_plain(v)}
-    other = next((k for k, v in tensors.items() if not isinstance(v, Tensor)), None)
-    if other is not None:
-        raise CheckpointError(f"{path}: not a state dict of tensors: {other!r} is a {type(tensors[other]).__name__}")
-    if not renamed:
-        return tensors
-    try:
-        return migrate(tensors)
-    except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from e
 
 
 def _first_line(e: BaseException) -> str:

@@ -82,12 +82,12 @@ def merge_stats(found: Tensor) -> Tensor:
     return found.chunk(world_size(), 1)[dist.get_rank()]
 
 
-def _merge_gradients(found: Tensor) -> Tensor:
+def merge_gradients(found: Tensor) -> Tensor:
     """From every rank's gradients of all columns [W·B, D] to this rank's columns' [B, D]."""
     return found if world_size() == 1 else reduce_scatter_sum(found)
 
 
-class _Valid:
+class Valid:
     """The slots that take part; selecting them copies nothing if all do."""
 
     def __init__(self, ids: Tensor) -> None:
@@ -107,7 +107,7 @@ class _Valid:
         return part if self.all else part.new_zeros(n, *part.shape[1:]).index_copy_(0, self.index, part)
 
 
-def _sweep(
+def sweep(
     ring: bool,
     add: Callable[[FeatureBlock, Tensor], None],
     columns: Sequence[Tensor],
@@ -127,7 +127,7 @@ def _sweep(
     """
 
     def visit(fixed: Sequence[Tensor], found: Tensor) -> None:
-        valid = _Valid(fixed[1])
+        valid = Valid(fixed[1])
         part = valid.of(found, dim)
         x, ids, *terms = (valid.of(t) for t in fixed)
         add(FeatureBlock(x, ids, tuple(terms)), part)
@@ -155,14 +155,14 @@ class _InfoNCE(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         target = (1 - label_smoothing) / PositiveColumns(all_ids).count(ids).clamp(min=1).to(a.dtype)
         smooth = label_smoothing / max(int((all_ids >= 0).sum()), 1)
-        valid = _Valid(ids)
+        valid = Valid(ids)
         rows, mine = FeatureBlock(valid.of(a), valid.of(ids)), valid.of(b)
         of_rows = Stats.empty(len(rows), a)
 
         def add(columns: FeatureBlock, found: Tensor) -> None:
             how.blocks.info_nce_stats(rows, columns, logit_scale, of_rows, Stats(found), how.tile_mb)
 
-        found = _sweep(how.ring, add, [b, ids], lambda n: Stats.empty(n, b).data, 1, merge_stats)
+        found = sweep(how.ring, add, [b, ids], lambda n: Stats.empty(n, b).data, 1, merge_stats)
         of_columns, of_mine = Stats(found), Stats(valid.of(found, 1))
         ctx.save_for_backward(a, b, ids, target, logit_scale, of_rows.lse(), of_columns.lse())
         ctx.smooth, ctx.how = smooth, how
@@ -186,7 +186,7 @@ class _InfoNCE(torch.autograd.Function):
         # A vector and not a factor at the end: a column's part belongs to its owner's value, and its rank may scale
         # the loss differently.
         upstream, target = grad.expand(len(ids)).contiguous(), target * grad
-        valid = _Valid(ids)
+        valid = Valid(ids)
         rows = FeatureBlock(valid.of(a), valid.of(ids), (valid.of(target), lse_rows, valid.of(upstream)))
         grad_rows, grad_scale = torch.zeros_like(rows.x), torch.zeros_like(logit_scale)
 
@@ -196,7 +196,7 @@ class _InfoNCE(torch.autograd.Function):
             )
 
         columns = [b, ids, target, lse_columns, upstream]
-        grad_b = _sweep(how.ring, add, columns, lambda n: b.new_zeros(n, b.shape[1]), 0, _merge_gradients)
+        grad_b = sweep(how.ring, add, columns, lambda n: b.new_zeros(n, b.shape[1]), 0, merge_gradients)
         return valid.spread(grad_rows, len(a)), grad_b, None, None, grad_scale, None, None
 
 
@@ -213,12 +213,12 @@ class _Sigmoid(torch.autograd.Function):
         how: How,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.how, ctx.at_once = how, any(ctx.needs_input_grad) and not (how.ring and world_size() > 1)
-        valid = _Valid(ids)
+        valid = Valid(ids)
         rows = FeatureBlock(valid.of(a), valid.of(ids))
         of_rows, sums = Stats.empty(len(rows), a), a.new_zeros(3)
         grads = None
         if ctx.at_once:
-            grads = torch.zeros_like(rows.x), a.new_zeros(len(_Valid(all_ids).index), a.shape[1])
+            grads = torch.zeros_like(rows.x), a.new_zeros(len(Valid(all_ids).index), a.shape[1])
 
         def add(columns: FeatureBlock, found: Tensor) -> None:
             sums.add_(
@@ -227,7 +227,7 @@ class _Sigmoid(torch.autograd.Function):
                 )
             )
 
-        found = _sweep(how.ring, add, [b, ids], lambda n: Stats.empty(n, b).data, 1, merge_stats)
+        found = sweep(how.ring, add, [b, ids], lambda n: Stats.empty(n, b).data, 1, merge_stats)
         ctx.save_for_backward(a, b, ids, all_ids, logit_scale, logit_bias, sums, *(grads or ()))
         hits = of_rows.hits(), Stats(found).hits()
         ctx.mark_non_differentiable(*hits)
@@ -238,10 +238,10 @@ class _Sigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         a, b, ids, all_ids, logit_scale, logit_bias, sums, *grads = ctx.saved_tensors
         how: How = ctx.how
-        valid = _Valid(ids)
+        valid = Valid(ids)
         if ctx.at_once:
             grad_rows, grad_columns = grads
-            grad_b = _merge_gradients(_Valid(all_ids).spread(grad_columns * grad, len(all_ids)))
+            grad_b = merge_gradients(Valid(all_ids).spread(grad_columns * grad, len(all_ids)))
         else:
             rows = FeatureBlock(valid.of(a), valid.of(ids))
             grad_rows, sums = torch.zeros_like(rows.x), torch.zeros_like(sums)
@@ -255,7 +255,7 @@ class _Sigmoid(torch.autograd.Function):
                 )
                 found.addcmul_(part, grad)
 
-            grad_b = _sweep(how.ring, add, [b, ids], lambda n: b.new_zeros(n, b.shape[1]), 0, _merge_gradients)
+            grad_b = sweep(how.ring, add, [b, ids], lambda n: b.new_zeros(n, b.shape[1]), 0, merge_gradients)
         grad_a = valid.spread(grad_rows * grad, len(a))
         _, to_scale, to_bias = sums * grad
         return grad_a, grad_b, None, None, to_scale.reshape_as(logit_scale), to_bias.reshape_as(logit_bias), None

@@ -118,7 +118,7 @@ def info_nce_stats(
         rows: [R, D]; columns: [n, D]; scale: [1]; of_rows: R of them; of_columns: n of them; mb: MiB of a tile.
     """
     scratch = Scratch(rows.x)
-    for i, j, row, column, logits in _tiles(rows, columns, scale, None, mb, scratch):
+    for i, j, row, column, logits in positive_tiles(rows, columns, scale, None, mb, scratch):
         of_row, of_column = of_rows.of(i), of_columns.of(j)
         at_positive = logits[row, column]
         of_row.at_pos.index_add_(0, row, at_positive)
@@ -148,7 +148,7 @@ def info_nce_grad(
     """
     grad_scale = rows.x.new_zeros(())
     scratch = Scratch(rows.x)
-    for i, j, row, column, logits in _tiles(rows, columns, scale, None, mb, scratch):
+    for i, j, row, column, logits in positive_tiles(rows, columns, scale, None, mb, scratch):
         R, C = rows.part(i), columns.part(j)
         (target_row, lse_row, u_row), (target_column, lse_column, u_column) = R.terms, C.terms
         g = torch.sub(logits, lse_row[:, None], out=scratch.get(1, logits.shape)).exp_().mul_(u_row[:, None])
@@ -177,7 +177,7 @@ def sigmoid_block(
         grads: gradients of the features, [R, D] and [n, D], to add to; None: no gradient is needed.
     """
     sums = rows.x.new_zeros(3)
-    for i, j, row, column, logits in _tiles(rows, columns, scale, bias, mb, Scratch(rows.x)):
+    for i, j, row, column, logits in positive_tiles(rows, columns, scale, bias, mb, Scratch(rows.x)):
         at_positive = logits[row, column]
         if stats is not None:
             _take_maxima(logits, row, column, at_positive, stats[0].of(i), stats[1].of(j))
@@ -225,7 +225,7 @@ def tiles(
             yield i, j, logits
 
 
-def _tiles(
+def positive_tiles(
     rows: FeatureBlock, columns: FeatureBlock, scale: Tensor, bias: Tensor | None, mb: float, scratch: Scratch
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
     """As ``tiles``, with the row and column numbers in the tile [P] of each positive before the logits."""

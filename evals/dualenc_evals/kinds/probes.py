@@ -32,21 +32,23 @@ from dualenc_evals.task import ClassesTask, Every, TaskSource
 class Train(Section):
     """Where a probe's training items come from: the task's source with these keys replaced."""
 
-    path: str | list[str] | None = None
-    split: str | None = None
-    where: dict[str, str | list[str]] | None = None
-    every: Every | None = None
-    limit: Positive | None = None
+    path: str | list[str] | None = Field(default=None, description="file, pattern or folder of the training items")
+    split: str | None = Field(default=None, description="split of the training items")
+    where: dict[str, str | list[str]] | None = Field(default=None, description="keep rows whose column has this value")
+    every: Every | None = Field(default=None, description="a fixed share of the rows")
+    limit: Positive | None = Field(default=None, description="read only this many rows")
 
 
 class ProbeSettings(Section):
     """How features are probed. Defaults: k-NN of DINO (arXiv 2104.14294), 5-way episodes with 15 queries a class."""
 
-    k: Positive = 20
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    ways: Annotated[int, Field(ge=2)] = 5
-    queries: Positive = 15
-    episodes: Positive = 600
+    k: Positive = Field(default=20, description="neighbours of the k-NN probe")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=0.07, description="weights of the neighbours: exp(cosine / temperature)"
+    )
+    ways: Annotated[int, Field(ge=2)] = Field(default=5, description="classes of a few-shot episode")
+    queries: Positive = Field(default=15, description="test items per class of an episode")
+    episodes: Positive = Field(default=600, description="few-shot episodes")
 
 
 class ProbeTask(ClassesTask):
@@ -56,7 +58,7 @@ class ProbeTask(ClassesTask):
     one_class: ClassVar[bool] = True
     metric_pattern: ClassVar[str] = r"(fewshot|prototype|opta)[1-9]\d*_top1"
     train: Train = Field(description="where the training items come from")
-    probe: ProbeSettings = Field(default_factory=ProbeSettings)
+    probe: ProbeSettings = Field(default_factory=ProbeSettings, description="settings of the probes")
 
     @model_validator(mode="before")
     @classmethod

@@ -37,8 +37,10 @@ class Bags(Section):
     evaluated model's features, which are hardest for that model, so numbers do not compare between models.
     """
 
-    by: str
-    sizes: list[Annotated[int, Field(ge=2)]] = Field(default_factory=lambda: [3, 5, 7], min_length=1)
+    by: str = Field(description="a column, or neighbours")
+    sizes: list[Annotated[int, Field(ge=2)]] = Field(
+        default_factory=lambda: [3, 5, 7], min_length=1, description="items in a bag"
+    )
 
 
 class RetrievalTask(Task):

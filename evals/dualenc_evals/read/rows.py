@@ -16,8 +16,6 @@ from dualenc_evals.task import ClassesTask, Task
 
 __all__ = ["Content", "Row", "Rows", "captions"]
 
-MEMBERS = {"text": ["txt", "json:captions", "json:caption"]}
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -51,7 +49,7 @@ def needed(task: Task) -> list[str]:
 def member_specs(task: Task, modality: str) -> list[str]:
     """Shard endings of a modality: the task's, else those that training reads."""
     default = modalities[modality].default_members if modality in modalities else [modality]
-    return task.source.members.get(modality) or MEMBERS.get(modality, default)
+    return task.source.members.get(modality) or default
 
 
 def kept(task: Task, value: Callable[[str], Any], rows_have_splits: bool = False) -> bool:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dualenc.config import Source
+from dualenc.data.modalities import modalities
 from dualenc.data.shards.index import expand, open_source
-from dualenc.data.shards.reader import Reader, SampleError, check_members
+from dualenc.data.shards.reader import Reader, SampleError, check_members, is_joined
 from dualenc.data.shards.remote import is_pipe
 from dualenc.data.shards.tar import Sample, unsafe
 from dualenc.data.sources.opened import MAX_BYTES, is_url, open_binary, read_text
@@ -37,6 +38,9 @@ from dualenc_evals.read.rows import (
 from dualenc_evals.task import Task, locate, paths_of
 
 __all__ = ["Content", "Row", "Rows", "read_rows", "tar_samples"]
+
+TEXTS = [ending for ending in modalities["text"].default_members if ":" not in ending]
+"""Members that hold a caption."""
 
 
 def read_rows(task: Task) -> Rows:
@@ -68,6 +72,15 @@ def _filters(task: Task) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a sample is read."""
+
+    reader: Reader
+    shard: int
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
 class TarSample:
     """One sample of a shard, as training finds it, and how its members are read.
 
@@ -77,7 +90,28 @@ class TarSample:
     shard: str
     key: str
     members: dict[str, tuple[int, int]] = field(hash=False)
-    _read: Callable[[str], bytes] = field(compare=False, repr=False)
+    _at: _Place = field(compare=False, repr=False)
+
+    def lacks(self, ending: str) -> bool:
+        """Whether training, too, would look for another ending."""
+        try:
+            return self._at.reader.lacks(0, self._at.shard, self._at.sample, ending)
+        except SampleError as e:
+            raise DataError(f"{self.shard}: {e}") from e
+
+    def find(self, ending: str) -> Any:
+        """What training gets for an ending such as ``json:cameras+cam*``.
+
+        Raises:
+            DataError: a member cannot be read, or all members together are larger than an item may be.
+        """
+        together = sum(size for _, size in self.members.values())
+        if together > MAX_BYTES:
+            raise DataError(f"{self.shard}: {self.key} claims to have {together} bytes; the limit is {MAX_BYTES}")
+        try:
+            return self._at.reader.find(0, self._at.shard, self._at.sample, {"": [ending]}).values.get("")
+        except SampleError as e:
+            raise DataError(f"{self.shard}: {e}") from e
 
     def read(self, ending: str) -> bytes:
         """Bytes of one member.
@@ -89,20 +123,20 @@ class TarSample:
         if size > MAX_BYTES:
             raise DataError(f"{self.shard}: {self.key}.{ending} claims to have {size} bytes; the limit is {MAX_BYTES}")
         try:
-            return self._read(ending)
+            return self._at.reader.read(0, self._at.shard, self._at.sample, ending)
         except SampleError as e:
             raise DataError(f"{self.shard}: {e}") from e
 
 
 @dataclass(frozen=True, slots=True)
 class _Later:
-    """Reads a member when it is called."""
+    """Reads a member, or several that make one item, when it is called."""
 
     sample: TarSample
     ending: str
 
-    def __call__(self) -> bytes:
-        return self.sample.read(self.ending)
+    def __call__(self) -> Any:
+        return self.sample.find(self.ending) if is_joined(self.ending) else self.sample.read(self.ending)
 
 
 def tar_samples(shards: Sequence[str], name: str = "shards") -> Iterator[TarSample]:
@@ -122,11 +156,7 @@ def tar_samples(shards: Sequence[str], name: str = "shards") -> Iterator[TarSamp
                 sample = reader.locate(0, i, n)
             except SampleError as e:
                 raise DataError(f"{url}: {e}") from e
-            yield TarSample(url, sample.key, sample.members, _reading(reader, i, sample))
-
-
-def _reading(reader: Reader, shard: int, sample: Sample) -> Callable[[str], bytes]:
-    return lambda ending: reader.read(0, shard, sample, ending)
+            yield TarSample(url, sample.key, sample.members, _Place(reader, i, sample))
 
 
 class _Sample:
@@ -147,6 +177,9 @@ class _Sample:
     def content(self, ending: str) -> Content:
         offset, size = self.members[ending]
         return Content(self.name, path=self.shard, offset=offset, size=size, load=_Later(self.sample, ending))
+
+    def joined(self, ending: str) -> Content:
+        return Content(self.name, path=self.shard, load=_Later(self.sample, ending))
 
     def value(self, spec: str) -> Any:
         """A label or filter value: a member's text, ``json:KEY`` or ``metadata:KEY``; None if it is missing."""
@@ -169,7 +202,8 @@ class _Sample:
         return self._json
 
     def contents(self, specs: list[str], lines: bool) -> list[Content]:
-        """What the first of ``specs`` that is there gives: strings for txt and json:KEY, bytes for the rest.
+        """What the first of ``specs`` that is there gives: strings for texts and json:KEY, bytes for other members, a
+        dictionary of parts where they are joined (``json:cameras+cam*``), as in training.
 
         A sample that cannot be used is skipped and reported when it is embedded, like a broken image.
         """
@@ -183,10 +217,13 @@ class _Sample:
 
     def _contents(self, specs: list[str], lines: bool) -> list[Content]:
         for spec in specs:
-            if spec == "txt" and spec in self.members:
+            if spec in TEXTS and spec in self.members:
                 text = self.text(spec)
-                return captions(self.name, text.splitlines() if lines else text)
-            if spec.startswith(("json:", "metadata:")):
+                return captions(self.name, text.splitlines() if lines and spec == "txt" else text)
+            if is_joined(spec):
+                if not self.sample.lacks(spec):
+                    return [self.joined(spec)]
+            elif spec.startswith(("json:", "metadata:")):
                 value = self.value(spec)
                 if value is not None:
                     return captions(self.name, value)

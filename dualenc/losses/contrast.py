@@ -1,0 +1,251 @@
+"""Losses that compare rows with columns: one function for value and gradient, whatever the number of ranks and tiles.
+
+A loss is a :class:`~dualenc.losses.blockwise.row_loss.RowLoss` for each direction. :func:`contrast` gathers columns
+with the project's gather (or sends them around the ring), works on tiles or on the whole matrix, leaves absent slots
+out, takes further columns, and divides so that the mean over ranks is the loss of the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dualenc.config import Section
+from dualenc.data.batch import ABSENT
+from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
+from dualenc.distributed.world import world_size
+from dualenc.errors import ConfigError, did_you_mean
+from dualenc.losses.blockwise.row_loss import RowLoss, Side, Tile, reduce_whole
+from dualenc.losses.blockwise.row_sums import NO_PAIR, Columns, Plan, tiled_sums
+from dualenc.losses.blockwise.sweeps import How, Valid
+from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig
+
+__all__ = [
+    "NO_PAIR",
+    "Columns",
+    "ContrastConfig",
+    "Contrastive",
+    "contrast",
+    "frozen_features",
+    "hard_negatives",
+    "label",
+]
+
+
+class ContrastConfig(TiledConfig):
+    """As :class:`TiledConfig`; tiles are torch's on every device."""
+
+    impl: Literal["auto", "plain", "tiled"] = Field(  # type: ignore[assignment]
+        "auto", description="auto: the plain matrix below a global batch of 2048, else tiles"
+    )
+
+
+def contrast(
+    a: Tensor,
+    b: Tensor,
+    ids: Tensor,
+    logit_scale: Tensor,
+    ab: RowLoss,
+    ba: RowLoss | None,
+    *,
+    values: Mapping[str, Tensor] | None = None,
+    columns: Sequence[Columns] = (),
+    how: How | None = None,
+) -> LossOutput:
+    """This rank's share of a loss of rows, for the batch of all ranks.
+
+    Args:
+        a, b: [B, D] L2-normalised features of this rank's slots; B is equal on all ranks.
+        ids: [B] pair ids: equal ids are positives of each other, −1 takes no part.
+        logit_scale: [1].
+        ab: the loss of rows of ``a`` against columns of ``b``; ba: the reverse; None: that direction is left out.
+        values: name → [B, …] of the slots, without gradient, int64 or floating; the columns' come from all ranks.
+        columns: further columns, in the same order on all ranks.
+        how: tiled, or None for the whole matrix.
+
+    Returns:
+        value = Σ over local valid rows of ℓ (halved where there are two directions) / (valid rows of the global batch /
+        W); ``top1_ab``, ``top1_ba``: the share of rows with a positive above every negative; the row losses' metrics.
+
+    Raises:
+        ValueError: further columns without a value that the slots have.
+    """
+    check_equal_shapes(a)
+    values = {k: x.detach().contiguous() for k, x in (values or {}).items()}
+    for extra in columns:
+        check_equal_shapes(extra.x)
+        if lacking := [k for k in values if k not in extra.values]:
+            raise ValueError(f"further columns have no {lacking[0]!r}, which this loss reads of every column")
+    plan, further = Plan(ids, values, ab, ba, tuple(columns)), [extra.x for extra in columns]
+    share = (gather_ids(ids) >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
+    if how is None:
+        of_a, hits_a = _whole(a, b, logit_scale, plan, "b")
+        of_b, hits_b = _whole(b, a, logit_scale, plan, "a")
+    else:
+        of_a, of_b, hits_a, hits_b = tiled_sums(a, b, logit_scale, plan, how, further)
+    valid = Valid(ids)
+    rows = Side(valid.of(ids), {k: valid.of(x) for k, x in values.items()})
+    # Zeros that run the backward's collectives on a rank without rows, too.
+    total = of_a.new_zeros(()) + of_a.flatten()[:0].sum() + of_b.flatten()[:0].sum()
+    metrics: dict[str, Tensor] = {}
+    for row_loss, sums, hits, name in ((ab, of_a, hits_a, "ab"), (ba, of_b, hits_b, "ba")):
+        if row_loss is not None:
+            total = total + row_loss.loss(sums.unbind(0), rows, logit_scale).sum()
+            found = row_loss.metrics(sums.detach().unbind(0), rows, logit_scale.detach())
+            metrics |= {f"{k}_{name}": x.detach().sum() / share for k, x in found.items()}
+            metrics[f"top1_{name}"] = hits / share
+    return LossOutput(total / (share if ba is None else 2 * share), metrics)
+
+
+class Contrastive(Loss):
+    """A loss of a recipe that is a row loss for each direction: a subclass says which, and which values they read."""
+
+    Config: ClassVar[type[Section]] = ContrastConfig
+    takes_extras = True
+
+    config: Any
+    """Of the subclass's own ``Config``."""
+
+    def __init__(self, config: ContrastConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def directions(self, inputs: RowInputs) -> tuple[RowLoss, RowLoss | None]:
+        """The row losses of a → b and of b → a, for one batch."""
+
+    def values(self, inputs: RowInputs) -> Mapping[str, Tensor]:
+        """What tiles read of slots: the labels of ``needs``."""
+        return {name: label(inputs.extras, name) for name in self.needs}
+
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor,
+        ids: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        extras: Extras | None = None,
+    ) -> LossOutput:
+        """See :func:`contrast`; ``logit_bias`` is ignored, as it adds the same to all logits of a row."""
+        how = self.config.choose(len(a) * world_size(), a.device)
+        inputs = RowInputs(a, b, ids, logit_scale, extras)
+        values, columns = self.values(inputs), hard_negatives(extras, ids)
+        if columns:
+            columns = [replace(x, values=self.values_of_columns(values, len(x.ids))) for x in columns]
+        row_losses = self.directions(inputs)
+        return contrast(a, b, ids, logit_scale, *row_losses, values=values, columns=columns, how=how)
+
+    def values_of_columns(self, values: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        """``values`` of n further columns: they have no label.
+
+        Raises:
+            ConfigError: the loss reads embeddings by a frozen encoder, which they lack.
+        """
+        if frozen := [k for k in values if k.startswith(FROZEN)]:
+            raise ConfigError(
+                f"loss: it compares items in a locked tower ({frozen[0]}), and hard negatives have no such embedding; "
+                "leave out input.negatives, or take a loss that needs no locked tower"
+            )
+        return {k: nothing(x, n) for k, x in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RowInputs:
+    """What a loss was called with."""
+
+    a: Tensor
+    b: Tensor
+    ids: Tensor
+    logit_scale: Tensor
+    extras: Extras | None
+
+
+def label(extras: Extras | None, name: str) -> Tensor:
+    """The label ``name`` of every slot, [B] or [B, width].
+
+    Raises:
+        ConfigError: the batch has none.
+    """
+    if extras is None or name not in extras.both:
+        known = [] if extras is None else list(extras.both)
+        hint = did_you_mean(name, known) if known else f"Name one: data.sources.N.values: {{{name}: json:{name}}}"
+        raise ConfigError(f"loss: the batch has no label {name!r}. {hint}")
+    return extras.both[name]
+
+
+FROZEN = "frozen_"
+"""What the names of embeddings by a frozen encoder begin with."""
+
+
+def nothing(like: Tensor, n: int) -> Tensor:
+    """A value of n columns that lack it."""
+    return like.new_full((n, *like.shape[1:]), math.nan if like.is_floating_point() else ABSENT)
+
+
+def hard_negatives(extras: Extras | None, ids: Tensor) -> list[Columns]:
+    """The further columns that the samples bring: ``negatives`` [B, K, D] of either side, features of wrong items.
+
+    ``negatives_there`` [B, K], if it is given, is 0 for one that a sample lacks. Those of a slot that takes no part are
+    not there either.
+    """
+    out = []
+    sides: list[tuple[Literal["a", "b"], dict[str, Tensor]]]
+    sides = [] if extras is None else [("a", extras.a), ("b", extras.b)]
+    for side, found in sides:
+        if "negatives" in found:
+            x = found["negatives"]
+            there = (ids >= 0)[:, None].expand(x.shape[:2])
+            if "negatives_there" in found:
+                there = there & (found["negatives_there"] > 0)
+            out.append(Columns(x.flatten(0, 1), torch.where(there, NO_PAIR, ABSENT).flatten(), side))
+    return out
+
+
+def frozen_features(extras: Extras | None, what: str) -> dict[str, Tensor]:
+    """The embeddings [B, W] by the pair's frozen encoders, as ``frozen_a`` and ``frozen_b``, those that there are.
+
+    Raises:
+        ConfigError: neither tower is locked; ``what`` names the loss.
+    """
+    found = {} if extras is None else {f"{FROZEN}{n}": side for n, side in (("a", extras.a), ("b", extras.b))}
+    out = {name: side["frozen"] for name, side in found.items() if "frozen" in side}
+    if not out:
+        raise ConfigError(
+            f"loss: {what} compares items in a locked tower, and neither tower of this pair is locked: "
+            "set modalities.NAME.lock: true for one of them"
+        )
+    return out
+
+
+def _whole(x: Tensor, y: Tensor, scale: Tensor, plan: Plan, side: str) -> tuple[Tensor, Tensor]:
+    """The sums [K, n] of rows of ``x`` against all columns of ``side``, at once and by autograd, and the hits."""
+    row_loss = plan.ab if side == "b" else plan.ba
+    features, ids = [gather(y)], [gather_ids(plan.ids)]
+    values = {k: [gather_ids(v)] for k, v in plan.values.items()}
+    for extra in plan.columns:
+        if extra.side == side:
+            features.append(extra.x.detach() if extra.shared else gather(extra.x))
+            ids.append(extra.ids if extra.shared else gather_ids(extra.ids))
+            for k, parts in values.items():
+                parts.append(extra.values[k] if extra.shared else gather_ids(extra.values[k]))
+    valid, there = Valid(plan.ids), Valid(torch.cat(ids))
+    logits = scale * (valid.of(x) @ there.of(torch.cat(features)).T)
+    if row_loss is None or not logits.numel():
+        return logits.new_zeros(0 if row_loss is None else len(row_loss.kinds), len(logits)) + 0 * logits.sum(), (
+            logits.new_zeros(())
+        )
+    rows = Side(valid.of(plan.ids), {k: valid.of(v) for k, v in plan.values.items()})
+    columns = Side(there.of(torch.cat(ids)), {k: there.of(torch.cat(v)) for k, v in values.items()})
+    tile = Tile(logits, scale, rows, columns)
+    sums = torch.stack([reduce_whole(r) for r in row_loss.sums(tile) if r is not None])
+    seen = logits.detach()
+    best = [seen.masked_fill(m, -float("inf")).amax(1) for m in (~tile.positive, tile.positive)]
+    return sums, (best[0] > best[1]).sum().to(seen.dtype)

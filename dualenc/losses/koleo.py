@@ -1,0 +1,73 @@
+"""KoLeo: the Kozachenko–Leonenko estimate of entropy as a regulariser (Sablayrolles et al. 2019, arXiv 1806.03198), as
+used for wearable biosignals (Abbaspourazad et al. 2024, arXiv 2312.05409) and DINOv2.
+
+    L = −1/n Σ_i log min_{j: id_j ≠ id_i} ‖x_i − x_j‖
+
+over the valid rows of one tower in the *global* batch (DINOv2 looks within a GPU, so its value depends on their
+number). Rows with the id of row i, which are its repeats or positives, are no neighbours of it.
+
+Memory: strips of [n, N] cosines without gradient, then [n, D].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dualenc.distributed.gather import gather
+from dualenc.losses.blockwise.strips import strip_size
+from dualenc.losses.loss import Loss, LossOutput, losses
+from dualenc.losses.rowwise import StripConfig, shared_out
+
+_CLOSEST = 1e-8
+"""Distance below which two rows count as this far apart: the logarithm stays finite, its gradient zero."""
+
+
+def koleo(x: Tensor, ids: Tensor, strip_mb: float = 64.0) -> Tensor:
+    """This rank's rows of the loss above for one tower: x [B, D], ids [B] → scalar."""
+    all_ids, share = shared_out(ids, x.dtype)
+    all_x = gather(x)
+    rows = ids >= 0
+    nearest, found = nearest_other(x[rows].detach(), ids[rows], all_x.detach(), all_ids, strip_mb)
+    # Squares of a difference of two equal rows have no gradient; a norm's would be 0/0.
+    squared = (x[rows][found] - all_x[nearest[found]]).square().sum(1)
+    return -0.5 * squared.clamp(min=_CLOSEST**2).log().sum() / share
+
+
+def nearest_other(
+    rows: Tensor, row_ids: Tensor, columns: Tensor, column_ids: Tensor, strip_mb: float
+) -> tuple[Tensor, Tensor]:
+    """Of each row [n, D] the place [n] of the nearest valid column [N, D] of another id; bool [n]: there is one."""
+    size = strip_size(len(columns), strip_mb)
+    best, found = [], []
+    for k in range(0, len(rows), size):
+        cosine = rows[k : k + size] @ columns.T
+        out = (column_ids < 0)[None] | (row_ids[k : k + size, None] == column_ids[None])
+        top, at = cosine.masked_fill(out, -float("inf")).max(1)
+        best.append(at)
+        found.append(~top.isneginf())
+    empty = row_ids.new_zeros(0)
+    return torch.cat([empty, *best]), torch.cat([empty.bool(), *found])
+
+
+@losses.register("koleo")
+class KoLeo(Loss):
+    """Each row away from its nearest neighbour in the batch, for each tower.
+
+    Formula: −mean_i log min_{j≠i} ‖x_i − x_j‖
+    Paper: Sablayrolles et al. 2019, arXiv 1806.03198; wearable biosignals, arXiv 2312.05409
+    Needs: nothing
+    """
+
+    Config = StripConfig
+
+    def __init__(self, config: StripConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> LossOutput:
+        """See the module; scale and bias are not used."""
+        values = {f"koleo_of_{n}": koleo(x, ids, self.config.strip_mb) for n, x in self.config.of(a, b)}
+        return LossOutput(torch.stack(list(values.values())).mean(), {n: v.detach() for n, v in values.items()})

@@ -1,0 +1,142 @@
+"""Several losses as one: Σ weight · loss, for the pairs that each names.
+
+A recipe's ``loss:`` as a list is this loss::
+
+    loss: [info_nce, {name: koleo, weight: 0.1}, {name: info_nce, pairs: [[image, image2]], weight: 0.5}]
+
+Each is averaged over its own pairs before it is weighted, so that a loss restricted to one of three pairs counts as one
+that all three have. Every loss's value is the metric ``loss/NAME/PAIR``; a name that is listed twice has its place in
+the list behind it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from dualenc.config import Component, Section, settings_as
+from dualenc.distributed.world import world_size
+from dualenc.losses.loss import Extras, Loss, LossOutput, losses
+
+JOINT = "__"
+"""Between a loss's name and the name of a head of it."""
+
+
+class WeightedLoss(Component):
+    """One loss of the list; its other keys are the loss's own settings."""
+
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="factor in the sum")
+    pairs: list[tuple[str, str]] | None = Field(default=None, description="pairs it is for; default: all")
+    warmup_samples: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="the weight rises linearly from 0 over so many samples"
+    )
+
+
+@losses.register("sum")
+class WeightedSum(Loss):
+    """Several losses, each with a weight, for all pairs or some: what loss: [ … ] means.
+
+    Formula: Σ_t weight_t · mean over its pairs of L_t
+    Paper: none
+    Needs: what its losses need
+    """
+
+    takes_extras = True
+
+    class Config(Section):
+        """Settings."""
+
+        terms: list[WeightedLoss] = Field(min_length=1, description="losses, each with weight, pairs, settings")
+
+        @field_validator("terms", mode="before")
+        @classmethod
+        def _names(cls, raw: Any) -> Any:
+            return [{"name": x} if isinstance(x, str) else x for x in raw] if isinstance(raw, list) else raw
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        names = [re.sub(r"\W", "_", t.name) for t in config.terms]  # a plugin's has dots and a colon
+        self.names = [f"{n}{k}" if names.count(n) > 1 else n for k, n in enumerate(names)]
+        self.parts = nn.ModuleList(loss_of(t, f"loss.terms.{k}") for k, t in enumerate(config.terms))
+        self.needs = tuple(dict.fromkeys(name for part in self._losses() for name in part.needs))
+        self.hidden = tuple(dict.fromkeys(depth for part in self._losses() for depth in part.hidden))
+        self.names_pairs = tuple(
+            pair
+            for t, part in zip(config.terms, self._losses(), strict=True)
+            for pair in [*(t.pairs or ()), *part.names_pairs]
+        )
+
+    def heads(self, dim: int, modalities: Sequence[str]) -> dict[str, Mapping[str, nn.Module]]:
+        """Those of every loss, under its name."""
+        return {
+            f"{name}{JOINT}{group}": head
+            for name, part in zip(self.names, self._losses(), strict=True)
+            for group, head in part.heads(dim, modalities).items()
+        }
+
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor,
+        ids: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        extras: Extras | None = None,
+    ) -> LossOutput:
+        """See the module."""
+        value, metrics = logit_scale.new_zeros(()), {}
+        given = extras or Extras(("a", "b"), {}, {})
+        seen = given.step * len(ids) * world_size()
+        for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True):
+            share = share_of_pair(term.pairs, given)
+            if not share:
+                continue
+            more = {"extras": of_part(given, name)} if part.takes_extras else {}
+            out = part(a, b, ids, logit_scale, logit_bias, **more)
+            ramp = min(1.0, seen / term.warmup_samples) if term.warmup_samples else 1.0
+            value = value + term.weight * ramp * share * out.value
+            metrics[f"loss/{name}"] = out.value.detach()
+            metrics |= {key if key not in metrics else f"{name}_{key}": x for key, x in out.metrics.items()}
+        return LossOutput(value, metrics)
+
+    def _losses(self) -> list[Loss]:
+        return [part for part in self.parts if isinstance(part, Loss)]
+
+
+def loss_of(component: Component, where: str) -> Loss:
+    """The loss that a component names, from its settings at the dotted key ``where``.
+
+    Raises:
+        ConfigError: for an unknown name (with the nearest known one) or setting.
+    """
+    factory = losses[component.name]
+    loss = factory(settings_as(factory.Config, component.settings, where))
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss {component.name!r}: {factory.__name__} is not a subclass of dualenc.losses.Loss")
+    return loss
+
+
+def share_of_pair(pairs: Sequence[tuple[str, str]] | None, extras: Extras) -> float:
+    """What a pair's value is multiplied by so that the mean over all pairs is the mean over ``pairs``; 0: not one."""
+    if pairs is None:
+        return 1.0
+    named = {frozenset(p) for p in pairs}
+    if frozenset(extras.pair) not in named:
+        return 0.0
+    return len(extras.pairs) / len(named) if extras.pairs else 1.0
+
+
+def of_part(extras: Extras, name: str) -> Extras:
+    """The extras with the heads of one loss under the names it gave them."""
+    start = f"{name}{JOINT}"
+    a, b = (
+        {**side, **{k.removeprefix(start): x for k, x in side.items() if k.startswith(start)}}
+        for side in (extras.a, extras.b)
+    )
+    return replace(extras, a=a, b=b)

@@ -1,0 +1,59 @@
+"""The base of losses around another loss: on a part of the features, or on what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from dualenc.config import Component, Section
+from dualenc.losses.loss import Extras, Loss, LossOutput
+from dualenc.losses.weighted_sum import JOINT, loss_of, of_part
+
+INNER = "inner"
+
+
+class WrapperConfig(Section):
+    """Settings of a loss around another."""
+
+    loss: Component = Field(default=Component(name="info_nce"), description="the loss inside, a name or {name: …}")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _name(cls, raw: Any) -> Any:
+        return {"name": raw} if isinstance(raw, str) else raw
+
+
+class Wrapper(Loss):
+    """A loss around another: a subclass gives it other features.
+
+    The wrapped loss's needs, pairs and heads are this one's. Memory and columns are those of the loss inside, for each
+    time that it is called.
+    """
+
+    takes_extras = True
+
+    def __init__(self, config: WrapperConfig) -> None:
+        super().__init__()
+        self.loss = loss_of(config.loss, "loss.loss")
+        self.needs, self.names_pairs = tuple(self.loss.needs), tuple(self.loss.names_pairs)
+        self.hidden = tuple(self.loss.hidden)
+
+    def heads(self, dim: int, modalities: Sequence[str]) -> dict[str, Mapping[str, nn.Module]]:
+        """Those of the loss inside, under names of their own."""
+        return {f"{INNER}{JOINT}{group}": head for group, head in self.loss.heads(dim, modalities).items()}
+
+    def inside(
+        self,
+        a: Tensor,
+        b: Tensor,
+        ids: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        extras: Extras | None,
+    ) -> LossOutput:
+        """The wrapped loss of these features."""
+        more = {"extras": None if extras is None else of_part(extras, INNER)} if self.loss.takes_extras else {}
+        return self.loss(a, b, ids, logit_scale, logit_bias, **more)
