@@ -77,7 +77,7 @@ class Graded(Contrastive):
         weights = c.level_weights or [1.0] * tree.shape[1]
         if len(weights) != tree.shape[1]:
             raise ConfigError(
-                f"loss.level_weights has {len(weights)} numbers for a tree of {tree.shape[1]} levels; give one per level"
+                f"loss.level_weights has {len(weights)} numbers for a tree of {tree.shape[1]} levels; give one each"
             )
         row_loss = SoftTarget(SharedPath(c.label, weights, c.power))
         return row_loss, row_loss
