@@ -58,7 +58,7 @@ VALUES = {
     "tree": {"member": "json:path", "type": "tree", "width": 2},
     "length": {"member": "json:length", "type": "float"},
 }
-BESIDE = {
+BESIDE: dict[str, dict[str, Any]] = {
     "koleo": {"weight": 0.1},
     "uniformity": {"weight": 0.1},
     "barlip": {"project": 256, "hidden": 256},
@@ -66,6 +66,7 @@ BESIDE = {
     "swalip": {"weight": 0.2, "prototypes": 64},
     "supremix": {"weight": 0.5, "label": "length", "window": 8},
     "private_space": {"weight": 0.1},
+    "layers": {"weight": 0.1},
 }
 """Losses that are trained beside info_nce, and their settings."""
 ALONE: dict[str, dict[str, Any]] = {
@@ -81,17 +82,18 @@ NO_DATA = dict.fromkeys(("prc", "point_contrast", "rad", "local_contrast"), "nee
 
 
 @dataclass
-class Row:
-    """One run: what it is called, and the overrides of the recipe."""
+class MethodRun:
+    """One run: what it is called, and the recipe with its overrides."""
 
     name: str
     what: str
     overrides: list[str] = field(default_factory=list)
+    recipe: str = "quickstart"
 
 
-def rows(out: Path) -> Iterator[Row]:
+def rows(out: Path) -> Iterator[MethodRun]:
     """The info_nce row, on which others stand, then every registered loss and term."""
-    yield Row(BASE, BASE, ["loss=info_nce"])
+    yield MethodRun(BASE, BASE, ["loss=info_nce"])
     teacher = f"{{model: {out / BASE}}}"
     for name in losses:
         if name == BASE or name in NO_DATA:
@@ -99,19 +101,21 @@ def rows(out: Path) -> Iterator[Row]:
         if name in BESIDE:
             weight = BESIDE[name].get("weight", 1.0)
             loss = [BASE, {"name": name, **BESIDE[name]}]
-            yield Row(name, f"info_nce + {weight:g} {name}", [f"loss={json.dumps(loss)}"])
+            yield MethodRun(name, f"info_nce + {weight:g} {name}", [f"loss={json.dumps(loss)}"])
             continue
         settings = [f"loss={json.dumps({'name': name, **ALONE.get(name, {})})}"]
         if name == "sigmoid":
             settings.append("logit_scale={init: 10, bias: -10}")
         if name in LOCKED:
             settings += ["modalities.image.lock=true", f"modalities.image.init_from={out / BASE}#image"]
-        yield Row(name, f"{name}{', image tower locked' if name in LOCKED else ''}", settings)
+        yield MethodRun(name, f"{name}{', image tower locked' if name in LOCKED else ''}", settings)
+    view = ["modalities.view.input.size=32"]
+    yield MethodRun("slip", "info_nce + 0.3 info_nce of two crops (SLIP)", view, "quickstart/slip")
     for name in terms:
         term = json.dumps({"name": name, **({"feature": {"image": 1.0, "text": 1.0}} if name == "anchor" else {})})
         extra = [f"checkpoint.init_from={out / BASE}"] if name == "anchor" else []
         settings = ["loss=info_nce", f"distill={{teachers: [{teacher}], terms: [{term}]}}", *extra]
-        yield Row(f"term-{name}", f"info_nce + {name}, taught by the info_nce row", settings)
+        yield MethodRun(f"term-{name}", f"info_nce + {name}, taught by the info_nce row", settings)
 
 
 def labelled(folder: Path) -> str:
@@ -136,13 +140,13 @@ def labelled(folder: Path) -> str:
     return pattern
 
 
-def run_row(row: Row, out: Path, shards: str, steps: int) -> dict[str, Any]:
+def run_row(row: MethodRun, out: Path, shards: str, steps: int) -> dict[str, Any]:
     """Train a row in a process of its own; what its metrics say."""
     folder = out / row.name
     values = json.dumps([{"name": "quickstart", "shards": shards, "values": VALUES}])
     given = [*SMALL, f"budget.steps={steps}", f"data.sources={values}", f"out={folder}", *row.overrides]
     began = time.monotonic()
-    command = [sys.executable, "-m", "dualenc", "train", "quickstart", *given]
+    command = [sys.executable, "-m", "dualenc", "train", row.recipe, *given]
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"COLUMNS": "200"})
     if done.returncode:
         lines = [x for x in done.stderr.strip().splitlines() if x.strip()]

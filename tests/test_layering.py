@@ -34,6 +34,7 @@ LAYERS = {
     "dualenc.engine": 5,
     "dualenc.distill": 5,
     "dualenc.train": 6,
+    "dualenc.plan": 6,
     "dualenc_evals": 6,
     "dualenc_data_tools": 6,
     "dualenc.api": 7,

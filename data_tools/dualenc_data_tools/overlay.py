@@ -13,6 +13,7 @@ from dualenc.data.driving.keyframes import Box
 from dualenc.data.driving.places import MEMBER, read_regions
 from dualenc.data.modalities.camera import CameraConfig, CameraInput, Shot, views_of
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
+from dualenc.data.modalities.picture import Picture
 from dualenc.data.show import colours, points_over, webp_uri
 from dualenc.errors import DataError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURE_PX = 640
+TILE_PX = 256
 COLUMNS = 3
 REACH = 50.0
 _EDGES = [(a, b) for a in range(8) for b in range(a) if bin(a ^ b).count("1") == 1]
@@ -47,7 +49,7 @@ def overlay_uri(
         tiles.append(tile)
         counts.append(count)
     pictures = _pasted([tiles[i : i + COLUMNS] for i in range(0, len(tiles), COLUMNS)])
-    px = max(pictures.height, PICTURE_PX)
+    px = max(pictures.height, PICTURE_PX if len(shots) > 1 else PICTURE_PX // 2)  # one camera: less black below it
     tops = [_from_above(points, colours(np.linalg.norm(points[:, :2], axis=1)), shots, solid, px)]
     names = list(views_of(cameras))
     about = f"{len(points):,} points; inside: " + ", ".join(f"{n} {c:,}" for n, c in zip(names, counts, strict=True))
@@ -56,6 +58,51 @@ def overlay_uri(
         tops.append(_from_above(*_in_regions(points, places), shots, solid, px))
         about += f"; {len(set(places[places[:, 3] >= 0, 3])):,} regions of {int((places[:, 3] >= 0).sum()):,} places"
     return webp_uri(_pasted([[pictures, *tops]])), about
+
+
+def side_by_side(images: list[bytes], lidar: Any = None) -> tuple[str, str]:
+    """A ``data:`` URI of images beside each other, and of points from above (an object's fill the picture), and a line
+    about them.
+
+    Raises:
+        DecodeError: an image or the points are damaged.
+    """
+    from PIL import Image
+
+    tiles, about = [], []
+    for raw in images:
+        image = Picture(raw, (255, 255, 255)).rgb()
+        about.append(f"{image.width}×{image.height}")
+        scale = TILE_PX / image.height
+        tiles.append(image.resize((max(round(image.width * scale), 1), TILE_PX), Image.Resampling.LANCZOS))
+    if lidar is not None:
+        cloud = LidarInput(LidarConfig(features=[])).decode(lidar)
+        points = moved(cloud.points[:, :3].astype(np.float64), cloud.to_ego)
+        tiles.append(_alone(points))
+        about.append(f"{len(points):,} points")
+    return webp_uri(_pasted([tiles])), ", ".join(about)
+
+
+def _alone(points: F64) -> Image.Image:
+    """Points from above, forward up, as large as they fit; high ones bright."""
+    from PIL import Image
+
+    pixels = np.full((TILE_PX, TILE_PX, 3), 18, np.uint8)
+    if len(points):
+        seen_from_above = np.stack([-points[:, 1], -points[:, 0]], 1)
+        low, high = np.percentile(seen_from_above, [1, 99], axis=0)
+        reach = max(float((high - low).max()), 1e-3)
+        cells = ((seen_from_above - (low + high) / 2) / (1.1 * reach) + 0.5) * TILE_PX
+        dot = (
+            4 if len(points) < 500 else 3 if len(points) < 4000 else 1
+        )  # an object's few points are large enough to see
+        inside = ((cells >= 0) & (cells < TILE_PX - dot)).all(1)
+        height = points[:, 2] - points[:, 2].min()
+        shade = colours(60 * (1 - height / max(float(height.max()), 1e-3)))[inside]
+        x, y = cells[inside].astype(int).T
+        for dy, dx in np.ndindex(dot, dot):
+            pixels[y + dy, x + dx] = shade
+    return Image.fromarray(pixels)
 
 
 def _in_regions(points: F64, places: npt.NDArray[np.float32]) -> tuple[F64, npt.NDArray[np.uint8]]:

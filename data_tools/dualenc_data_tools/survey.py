@@ -135,7 +135,10 @@ def survey(urls: Sequence[str], looked_at: int = LOOKED_AT) -> Survey:
 def _samples(reader: Reader, opened: ShardSet, looked_at: int) -> Iterator[Found]:
     cameras = (_CAMERAS, *(f"cam.{e}" for e in modalities["image"].default_members))
     sensors = {"camera": cameras, "lidar": (*_SWEEP, *modalities["lidar"].default_members)}
-    wanted: dict[str, Sequence[str]] = {m: modalities[m].default_members for m in ("image", "audio", "text")} | sensors
+    wanted: dict[str, Sequence[str]] = {
+        **{m: modalities[m].default_members for m in ("image", "audio", "text")},
+        **sensors,
+    }
     places = [(shard, i) for shard, n in enumerate(opened.counts) for i in range(n)]
     for shard, place in sorted(random.Random(0).sample(places, min(looked_at, len(places)))):
         try:

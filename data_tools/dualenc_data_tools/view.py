@@ -23,7 +23,7 @@ from dualenc.data.show import Previews, preview, thumbnail_uri
 from dualenc.errors import DataError
 from dualenc.pages import environment, write_page
 from dualenc_data_tools.check import AUDIO, CAPTIONS, IMAGE
-from dualenc_data_tools.overlay import overlay_uri
+from dualenc_data_tools.overlay import overlay_uri, side_by_side
 
 THUMBNAIL_PX = 256
 MAX_SOUND = 2_000_000
@@ -32,6 +32,9 @@ _SENSORS = {m: modalities[m].default_members[:1] for m in ("lidar", "camera")} |
     "boxes": ["json:boxes"],
     "regions": [MEMBER],
 }
+_SWEEPS = ("json:lidar+lidar.npy", "json:lidar+lidar.bin")
+_POINTS = ("lidar.npy", "npy", "bin", "pcd", "npz")
+MOST_IMAGES = 6
 _MIME = {"flac": "audio/flac", "wav": "audio/wav", "ogg": "audio/ogg", "opus": "audio/ogg", "mp3": "audio/mpeg"}
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -111,7 +114,9 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
             card.problem = str(e)
     if isinstance(found.values.get("lidar"), dict) and isinstance(found.values.get("camera"), dict):
         _overlay(card, found.values)
-    if not {"image", "audio", "lidar", "camera"} & found.values.keys():
+    if not card.picture:
+        _parts(card, reader, shard, sample)
+    if not card.picture and not {"image", "audio", "lidar", "camera"} & found.values.keys():
         _preview(card, reader, shard, sample)
     sound = found.values.get("audio")
     if sound is not None and len(sound) <= MAX_SOUND:
@@ -128,8 +133,22 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
         key = next((k for k in CAPTIONS if k in doc), None)
         if key is not None and not card.captions:
             card.captions = [str(v) for v in doc[key]] if isinstance(doc[key], list) else [str(doc[key])]
-        card.fields |= {k: _short(v) for k, v in doc.items() if k != key}
+        card.fields |= {k: _short(v) for k, v in doc.items() if k != key and v not in ("", None)}
     return card
+
+
+def _parts(card: Card, reader: Reader, shard: int, sample: Sample) -> None:
+    """Images under names of their own (``cam.jpg``, ``left.png``) side by side, and points from above."""
+    images = [e for e in sample.members if e.rpartition(".")[2] in IMAGE and "." in e][:MOST_IMAGES]
+    wanted: dict[str, list[str]] = {e: [e] for e in images} | {"lidar": [*_SWEEPS, *_POINTS]}
+    try:
+        found = reader.find(0, shard, sample, wanted)
+        tiles = [found.values[e] for e in images]
+        if "lidar" in found.values or tiles:
+            card.picture, card.size = side_by_side(tiles, found.values.get("lidar"))
+            card.wide = len(tiles) > 2
+    except (SampleError, DecodeError, DataError) as e:
+        card.problem = card.problem or str(e)
 
 
 def _preview(card: Card, reader: Reader, shard: int, sample: Sample) -> None:

@@ -6,18 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
+from dualenc.cli import names
+
 app = typer.Typer(
     help="Train, evaluate and use dual encoders of any pair of modalities.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # square brackets are the words of a help text, not markup
 )
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Recipe overrides, key=value with dotted keys: optim.lr=1e-3 data.sources.0.shards=my-{000..009}.tar"
+        help="Recipe overrides, key=value with dotted keys: optim.lr=1e-3 data.sources.0.shards=my-{000..009}.tar",
+        autocompletion=names.overrides,
     ),
 ]
 AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Allow pipe:COMMAND shards to run their shell commands.")]

@@ -1,4 +1,4 @@
-"""Commands that use a model: eval, embed, compare, interpolate, export, report."""
+"""Commands that use a model: eval, embed, compare, interpolate, export."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dualenc.api.runs import resolve_tasks
+from dualenc.cli import names
 from dualenc.cli.app import AllowPipe, Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
@@ -21,10 +22,14 @@ def eval_(
     model: Annotated[
         str,
         typer.Argument(
-            help="Run folder, checkpoint folder, open_clip:NAME[/TAG], hf:REPO, or a local folder of either."
+            help="Run folder, checkpoint folder, open_clip:NAME[/TAG], hf:REPO, or a local folder of either.",
+            autocompletion=names.models,
         ),
     ],
-    tasks: Annotated[str, typer.Option("--tasks", help="Task names, comma-separated.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option("--tasks", help="Task names or YAML files, comma-separated.", autocompletion=names.tasks),
+    ] = "",
     task: Annotated[list[Path] | None, typer.Option("--task", help="A task's YAML file; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write results.json.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
@@ -335,36 +340,3 @@ def export_(
 
     folder = export(load_model(model), layout, out, model, results)
     PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(help="A run folder; or several results.json, or folders with one, to compare."),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="HTML page to write. Default: report.html in the run folder, else models.html."),
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Write one self-contained HTML page: a run with its curves, or a comparison of several models.
-
-    dualenc report runs/NAME; dualenc report A.json B.json … --out page.html
-    """
-    from dualenc_evals.pages.models import write_comparison
-    from dualenc_evals.pages.run import write_report
-
-    for run in runs:
-        if not run.exists():
-            raise ConfigError(f"There is no file or folder {run}. {did_you_mean(run.name, _names(run.parent))}")
-    if len(runs) == 1 and runs[0].is_dir():
-        page = write_report(runs[0], out)
-    else:
-        page = write_comparison(runs, out or Path("models.html"))
-    PatientConsole().print(f"report: {page}", highlight=False, soft_wrap=True)
-
-
-def _names(parent: Path) -> list[str]:
-    return [p.name for p in parent.iterdir()] if parent.is_dir() else []

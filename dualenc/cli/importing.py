@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from dualenc.cli.app import Debug, app
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError
+from dualenc.terminal import PatientConsole
 
 if TYPE_CHECKING:
     from dualenc.importing.draft import Became, Draft
@@ -117,4 +117,4 @@ def _write(draft: Draft, program: str, flags: list[str] | None, params: Path | N
 
 
 def _say(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+    PatientConsole(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dualenc.cli.app import Debug, app
 from dualenc.errors import ConfigError
+from dualenc.terminal import PatientConsole
 
 
 @app.command()
@@ -30,7 +30,7 @@ def init(
             raise ConfigError(f"{path} exists; choose another name with --out, or remove it")
     written = first_recipe(shards, out)
     write_atomically(out, written.recipe)
-    console = Console(stderr=True)
+    console = PatientConsole(stderr=True)
     if written.task is not None:
         write_atomically(task_file(out), written.task)
         console.print(f"task: {task_file(out)}", highlight=False, markup=False, soft_wrap=True)

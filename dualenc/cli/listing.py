@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,20 +17,29 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from dualenc import plugins
+from dualenc.cli import names
 from dualenc.cli.app import Debug, app
 from dualenc.config import read_yaml
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.registry import Registry
 from dualenc.shipped import shipped_recipes
 
+FEW = 40
+MOST_GROUPS = 60
+
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, encoders, losses, terms, sources or tasks")],
+    what: Annotated[
+        str, typer.Argument(help="recipes, encoders, losses, terms, sources or tasks", autocompletion=names.lists)
+    ],
+    only: Annotated[
+        str, typer.Argument(metavar="[FILTER]", help="Only names that contain this: dualenc list encoders vit_base")
+    ] = "",
     debug: Debug = False,
 ) -> None:
     """List what can be named in a recipe or on the command line."""
-    listings = {
+    listings: dict[str, Callable[[str], None]] = {
         "recipes": _recipes,
         "encoders": _encoders,
         "losses": _losses,
@@ -37,36 +49,68 @@ def list_(
     }
     if what not in listings:
         raise ConfigError(f"dualenc list: cannot list {what!r}. {did_you_mean(what, listings)}")
-    listings[what]()
+    listings[what](only.lower())
 
 
-def _recipes() -> None:
-    table = Table(Column("recipe", overflow="fold"), "what it trains")
+def _recipes(only: str) -> None:
+    rows = []
     for name, path in shipped_recipes().items():
-        try:
-            table.add_row(name, str(read_yaml(path)[0].get("description", "")))
-        except ConfigError as e:
-            table.add_row(name, f"[red]unusable:[/] {escape(str(e))}")
-    Console().print(table)
+        if only in name.lower():
+            try:
+                rows.append((name, str(read_yaml(path)[0].get("description", ""))))
+            except ConfigError as e:
+                rows.append((name, f"unusable: {e}"))
+    _table(("recipe", "what it trains"), rows, only)
 
 
-def _encoders() -> None:
+def _encoders(only: str) -> None:
+    """Families with a handful of names as they are; of hundreds, how many begin alike. With a filter every match."""
     from dualenc.encoders import list_encoders, own_towers
 
-    for family, names in list_encoders().items():
-        Console().print(f"[bold]{family}/[/] {', '.join(names)}", highlight=False)
+    console = Console()
+    found = {f: [n for n in all_of if only in f"{f}/{n}".lower()] for f, all_of in list_encoders().items()}
+    if not any(found.values()):
+        raise ConfigError(f"dualenc list encoders: no encoder has {only!r} in its name")
+    for family, fitting in found.items():
+        if not fitting:
+            continue
+        plural = "s" if len(fitting) > 1 else ""
+        console.print(f"[bold]{family}/[/]  {len(fitting):,} encoder{plural}", highlight=False)
+        if only or len(fitting) <= FEW or not console.is_terminal:
+            shown = [f"{family}/{n}" for n in fitting] if only or not console.is_terminal else fitting
+            _columns(console, shown)
+        else:
+            groups = Counter(re.split(r"[_\-.:/]|\d", n.lower(), maxsplit=1)[0] for n in fitting)
+            most = [f"{g}… ({n})" if n > 1 else g for g, n in groups.most_common(MOST_GROUPS)]
+            _columns(console, most)
+            console.print(
+                f"  dualenc list encoders {family}/{groups.most_common(1)[0][0]} lists those", highlight=False
+            )
     _print_outside("encoders", own_towers)
 
 
-def _losses() -> None:
-    _registered("loss", "losses", "dualenc.losses")
+def _columns(console: Console, texts: Sequence[str]) -> None:
+    """Names beside each other on a terminal, one a line elsewhere; none is broken."""
+    if not console.is_terminal:
+        for text in texts:
+            console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+        return
+    width = min(max(map(len, texts)) + 2, console.width)
+    per_line = max((console.width - 2) // width, 1)
+    for i in range(0, len(texts), per_line):
+        line = "".join(t.ljust(width) for t in texts[i : i + per_line])
+        console.print(f"  {line.rstrip()}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _terms() -> None:
-    _registered("distillation term", "terms", "dualenc.distill.terms")
+def _losses(only: str) -> None:
+    _registered("loss", "losses", "dualenc.losses", only)
 
 
-def _registered(what: str, registry: str, room: str) -> None:
+def _terms(only: str) -> None:
+    _registered("distillation term", "terms", "dualenc.distill.terms", only)
+
+
+def _registered(what: str, registry: str, room: str, only: str) -> None:
     """A list of ``registry`` in the package ``room``: nothing is imported but what ``--plugins`` names."""
     package, *below = room.split(".")
     found = docstrings(registry, Path(__file__).parents[1].joinpath(*below))
@@ -77,16 +121,15 @@ def _registered(what: str, registry: str, room: str) -> None:
         entries: Registry[Any] = vars(import_module(".".join([package, below[0]])))[registry]
         outside = (n for n in entries if entries.source(n) != "dualenc")
         rows |= {n: (summary(entries.loaded()[n].__doc__ or ""), entries.source(n)) for n in outside}
-    _print(what, ((n, *row) for n, row in sorted(rows.items())))
+    _print(what, ((n, *row) for n, row in sorted(rows.items())), only)
 
 
-def _sources() -> None:
+def _sources(only: str) -> None:
     from dualenc.data.sources import sources as layouts
     from dualenc_data_tools.sources import sources
 
-    _print(
-        "source", ((n, _about(sources if n in sources.loaded() else layouts, n), sources.source(n)) for n in sources)
-    )
+    rows = ((n, _about(sources if n in sources.loaded() else layouts, n), sources.source(n)) for n in sources)
+    _print("source", rows, only)
 
 
 def _about(registry: Registry[Any], name: str) -> str:
@@ -97,16 +140,34 @@ def _about(registry: Registry[Any], name: str) -> str:
     return str(entry.about)
 
 
-def _print(what: str, rows: Iterable[tuple[str, str, str]]) -> None:
+def _print(what: str, rows: Iterable[tuple[str, str, str]], only: str) -> None:
     """(name, what it is, which package brings it); the last is shown where one is from outside."""
-    listed = list(rows)
+    listed = [row for row in rows if only in row[0].lower()]
     outside = any(origin != "dualenc" for _, _, origin in listed)
-    table = Table(
-        what, "description", *(["from"] if outside else []), show_lines=any("\n" in doc for _, doc, _ in listed)
-    )
-    for name, doc, origin in listed:
-        table.add_row(name, escape(doc), *([origin] if outside else []))
-    Console().print(table)
+    heads = (what, "description", *(["from"] if outside else []))
+    _table(heads, [row if outside else row[:2] for row in listed], only)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], only: str) -> None:
+    """Names are never broken; what is beside them wraps between words. Not on a terminal: a tab-separated line each.
+
+    Raises:
+        ConfigError: the filter leaves nothing.
+    """
+    if not rows and only:
+        raise ConfigError(f"dualenc list: nothing has {only!r} in its name")
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        for row in rows:
+            print("\t".join(" ".join(x.split()) for x in row).rstrip())  # rich would turn tabs into spaces
+        return
+    first, *others = heads
+    lined = any("\n" in text for row in rows for text in row)
+    columns = (Column(h, overflow="fold") for h in others)
+    table = Table(Column(first, no_wrap=True), *columns, show_lines=lined)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def _print_outside(what: str, registry: Registry[Any]) -> None:
@@ -159,12 +220,10 @@ def docstrings(registry: str, folder: Path) -> dict[str, str]:
     return out
 
 
-def _tasks() -> None:
+def _tasks(only: str) -> None:
     from dualenc_evals.catalog import list_tasks
     from dualenc_evals.kinds import kinds
 
-    table = Table("task", "kind", "what it measures")
-    for task in list_tasks():
-        table.add_row(task.name, task.kind, task.description)
-    Console().print(table)
+    rows = [(t.name, t.kind, t.description) for t in list_tasks() if only in t.name.lower()]
+    _table(("task", "kind", "what it measures"), rows, only)
     _print_outside("kinds of task", kinds)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
+import typer.core
 from rich.console import Console
 
+from dualenc.cli import names
 from dualenc.cli.app import Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError
@@ -18,12 +20,74 @@ shards_app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 
 
-@shards_app.command("build", context_settings={"ignore_unknown_options": True})
+class BuildCommand(typer.core.TyperCommand):
+    """``shards build SOURCE --help`` also lists the settings of SOURCE."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["dualenc.source"] = next((a for a in args if not a.startswith("-")), None)
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        source = ctx.meta.get("dualenc.source")
+        if source is not None:
+            write_settings(source, formatter)
+        else:
+            formatter.write_paragraph()
+            formatter.write_text("The settings of a source: dualenc shards build SOURCE --help")
+
+
+def write_settings(source: str, formatter: Any) -> None:
+    """The settings of a source, its own first, with their defaults.
+
+    Raises:
+        ConfigError: an unknown source, with the nearest.
+    """
+    from dualenc_data_tools.sources import SourceConfig, sources
+
+    kind = sources[source]
+    every = set(SourceConfig.model_fields)
+    fields = kind.config.model_fields
+    own = sorted((n for n in fields if n not in every), key=lambda n: not fields[n].is_required())
+    formatter.write_paragraph()
+    formatter.write_text(f"{source}: {kind.about}")
+    for title, names_of in (
+        (f"Settings of {source}", own),
+        ("Settings of every source", [n for n in fields if n in every]),
+    ):
+        rows = [(setting_name(n, fields[n]), described(fields[n])) for n in names_of]
+        if rows:
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=26)
+
+
+def setting_name(name: str, field: Any) -> str:
+    """``name=DEFAULT``, or ``name=…`` where it must be given."""
+    default = field.get_default(call_default_factory=True)
+    if field.is_required():
+        return f"{name}=…"
+    plain = (
+        default
+        if isinstance(default, dict | list)
+        else {True: "true", False: "false", None: "null"}.get(default, default)
+    )
+    return f"{name}={plain if len(str(plain)) <= 12 else '…'}"
+
+
+def described(field: Any) -> str:
+    """What a setting is; its choices where it says no more."""
+    choices = [str(c) for c in get_args(field.annotation) if isinstance(c, str)]
+    text = field.description or ""
+    return text if text or not choices else " | ".join(choices)
+
+
+@shards_app.command("build", cls=BuildCommand, context_settings={"ignore_unknown_options": True})
 def shards_build(
     source: Annotated[
         str,
         typer.Argument(
-            help="folder, jsonl, json, csv, parquet, hf, kitti, kitti_raw, nuscenes, quickstart, or a plugin's source."
+            help=f"{', '.join(names.SOURCES)}, or a plugin's source. SOURCE --help shows its settings.",
+            autocompletion=names.sources,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Output folder for the shards and their index.")],
@@ -42,7 +106,7 @@ def shards_build(
 def shards_index(
     shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Index file. Default: index.json next to local shards.")
+        Path | None, typer.Option("--out", help="Folder for index.json. Default: the folder of local shards.")
     ] = None,
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Skip the checksums of members: faster, but training checks less.")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from dualenc.cli.app import Debug, app
 from dualenc.errors import ConfigError
+from dualenc.terminal import PatientConsole
 
 task_app = typer.Typer(help="Evaluation tasks of your own.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(task_app, name="task")
@@ -48,6 +48,6 @@ def new(
         raise ConfigError(f"--out {out}: the name of a task ends in .yaml")
     text, said = new_task(data, out, kind, label)
     write_atomically(out, text)
-    console = Console(stderr=True)
+    console = PatientConsole(stderr=True)
     for line in (said, f"task: {out}", f"next: dualenc eval MODEL --tasks {out}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -13,14 +13,19 @@ from rich.table import Table
 
 from dualenc.api.runs import tasks_of
 from dualenc.api.runs import train as run
+from dualenc.cli import names
 from dualenc.cli.app import AllowPipe, Debug, Overrides, app
+from dualenc.cli.finished import print_finished
 from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
 from dualenc.errors import ConfigError
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe: YAML file, or a name from dualenc list recipes.", autocompletion=names.recipes),
+    ],
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
@@ -48,7 +53,9 @@ def train(
         if measure:
             print_probe(loaded)
     else:
-        run(loaded)
+        run_dir = run(loaded)
+        if os.environ.get("RANK", "0") == "0":
+            print_finished(run_dir, loaded.eval.tasks)
 
 
 def print_plan(recipe: Recipe) -> None:

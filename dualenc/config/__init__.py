@@ -16,15 +16,14 @@ from dualenc.config.recipe import (
     Optim,
     Recipe,
     Schedule,
-    Source,
     Tracking,
     TrajectoryAverage,
     Unlocked,
-    Value,
     load_recipe,
     pair_name,
 )
 from dualenc.config.section import Component, Positive, Section, Share
+from dualenc.config.source import Source, Value
 
 __all__ = [
     "Anchor",

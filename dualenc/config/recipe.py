@@ -16,15 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AliasChoices,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from dualenc.config.distill import Distill, with_anchor
 from dualenc.config.reading import apply_override, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
+from dualenc.config.source import Source
 from dualenc.errors import did_you_mean
 from dualenc.plugins import import_plugins, named_in
 from dualenc.shipped import find_recipe
@@ -98,56 +97,6 @@ def with_shared(parts: Mapping[str, Any], name: str) -> Any:
         if key in ("encoder", "lock", "lora", "init_from") and value != taken.get(key, value):
             raise ValueError(f"modalities.{name}.{key}: this modality shares the tower of {shares!r}; leave {key} out")
     return {**part, **taken, "shares": shares}
-
-
-class Value(Section):
-    """A label of each sample, for losses that ask for it by name; a bare ``json:KEY`` or ending is its ``member``."""
-
-    member: str = Field(description="where it stands: json:KEY, or the ending of a member of text (cls, speaker.txt)")
-    type: Literal["auto", "id", "int", "float", "ids", "ints", "floats", "tree"] = Field(
-        default="auto", description="auto: as some samples have it; tree: a list (or a/b/c) from root to leaf"
-    )
-    width: Positive = Field(default=16, description="most entries of a list, most levels of a tree")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short(cls, raw: Any) -> Any:
-        return {"member": raw} if isinstance(raw, str) else raw
-
-    @model_validator(mode="after")
-    def _one_member(self) -> Value:
-        if not self.member or "+" in self.member or "*" in self.member:
-            raise ValueError(f"member: {self.member!r} must be one ending or json:KEY, such as cls or json:class")
-        return self
-
-
-class Source(Section):
-    """A set of shards. ``weight`` is its share of samples among the sources (relative)."""
-
-    name: str = Field(description="its name in counts, quarantine.jsonl and the model card")
-    shards: str | list[str] = Field(description="path, brace pattern, list, pipe:COMMAND, http(s):// or s3:// URL")
-    weight: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="share of samples among the sources, relative to the others' weights"
-    )
-    index: str | None = Field(default=None, description="index file; default: index.json beside the shards")
-    members: dict[str, list[str]] = Field(
-        default_factory=dict,
-        description="modality → member endings, tried in order; 'json:KEY': a key of the .json; default: the kind's",
-    )
-    same: str | None = Field(
-        default=None,
-        description="member ending (txt, json:instance); samples with equal values there are positives of each other",
-    )
-    values: dict[str, Value] = Field(
-        default_factory=dict,
-        description="name → json:KEY or ending: labels for losses that ask for them; {member: …, type: …}",
-    )
-
-    @model_serializer(mode="wrap")
-    def _without_empty_values(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without values are written, compared and resumed as they were before there were any."""
-        out: dict[str, Any] = write(self)
-        return out if self.values else {k: v for k, v in out.items() if k != "values"}
 
 
 class Data(Section):

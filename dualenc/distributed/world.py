@@ -113,8 +113,9 @@ def _join(place: _Place, backend: str, timeout: datetime.timedelta, device: torc
             f"{timeout.total_seconds():.0f} s: {_first_line(e)}"
         ) from e
     # After a restart the launcher's store still holds the addresses of the dead attempt: each has its own key space.
-    attempt = f"{env.get('TORCHELASTIC_RUN_ID', 'run')}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = PrefixStore(f"dualenc/{attempt}", store)
+    # A store of rank 0 is new at each start, and the count is no name for it: a machine that came back counts from 0.
+    attempt = f"/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}" if agent_holds_store else ""
+    store = PrefixStore(f"dualenc/{env.get('TORCHELASTIC_RUN_ID', 'run')}{attempt}", store)
     dist.init_process_group(
         backend,
         store=store,

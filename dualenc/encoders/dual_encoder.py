@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
-from dualenc.encoders.negatives import outputs_with_negatives
+from dualenc.encoders.hidden import Hidden
+from dualenc.encoders.negatives import joined, parted
 from dualenc.encoders.tower import Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
@@ -66,6 +67,7 @@ class DualEncoder(nn.Module):
         for m, groups in self.unlocked.items():
             locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
+        self.hidden: dict[str, Hidden] = {}
 
     @property
     def modalities(self) -> list[str]:
@@ -89,7 +91,13 @@ class DualEncoder(nn.Module):
         features, frozen = {}, {}
         more: dict[str, dict[str, Tensor]] = {}
         for m, x in inputs.items():
-            said = outputs_with_negatives(self.tower(m), x)
+            everything, k = joined(x)
+            if m in self.hidden:
+                self.hidden[m].begin()
+            said = self.tower(m)(everything, whole=True)
+            if m in self.hidden:
+                said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
+            said = parted(said, k)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
@@ -104,9 +112,37 @@ class DualEncoder(nn.Module):
         }
         for name, head in self.heads.items():
             assert isinstance(head, nn.ModuleDict)
-            use = {m: m if m in head else EVERY for m in features}
-            out[name] = {m: head[use[m]](x).float() for m, x in features.items() if use[m] in head}
+            use = {m: next((k for k in (m, self.shared.get(m, m)) if k in head), EVERY) for m in features}
+            rows = out.get(name, features)  # hidden states of that name, or the features
+            out[name] = {m: head[use[m]](x).float() for m, x in rows.items() if use[m] in head}
         return out
+
+    def keep_hidden(self, depths: Sequence[float], dim: int, rows: Mapping[str, Any]) -> None:
+        """Let every forward also give the pooled hidden states at ``depths`` (shares of a tower's depth), each mapped
+        to [n, ``dim``] by a head: the groups :func:`hidden_group`.
+
+        Args:
+            rows: modality → some collated rows, which tell the widths.
+
+        Raises:
+            ConfigError: a tower has no repeated blocks.
+        """
+        widths: dict[str, dict[str, int]] = {}
+        was = self.training
+        self.eval()
+        for m, x in rows.items():
+            owner = self.shared.get(m, m)
+            if owner not in self.hidden:
+                self.hidden[owner] = Hidden(self.tower(m), depths, owner)
+            kept = self.hidden[m] = self.hidden[owner]
+            self.tower(m).length_groups = False  # its blocks may run only once for a batch
+            with torch.no_grad():
+                self.tower(m)(x)
+            for depth, y in kept.take(x).items():
+                widths.setdefault(hidden_group(depth), {})[m] = y.shape[1]
+        self.train(was)
+        for group, of in widths.items():
+            self.add_head(group, {m: nn.Linear(width, dim) for m, width in of.items() if m not in self.shared})
 
     def add_head(self, name: str, head: Mapping[str, nn.Module]) -> None:
         """Add modality → module on the features [n, D], whose outputs [n, E] become the group ``name`` of the outputs.
@@ -166,7 +202,7 @@ class DualEncoder(nn.Module):
         """Let text towers encode captions of like length apart, see :attr:`Tower.length_groups`."""
         for tower in self.towers.values():
             assert isinstance(tower, Tower)
-            tower.length_groups = True
+            tower.length_groups = not self.hidden  # hidden states are those of one call, in the order of its rows
 
     def compile_towers(self) -> None:
         """torch.compile each tower in place; names in the state dict stay as they are."""
@@ -177,6 +213,11 @@ class DualEncoder(nn.Module):
 def normalised(x: Tensor) -> Tensor:
     """Rows of length 1 in fp32: autocast may give bf16, but the norm and everything after it is fp32."""
     return nn.functional.normalize(x.float(), dim=-1)
+
+
+def hidden_group(depth: float) -> str:
+    """The group of the outputs with the pooled hidden states at a share of the towers' depth."""
+    return f"hidden{round(1000 * depth)}"
 
 
 EVERY = "every"

@@ -80,6 +80,9 @@ class Loss(nn.Module):
     from the settings. A recipe without them is refused before anything is built."""
     names_pairs: Sequence[tuple[str, str]] = ()
     """Pairs that its settings name; the recipe must have them."""
+    hidden: Sequence[float] = ()
+    """Shares of the towers' depth at which it wants their hidden states, pooled and mapped to the features' width: the
+    groups ``dualenc.encoders.dual_encoder.hidden_group(share)`` of its extras."""
 
     def heads(self, dim: int, modalities: Sequence[str]) -> Mapping[str, Mapping[str, nn.Module]]:
         """What it trains besides the towers: group → modality → a module on the features [n, ``dim``].

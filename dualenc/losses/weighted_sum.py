@@ -65,6 +65,7 @@ class WeightedSum(Loss):
         self.names = [f"{n}{k}" if names.count(n) > 1 else n for k, n in enumerate(names)]
         self.parts = nn.ModuleList(loss_of(t, f"loss.terms.{k}") for k, t in enumerate(config.terms))
         self.needs = tuple(dict.fromkeys(name for part in self._losses() for name in part.needs))
+        self.hidden = tuple(dict.fromkeys(depth for part in self._losses() for depth in part.hidden))
         self.names_pairs = tuple(
             pair
             for t, part in zip(config.terms, self._losses(), strict=True)

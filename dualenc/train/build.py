@@ -144,6 +144,9 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
     with seeded(seed, "loss", "heads"):
         for group, head in loss.heads(bundle.embed_dim, bundle.model.modalities).items():
             bundle.model.add_head(group, head)
+        if loss.hidden:
+            rows = {m: x.collate([x.dummy(), x.dummy()]) for m, x in bundle.inputs.items()}
+            bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
 
 
 def init_weights(bundle: Bundle, spec: str) -> None:

@@ -88,6 +88,15 @@ class RunLock:
                 continue  # a file system that is away for a while; others wait STALE_S
 
 
+def is_running(run_dir: Path) -> bool:
+    """Whether a process is training into this folder."""
+    path = run_dir / NAME
+    try:
+        return _is_alive(_holder(path), time.time() - path.stat().st_mtime)
+    except OSError:
+        return False
+
+
 def _holder(path: Path) -> dict[str, Any]:
     """The content of a lock; empty if it was cut short or is not a lock."""
     try:

@@ -179,7 +179,8 @@ class Tracker:
             self._progress.update(self._task, completed=step, info=info)
         elif "loss" in values:
             left = (time.monotonic() - self._began) / max(step - self._start_step, 1) * (self._total - step)
-            self.console.print(f"step {step}/{self._total}  {info}  {_clock(left)} left", highlight=False)
+            line = f"step {step}/{self._total}  {info}  {_clock(left)} left"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar between log lines."""
@@ -189,7 +190,8 @@ class Tracker:
     def say(self, text: str) -> None:
         """Print one line on the terminal."""
         if self.is_main:
-            self.console.print(text, highlight=False)
+            # In a file or pipe a line stays one line, however long.
+            self.console.print(text, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         if self._progress is not None:

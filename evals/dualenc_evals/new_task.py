@@ -30,6 +30,7 @@ ROWS = 2000
 """Rows that are looked at."""
 MOST_CLASSES = 200
 """With more classes their names are not listed in the file."""
+PROMPTS = {"image": "a photo of a {}.", "audio": "the sound of {}"}
 _SPLITS = ("test", "val", "valid", "validation", "dev")
 
 
@@ -106,7 +107,7 @@ def _look(data: str, label: str | None) -> Look:
 
 
 def _folder(path: Path) -> Look:
-    cfg = FolderSettings(path=str(path))
+    cfg = settings_as(FolderSettings, {"path": str(path)}, "folder")
     samples = walk(cfg)
     found = Counter(m for s in samples for m in s.files)
     look = Look({"kind": "folder", "path": str(path)}, modality=found.most_common(1)[0][0])
@@ -324,8 +325,7 @@ def _classes(
             if numbers
             else "label → the name the model sees; a list gives several."
         )
-    prompt = modalities[look.modality].prompt if look.modality in modalities else "{}"
-    raw["templates"] = [prompt]
+    raw["templates"] = [PROMPTS.get(look.modality, "{}")]
     why["templates"] = "{} is the class name; the features of several prompts are averaged."
     if kind == "classification":
         raw["metrics"] = ["top1", "top5", "mean_per_class_recall"] if len(look.classes) > 5 else ["top1"]

@@ -32,6 +32,7 @@ ELSEWHERE = {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contra
 SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"terms": ["info_nce", {"name": "koleo", "weight": 0.3}, {"name": "siamlip", "project": 4, "hidden": 5}]},
     "matryoshka": {"dims": [2, 8]},
+    "layers": {"depths": [0.5, 1.0]},
     "barlip": {"project": 6, "hidden": 8, "scale": 1.0},
     "siamlip": {"project": 6, "hidden": 8},
     "swalip": {"prototypes": 5},
@@ -58,7 +59,7 @@ class SpeakingTower(Tower):
     def __init__(self) -> None:
         super().__init__()
         self.embed_dim = DIM
-        self.stack = nn.ModuleList([Block(WIDTH, 0.0)])
+        self.stack = nn.ModuleList([Block(WIDTH, 0.0), Block(WIDTH, 0.0)])
         self.head, self.local = nn.Linear(WIDTH, DIM), nn.Linear(WIDTH, DIM)
 
     def outputs(self, x: Any) -> dict[str, Tensor]:
@@ -75,6 +76,8 @@ def model(loss: Loss) -> DualEncoder:
     out = DualEncoder({m: SpeakingTower() for m in PAIR}, [PAIR], LogitScale(init=7.0, bias=-1.0))
     for group, head in loss.heads(DIM, PAIR).items():
         out.add_head(group, head)
+    if loss.hidden:
+        out.keep_hidden(loss.hidden, DIM, make_batch(0).inputs)
     return out
 
 

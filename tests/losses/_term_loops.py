@@ -195,10 +195,16 @@ def supremix(
     return total
 
 
+def layers(a: Rows, b: Rows, ids: list[int], scale: Tensor, more: Any, depths: list[float]) -> Tensor:
+    at, tau = [f"hidden{round(1000 * d)}" for d in depths], torch.tensor(1 / 0.07, dtype=torch.float64)
+    return sum(nce([unit(x) for x in more["a"][k]], [unit(x) for x in more["b"][k]], ids, tau) for k in at)
+
+
 LOOPS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "koleo": (koleo, {}),
     "uniformity": (uniformity, {}),
     "matryoshka": (matryoshka, {"dims": [2, 4, 8]}),
+    "layers": (layers, {"depths": [0.5, 1.0]}),
     "barlip": (barlip, {"project": 4, "hidden": 5}),
     "siamlip": (siamlip, {"project": 4, "hidden": 5}),
     "swalip": (swalip, {"prototypes": 5}),

@@ -17,7 +17,7 @@ import _term_loops
 from _term_loops import LOOPS, nce
 
 from dualenc.config import Component
-from dualenc.encoders.dual_encoder import EVERY
+from dualenc.encoders.dual_encoder import EVERY, hidden_group
 from dualenc.errors import ConfigError
 from dualenc.losses import Extras, Loss, build_loss, losses
 from dualenc.losses.barlip import cross_correlation
@@ -60,6 +60,10 @@ def given(loss: Loss, a: Tensor, b: Tensor) -> tuple[Extras, list[Tensor]]:
             side[group] = module(x.detach()).detach().double().requires_grad_()
             leaves.append(side[group])
     g = torch.Generator().manual_seed(2)
+    for depth in loss.hidden:
+        for side in sides:
+            side[hidden_group(depth)] = torch.randn(len(a), DIM, generator=g, dtype=torch.float64).requires_grad_()
+            leaves.append(side[hidden_group(depth)])
     for side in sides:
         local = unit(torch.randn(len(a), 4, 3, generator=g, dtype=torch.float64)).requires_grad_()
         leaves.append(local)
@@ -354,6 +358,19 @@ def test_local_contrast_looks_at_no_other_sample() -> None:
     assert whole == pytest.approx(sum(alone) / 9)
     with pytest.raises(ConfigError, match=r"modalities\.image\.encoder\.local_dim"):
         loss(a, b, IDS, scale, None, extras=Extras(PAIR, {}, {}))
+
+
+def test_layers_are_additive_and_the_temperature_is_their_own() -> None:
+    a, b, scale = features()
+    groups = [{hidden_group(d): x for d, x in zip((0.5, 1.0), features(seed=s)[:2], strict=True)} for s in (1, 2)]
+    extras = Extras(PAIR, *groups)
+
+    def of(*depths: float, tau: float = 0.07) -> Tensor:
+        return build_loss(Component(name="layers", depths=list(depths), tau=tau))(a, b, IDS, scale, extras=extras).value
+
+    torch.testing.assert_close(of(0.5, 1.0), of(0.5) + of(1.0))
+    x, y = (g[hidden_group(1.0)] for g in groups)
+    torch.testing.assert_close(of(1.0, tau=0.2), plain(x, y, scale))  # scale is 5
 
 
 def test_every_wrapper_passes_on_needs_and_heads() -> None:

@@ -137,6 +137,7 @@ def _read(content: Content) -> bytes | str | DataError:
 
     try:
         with of_one_item():
-            return content.read()
+            read: bytes | str = content.read()
+            return read
     except DataError as e:
         return e

@@ -29,15 +29,19 @@ DISTILL = ("kd_weight", "own_weight", "kd_part", "own_part", "distill_")
 """Prefixes of the metrics that distillation writes."""
 
 
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
+def write_report(run_dir: Path, out: Path | None = None, refresh: int = 0, live: str = "") -> Path:
     """Write ``out`` (default ``run_dir/report.html``) and return it.
+
+    Args:
+        refresh: the page loads itself again after so many seconds (0: not).
+        live: a line at the top of the page of a run that goes on.
 
     Raises:
         DataError: ``run_dir`` holds nothing that a report can show, or a file in it is damaged.
     """
     run_dir = Path(run_dir)
     page = out or run_dir / "report.html"
-    html = render(read_run(run_dir))
+    html = render(read_run(run_dir), refresh, live)
     return write_page(page, html)
 
 
@@ -59,7 +63,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     return files
 
 
-def render(run: Mapping[str, Any]) -> str:
+def render(run: Mapping[str, Any], refresh: int = 0, live: str = "") -> str:
     """The page as HTML."""
     tasks = run["results"].get("tasks", {})
     env = environment()
@@ -68,7 +72,11 @@ def render(run: Mapping[str, Any]) -> str:
         name=recipe.get("name") or run["name"],
         description=recipe.get("description") or "",
         facts=facts(run, recipe),
-        cards=cards(tasks),
+        refresh=refresh,
+        live=live,
+        cards=cards(tasks) if tasks else cards_while_training(run["metrics"]),
+        measured_at=max((r.get("step", 0) for r in run["metrics"] if _evals(r)), default=0),
+        held_out=bool(tasks) and all(is_held_out(t) for t in tasks.values()),
         curves=training_curves(run["metrics"]),
         small=small_curves(run["metrics"]),
         progress=zero_shot_curves(run["metrics"], tasks),
@@ -162,9 +170,58 @@ def cards(tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "chance": chance,
                     "chance_text": f"{100 * chance:.1f} %" if chance is not None else "",
                     "times": _times(value, chance),
+                    "seen": _seen(task),
+                    "before": "",
                 }
             )
     return out
+
+
+def _evals(row: Mapping[str, Any]) -> list[str]:
+    return [k for k in row if k.startswith("eval/")]
+
+
+def cards_while_training(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same of a run without results: what it last measured, and what it measured first."""
+    out: list[dict[str, Any]] = []
+    for key in dict.fromkeys(k for r in rows for k in _evals(r)):
+        task, _, metric = key.removeprefix("eval/").rpartition("/")
+        if not is_share(metric) or short(metric) not in HEADLINES or sum(c["task"] == task for c in out) >= 2:
+            continue
+        values = [r[key] for r in rows if isinstance(r.get(key), int | float)]
+        what = short(metric)
+        direction = label(metric[: -len(what) - 1]) if "_to_" in metric else "class"
+        out.append(
+            {
+                "task": task,
+                "what": "top-1 accuracy" if what == "top1" else what.replace("_", " "),
+                "direction": direction,
+                "value": f"{100 * values[-1]:.1f}",
+                "share": values[-1],
+                "seen": "",
+                "ci": None,
+                "interval": "",
+                "chance": None,
+                "chance_text": "",
+                "times": "",
+                "before": f"at first {100 * values[0]:.1f} %" if len(values) > 1 else "",
+            }
+        )
+    return out
+
+
+def is_held_out(task: Mapping[str, Any]) -> bool:
+    """Whether the results say that no item occurs in the training shards, all of which were compared."""
+    seen = task.get("in_training")
+    return seen is not None and seen["count"] == 0 and bool(seen["complete"]) and not seen["unread"]
+
+
+def _seen(task: Mapping[str, Any]) -> str:
+    """A line on items that the training shards hold, if any."""
+    seen = task.get("in_training")
+    if not seen or not seen["count"]:
+        return ""
+    return f"{seen['count']:,} of {seen['of']:,} items occur in the training shards"
 
 
 def _times(value: float, chance: float | None) -> str:

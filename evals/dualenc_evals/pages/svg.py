@@ -56,6 +56,21 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def distinct(values: Sequence[float], show: Format) -> list[str]:
+    """The values as text, with as many digits as tell them apart.
+
+    >>> distinct([1.0, 2.0], compact), distinct([0.0012345, 0.0012346], compact)
+    (['1', '2'], ['0.0012345', '0.0012346'])
+    """
+    texts = [show(v) for v in values]
+    for digits in range(3, 13):
+        if len(set(texts)) == len(set(values)):
+            break
+        unit = " %" if texts[0].endswith("%") else ""
+        texts = [f"{100 * v if unit else v:.{digits}g}{unit}" for v in values]
+    return texts
+
+
 def compact(value: float) -> str:
     """12,800 → 12.8k.
 
@@ -100,16 +115,18 @@ def line_chart(chart: Chart) -> str:
     x_span = (place(x_high) - place(x_low)) or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + (place(x) - place(x_low)) / x_span * w, top + (high - y) / (high - low) * h
+        share = (place(x) - place(x_low)) / x_span if x_high > x_low else 0.5  # a single point stands in the middle
+        return left + share * w, top + (high - y) / (high - low) * h
 
     parts = []
-    for v in marks:
+    for v, text in zip(marks, distinct(marks, chart.y_format), strict=True):
         y = at(x_low, v)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{left + w}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{chart.y_format(v)}</text>')
-    for v in chart.log_x or _x_marks(x_low, x_high, 3 if chart.small else 5):
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    x_marks = list(chart.log_x) or _x_marks(x_low, x_high, 3 if chart.small else 5)
+    for v, text in zip(x_marks, distinct(x_marks, compact), strict=True):
         x = at(v, low)[0]
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{top + h + 16}" text-anchor="middle">{compact(v)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{top + h + 16}" text-anchor="middle">{text}</text>')
     if chart.x_label and not chart.small:
         parts.append(
             f'<text class="axis" x="{left + w / 2:.0f}" y="{chart.height - 4}" text-anchor="middle">'
