@@ -154,7 +154,7 @@ class Contrastive(Loss):
         if frozen := [k for k in values if k.startswith(FROZEN)]:
             raise ConfigError(
                 f"loss: it compares items in a locked tower ({frozen[0]}), and hard negatives have no such embedding; "
-                "leave out input.negatives, or take a loss that needs no locked tower"
+                "leave out input.negatives, or use a loss that needs no locked tower"
             )
         return {k: nothing(x, n) for k, x in values.items()}
 
