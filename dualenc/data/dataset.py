@@ -96,7 +96,9 @@ class StepDataset(Dataset[Any]):
         self._placing = {m for m, x in inputs.items() if isinstance(x, NamesPlaces)}
         read = [{**w, **labels} for w, labels in zip(wanted, self.labels, strict=True)]
         same = [data.sources[i].same for i in range(len(sets))]
-        self._read_of = [[w, {"same": [s]}] if s else [w] for w, s in zip(read, same, strict=True)]
+        self._read_of: list[list[Mapping[str, Sequence[str]]]] = [
+            [w, {"same": [s]}] if s else [w] for w, s in zip(read, same, strict=True)
+        ]
         self._reader: Reader | None = None
         self._owner = 0
         self._planned: dict[int, Refs] = {}
