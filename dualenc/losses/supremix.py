@@ -137,7 +137,8 @@ def beta_quantiles(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def drawn(row_ids: Tensor, column_ids: Tensor, step: int, table: Tensor) -> Tensor:
     """A number of ``table`` for each pair of ids [n], [C] → [n, C]: a hash of both and of the step."""
-    h = row_ids[:, None] * -7046029254386353131 + column_ids[None] * -4417276706812531889 + step * 1442695040888963407
+    salt = row_ids.new_tensor(step) * 1442695040888963407  # a tensor's product wraps around, Python's would not fit
+    h = row_ids[:, None] * -7046029254386353131 + column_ids[None] * -4417276706812531889 + salt
     h = (h ^ (h >> 29)) * -5808590958014384161
     h = (h ^ (h >> 32)) * 7191089600892374487
     return table[(h ^ (h >> 29)) & (len(table) - 1)]

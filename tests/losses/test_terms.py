@@ -335,6 +335,8 @@ def test_supremix_draws_beta_and_repeats_itself() -> None:
     assert float(lam.var()) == pytest.approx(2 * 8 / (10**2 * 11), abs=0.001)
     assert torch.equal(lam[7:9], drawn(ids[7:9], ids, 5, table))
     assert not torch.equal(lam, drawn(ids, ids, 6, table))
+    late = drawn(ids, ids, 10**7, table)  # products of large steps wrap around
+    assert float(late.mean()) == pytest.approx(2 / 10, abs=0.005)
 
 
 def test_supremix_says_what_label_it_lacks() -> None:
