@@ -4,8 +4,10 @@
 
 A server of its own, in a process of its own, waits ``latency-ms`` before every answer and shares ``mbit`` among all
 connections. Both sides only move bytes: a sample is an image's worth of random bytes and a caption, and a row is their
-length. dualenc reads whole shards where the window fits into the cache, byte ranges where it does not;
-"one request after another" is byte ranges without anything fetched ahead. Wall-clock seconds, the sides taking turns.
+length. dualenc reads whole shards where the window fits into the cache (here: windows of 256 samples, as webdataset's
+shuffle buffer of 200, and one of all samples), byte ranges of all where it does not; "one request after another"
+is byte ranges without anything fetched ahead. Wall-clock seconds from the start of the workers, from empty caches, less
+than an epoch, the sides taking turns.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -135,13 +138,15 @@ def serve(folder: Path, latency_s: float, bytes_per_s: float, port: Any) -> None
 # --- the sides -----------------------------------------------------------------------------------------------------
 
 
-def ours(url: str, workers: int, cache_gb: float, ahead: int) -> Callable[[int], Iterator[Any]]:
+def ours(
+    url: str, workers: int, cache_gb: float, ahead: int = 4, window: int = 1_000_000
+) -> Callable[[int], Iterator[Any]]:
     """dualenc, from an empty cache."""
 
     def start(batches: int) -> Iterator[Any]:
         dataset._AHEAD = ahead
         row = {"name": "bench", "shards": url, "members": {"a": ["bin"], "b": ["txt"]}}
-        data = Data.model_validate({"sources": [row], "workers": workers, "cache_gb": cache_gb})
+        data = Data.model_validate({"sources": [row], "workers": workers, "cache_gb": cache_gb, "window": window})
         loader = Loader(data, {"a": Lengths(), "b": Lengths()}, [("a", "b")], seed=0, batch_size=BATCH)
         loader.stop_step = batches
         return iter(loader)
@@ -190,6 +195,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "This DataLoader will create")
     with tempfile.TemporaryDirectory() as temporary:
         rng = np.random.default_rng(0)
         with ShardWriter(Path(temporary), max_samples=-(-given.samples // SHARDS)) as writer:
@@ -219,12 +225,13 @@ def main(arguments: list[str]) -> None:
 
 def _row(url: str, workers: int, batches: int, runs: int) -> dict[str, float]:
     sides = {
-        "byte ranges": (ours(url, workers, 1e-3, 4), batches),
-        "whole shards": (ours(url, workers, 10.0, 4), batches),
+        "byte ranges": (ours(url, workers, 1e-3), batches),
+        "whole shards": (ours(url, workers, 10.0, window=256), batches),
+        "whole shards, full shuffle": (ours(url, workers, 10.0), batches),
         "webdataset": (theirs(url, workers), batches),
     }
     if workers == 1:
-        sides["one request after another"] = (ours(url, workers, 1e-3, -1), 1)
+        sides["one request after another"] = (ours(url, workers, 1e-3, ahead=-1), 3)
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(runs):
         for name, (start, count) in sides.items():

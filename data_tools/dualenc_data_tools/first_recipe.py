@@ -24,7 +24,7 @@ MOST_SHARDS_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
-class Size:
+class Proposal:
     """What suits a number of samples.
 
     Attributes:
@@ -47,11 +47,11 @@ class Size:
 
 
 SIZES = (
-    Size(20_000, "small towers of dualenc's own", "", 192, 256, 1e-3, 30),
-    Size(1_000_000, "ViT-S/32", "ViT-S-32-alt", 256, 1024, 1e-3, 30),
-    Size(20_000_000, "ViT-B/32", "ViT-B-32", 512, 4096, 1e-3, 30),
-    Size(200_000_000, "ViT-B/16", "ViT-B-16", 512, 16384, 1e-3, 20),
-    Size(math.inf, "ViT-L/14", "ViT-L-14", 768, 32768, 5e-4, 10),
+    Proposal(20_000, "small towers of dualenc's own", "", 192, 256, 1e-3, 30),
+    Proposal(1_000_000, "ViT-S/32", "ViT-S-32-alt", 256, 1024, 1e-3, 30),
+    Proposal(20_000_000, "ViT-B/32", "ViT-B-32", 512, 4096, 1e-3, 30),
+    Proposal(200_000_000, "ViT-B/16", "ViT-B-16", 512, 16384, 1e-3, 20),
+    Proposal(math.inf, "ViT-L/14", "ViT-L-14", 768, 32768, 5e-4, 10),
 )
 STEPS_OF_WARMUP = 2000
 

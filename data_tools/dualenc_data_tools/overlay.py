@@ -93,11 +93,14 @@ def _alone(points: F64) -> Image.Image:
         low, high = np.percentile(seen_from_above, [1, 99], axis=0)
         reach = max(float((high - low).max()), 1e-3)
         cells = ((seen_from_above - (low + high) / 2) / (1.1 * reach) + 0.5) * TILE_PX
-        inside = ((cells >= 1) & (cells < TILE_PX - 1)).all(1)
+        dot = (
+            4 if len(points) < 500 else 3 if len(points) < 4000 else 1
+        )  # an object's few points are large enough to see
+        inside = ((cells >= 0) & (cells < TILE_PX - dot)).all(1)
         height = points[:, 2] - points[:, 2].min()
         shade = colours(60 * (1 - height / max(float(height.max()), 1e-3)))[inside]
         x, y = cells[inside].astype(int).T
-        for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)) if len(points) < 4000 else ((0, 0),):
+        for dy, dx in np.ndindex(dot, dot):
             pixels[y + dy, x + dx] = shade
     return Image.fromarray(pixels)
 

@@ -133,7 +133,7 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
         key = next((k for k in CAPTIONS if k in doc), None)
         if key is not None and not card.captions:
             card.captions = [str(v) for v in doc[key]] if isinstance(doc[key], list) else [str(doc[key])]
-        card.fields |= {k: _short(v) for k, v in doc.items() if k != key}
+        card.fields |= {k: _short(v) for k, v in doc.items() if k != key and v not in ("", None)}
     return card
 
 

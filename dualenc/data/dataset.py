@@ -94,8 +94,11 @@ class StepDataset(Dataset[Any]):
         self.modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
         # Asked once: isinstance of a protocol looks up every member of it, twice a sample.
         self._placing = {m for m, x in inputs.items() if isinstance(x, NamesPlaces)}
+        read = [{**w, **labels} for w, labels in zip(wanted, self.labels, strict=True)]
         same = [data.sources[i].same for i in range(len(sets))]
-        self._read_of = [[w, {"same": [s]}] if s else [w] for w, s in zip(wanted, same, strict=True)]
+        self._read_of: list[list[Mapping[str, Sequence[str]]]] = [
+            [w, {"same": [s]}] if s else [w] for w, s in zip(read, same, strict=True)
+        ]
         self._reader: Reader | None = None
         self._owner = 0
         self._planned: dict[int, Refs] = {}

@@ -346,7 +346,7 @@ def _optimizer(given: Given, draft: Draft) -> None:
         draft.note(given.shown("grad_clip_norm"), "taken", "optim.clip_grad_norm, of the exact gradient's norm")
 
 
-def _schedule(given: Given, draft: Draft, size: shared.Size) -> None:
+def _schedule(given: Given, draft: Draft, size: shared.BatchSize) -> None:
     names = {"cosine": "cosine", "const": "constant", "const-cooldown": "constant_cooldown"}
     name = given["lr_scheduler"]
     draft.set("schedule.name", names.get(name, "cosine"))
@@ -368,7 +368,7 @@ def _schedule(given: Given, draft: Draft, size: shared.Size) -> None:
                 draft.note(given.shown(flag), "left out", "only --lr-scheduler const-cooldown has a cool-down")
 
 
-def _cooldown(given: Given, draft: Draft, size: shared.Size) -> None:
+def _cooldown(given: Given, draft: Draft, size: shared.BatchSize) -> None:
     epochs = given["epochs_cooldown"]
     if epochs is None:
         raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown, the length of the cool-down")

@@ -13,7 +13,7 @@ from dualenc.importing.flags import Given
 
 
 @dataclass(frozen=True)
-class Size:
+class BatchSize:
     """How many samples a step has.
 
     Attributes:
@@ -32,14 +32,14 @@ class Size:
         return self.each * self.world * self.accumulated
 
 
-def batch(given: Given, draft: Draft, gpus: int | None, accumulated: int = 1) -> Size:
+def batch(given: Given, draft: Draft, gpus: int | None, accumulated: int = 1) -> BatchSize:
     """``batch``: per-GPU batch × GPUs × accumulation.
 
     Raises:
         ConfigError: one of them is not above 0.
     """
     world = gpus or given.world
-    size = Size(given["batch_size"], world or 1, accumulated)
+    size = BatchSize(given["batch_size"], world or 1, accumulated)
     if min(size.each, size.world, size.accumulated) < 1:
         raise ConfigError(f"{given.program}: --batch-size, --gpus and --accum-freq must be 1 or more")
     factors = f"{size.each:,} per GPU × {size.world:,} GPU{'s' if size.world > 1 else ''}"
@@ -72,7 +72,7 @@ def batch(given: Given, draft: Draft, gpus: int | None, accumulated: int = 1) ->
 # --- the gradient ------------------------------------------------------------------------------------------------
 
 
-def gather(given: Given, draft: Draft, size: Size) -> None:
+def gather(given: Given, draft: Draft, size: BatchSize) -> None:
     """``--local-loss`` and ``--gather-with-grad``: there is one gather here, with the exact gradient."""
     local, grad, world = given["local_loss"], given["gather_with_grad"], size.world
     flags = " ".join(f for f, on in (("--local-loss", local), ("--gather-with-grad", grad)) if on)
@@ -123,7 +123,7 @@ def precision(given: Given, draft: Draft) -> None:
 # --- how long, how fast ------------------------------------------------------------------------------------------
 
 
-def steps_per_epoch(samples: int | None, size: Size, workers: int | None) -> int | None:
+def steps_per_epoch(samples: int | None, size: BatchSize, workers: int | None) -> int | None:
     """Steps an epoch of the other trainer has.
 
     Args:
@@ -139,7 +139,7 @@ def steps_per_epoch(samples: int | None, size: Size, workers: int | None) -> int
     return batches // size.accumulated
 
 
-def budget(given: Given, draft: Draft, size: Size, samples: int | None, workers: int | None) -> None:
+def budget(given: Given, draft: Draft, size: BatchSize, samples: int | None, workers: int | None) -> None:
     """``budget``: in steps where the number of samples is known, else in epochs of the data that are found."""
     per_epoch = draft.steps_per_epoch = steps_per_epoch(samples, size, workers)
     epochs = given["epochs"]
@@ -162,7 +162,7 @@ def budget(given: Given, draft: Draft, size: Size, samples: int | None, workers:
     draft.note(flag, "taken", f"budget.steps: {steps:,} ({per_epoch:,} an epoch), {steps * size.batch:,} samples")
 
 
-def warmup(given: Given, draft: Draft, size: Size) -> None:
+def warmup(given: Given, draft: Draft, size: BatchSize) -> None:
     """``schedule.warmup_samples``."""
     steps = given["warmup"]
     flag = given.shown("warmup") + ("" if "warmup" in given else " (its default)")

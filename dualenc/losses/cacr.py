@@ -75,7 +75,7 @@ class CACR(Contrastive):
 
     Formula: Σ_P π⁺·c − Σ_N π⁻·c, c = ‖a_i − b_j‖², π⁺ = softmax_P(t⁺·c), π⁻ = softmax_N(−t⁻·c)
     Paper: CACR, arXiv 2105.03746
-    Needs: nothing; several positives a pair id for π⁺ to act
+    Needs: nothing; several positives per pair id for π⁺ to act
     """
 
     class Config(ContrastConfig):

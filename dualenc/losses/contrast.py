@@ -84,10 +84,12 @@ def contrast(
         if lacking := [k for k in values if k not in extra.values]:
             raise ValueError(f"further columns have no {lacking[0]!r}, which this loss reads of every column")
     plan, further = Plan(ids, values, ab, ba, tuple(columns)), [extra.x for extra in columns]
-    share = (gather_ids(ids) >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
+    all_ids = gather_ids(ids)
+    share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
     if how is None:
-        of_a, hits_a = _whole(a, b, logit_scale, plan, "b")
-        of_b, hits_b = _whole(b, a, logit_scale, plan, "a")
+        everywhere = Side(all_ids, {k: gather_ids(x) for k, x in values.items()})
+        of_a, hits_a = _whole(a, b, logit_scale, plan, "b", everywhere)
+        of_b, hits_b = _whole(b, a, logit_scale, plan, "a", everywhere)
     else:
         of_a, of_b, hits_a, hits_b = tiled_sums(a, b, logit_scale, plan, how, further)
     valid = Valid(ids)
@@ -152,7 +154,7 @@ class Contrastive(Loss):
         if frozen := [k for k in values if k.startswith(FROZEN)]:
             raise ConfigError(
                 f"loss: it compares items in a locked tower ({frozen[0]}), and hard negatives have no such embedding; "
-                "leave out input.negatives, or take a loss that needs no locked tower"
+                "leave out input.negatives, or use a loss that needs no locked tower"
             )
         return {k: nothing(x, n) for k, x in values.items()}
 
@@ -225,11 +227,14 @@ def frozen_features(extras: Extras | None, what: str) -> dict[str, Tensor]:
     return out
 
 
-def _whole(x: Tensor, y: Tensor, scale: Tensor, plan: Plan, side: str) -> tuple[Tensor, Tensor]:
-    """The sums [K, n] of rows of ``x`` against all columns of ``side``, at once and by autograd, and the hits."""
+def _whole(x: Tensor, y: Tensor, scale: Tensor, plan: Plan, side: str, everywhere: Side) -> tuple[Tensor, Tensor]:
+    """The sums [K, n] of rows of ``x`` against all columns of ``side``, at once and by autograd, and the hits.
+
+    ``everywhere``: the slots of all ranks.
+    """
     row_loss = plan.ab if side == "b" else plan.ba
-    features, ids = [gather(y)], [gather_ids(plan.ids)]
-    values = {k: [gather_ids(v)] for k, v in plan.values.items()}
+    features, ids = [gather(y)], [everywhere.ids]
+    values = {k: [v] for k, v in everywhere.values.items()}
     for extra in plan.columns:
         if extra.side == side:
             features.append(extra.x.detach() if extra.shared else gather(extra.x))

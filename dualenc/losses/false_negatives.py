@@ -72,7 +72,7 @@ class FalseNegatives(Contrastive):
             return frozen_features(inputs.extras, "false_negatives (without label:)")
         words = label(inputs.extras, name)
         if words.ndim != 2:
-            raise ConfigError(f"loss.label: {name!r} is one value a sample, not a list; write supcon for equal values")
+            raise ConfigError(f"loss.label: {name!r} is one value per sample, not a list; use supcon for equal values")
         return {name: words}
 
     def directions(self, inputs: RowInputs) -> tuple[RowLoss, RowLoss]:

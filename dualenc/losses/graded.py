@@ -73,9 +73,11 @@ class Graded(Contrastive):
         """
         c, tree = self.config, label(inputs.extras, self.config.label)
         if tree.ndim != 2:
-            raise ConfigError(f"loss: graded takes a tree, and {c.label!r} is one value a sample; give it type: tree")
+            raise ConfigError(f"loss: graded needs a tree, and {c.label!r} is one value per sample; give it type: tree")
         weights = c.level_weights or [1.0] * tree.shape[1]
         if len(weights) != tree.shape[1]:
-            raise ConfigError(f"loss.level_weights: {len(weights)} numbers for a tree of {tree.shape[1]} levels")
+            raise ConfigError(
+                f"loss.level_weights has {len(weights)} numbers for a tree of {tree.shape[1]} levels; give one each"
+            )
         row_loss = SoftTarget(SharedPath(c.label, weights, c.power))
         return row_loss, row_loss

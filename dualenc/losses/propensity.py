@@ -56,7 +56,9 @@ class Propensity(Contrastive):
         """
         number = label(inputs.extras, self.config.label)
         if number.ndim != 1:
-            raise ConfigError(f"loss.label: propensity takes one number a sample, and {self.config.label!r} is a list")
+            raise ConfigError(
+                f"loss.label: propensity needs one number per sample, and {self.config.label!r} is a list"
+            )
         frozen = frozen_features(inputs.extras, "propensity with semantic") if self.config.semantic else {}
         return {self.config.label: number, **frozen}
 

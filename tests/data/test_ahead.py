@@ -26,7 +26,7 @@ from dualenc.data.modalities import ModalityInput, build_inputs
 from dualenc.data.shards import remote
 from dualenc.data.shards.ahead import Ranges, merged
 from dualenc.data.shards.index import build_index, how_read, open_sources, window_of
-from dualenc.data.shards.reader import needed
+from dualenc.data.shards.members import needed
 from dualenc.data.shards.remote import ReadFailed
 from dualenc.data.shards.tar import Sample
 

@@ -8,9 +8,9 @@ wrong scale of the gradient.
 
 The first table is of a toy with dropout. Its reference knows nothing of engines, gathers or caches: it encodes every
 rank's every chunk with that rank's random numbers in one graph, takes the naive fp64 loss of the whole batch, and steps
-torch's SGD. The others are of the losses on regions, of every other registered loss, and of small real towers
-(``_real_towers.py``) against one process that encodes the whole batch at once. By default every tower meets every
-engine, and the losses take turns; ``--all`` takes every combination, on 1, 2 and 4 ranks.
+torch's SGD. The others are of the losses on regions, of every registered contrast, of every other registered loss, and
+of small real towers (``_real_towers.py``) against one process that encodes the whole batch at once. By default every
+tower meets every engine, and the losses take turns; ``--all`` takes every combination, on 1, 2 and 4 ranks.
 """
 
 from __future__ import annotations
@@ -203,6 +203,27 @@ def term_table(arguments: argparse.Namespace, console: Console) -> list[float]:
     return [x for cells in columns.values() for x, _ in cells.values()]
 
 
+def contrast_table(arguments: argparse.Namespace, console: Console) -> list[float]:
+    """Every registered contrast, on a toy with a locked trunk, labels and absent rows; printed; returns the cells."""
+    import _every_jobs
+
+    table = Table(title="Contrasts, DDP: whole batch, batch/4")
+    columns: dict[int, dict[str, list[float]]] = {}
+    alone = {
+        n: _every_jobs.trained(World(), c, "single", 1)
+        for n, c in zip(_every_jobs.NAMES, _every_jobs.CASES, strict=True)
+    }
+    for world_size in ranks_of(arguments):
+        found = spawn(Path(_every_jobs.__file__), "of_training", world_size, timeout_s=1200)[0]
+        columns[world_size] = {n: [difference(p, alone[n])[0] for p in ways.values()] for n, ways in found.items()}
+    for head in ("loss", *(f"{n} ranks" for n in columns)):
+        table.add_column(head)
+    for name in _every_jobs.NAMES:
+        table.add_row(name, *(" ".join(map(shown, c[name])) for c in columns.values()))
+    console.print(table)
+    return [x for cells in columns.values() for row in cells.values() for x in row]
+
+
 def shown(x: float) -> str:
     """A cell; red above the limit."""
     return f"{x:.1e}" if x <= LIMIT else f"[red]{x:.1e}[/]"
@@ -220,7 +241,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every tower, loss, engine, micro-batch and world size")
     arguments = parser.parse_args()
     console, began, cells = Console(width=140), time.monotonic(), []
-    for part in (toy_table, region_table, term_table, real_table):
+    for part in (toy_table, region_table, contrast_table, term_table, real_table):
         cells += part(arguments, console)
         print(f"{part.__name__}: {len(cells)} cells after {time.monotonic() - began:.0f} s", file=sys.stderr)
     wrong = sum(not x <= LIMIT for x in cells)

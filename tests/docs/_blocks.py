@@ -30,6 +30,8 @@ NOT_RUN = {
     "docs/architecture.md: tests, recipes": "the layers, which tests/test_layering.py reads from the imports",
     "docs/evaluation.md: python tests/evals/_peers.py": "measures for minutes; tests/evals/test_eval_peers.py runs its "
     "parts",
+    "docs/plan.md: image_text_vit_s32: 43.2 M": "what the first command above it prints",
+    "docs/plan.md: engine       ranks": "measurements; python -m benchmarks.plan prints them",
     "recipes/quickstart/data/README.md: 8066be5eb": "check sums",
 }
 """Blocks that no test runs as they stand: ``PAGE: BEGINNING OF THE BLOCK`` → why. Every line must meet one block."""

@@ -138,7 +138,9 @@ class Workplace:
         self._photos(drawn)
         self._sounds()
         if NUSCENES.is_dir():
-            (self.template / "nuscenes").symlink_to(NUSCENES)
+            (self.template / "nuscenes").mkdir()
+            (self.template / "nuscenes" / "samples").symlink_to(NUSCENES / "samples")
+            (self.template / "nuscenes" / "v1.0-mini").symlink_to(NUSCENES / "v1.0-mini-extract")
         for i in range(100):
             if i < 2:
                 _shard(self.template / "data" / f"train-{i:06d}.tar", drawn[20 * i : 20 * i + 20])

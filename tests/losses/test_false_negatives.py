@@ -63,5 +63,5 @@ def test_a_masked_column_gets_no_gradient() -> None:
 
 
 def test_errors_say_what_to_write() -> None:
-    with pytest.raises(ConfigError, match="'label' is one value a sample, not a list"):
+    with pytest.raises(ConfigError, match="'label' is one value per sample, not a list"):
         value({"name": "false_negatives", "label": "label"})

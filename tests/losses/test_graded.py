@@ -43,7 +43,7 @@ def test_paths_that_agree_or_differ_at_the_root_are_supcon() -> None:
 
 
 def test_errors_say_what_to_write() -> None:
-    with pytest.raises(ConfigError, match="'tree' is one value a sample; give it type: tree"):
+    with pytest.raises(ConfigError, match="'tree' is one value per sample; give it type: tree"):
         value({"name": "graded"}, tree=torch.arange(12))
-    with pytest.raises(ConfigError, match="level_weights: 2 numbers for a tree of 3 levels"):
+    with pytest.raises(ConfigError, match="level_weights has 2 numbers for a tree of 3 levels"):
         value({"name": "graded", "level_weights": [1, 2]})

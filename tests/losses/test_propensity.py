@@ -44,5 +44,5 @@ def test_equal_lengths_and_a_floor_of_one_are_info_nce() -> None:
 
 
 def test_errors_say_what_to_write() -> None:
-    with pytest.raises(ConfigError, match="one number a sample, and 'words' is a list"):
+    with pytest.raises(ConfigError, match="one number per sample, and 'words' is a list"):
         value({"name": "propensity", "label": "words"})

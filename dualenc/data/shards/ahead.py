@@ -84,7 +84,7 @@ class Pool:
 
 
 @dataclass(slots=True, eq=False)
-class _Block:
+class _Wanted:
     span: Span
     tag: int
     left: int
@@ -103,8 +103,8 @@ class Ranges:
     def __init__(self, fetch: Callable[[str, int, int], bytes], at_once: int = AT_ONCE, held: int = HELD) -> None:
         self._fetch, self._limit = fetch, held
         self._pool = Pool(at_once, "dualenc-range")
-        self._shards: dict[str, list[_Block]] = {}
-        self._waiting: deque[tuple[str, _Block]] = deque()
+        self._shards: dict[str, list[_Wanted]] = {}
+        self._waiting: deque[tuple[str, _Wanted]] = deque()
         self._held = 0
         self._lock = threading.Lock()
 
@@ -113,7 +113,7 @@ class Ranges:
         with self._lock:
             blocks = self._shards.setdefault(url, [])
             for span, count in merged(spans):
-                block = _Block(span, tag, count, count == 1)
+                block = _Wanted(span, tag, count, count == 1)
                 blocks.append(block)
                 self._waiting.append((url, block))
             self._pump()
@@ -158,7 +158,7 @@ class Ranges:
             self._waiting.clear()
         self._pool.close()
 
-    def _drop(self, url: str, block: _Block) -> None:
+    def _drop(self, url: str, block: _Wanted) -> None:
         with self._lock:
             blocks = self._shards.get(url, [])
             if block not in blocks:
@@ -177,7 +177,7 @@ class Ranges:
             if block.future is None and block.left:
                 self._start(url, block)
 
-    def _start(self, url: str, block: _Block) -> None:
+    def _start(self, url: str, block: _Wanted) -> None:
         start, stop = block.span
         self._held += stop - start
         block.future = self._pool.submit(lambda: self._fetch(url, start, stop))

@@ -7,7 +7,6 @@ never becomes a path.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import logging
 import os
@@ -23,6 +22,9 @@ from typing import Any
 from dualenc.config import Data, Source
 from dualenc.data.shards.ahead import Pool, Ranges, Span
 from dualenc.data.shards.index import ShardSet, fits, index_local, open_source, refuse_pipes
+from dualenc.data.shards.members import JOIN, JSON, JSON_KEY, Wanted, members_of, needed
+from dualenc.data.shards.members import REFUSED as REFUSED
+from dualenc.data.shards.members import is_joined as is_joined
 from dualenc.data.shards.remote import (
     Bounds,
     NoRanges,
@@ -42,17 +44,10 @@ _INDEX_BYTES = 256 << 20
 _OPEN_FILES = 64
 _FAILED_S = 60.0
 _FAILURES = 3
-_JSON = "json"
-_JSON_KEY = "json:"
-_JOIN = "+"
 _SHARDS_AT_ONCE = 4
 _INDEXES_AT_ONCE = 16
-REFUSED = ("pkl", "pickle", "pyd", "pth", "pt")
-"""Endings whose usual decoders run code: never read."""
 
 
-Wanted = Mapping[str, Sequence[str]]
-"""Modality → endings."""
 Place = tuple[int, int, int]
 """(source, shard, sample) by number."""
 
@@ -73,11 +68,6 @@ class Found:
     members: dict[str, str]
 
 
-def is_joined(ending: str) -> bool:
-    """Whether an ending gives a dictionary, of several members or of those that match."""
-    return _JOIN in ending or "*" in ending
-
-
 def check_members(members: Mapping[str, Sequence[str]], where: str) -> None:
     """Refuse endings that would have to be unpickled.
 
@@ -87,7 +77,7 @@ def check_members(members: Mapping[str, Sequence[str]], where: str) -> None:
     for modality, endings in members.items():
         if not endings:
             raise ConfigError(f"{where}.{modality}: name at least one ending, such as [jpg, png].")
-        for ending in [part for e in endings for part in e.split(_JOIN)]:
+        for ending in [part for e in endings for part in e.split(JOIN)]:
             if ending.lower().rsplit(".", 1)[-1] in REFUSED:
                 raise ConfigError(
                     f"{where}.{modality}: {ending!r} members hold pickled objects, which can run code when read; "
@@ -256,7 +246,7 @@ class Reader:
         docs: list[dict[str, Any]] = []
         for modality, endings in wanted.items():
             for ending in endings:
-                got = self._parts(source, shard, sample, ending.split(_JOIN), docs)
+                got = self._parts(source, shard, sample, ending.split(JOIN), docs)
                 if got is not None:
                     values[modality] = got if is_joined(ending) else got[ending]
                     members[modality] = ending
@@ -269,10 +259,10 @@ class Reader:
         Raises:
             SampleError: the json member cannot be read or is invalid.
         """
-        plain = [p for p in ending.split(_JOIN) if "*" not in p and not p.startswith(_JSON_KEY)]
+        plain = [p for p in ending.split(JOIN) if "*" not in p and not p.startswith(JSON_KEY)]
         if any(p.lower() not in sample.members for p in plain):
             return True
-        keys = [p for p in ending.split(_JOIN) if p.startswith(_JSON_KEY)]
+        keys = [p for p in ending.split(JOIN) if p.startswith(JSON_KEY)]
         return bool(keys) and self._parts(source, shard, sample, keys, []) is None
 
     def _parts(
@@ -281,17 +271,17 @@ class Reader:
         """Part → value; None if one is missing. ``docs`` keeps the sample's json member once it has been read."""
         out: dict[str, Any] = {}
         for part in parts:
-            if part.startswith(_JSON_KEY):
-                if _JSON not in sample.members:
+            if part.startswith(JSON_KEY):
+                if JSON not in sample.members:
                     return None
                 if not docs:
                     docs.append(self.document(source, shard, sample))
-                value = docs[0].get(part[len(_JSON_KEY) :])
+                value = docs[0].get(part[len(JSON_KEY) :])
                 if value is None:
                     return None
                 out[part] = value
             elif "*" in part:
-                out |= {name: self.read(source, shard, sample, name) for name in _members_of(sample, part)}
+                out |= {name: self.read(source, shard, sample, name) for name in members_of(sample, part)}
             elif part.lower() in sample.members:
                 out[part] = self.read(source, shard, sample, part.lower())
             else:
@@ -341,11 +331,11 @@ class Reader:
             SampleError: it cannot be read, or holds no keys and values.
         """
         try:
-            doc = json.loads(self.read(source, shard, sample, _JSON))
+            doc = json.loads(self.read(source, shard, sample, JSON))
         except (ValueError, RecursionError) as e:
-            raise SampleError(_JSON, f"is not valid JSON ({e})") from e
+            raise SampleError(JSON, f"is not valid JSON ({e})") from e
         if not isinstance(doc, dict):
-            raise SampleError(_JSON, f"holds {type(doc).__name__}, not keys and values")
+            raise SampleError(JSON, f"holds {type(doc).__name__}, not keys and values")
         return doc
 
     def _ranged_read(self, source: int, url: str, start: int, stop: int) -> bytes | None:
@@ -469,29 +459,6 @@ class _File:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
             os.close(self.fd)
-
-
-def needed(sample: Sample, wanted: Wanted) -> list[str]:
-    """The members that ``Reader.find`` reads of a sample, as far as their names tell.
-
-    A json member may turn out to lack the key: the next ending is then read without having been expected.
-    """
-    out: dict[str, None] = {}
-    for endings in wanted.values():
-        for ending in endings:
-            names = [n for part in ending.split(_JOIN) for n in _members_of(sample, part)]
-            if names and all(n in sample.members for n in names):
-                out |= dict.fromkeys(names)
-                break
-    return list(out)
-
-
-def _members_of(sample: Sample, part: str) -> list[str]:
-    if part.startswith(_JSON_KEY):
-        return [_JSON]
-    if "*" in part:
-        return [m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED]
-    return [part.lower()]
 
 
 def _read_whole(path: str, retries: int, bounds: Bounds | None) -> bytes:
