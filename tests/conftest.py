@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from _shared import DATA as SHARED_DATA
+
+from dualenc import plugins
 
 DATA = SHARED_DATA / "image_text"
 
@@ -24,6 +27,16 @@ def coco() -> list[tuple[bytes, list[str]]]:
         pytest.skip(f"needs the COCO photos under {folder}")
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     return [((folder / r["image"]).read_bytes(), r["captions"]) for r in rows[:8]]
+
+
+@pytest.fixture(autouse=True)
+def no_plugins_left() -> Iterator[None]:
+    """What a test imported as a plugin is not named to the processes that later tests start."""
+    before = os.environ.get(plugins.ENV)
+    yield
+    os.environ.pop(plugins.ENV, None)
+    if before is not None:
+        os.environ[plugins.ENV] = before
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -66,7 +66,8 @@ def test_every_shipped_task_reads(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_definitions_that_older_results_hold_are_still_those_of_the_shipped_tasks() -> None:
     """``--resume`` compares them. The hash is of the 145 tasks as they were when all kinds shared one set of keys; a
     task that is changed on purpose gets a new ``version`` and this line a new hash."""
-    every = {t.name: definition(t) for t in list_tasks()}
+    since = ("photos_held_out",)
+    every = {t.name: definition(t) for t in list_tasks() if t.name not in since}
     assert len(every) == 145
     digest = hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()
     assert digest == "885613af91773f2cd52753858ff09be8a73f21bb4239acf46bdc1a35baa43c59"
