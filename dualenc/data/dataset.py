@@ -253,7 +253,7 @@ class StepDataset(Dataset[Any]):
                     out[m] = part.train(item, rng)
                     for name, view in self.views.items():
                         if view.modality == m:
-                            item = view.input.decode(raw)
+                            item = view.input.decode(_own(part, raw))
                             draw = sample_rng(seed, full, one % passes, m)
                             out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:
@@ -353,6 +353,12 @@ def members_of(
         check_members({"same": [source.same]}, f"data.sources.{i}")
     check_members({name: [v.member] for name, v in source.values.items()}, f"data.sources.{i}.values")
     return out
+
+
+def _own(part: Any, raw: Any) -> Any:
+    """What a modality's own member holds, of what was read: a view of it does not look beside it."""
+    beside = part.beside() if isinstance(part, ReadsBeside) else None
+    return next(iter(raw.values())) if beside is not None and isinstance(raw, dict) and beside in raw else raw
 
 
 def check_mix(data: Data, inputs: Mapping[str, ModalityInput], pairs: Sequence[tuple[str, str]]) -> None:

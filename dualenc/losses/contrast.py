@@ -23,15 +23,15 @@ from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses.blockwise.row_loss import RowLoss, Side, Tile, reduce_whole
-from dualenc.losses.blockwise.row_sums import NO_PAIR, Columns, Plan, tiled_sums
+from dualenc.losses.blockwise.row_sums import NO_PAIR, FurtherColumns, SumPlan, tiled_sums
 from dualenc.losses.blockwise.sweeps import How, Valid
 from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig
 
 __all__ = [
     "NO_PAIR",
-    "Columns",
     "ContrastConfig",
     "Contrastive",
+    "FurtherColumns",
     "contrast",
     "frozen_features",
     "hard_negatives",
@@ -56,7 +56,7 @@ def contrast(
     ba: RowLoss | None,
     *,
     values: Mapping[str, Tensor] | None = None,
-    columns: Sequence[Columns] = (),
+    columns: Sequence[FurtherColumns] = (),
     how: How | None = None,
 ) -> LossOutput:
     """This rank's share of a loss of rows, for the batch of all ranks.
@@ -83,7 +83,7 @@ def contrast(
         check_equal_shapes(extra.x)
         if lacking := [k for k in values if k not in extra.values]:
             raise ValueError(f"further columns have no {lacking[0]!r}, which this loss reads of every column")
-    plan, further = Plan(ids, values, ab, ba, tuple(columns)), [extra.x for extra in columns]
+    plan, further = SumPlan(ids, values, ab, ba, tuple(columns)), [extra.x for extra in columns]
     all_ids = gather_ids(ids)
     share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
     if how is None:
@@ -192,7 +192,7 @@ def nothing(like: Tensor, n: int) -> Tensor:
     return like.new_full((n, *like.shape[1:]), math.nan if like.is_floating_point() else ABSENT)
 
 
-def hard_negatives(extras: Extras | None, ids: Tensor) -> list[Columns]:
+def hard_negatives(extras: Extras | None, ids: Tensor) -> list[FurtherColumns]:
     """The further columns that the samples bring: ``negatives`` [B, K, D] of either side, features of wrong items.
 
     ``negatives_there`` [B, K], if it is given, is 0 for one that a sample lacks. Those of a slot that takes no part are
@@ -207,7 +207,7 @@ def hard_negatives(extras: Extras | None, ids: Tensor) -> list[Columns]:
             there = (ids >= 0)[:, None].expand(x.shape[:2])
             if "negatives_there" in found:
                 there = there & (found["negatives_there"] > 0)
-            out.append(Columns(x.flatten(0, 1), torch.where(there, NO_PAIR, ABSENT).flatten(), side))
+            out.append(FurtherColumns(x.flatten(0, 1), torch.where(there, NO_PAIR, ABSENT).flatten(), side))
     return out
 
 
@@ -227,7 +227,7 @@ def frozen_features(extras: Extras | None, what: str) -> dict[str, Tensor]:
     return out
 
 
-def _whole(x: Tensor, y: Tensor, scale: Tensor, plan: Plan, side: str, everywhere: Side) -> tuple[Tensor, Tensor]:
+def _whole(x: Tensor, y: Tensor, scale: Tensor, plan: SumPlan, side: str, everywhere: Side) -> tuple[Tensor, Tensor]:
     """The sums [K, n] of rows of ``x`` against all columns of ``side``, at once and by autograd, and the hits.
 
     ``everywhere``: the slots of all ranks.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.losses.contrast import Columns, contrast
+from dualenc.losses.contrast import FurtherColumns, contrast
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.loss import LossOutput
 from dualenc.losses.targets import SamePair, SoftTarget, Targets, TileFunction
@@ -30,7 +30,7 @@ def soft_target_nce(
     smoothing: float = 0.0,
     excess: bool = False,
     values: Mapping[str, Tensor] | None = None,
-    columns: Sequence[Columns] = (),
+    columns: Sequence[FurtherColumns] = (),
     how: How | None = None,
 ) -> LossOutput:
     """That loss in both directions, for the batch of all ranks.

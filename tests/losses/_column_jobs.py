@@ -17,7 +17,7 @@ import _every_jobs as jobs
 from dualenc.distributed.world import World
 from dualenc.losses.blockwise import tiled
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.losses.contrast import NO_PAIR, Columns
+from dualenc.losses.contrast import NO_PAIR, FurtherColumns
 from dualenc.losses.soft_target import soft_target_nce
 from dualenc.losses.supcon import EqualValues, same_value
 from dualenc.losses.targets import SamePair, without
@@ -26,7 +26,7 @@ WAYS = {"plain": None, "tiled": How(1e-6, False, tiled), "ring": How(1e-6, True,
 PER_SLOT = 2
 
 
-def further(n: int, rows: slice, kind: str) -> tuple[Columns, ...]:
+def further(n: int, rows: slice, kind: str) -> tuple[FurtherColumns, ...]:
     """Two more columns of each slot: texts of its own that are wrong (``hard``), right captions, or a queue of all."""
     g = torch.Generator().manual_seed(9)
     x = torch.nn.functional.normalize(torch.randn(n * PER_SLOT, 6, generator=g, dtype=torch.float64), dim=1)
@@ -40,7 +40,9 @@ def further(n: int, rows: slice, kind: str) -> tuple[Columns, ...]:
     part = (lambda v: v.flatten(0, 1)) if kind == "queue" else (lambda v: v[rows].flatten(0, 1))
     of = {k: part(v) for k, v in values.items()}
     return (
-        Columns(part(x.view(n, PER_SLOT, 6)).clone(), part(ids), "a" if kind == "hard a" else "b", of, kind == "queue"),
+        FurtherColumns(
+            part(x.view(n, PER_SLOT, 6)).clone(), part(ids), "a" if kind == "hard a" else "b", of, kind == "queue"
+        ),
     )
 
 

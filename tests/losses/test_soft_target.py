@@ -20,7 +20,7 @@ from dualenc.distributed.world import World
 from dualenc.losses.blockwise import tiled
 from dualenc.losses.blockwise.row_loss import Tile
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.losses.contrast import NO_PAIR, Columns
+from dualenc.losses.contrast import NO_PAIR, FurtherColumns
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.soft_target import soft_target_nce
 from dualenc.losses.targets import SamePair, Targets
@@ -88,9 +88,9 @@ def test_further_columns_on_ranks_have_the_right_labels(ranks: int, one_process:
 def test_a_hard_negative_is_a_negative_and_an_absent_one_is_nothing(how: How | None) -> None:
     eye, ids, scale = torch.eye(3)[:2], torch.tensor([0, 1]), torch.tensor([2.0])
     plain = soft_target_nce(eye, eye, ids, scale, how=how).value
-    absent = Columns(torch.full((2, 3), float("nan")), torch.tensor([-1, -1]))
+    absent = FurtherColumns(torch.full((2, 3), float("nan")), torch.tensor([-1, -1]))
     assert float(soft_target_nce(eye, eye, ids, scale, columns=[absent], how=how).value) == pytest.approx(float(plain))
-    same = Columns(eye, torch.full((2,), NO_PAIR))  # as close as the positive: each row of a has one more e² below
+    same = FurtherColumns(eye, torch.full((2,), NO_PAIR))  # as near as the positive: one more e² below each row of a
     want = (torch.tensor([2.0, 2.0, 0, 0]).logsumexp(0) - 2 + float(plain)) / 2
     assert float(soft_target_nce(eye, eye, ids, scale, columns=[same], how=how).value) == pytest.approx(float(want))
 
@@ -139,5 +139,5 @@ def test_columns_without_a_value_that_is_read_are_refused() -> None:
             torch.arange(2),
             torch.ones(1),
             values={"label": torch.arange(2)},
-            columns=[Columns(eye, torch.full((2,), NO_PAIR))],
+            columns=[FurtherColumns(eye, torch.full((2,), NO_PAIR))],
         )

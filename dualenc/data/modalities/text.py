@@ -114,9 +114,9 @@ class TextInput:
         Raises:
             DecodeError: if there is no text in it, or it is not UTF-8.
         """
-        if isinstance(raw, dict):  # of two members, its own first: see beside
-            own, *other = raw.values()
-            return Captions(self.decode(own), self.decode(other[0]) if other and self.config.negatives else [])
+        if isinstance(raw, dict) and self.config.negatives in raw:  # of two members, its own first: see beside
+            own, wrong = raw.values()
+            return Captions(self.decode(own), self.decode(wrong))
         if isinstance(raw, bytes | bytearray | memoryview):
             if len(raw) > _MAX_BYTES:
                 raise DecodeError(f"the text has {len(raw):,} bytes; at most {_MAX_BYTES:,} are allowed")

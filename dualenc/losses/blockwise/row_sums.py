@@ -25,7 +25,7 @@ Losses = tuple[RowLoss | None, RowLoss | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class FurtherColumns:
     """Further columns of this rank: they are compared with the rows of one side, and are no rows themselves.
 
     Attributes:
@@ -48,22 +48,22 @@ NO_PAIR = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SumPlan:
     """What is summed, besides the tensors that have gradients: see ``contrast``."""
 
     ids: Tensor
     values: dict[str, Tensor]
     ab: RowLoss
     ba: RowLoss | None
-    columns: tuple[Columns, ...]
+    columns: tuple[FurtherColumns, ...]
 
-    def of(self, extra: Columns) -> RowLoss | None:
+    def of(self, extra: FurtherColumns) -> RowLoss | None:
         """The loss of the rows that see these columns."""
         return self.ab if extra.side == "b" else self.ba
 
 
 def tiled_sums(
-    a: Tensor, b: Tensor, scale: Tensor, plan: Plan, how: How, further: Sequence[Tensor]
+    a: Tensor, b: Tensor, scale: Tensor, plan: SumPlan, how: How, further: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sums of this rank's n valid rows, [K, n] of ``a`` and of ``b``, and how many rows of each are hits.
 
@@ -77,7 +77,7 @@ def tiled_sums(
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, plan: Plan, how: How, *further: Tensor
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, plan: SumPlan, how: How, *further: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows_a, rows_b = (_rows(x, plan) for x in (a, b))
         kinds_b = () if plan.ba is None else plan.ba.kinds
@@ -106,7 +106,7 @@ class _Sums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, up_a: Tensor, up_b: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         a, b, scale, total_a, shift_a, total_b, shift_b, *further = ctx.saved_tensors
-        plan: Plan = ctx.plan
+        plan: SumPlan = ctx.plan
         how: How = ctx.how
         # What a tile needs of its rows: the upstream gradient, the total and the shift of each sum, [n, 3K].
         known_a, known_b = (torch.cat(x).T.contiguous() for x in ((up_a, total_a, shift_a), (up_b, total_b, shift_b)))
@@ -139,18 +139,18 @@ class _Sums(torch.autograd.Function):
         )
 
 
-def _rows(x: Tensor, plan: Plan, *known: Tensor) -> FeatureBlock:
+def _rows(x: Tensor, plan: SumPlan, *known: Tensor) -> FeatureBlock:
     """This rank's valid rows with their values and, last, what is already known of them [n, …]."""
     valid = Valid(plan.ids)
     return FeatureBlock(valid.of(x), valid.of(plan.ids), (*(valid.of(v) for v in plan.values.values()), *known))
 
 
-def _side(block: FeatureBlock, plan: Plan) -> Side:
+def _side(block: FeatureBlock, plan: SumPlan) -> Side:
     return Side(block.ids, dict(zip(plan.values, block.terms, strict=False)))
 
 
 def _adding(
-    rows: FeatureBlock, scale: Tensor, plan: Plan, row_loss: RowLoss, state: State, mb: float
+    rows: FeatureBlock, scale: Tensor, plan: SumPlan, row_loss: RowLoss, state: State, mb: float
 ) -> Callable[[FeatureBlock, Tensor], None]:
     """For ``sweep``: further columns are added to the state of the rows that see them; nothing is found about them."""
 
@@ -161,7 +161,12 @@ def _adding(
 
 
 def _differentiating(
-    rows: FeatureBlock, scale: Tensor, plan: Plan, row_loss: RowLoss, grads: tuple[Tensor, Tensor], mb: float
+    rows: FeatureBlock,
+    scale: Tensor,
+    plan: SumPlan,
+    row_loss: RowLoss,
+    grads: tuple[Tensor, Tensor],
+    mb: float,
 ) -> Callable[[FeatureBlock, Tensor], None]:
     """For ``sweep``: the gradients of further columns are found, those of rows and scale added to ``grads``."""
     grad_rows, grad_scale = grads
@@ -173,8 +178,8 @@ def _differentiating(
 
 
 def _visit_further(
-    plan: Plan,
-    extra: Columns,
+    plan: SumPlan,
+    extra: FurtherColumns,
     x: Tensor,
     how: How,
     add: Callable[[FeatureBlock, Tensor], None],
@@ -196,7 +201,7 @@ def _add_sums(
     rows: FeatureBlock,
     columns: FeatureBlock,
     scale: Tensor,
-    plan: Plan,
+    plan: SumPlan,
     losses: Losses,
     states: tuple[State, State | None],
     mb: float,
@@ -228,7 +233,7 @@ def _add_gradients(
     rows: FeatureBlock,
     columns: FeatureBlock,
     scale: Tensor,
-    plan: Plan,
+    plan: SumPlan,
     losses: Losses,
     grads: tuple[Tensor, Tensor],
     mb: float,
