@@ -6,7 +6,8 @@ Prints a table in Markdown: the loss at the first and the last log line, and R@1
 Each row is a run of its own process, ``OUT/NAME``, and is not run again once it has ended, so the command can be
 stopped and given again; ``--table`` only prints what is there. One seed, a small model: it tells a loss that falls
 from one that diverges, not which is better. A loss that adds to another is trained beside info_nce, as its row says;
-one that needs a trained tower or a teacher takes the info_nce row's model.
+one that needs a trained tower or a teacher takes the info_nce row's model, and so do those that collapse from random
+weights; info_nce trained on from there is a row, to compare them with.
 
 The quickstart's samples are written again with what its metadata file says of them (group, tags, source) as json, for
 the losses that need labels.
@@ -78,6 +79,9 @@ ALONE: dict[str, dict[str, Any]] = {
 """Settings of losses that are trained by themselves; any other is trained with its defaults."""
 LOCKED = ("mse", "cwcl", "relational")
 """Losses that need a trained tower: the image tower of the info_nce row, locked."""
+WARM = ("groco", "mochi")
+"""Losses of the hardest negatives, alone or mixed, which are for trained towers: they start from the info_nce row's
+model."""
 NO_DATA = dict.fromkeys(("prc", "point_contrast", "rad", "local_contrast"), "needs maps of places")
 
 
@@ -94,6 +98,8 @@ class MethodRun:
 def rows(out: Path) -> Iterator[MethodRun]:
     """The info_nce row, on which others stand, then every registered loss and term."""
     yield MethodRun(BASE, BASE, ["loss=info_nce"])
+    start = f"checkpoint.init_from={out / BASE}"
+    yield MethodRun(f"{BASE}-continued", f"{BASE}, from the {BASE} row's model", [f"loss={BASE}", start])
     teacher = f"{{model: {out / BASE}}}"
     for name in losses:
         if name == BASE or name in NO_DATA:
@@ -104,6 +110,9 @@ def rows(out: Path) -> Iterator[MethodRun]:
             yield MethodRun(name, f"info_nce + {weight:g} {name}", [f"loss={json.dumps(loss)}"])
             continue
         settings = [f"loss={json.dumps({'name': name, **ALONE.get(name, {})})}"]
+        if name in WARM:
+            yield MethodRun(name, f"{name}, from the {BASE} row's model", [*settings, start])
+            continue
         if name == "sigmoid":
             settings.append("logit_scale={init: 10, bias: -10}")
         if name in LOCKED:
@@ -113,7 +122,7 @@ def rows(out: Path) -> Iterator[MethodRun]:
     yield MethodRun("slip", "info_nce + 0.3 info_nce of two crops (SLIP)", view, "quickstart/slip")
     for name in terms:
         term = json.dumps({"name": name, **({"feature": {"image": 1.0, "text": 1.0}} if name == "anchor" else {})})
-        extra = [f"checkpoint.init_from={out / BASE}"] if name == "anchor" else []
+        extra = [start] if name == "anchor" else []
         settings = ["loss=info_nce", f"distill={{teachers: [{teacher}], terms: [{term}]}}", *extra]
         yield MethodRun(f"term-{name}", f"info_nce + {name}, taught by the info_nce row", settings)
 
@@ -134,7 +143,9 @@ def labelled(folder: Path) -> str:
             name = key.rsplit("/", 1)[1]
             doc = about[name]
             group = doc.get("group", "")
-            doc |= {"length": len(doc["caption"]), "clusters": [group, doc["source"]], "path": [doc["source"], group]}
+            # Emoji: group, then the emoji, which both styles share; clip art: its folder, then the drawing.
+            path = [group, doc["codepoints"]] if group else [doc["file"].rpartition("/")[0], name]
+            doc |= {"length": len(doc["caption"]), "clusters": [group, doc["source"]], "path": path}
             image, text = found.values["image"], found.values["text"]
             writer.write(name, {"webp": image, "txt": text, "json": json.dumps(doc).encode()})
     return pattern

@@ -9,6 +9,13 @@ are added to the denominator of InfoNCE as s · q·sg(h); no gradient reaches th
 own id are never mixed in, so a repeated caption does not become a negative. A mixture of two negatives is made unit
 length again and can be closer to q than either.
 
+MoCHi contrasts two views of one modality. Across modalities the two sides lie apart, above all while towers are
+untrained, and a mixture with the row lies between them, closer to the row than any column, its positive included. Such
+mixtures fill the denominator and follow the row as it moves, and columns are pulled to their rows but hardly pushed
+from others: random towers collapse to a point, and trained ones get worse. So ``towards`` is 0 by default. From random
+weights add the others after a warm-up, as the paper does: ``checkpoint.init_from``, or
+``loss: [info_nce, {name: mochi, warmup_samples: …}]``.
+
 Random numbers follow from the row's pair id and the ids of the whole batch, so they are the same on any number of ranks
 and after a resume.
 """
@@ -106,7 +113,9 @@ class MoCHi(Contrastive):
 
         hardest: Annotated[int, Field(ge=1)] = Field(32, description="N_h: negatives that are mixed, of each row")
         between: Annotated[int, Field(ge=0)] = Field(16, description="mixtures of two negatives, for each row")
-        towards: Annotated[int, Field(ge=0)] = Field(16, description="mixtures of a negative with the row itself")
+        towards: Annotated[int, Field(ge=0)] = Field(
+            0, description="mixtures of a negative with the row itself, for towers whose features share one region"
+        )
 
     def directions(self, inputs: RowInputs) -> tuple[RowLoss, RowLoss]:
         """See the base class."""

@@ -43,7 +43,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "false_negatives", "threshold": 0.1},
     {"name": "propensity", "semantic": 0.5},
     {"name": "groco", "stop_gradient": False, "negatives": 3},
-    {"name": "mochi", "hardest": 3},
+    {"name": "mochi", "hardest": 3, "towards": 5},
 ]
 CASES: list[dict[str, Any]] = [
     *({"name": n} for n in losses if n in OTHERS or issubclass(losses[n], Contrastive)),

@@ -17,7 +17,8 @@ from _papers import value
 from _tiny import naive_info_nce
 
 from dualenc.config import Component
-from dualenc.losses import build_loss
+from dualenc.losses import Extras, build_loss
+from dualenc.losses.adversarial import spread
 
 
 def gradient(a: Tensor, b: Tensor, ids: Tensor, s: float) -> Tensor:
@@ -38,7 +39,8 @@ def test_value_and_gradient_equal_a_loop() -> None:
 
     def moved(z: Tensor, g: Tensor) -> Tensor:
         g = g - (g * z).sum(1, keepdim=True) * z
-        return normalize(z + 0.3 * normalize(g, dim=1).detach(), dim=1)
+        sigma = (z - z.mean(0)).square().sum(1).mean().sqrt()
+        return normalize(z + 0.3 * (sigma * normalize(g, dim=1)).detach(), dim=1)
 
     x2 = moved(x, gradient(y.detach(), x.detach(), kept, 6.0))
     y2 = moved(y, gradient(x.detach(), y.detach(), kept, 6.0))
@@ -57,3 +59,21 @@ def test_value_and_gradient_equal_a_loop() -> None:
 @pytest.mark.parametrize("settings", [{"epsilon": 0.0}, {"share": 0.0}])
 def test_without_a_step_or_a_share_it_is_info_nce(settings: dict[str, float]) -> None:
     torch.testing.assert_close(value({"name": "adversarial", **settings}), value({"name": "info_nce"}))
+
+
+def test_training_leaves_a_narrow_cone_of_features() -> None:
+    """As untrained towers make them: items 0.003 apart, of which a step of 0.1 on the sphere would lose sight."""
+    g = torch.Generator().manual_seed(0)
+    both = normalize(torch.randn(8, generator=g), dim=0) + 1e-3 * torch.randn(2, 32, 8, generator=g)
+    features = torch.nn.Parameter(both.clone())
+    ids, s, extras = torch.arange(32), torch.tensor([14.0]), Extras(("image", "text"), {}, {})
+    loss = build_loss(Component(name="adversarial"))
+    optimizer = torch.optim.SGD([features], lr=0.5)
+    for _ in range(150):
+        a, b = normalize(features, dim=2)
+        out = jobs.call(loss, a, b, ids, s, extras)
+        optimizer.zero_grad()
+        out.value.backward()
+        optimizer.step()
+    assert float(spread(a.detach(), ids)) > 0.5
+    assert float(out.metrics["top1_ab"]) > 0.9

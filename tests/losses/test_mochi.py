@@ -15,7 +15,7 @@ import _every_jobs as jobs
 from _papers import value
 
 from dualenc.config import Component
-from dualenc.losses import build_loss
+from dualenc.losses import Extras, build_loss
 from dualenc.losses.hardest import hardest, uniform
 from dualenc.losses.mochi import mixtures
 
@@ -95,3 +95,17 @@ def test_draws_depend_on_the_id_and_the_batch_alone_and_look_uniform() -> None:
     assert float(x.std()) == pytest.approx(12**-0.5, abs=0.01)
     assert abs(float(torch.corrcoef(x.T).fill_diagonal_(0).abs().max())) < 0.08
     assert float((uniform(ids, torch.tensor(6), 8) == x).double().mean()) < 0.01
+
+
+def test_by_default_mixtures_do_not_take_over_where_the_sides_lie_apart() -> None:
+    """Each side in a narrow cone of its own, as of untrained towers: mixtures with the row fill its denominator."""
+    g = torch.Generator().manual_seed(0)
+    cones = normalize(torch.randn(2, 1, 16, generator=g), dim=2)
+    a, b = normalize(cones + 0.1 * normalize(torch.randn(2, 64, 16, generator=g), dim=2), dim=2)
+    given = (torch.arange(64), torch.tensor([14.0]), Extras(("image", "text"), {}, {}))
+    plain, default, towards = (
+        float(jobs.call(build_loss(Component(**settings)), a, b, *given).value)
+        for settings in ({"name": "info_nce"}, {"name": "mochi"}, {"name": "mochi", "towards": 16})
+    )
+    assert plain < default < plain + 0.5
+    assert towards > plain + 3
