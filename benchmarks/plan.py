@@ -1,12 +1,12 @@
 """``dualenc plan`` against runs: what it plans for each engine, and what real ranks allocate.
 
-    python -m benchmarks.plan [--ranks 1 2 4] [--engines DDP FSDP2 …] [--batch 16] [--steps 3]
+    python -m benchmarks.plan [--ranks 1 2 4] [--engines DDP FSDP2 …] [--batch 8] [--steps 2] [--recipe RECIPE]
 
 Every cell starts its ranks as processes on the CPU, joined by gloo, and takes real steps of a ViT and a text
-transformer (39 M parameters) on rows of the largest size. *measured* is the most that torch's CPU allocator had given
-out at once since before the model was built, on the rank where that was most, as torch's profiler reports it: the
-counterpart of ``torch.cuda.max_memory_allocated``. Resident memory would also count what libraries take for themselves,
-and not count pages that were given out and never written.
+transformer (39 M parameters), or of a recipe's model, on rows of the largest size. *measured* is the most that torch's
+CPU allocator had given out at once since before the model was built, on the rank where that was most, as torch's
+profiler reports it: the counterpart of ``torch.cuda.max_memory_allocated``. Resident memory would also count what
+libraries take for themselves, and not count pages that were given out and never written.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dualenc.data.batch import Batch
 from dualenc.distributed.launch import launch
 from dualenc.distributed.world import World, close_world, init_world
 from dualenc.errors import DualencError
+from dualenc.shipped import find_recipe
 
 RECIPE = """
 name: plan
@@ -119,23 +120,30 @@ def planned(path: Path, overrides: list[str], name: str, ranks: int) -> float:
     return needs[0].total / MIB  # of the largest micro-batch
 
 
-def cell(name: str, ranks: int, batch: int, steps: int, more: list[str]) -> tuple[float, float]:
+def cell(
+    name: str, ranks: int, batch: int, steps: int, more: list[str], recipe: str | None = None
+) -> tuple[float, float]:
     """MiB of one rank: planned and measured."""
     overrides = [*ENGINES[name], f"batch.size={batch * ranks}", "engine.device=cpu", *more]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
-        path.write_text(RECIPE, encoding="utf-8")
+        if recipe is None:
+            path.write_text(RECIPE, encoding="utf-8")
+        else:
+            path = find_recipe(recipe)
         return planned(path, overrides, name, ranks), measured(path, overrides, ranks, steps)
 
 
-def table(names: list[str], worlds: list[int], batch: int, steps: int, more: list[str]) -> None:
+def table(
+    names: list[str], worlds: list[int], batch: int, steps: int, more: list[str], recipe: str | None = None
+) -> None:
     """Print a line for each engine and number of ranks; DDP of one rank is one process."""
     print(f"{'engine':<12}{'ranks':>6}{'planned MiB':>13}{'measured MiB':>14}{'ratio':>7}")
     for name in names:
         for ranks in worlds:
             if (name == "one process" and ranks > 1) or (name == "DDP" and ranks == 1):
                 continue
-            plan, allocated = cell(name, ranks, batch, steps, more)
+            plan, allocated = cell(name, ranks, batch, steps, more, recipe)
             print(f"{name:<12}{ranks:>6}{plan:>13,.0f}{allocated:>14,.0f}{plan / allocated:>7.2f}", flush=True)
 
 
@@ -146,7 +154,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE")
     parser.add_argument("--batch", type=int, default=8, help="samples of a rank")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--recipe", help="whose model to take; name or path")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(arguments)
@@ -154,7 +162,7 @@ def main(arguments: list[str]) -> None:
         found = measure(load_recipe(given.recipe, given.overrides), given.steps)
         (given.rank_of / f"rank{os.environ.get('RANK', '0')}").write_text(str(found), encoding="ascii")
         return
-    table(given.engines, given.ranks, given.batch, given.steps, given.overrides)
+    table(given.engines, given.ranks, given.batch, given.steps, given.overrides, given.recipe)
 
 
 if __name__ == "__main__":

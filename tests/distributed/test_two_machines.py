@@ -29,7 +29,7 @@ STEPS, EVERY = 40, 8
 RUN = [str(RECIPE), *SMALL, f"budget.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "out=run"]
 PORT = 29500
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,18 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 
 @cache
 def on_one_machine(engine: str) -> list[float]:
-    """The curve of two ranks on one machine, under the same engine: another adds up in another order."""
+    """The curve of two ranks on one machine.
+
+    Of the same engine, as engines round differently and this seed's image tower has a ReLU whose input is all but zero
+    at step 10: it opens under FSDP2 and ZeRO and not under DDP or in one process, 2e-4 of the loss later on. (With
+    seeds 1 and 2 all engines agree to 1e-6.)
+    """
     command = [sys.executable, "-m", "dualenc", "launch", "--nproc", "2", "train", *RUN, *ENGINES[engine]]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=folder, env=environment(), text=True, capture_output=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
         return losses(Path(folder, "run"))
 
 
@@ -120,7 +128,7 @@ def deepspeed(machine: Machine, first: Machine, engine: str, hostfile: Path) -> 
     return [str(BIN / "deepspeed"), *place, "--module", "dualenc", "train", *RUN, *ENGINES[engine]]
 
 
-def ended(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float = 240) -> None:
+def ended(processes: list[subprocess.Popen[bytes]], folder: Path, timeout_s: float = 400) -> None:
     """Wait for both machines' launchers; an error shows what they said."""
     deadline = time.monotonic() + timeout_s
     try:
@@ -170,7 +178,7 @@ def test_a_lost_machine_comes_back_and_the_run_resumes(
     """The other's torchrun waits for it and restarts both ranks from the newest checkpoint."""
     first, second = machines
     started = {m: m.start(torchrun(m, first, engine), tmp_path, f"{m.name}.log") for m in machines}
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while step_of(tmp_path) <= EVERY:
         assert time.monotonic() < deadline, (tmp_path / f"{first.name}.log").read_text()[-3000:]
         time.sleep(0.02)
