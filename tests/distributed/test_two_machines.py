@@ -102,8 +102,8 @@ def on_one_machine(engine: str) -> list[float]:
     """The curve of two ranks on one machine.
 
     Of the same engine: with this seed FSDP2 and ZeRO 2 part from DDP and one process at step 10, by 2e-4 of the loss
-    later on, and the weights differ in a few rows before a ReLU, which may have opened in one and not in the other. With
-    seeds 1 and 2 DDP, FSDP2 and ZeRO 2 agree to 1e-6.
+    later on, and the weights differ in a few rows before a ReLU, which may have opened in one and not in the other.
+    With seeds 1 and 2 DDP, FSDP2 and ZeRO 2 agree to 1e-6.
     """
     command = [sys.executable, "-m", "dualenc", "launch", "--nproc", "2", "train", *RUN, *ENGINES[engine]]
     with tempfile.TemporaryDirectory() as folder:
