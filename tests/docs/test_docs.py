@@ -71,9 +71,15 @@ def steps(page: str) -> list[list[Block]]:
     return out
 
 
+FIRST = ("README.md", "docs/start.md", "docs/python.md", "docs/finetune.md")
+"""Pages that ``make test`` runs; the others, a quarter of an hour together, are run by ``make test-all``."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", [p for p in PAGES if runs(p)])
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=() if p in FIRST else pytest.mark.extra) for p in PAGES if runs(p)]
+)
 def test_a_page_runs(page: str, workplace: Workplace) -> None:
     if page in NEEDS and not NEEDS[page].is_dir():
         pytest.skip(f"{page} needs {NEEDS[page]}")
