@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT / "tests" / "model"))
 from test_released_clap import write_clap
 from test_released_models import write_hf
 
-SHORT = "budget.steps=2 batch.size=8 schedule.warmup_samples=0 engine.threads=1 data.workers=0"
+SHORT = "budget.steps=2 batch.size=8 batch.micro=null schedule.warmup_samples=0 engine.threads=1 data.workers=0"
 """Added to every line that trains: the pages' own budgets are minutes to days."""
 NAMES = ("cat.jpg", "bike.jpg", "house.jpg")
 NUSCENES = DATA / "camera_lidar" / "nuscenes_scene-0523"
