@@ -45,15 +45,6 @@ class Switchable(Protocol):
         ...
 
 
-@runtime_checkable
-class GroupsLengths(Protocol):
-    """A model whose text towers can encode captions of like length apart."""
-
-    def group_lengths(self) -> None:
-        """Switch it on."""
-        ...
-
-
 class Engine(Protocol):
     """Runs forward, backward and optimizer step. All ranks call the same methods in the same order.
 
@@ -154,15 +145,11 @@ def protect_outputs(model: nn.Module) -> None:
 
 
 def apply_memory_and_compile(model: nn.Module, config: EngineConfig) -> None:
-    """Switch gradient checkpointing, torch.compile and length groups on in the towers, before the model is wrapped.
+    """Switch gradient checkpointing and torch.compile on in the towers, before the model is wrapped.
 
     Raises:
         ConfigError: if the model cannot do what the recipe asks.
     """
-    sharded = config.zero_stage == 3 if config.kind == "deepspeed" else config.parallel == "fsdp2"
-    # Sharded weights are gathered at every call, so that all ranks have to make equally many.
-    if not sharded and isinstance(model, GroupsLengths):
-        model.group_lengths()
     wanted = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
     for key in (k for k, asked in wanted.items() if asked):
         if not isinstance(model, Switchable):

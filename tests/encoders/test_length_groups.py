@@ -11,12 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualenc.config import Component, EngineConfig
+from dualenc.config import Component
 from dualenc.data.modalities import modalities
 from dualenc.encoders import build_tower
 from dualenc.encoders.length_groups import cuts, in_length_groups
 from dualenc.encoders.tower import Tower
-from dualenc.engine.protocol import apply_memory_and_compile
 
 HF = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 600}
 CLIP = {"max_position_embeddings": 77, "eos_token_id": 599, "bos_token_id": 598, "pad_token_id": 0}
@@ -90,21 +89,3 @@ def test_cuts_are_the_cheapest() -> None:
             for inner in itertools.combinations(range(1, n), k)
         ]
         assert price(cuts(lengths, 20), lengths) == min(price(runs, lengths) for runs in every)
-
-
-def test_only_engines_that_keep_all_weights_group() -> None:
-    class Model(torch.nn.Module):
-        grouped = False
-
-        def group_lengths(self) -> None:
-            self.grouped = True
-
-    kinds: dict[bool, list[dict[str, Any]]] = {
-        True: [{}, {"parallel": "ddp"}, {"kind": "deepspeed", "zero_stage": 2}],
-        False: [{"parallel": "fsdp2"}, {"kind": "deepspeed", "zero_stage": 3}],
-    }
-    for wanted, configs in kinds.items():
-        for config in configs:
-            model = Model()
-            apply_memory_and_compile(model, EngineConfig.model_validate(config))
-            assert model.grouped is wanted, config
