@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +141,12 @@ def _samples(reader: Reader, opened: ShardSet, looked_at: int) -> Iterator[Found
         **{m: modalities[m].default_members for m in ("image", "audio", "text")},
         **sensors,
     }
-    places = [(shard, i) for shard, n in enumerate(opened.counts) for i in range(n)]
-    for shard, place in sorted(random.Random(0).sample(places, min(looked_at, len(places)))):
+    counts = opened.counts
+    ends = list(accumulate(counts))  # samples are numbered, not listed: there may be billions
+    total = ends[-1] if ends else 0
+    for number in sorted(random.Random(0).sample(range(total), min(looked_at, total))):
+        shard = bisect_right(ends, number)
+        place = number - (ends[shard] - counts[shard])
         try:
             yield reader.find(0, shard, reader.locate(0, shard, place), wanted)
         except SampleError:

@@ -112,6 +112,14 @@ def _plain_optimizer(optim: Optim, groups: list[dict[str, Any]], fused: bool) ->
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
 
 
+def moments(optim: Optim, trained: int, matrices: int) -> int:
+    """Elements (or bytes) of what the optimizer keeps of ``trained`` parameters, of which Muon updates ``matrices``:
+    two moments for AdamW, one momentum for SGD (none without) and for Muon."""
+    if optim.name == "sgd":
+        return trained if optim.momentum else 0
+    return 2 * trained - (matrices if optim.name == "muon" else 0)
+
+
 def set_lr_factor(groups: list[dict[str, Any]], factor: float) -> None:
     """Set every group's learning rate to ``factor`` times its peak."""
     for group in groups:

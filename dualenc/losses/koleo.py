@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dualenc.distributed.gather import gather
-from dualenc.losses.blockwise.strips import strip_size
+from dualenc.losses.hardest import hardest
 from dualenc.losses.loss import Loss, LossOutput, losses
 from dualenc.losses.rowwise import StripConfig, shared_out
 
@@ -28,26 +28,11 @@ def koleo(x: Tensor, ids: Tensor, strip_mb: float = 64.0) -> Tensor:
     all_ids, share = shared_out(ids, x.dtype)
     all_x = gather(x)
     rows = ids >= 0
-    nearest, found = nearest_other(x[rows].detach(), ids[rows], all_x.detach(), all_ids, strip_mb)
+    cosine, nearest = hardest(x[rows].detach(), ids[rows], all_x.detach(), all_ids, 1, strip_mb)
+    found = ~cosine[:, 0].isneginf()
     # Squares of a difference of two equal rows have no gradient; a norm's would be 0/0.
-    squared = (x[rows][found] - all_x[nearest[found]]).square().sum(1)
+    squared = (x[rows][found] - all_x[nearest[found, 0]]).square().sum(1)
     return -0.5 * squared.clamp(min=_CLOSEST**2).log().sum() / share
-
-
-def nearest_other(
-    rows: Tensor, row_ids: Tensor, columns: Tensor, column_ids: Tensor, strip_mb: float
-) -> tuple[Tensor, Tensor]:
-    """Of each row [n, D] the place [n] of the nearest valid column [N, D] of another id; bool [n]: there is one."""
-    size = strip_size(len(columns), strip_mb)
-    best, found = [], []
-    for k in range(0, len(rows), size):
-        cosine = rows[k : k + size] @ columns.T
-        out = (column_ids < 0)[None] | (row_ids[k : k + size, None] == column_ids[None])
-        top, at = cosine.masked_fill(out, -float("inf")).max(1)
-        best.append(at)
-        found.append(~top.isneginf())
-    empty = row_ids.new_zeros(0)
-    return torch.cat([empty, *best]), torch.cat([empty.bool(), *found])
 
 
 @losses.register("koleo")

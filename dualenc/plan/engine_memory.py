@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dualenc.config import EngineConfig, Optim
+from dualenc.engine.optim import moments
 from dualenc.plan.weights import Leaf, Weights
 
 F64 = npt.NDArray[np.float64]
@@ -96,26 +97,17 @@ def holding(kind: EngineKind, weights: Weights, optim: Optim, ranks: int, chunke
     T, P = FP32 * weights.trained, FP32 * weights.total + weights.buffers
     scratch = 0 if cuda else 2 * FP32 * weights.largest
     average = P if _averages(optim) else 0
-    moments = FP32 * _moments(weights, optim)
+    kept = FP32 * moments(optim, weights.trained, weights.matrices)
     if kind is DDP:  # gradients are views of the buckets, once they are reduced
         own = T if chunked else 0
-        return Holding(P, moments, average, T, lambda done: np.full_like(done, own), T + own + scratch)
+        return Holding(P, kept, average, T, lambda done: np.full_like(done, own), T + own + scratch)
     flat = min(T, FP32 * REDUCE_BUCKET) if kind is ZERO[0] else 0  # one bucket, flattened to be reduced
     ever = (lambda done: np.full_like(done, T)) if chunked else (lambda done: FP32 * done)
-    return Holding(P, moments, average, 0, ever, T + max(scratch, flat))
+    return Holding(P, kept, average, 0, ever, T + max(scratch, flat))
 
 
 def _averages(optim: Optim) -> bool:
     return optim.ema_samples is not None or optim.trajectory is not None
-
-
-def _moments(weights: Weights, optim: Optim) -> float:
-    """Elements of the optimizer's state."""
-    if optim.name == "sgd":
-        return weights.trained if optim.momentum else 0
-    if optim.name == "muon":
-        return 2 * weights.trained - weights.matrices
-    return 2 * weights.trained
 
 
 def _sum(leaves: list[Leaf], ranks: int = 1) -> float:
@@ -142,15 +134,16 @@ def _fsdp2(weights: Weights, optim: Optim, ranks: int, chunked: bool, cuda: bool
         # Those of a block are copied into the buffer that is reduced; those outside of blocks wait for the end.
         return FP32 * done * share + root * done / max(weights.trained, 1) + 2 * block
 
-    moments = FP32 * _moments(weights, optim) * share
+    kept = FP32 * moments(optim, weights.trained, weights.matrices) * share
     average = P if _averages(optim) else 0
-    return Holding(P + weights.buffers, moments, average, working, gradients, part + scratch)
+    return Holding(P + weights.buffers, kept, average, working, gradients, part + scratch)
 
 
 def _zero(stage: int, weights: Weights, optim: Optim, ranks: int, chunked: bool, cuda: bool) -> Holding:
     T, frozen = FP32 * weights.trained, FP32 * (weights.total - weights.trained)
     part, bucket = T / ranks, FP32 * REDUCE_BUCKET
-    optimizer = FP32 * _moments(weights, optim) / ranks + part  # with this rank's copy of the weights
+    # With this rank's copy of the weights.
+    optimizer = FP32 * moments(optim, weights.trained, weights.matrices) / ranks + part
     scratch = 0 if cuda else 2 * part  # the optimizer sees one flat parameter
     once = min(T, bucket)  # gradients that are reduced together
     if stage == 3:

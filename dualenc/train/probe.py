@@ -14,7 +14,7 @@ from torch import nn
 
 from dualenc.config import EngineConfig, Recipe
 from dualenc.distributed.world import World, all_gather_object, close_world, init_world
-from dualenc.engine.optim import parameters_by_role
+from dualenc.engine.optim import moments, parameters_by_role
 from dualenc.train.loop import Run
 
 STEPS = 2
@@ -36,9 +36,7 @@ def standing_bytes(model: nn.Module, recipe: Recipe, ranks: int) -> dict[str, in
     trained = {role: sum(p.numel() * p.element_size() for p in found) for role, found in roles.items()}
     weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     gradients = sum(trained.values())
-    # AdamW keeps two moments of each parameter; SGD, and Muon of its matrices, one momentum.
-    one = gradients if recipe.optim.name == "sgd" else trained.get("matrix", 0) if recipe.optim.name == "muon" else 0
-    states = one + 2 * (gradients - one)
+    states = moments(recipe.optim, gradients, trained.get("matrix", 0))
     if recipe.engine.kind == "deepspeed" and recipe.engine.zero_stage > 0:
         states += gradients  # ZeRO steps on a copy of the weights
     sharded = _sharded(recipe.engine, ranks)
