@@ -24,7 +24,7 @@ def in_length_groups(encode: Callable[[Mapping[str, Tensor]], Tensor], x: Mappin
         x: its argument; ``mask`` marks real tokens, which come first in every row.
     """
     mask = x["mask"]
-    # Fake tensors, as ``dualenc plan`` uses them, have no values.
+    # Fake tensors, which an export runs on, have no values.
     if type(mask) is not Tensor or mask.device.type != "cpu" or torch.compiler.is_compiling() or len(mask) < 2:
         return encode(x)
     lengths = mask.sum(1).numpy()

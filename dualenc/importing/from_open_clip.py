@@ -60,8 +60,8 @@ def _refuse(given: Given) -> None:
     """What no recipe can train."""
     if "coca" in given["model"].lower():
         raise ConfigError(
-            f"--model {given['model']}: CoCa also trains a captioning decoder, which dualenc has not; its two towers "
-            "alone are trained with the text tower and image size of, for example, --model ViT-L-14"
+            f"--model {given['model']}: CoCa also trains a captioning decoder, which dualenc does not have; its two "
+            "towers alone are trained with the text tower and image size of, for example, --model ViT-L-14"
         )
     if given["use_bnb_linear"]:
         raise ConfigError(

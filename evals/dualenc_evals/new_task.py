@@ -18,6 +18,7 @@ from dualenc.data.shards.reader import SampleError, iter_samples
 from dualenc.data.sources import Item, sources
 from dualenc.data.sources.columns import TEXT_COLUMNS, LazyRow
 from dualenc.data.sources.folder import AUDIO_ENDINGS, IMAGE_ENDINGS, FolderSettings, layout_of, walk
+from dualenc.data.sources.opened import open_binary
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc_evals.catalog import parse_task
 from dualenc_evals.read.shards import read_rows
@@ -138,7 +139,7 @@ def _shards(pattern: str, label: str | None) -> Look:
         if "label" in sample.values:
             value = sample.values["label"]
             look.several = look.several or isinstance(value, list)
-            labels.update(_words(value.decode() if isinstance(value, bytes) else value))
+            labels.update(_words(value.decode("utf-8", "replace") if isinstance(value, bytes) else value))
         if "text" in sample.values:
             texts[str(sample.values["text"])] += 1
     media = [m for m in ("image", "audio") if m in found]
@@ -197,7 +198,8 @@ def _table(path: str, kind: str, label: str | None) -> Look:
 
 def _delimiter(path: str) -> str | None:
     """Of a .csv whose header has no comma: a semicolon or tab; None: the usual one."""
-    first = Path(path).expanduser().read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
+    with open_binary(path) as raw:
+        first = raw.readline(1 << 20).decode("utf-8-sig", "replace")
     usual = "\t" if path.lower().endswith(".tsv") else ","
     return next((d for d in (";", "\t", ",", "|") if d in first and d != usual), None) if usual not in first else None
 

@@ -138,6 +138,19 @@ def test_shards_with_texts_and_with_numbers_as_classes() -> None:
     assert "These are numbers: write the names." in Path("c.yaml").read_text(encoding="utf-8")
 
 
+def test_damaged_labels_and_missing_tables_are_named() -> None:
+    with tarfile.open("d-000000.tar", "w") as tar:
+        for i in range(4):
+            for ending, raw in (("png", image(Path("x.png"), i)), ("cls", b"\xff\xfe" if i == 3 else b"cat")):
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+    with pytest.raises(DataError, match=r"3\.cls is not UTF-8"):
+        made("--data", "d-000000.tar")
+    with pytest.raises(DataError, match=r"There is no file missing\.csv"):
+        made("--data", "missing.csv")
+
+
 def test_what_cannot_be_a_task_says_what_to_do() -> None:
     table = rows(Path())
     write_csv(Path("none.csv"), [{"a": 1, "b": 2}], ["a", "b"])
