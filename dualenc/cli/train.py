@@ -63,8 +63,9 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.data.shards.index import open_sources
     from dualenc.data.values import check_values
     from dualenc.encoders import batch_norm_notes
+    from dualenc.losses import build_loss
     from dualenc.model import build_bundle
-    from dualenc.train.build import total_steps
+    from dualenc.train.build import add_heads, total_steps
     from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
     from dualenc.train.probe import standing_memory
@@ -76,6 +77,7 @@ def print_plan(recipe: Recipe) -> None:
     for m, part in recipe.modalities.items():
         if part.lora is not None:
             bundle.model.add_adapters(m, part.lora)
+    add_heads(build_loss(recipe.loss), bundle, recipe.seed)
     table = Table("part", "parameters", "trained", title=f"{recipe.name}: model", title_justify="left")
     rows = [*bundle.model.towers.items(), ("whole model", bundle.model)]
     for name, module in rows:

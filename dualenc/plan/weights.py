@@ -13,6 +13,7 @@ from dualenc.data.modalities import ModalityInput, rows_of
 from dualenc.encoders import DualEncoder, build_tower
 from dualenc.encoders.tower import repeated
 from dualenc.engine.optim import parameters_by_role
+from dualenc.losses import build_loss
 from dualenc.model.bundle import kind_of, locks, resolve_input, shared_of
 from dualenc.plugins import import_plugins
 
@@ -87,7 +88,8 @@ def count(model: nn.Module) -> Weights:
 
 
 def build_on(device: str, recipe: Recipe) -> tuple[DualEncoder, dict[str, ModalityInput]]:
-    """A recipe's model, in training mode, and its inputs; on ``meta`` it has shapes and no memory.
+    """A recipe's model with the heads that its loss trains, in training mode, and its inputs; on ``meta`` it has shapes
+    and no memory.
 
     Its towers are those of :func:`dualenc.model.build_bundle`. Nothing is tried in them, and weights that a recipe
     starts from count for nothing here.
@@ -111,4 +113,6 @@ def build_on(device: str, recipe: Recipe) -> tuple[DualEncoder, dict[str, Modali
         for m, part in recipe.modalities.items():
             if part.lora is not None and part.shares is None:
                 model.add_adapters(m, part.lora)
+        for group, head in build_loss(recipe.loss).heads(recipe.embed_dim, model.modalities).items():
+            model.add_head(group, head)
     return model.train(), inputs

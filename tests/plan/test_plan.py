@@ -70,6 +70,18 @@ def test_autograd_keeps_what_the_backward_needs() -> None:
         y.backward()
 
 
+def test_what_a_loss_trains_is_counted() -> None:
+    loss = "loss=[info_nce, {name: barlip, project: 64, hidden: 32}]"
+    plain, _ = build_on("meta", recipe())
+    model, _ = build_on("meta", recipe(loss))
+    d = recipe().embed_dim
+    projector = d * 32 + 32 + 2 * 32 + 32 * 64 + 64  # linear, layer norm, linear
+    assert count(model).trained - count(plain).trained == 2 * projector
+    when, _ = activations.timeline(recipe(loss))
+    assert not when.real
+    assert when.after_forward(8) > activations.timeline(recipe())[0].after_forward(8)
+
+
 # --- activations ---------------------------------------------------------------------------------------------------
 
 

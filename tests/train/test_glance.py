@@ -146,6 +146,21 @@ def test_a_dry_run_prints_the_estimate(monkeypatch: pytest.MonkeyPatch, capfd: p
     assert re.search(rf"memory per rank, estimate for 4 rank\(s\): {parts}", said), said
 
 
+def test_a_dry_run_counts_what_the_loss_trains(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def trained(*items: str) -> int:
+        code, said = dry_run(monkeypatch, capfd, *items)
+        assert code == 0, said
+        found = re.search(r"whole model\D+[\d,]+\D+([\d,]+)", said)
+        assert found is not None, said
+        return int(found[1].replace(",", ""))
+
+    d = load_recipe(RECIPE, QUICK).embed_dim
+    projector = d * 32 + 32 + 2 * 32 + 32 * 64 + 64
+    assert trained("loss={name: barlip, project: 64, hidden: 32}") - trained() == 2 * projector
+
+
 PROBED = re.compile(
     r"measured on 2 steps, (\d) rank\(s\): at most ([\d,]+) MiB of main memory(, [\d,]+ MiB for each data worker)? a "
     r"rank; ([\d.e-]+) s a step, so \d+ (s|min) for 1,000 steps"
