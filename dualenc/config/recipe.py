@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AliasChoices,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -107,6 +109,11 @@ class Data(Section):
         default="without_replacement",
         description="without_replacement, with_replacement, or a plugin's plan; {name: …} with its settings",
     )
+    batches: Component | None = Field(
+        default=None,
+        description="which samples meet in a batch: by_source, by_value, clusters, groups, hard_negatives, bags or a "
+        "plugin's plan; {name: …} with its settings; default: any",
+    )
     lanes: Positive = Field(
         1, description="each epoch is split into this many streams of shards; a rank reads only its own lanes' shards"
     )
@@ -148,6 +155,17 @@ class Data(Section):
     stall_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="after this many seconds, say which batch training waits for"
     )
+
+    @field_validator("batches", mode="before")
+    @classmethod
+    def _one_plan(cls, raw: Any) -> Any:
+        return {"name": raw} if isinstance(raw, str) else raw
+
+    @model_serializer(mode="wrap")
+    def _without_batches(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a batch plan are written, compared and resumed as they were before there was any."""
+        out: dict[str, Any] = write(self)
+        return out if self.batches is not None else {k: v for k, v in out.items() if k != "batches"}
 
 
 class LogitScale(Section):

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, WHOLE, BadSample, Batch
+from dualenc.data.batches import Composed
 from dualenc.data.driving.places import by_slot
 from dualenc.data.modalities.modality import (
     DecodeError,
@@ -302,6 +303,8 @@ class StepDataset(Dataset[Any]):
         if self._reader is None or self._owner != os.getpid():
             # After a fork, file offsets and connections are the parent's.
             span = window_of(self.data, self.sets) * self.data.lanes
+            if isinstance(self.plan, Composed) and self.plan.scattered:
+                span = self.plan.total
             self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
             self._planned = {}

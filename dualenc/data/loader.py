@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dualenc.config import Data
 from dualenc.data.batch import Batch
+from dualenc.data.batches import ReadFacts, compose
 from dualenc.data.dataset import Failure, StepDataset, StepSampler, TeacherView, check_mix, members_of
 from dualenc.data.modalities.modality import ModalityInput
 from dualenc.data.order import Plan
@@ -78,13 +79,14 @@ class Loader:
         wanted = [members_of(data, i, inputs, pairs) for i in range(len(data.sources))]
         check_mix(data, inputs, pairs)
         self.sets = open_sources(data)
-        self.plan: Plan = build_plan(data, self.sets, seed)
         self.rank, self.world, self.batch_size = rank, world, batch_size
         self.start_step = start_step
         self.stop_step: int | None = None
         self.last_wait_s = self.data_wait = 0.0
         self._data, self._pin, self._method = data, pin_memory, start_method
         self._cache = _open_cache(data, self.sets)
+        facts = ReadFacts(data, self.sets, self._cache)
+        self.plan: Plan = compose(build_plan(data, self.sets, seed), data, batch_size, facts)
         self.how_read = how_read(data, self.sets)
         self._finalizer = None
         if self._cache is not None and data.cache_dir is None:

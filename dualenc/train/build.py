@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe
+from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
-from dualenc.distributed.world import World
+from dualenc.distributed.world import World, agree
 from dualenc.engine import Engine, build_engine
 from dualenc.engine.ema import EMA, Average, Trajectory
 from dualenc.errors import CheckpointError, did_you_mean
@@ -208,7 +209,10 @@ def begin_state(recipe: Recipe, distiller: Distiller | None, save: Path | None) 
 def build_loader(
     recipe: Recipe, bundle: Bundle, world: World, distiller: Distiller | None, start_step: int, pin_memory: bool
 ) -> Loader:
-    """This rank's batches, with what the teachers ask for."""
+    """This rank's batches, with what the teachers ask for. What a batch plan reads is written by rank 0 first."""
+    if recipe.data.batches is not None:
+        first = world.rank == 0
+        agree(lambda: prepare(recipe.data, recipe.batch.size, recipe.seed) if first else None, world)
     loader = Loader(
         recipe.data,
         bundle.inputs,

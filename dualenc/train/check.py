@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualenc.config import Recipe
+from dualenc.data.batches import chosen_batches
+from dualenc.data.batches.composed import check_sampling
 from dualenc.data.plans import chosen
 from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
@@ -25,6 +27,9 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_device(recipe.engine.device)
     chosen(recipe.data.sampling)
+    if recipe.data.batches is not None:
+        chosen_batches(recipe.data.batches)
+        check_sampling(recipe.data)
     check_loss(build_loss(recipe.loss), recipe.data, recipe.pairs)
     if recipe.distill is not None:
         build_terms(recipe.distill)

@@ -116,7 +116,7 @@ class Run:
     def _probe(self) -> Loader:
         """Batches of one slot, read by this process."""
         p = self.parts
-        data = p.recipe.data.model_copy(update={"workers": 0})
+        data = p.recipe.data.model_copy(update={"workers": 0, "batches": None})
         small = p.recipe.model_copy(update={"data": data, "batch": Batches(size=p.world.world_size)})
         return build_loader(small, p.bundle, p.world, p.distiller, 0, pin_memory=False)
 

@@ -42,7 +42,7 @@ def find_save(recipe: Recipe, run_dir: Path, world: World) -> Path | None:
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """What must stay the same for a resumed run to be the run that was saved."""
     full = recipe.model_dump(mode="json")
-    data = {k: full["data"][k] for k in ("sampling", "lanes", "window")}
+    data = {k: full["data"][k] for k in ("sampling", "lanes", "window", "batches") if k in full["data"]}
     named = ("name", "weight", "members", "values")  # values: only where a source has some
     sources = [{k: s[k] for k in named if k in s} for s in full["data"]["sources"]]
     keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
