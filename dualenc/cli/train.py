@@ -60,6 +60,7 @@ def train(
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
+    from dualenc.data.batches import prepare
     from dualenc.data.shards.index import open_sources
     from dualenc.data.values import check_values
     from dualenc.encoders import batch_norm_notes
@@ -91,6 +92,11 @@ def print_plan(recipe: Recipe) -> None:
     print_pipes(console, recipe)
     sets = open_sources(recipe.data)
     per_pass = sum(sum(s.counts) for s in sets)
+    if recipe.data.batches is not None:
+        composed = prepare(recipe.data, recipe.batch.size, recipe.seed)
+        per_pass = composed.samples_per_pass
+        for line in composed.describe():
+            console.print(line, highlight=False, markup=False)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size

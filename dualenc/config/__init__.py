@@ -1,6 +1,7 @@
 """The recipe: everything about one run, as typed data; see :mod:`dualenc.config.recipe`."""
 
 from dualenc.config.distill import Anchor, Distill, LookAhead, Teacher
+from dualenc.config.phases import Phase
 from dualenc.config.reading import apply_override, dump_yaml, load_yaml, parse, read_yaml, settings_as
 from dualenc.config.recipe import (
     Batches,
@@ -21,6 +22,7 @@ from dualenc.config.recipe import (
     Unlocked,
     load_recipe,
     pair_name,
+    phase_recipes,
 )
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.config.source import Source, Value
@@ -41,6 +43,7 @@ __all__ = [
     "Lora",
     "Modality",
     "Optim",
+    "Phase",
     "Positive",
     "Recipe",
     "Schedule",
@@ -57,6 +60,7 @@ __all__ = [
     "load_recipe",
     "load_yaml",
     "pair_name",
+    "phase_recipes",
     "parse",
     "read_yaml",
     "settings_as",

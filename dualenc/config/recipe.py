@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from dualenc.config.distill import Distill, with_anchor
-from dualenc.config.reading import apply_override, parse, read_yaml
+from dualenc.config.phases import Phase, check_kept
+from dualenc.config.reading import apply_override, merge, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.config.source import Source
 from dualenc.errors import did_you_mean
@@ -400,6 +401,21 @@ class Recipe(Section):
     )
     eval: Evals = Field(default=Evals(), description="zero-shot evaluation while training")
     tracking: Tracking = Field(default=Tracking(), description="where metrics go")
+    phases: list[Phase] = Field(
+        default_factory=list,
+        description="what changes within the run: at: where, and keys of modalities, loss, data, batch, optim, schedule",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_phases(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without phases are written, compared and resumed as they were before there were any."""
+        out: dict[str, Any] = write(self)
+        return out if self.phases else {k: v for k, v in out.items() if k != "phases"}
+
+    @model_validator(mode="after")
+    def _phases_are_recipes(self) -> Recipe:
+        phase_recipes(self)
+        return self
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -463,6 +479,26 @@ class Recipe(Section):
                 "their features would not fit the mixture; use data.mix: 0"
             )
         return self
+
+
+def phase_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each phase, the first being the recipe itself; each is built on the one before and has no phases.
+
+    Raises:
+        ConfigError: a phase makes an invalid recipe, or changes what a run keeps.
+    """
+    out = [recipe.model_copy(update={"phases": []})]
+    for number, phase in enumerate(recipe.phases):
+        before = out[-1].model_dump(mode="json")
+        raw = merge(before, phase.changes)
+        for part in raw["modalities"].values():
+            if isinstance(part, dict) and part.get("shares") is not None:  # taken from the other one again
+                for key in ("encoder", "kind", "lock", "lora", "init_from"):
+                    part.pop(key, None)
+        now = parse(Recipe, raw, {}, f"phases.{number}")
+        check_kept(number, before, now.model_dump(mode="json"))
+        out.append(now)
+    return out
 
 
 def pair_name(pair: tuple[str, str]) -> str:
