@@ -103,6 +103,8 @@ def print_plan(recipe: Recipe) -> None:
     passes = f" ({seen / per_pass:.2f} epochs)"
     console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
     check_length(recipe, steps)
+    if recipe.phases:
+        print_phases(console, recipe)
     check_data(recipe, bundle)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     console.print(standing_memory(bundle.model, recipe, ranks), highlight=False, markup=False)
@@ -112,6 +114,26 @@ def print_plan(recipe: Recipe) -> None:
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
+
+
+def print_phases(console: Console, recipe: Recipe) -> None:
+    """Where each phase begins, what it trains and what it changes; its batch plan if that is another one."""
+    from dualenc.data.batches import prepare
+    from dualenc.train.phases import check_models, timeline
+    from dualenc.train.resume import differences
+
+    spans, before = timeline(recipe), None
+    for span, (parameters, trained) in zip(spans, check_models(recipe), strict=True):
+        now = span.recipe.model_dump(mode="json")
+        changes = [] if before is None else [f"{k} = {new!r} (was {old!r})" for k, old, new in differences("", before, now)]
+        samples = span.start * recipe.batch.size
+        where = f"phase {span.number} from step {span.start:,} ({samples:,} samples) to {span.stop:,}"
+        said = f"{where}: trains {trained:,} of {parameters:,} parameters{'; ' if changes else ''}{'; '.join(changes)}"
+        console.print(said, highlight=False, markup=False)
+        if span.number and span.data_phase == span.number and span.recipe.data.batches is not None:
+            for line in prepare(span.recipe.data, recipe.batch.size, span.data_seed).describe():
+                console.print(line, highlight=False, markup=False)
+        before = now
 
 
 def print_probe(recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dualenc.config.reading import merge
 from dualenc.errors import ConfigError, did_you_mean
 
 CHANGEABLE = ("modalities", "loss", "data", "batch", "optim", "schedule")
@@ -45,13 +46,10 @@ class Phase(BaseModel):
         """What it changes, nested as in a recipe; dotted keys are taken apart."""
         out: dict[str, Any] = {}
         for key, value in (self.model_extra or {}).items():
-            *parents, last = key.split(".")
-            node = out
-            for part in parents:
-                node = node.setdefault(part, {})
-                if not isinstance(node, dict):
-                    raise ValueError(f"{key}: {part} is given twice")
-            node[last] = {**node[last], **value} if isinstance(node.get(last), dict) and isinstance(value, dict) else value
+            node: Any = value
+            for part in reversed(key.split(".")):
+                node = {part: node}
+            out = merge(out, node)
         return out
 
     def samples(self, batch: int, per_epoch: int, total: int) -> float:

@@ -104,7 +104,8 @@ def nearest_neighbors(x: Tensor, k: int, max_cosine: float = 1.0) -> np.ndarray:
         cosine = x[start : start + _BLOCK] @ x.T
         own = torch.arange(len(cosine))
         cosine[own, start + own] = -2
-        cosine[cosine > max_cosine] = -2
+        if max_cosine < 1:
+            cosine[cosine > max_cosine] = -2
         value, at = cosine.topk(min(k, n))
         at[value <= -2] = -1
         out[start : start + len(cosine), : at.shape[1]] = at.numpy()
