@@ -1,10 +1,14 @@
 """Batch plans against a plain order on the quickstart's data: R@10 of held-out emoji, as it comes out.
 
     python -m benchmarks.batch_plans [--steps 100] [--seeds 0 1] [--out runs/batch_plans] [--table]
+    python -m benchmarks.batch_plans --arrange 1000000
 
 A model is trained for ``steps`` steps in the plain order; its features give the clusters and the neighbours. Every row
-goes on from its weights for ``steps`` more, with one plan each, once a seed. Rows are run as ``benchmarks.methods`` runs
-its own (same model, same data): small and short, so a difference of a few points is noise.
+goes on from its weights for ``steps`` more, with one plan each, once a seed. Rows are run as ``benchmarks.methods``
+runs its own (same model, same data): small and short, so a difference of a few points is noise.
+
+``--arrange N`` trains nothing: it times how long N samples in made-up groups and neighbours take to arrange, to reach a
+batch far in the run, and to go on from there.
 """
 
 from __future__ import annotations
@@ -14,10 +18,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.methods import MethodRun, labelled, run_row
+from dualenc.config import Data
+from dualenc.data.batches import compose
+from dualenc.data.batches.mined_files import write_mined
+from dualenc.data.order import Plan
 from dualenc.files import write_atomically
 
 START = "start"
@@ -43,7 +56,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--out", type=Path, default=Path("runs/batch_plans"))
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--arrange", type=int, metavar="N", help="only time the arithmetic, on N made-up samples")
     arguments = parser.parse_args()
+    if arguments.arrange:
+        arrange(arguments.arrange)
+        return 0
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     ledger = out / "rows.json"
@@ -66,6 +83,41 @@ def main() -> int:
                 run(f"{name}, seed {seed}", [f"seed={seed}", f"checkpoint.init_from={out / START}", *more])
     print(table(found, list(plans(out)), arguments.seeds))
     return 0
+
+
+def arrange(n: int, size: int = 4096, k: int = 16) -> None:
+    """Print what each plan takes in one process: to build, to reach step 10^6 first, and for every later batch."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, max(n // 100, 1), n)
+    near = ((np.arange(n)[:, None] + rng.integers(-50, 50, (n, k))) % n).astype(np.int32)
+
+    class Made:
+        def values(self, source: int, name: str) -> NDArray[np.int64]:
+            return labels
+
+        def ids(self, source: int) -> NDArray[np.int64]:
+            return np.arange(n)
+
+    print("| plan | build, s | first batch, s | next batches, ms each | \n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(write_mined(f"{folder}/near.safetensors", {"ids": np.arange(n), "neighbors": near}, {}))
+        for name, settings in (
+            ("by_source", {}),
+            ("by_value", {"value": "v"}),
+            ("groups", {"value": "v", "per_group": 4}),
+            ("hard_negatives", {"files": file}),
+            ("bags", {"files": file, "sizes": {0: 8}}),
+        ):
+            raw = {"sources": [{"name": "a", "shards": "a.tar"}], "batches": {"name": name, **settings}}
+            began = time.perf_counter()
+            plan = compose(Plan(["a"], [[n]], 0), Data.model_validate(raw), size, Made())
+            built = time.perf_counter() - began
+            plan.local(1_000_000, 0, 1, size)
+            first = time.perf_counter() - began - built
+            began = time.perf_counter()
+            for step in range(1_000_001, 1_000_011):
+                plan.local(step, 0, 1, size)
+            print(f"| {name} | {built:.2f} | {first:.2f} | {100 * (time.perf_counter() - began):.1f} |", flush=True)
 
 
 def mine(out: Path, shards: str) -> None:

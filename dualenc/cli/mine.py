@@ -11,13 +11,16 @@ from dualenc.cli.app import Debug, app
 from dualenc.terminal import PatientConsole
 
 mine_app = typer.Typer(
-    help="Find clusters or neighbours in stored features, for data.batches.", no_args_is_help=True, rich_markup_mode=None
+    help="Find clusters or neighbours in stored features, for data.batches.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(mine_app, name="mine")
 
 Features = Annotated[Path, typer.Argument(help="A folder that dualenc embed MODEL SHARDS wrote.")]
 Modalities = Annotated[
-    str, typer.Option("--modalities", help="Comma-separated; default: all that are stored, with the mean of their cosines.")
+    str,
+    typer.Option("--modalities", help="Comma-separated; default: all that are stored, with the mean of their cosines."),
 ]
 
 

@@ -122,10 +122,11 @@ def print_phases(console: Console, recipe: Recipe) -> None:
     from dualenc.train.phases import check_models, timeline
     from dualenc.train.resume import differences
 
-    spans, before = timeline(recipe), None
+    spans = timeline(recipe)
+    before = spans[0].recipe.model_dump(mode="json")
     for span, (parameters, trained) in zip(spans, check_models(recipe), strict=True):
         now = span.recipe.model_dump(mode="json")
-        changes = [] if before is None else [f"{k} = {new!r} (was {old!r})" for k, old, new in differences("", before, now)]
+        changes = [f"{k} = {new!r} (was {old!r})" for k, old, new in differences("", before, now)]
         samples = span.start * recipe.batch.size
         where = f"phase {span.number} from step {span.start:,} ({samples:,} samples) to {span.stop:,}"
         said = f"{where}: trains {trained:,} of {parameters:,} parameters{'; ' if changes else ''}{'; '.join(changes)}"

@@ -60,8 +60,8 @@ __all__ = [
     "load_recipe",
     "load_yaml",
     "pair_name",
-    "phase_recipes",
     "parse",
+    "phase_recipes",
     "read_yaml",
     "settings_as",
 ]

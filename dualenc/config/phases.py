@@ -87,7 +87,7 @@ def check_kept(number: int, before: Mapping[str, Any], after: Mapping[str, Any])
             )
     if list(before["modalities"]) != list(after["modalities"]):
         raise ConfigError(
-            f"phases.{number}.modalities: a phase cannot add modalities, and the run has {', '.join(before['modalities'])}"
+            f"phases.{number}.modalities: a phase cannot add modalities; the run has {', '.join(before['modalities'])}"
         )
     for m, part in after["modalities"].items():
         was = before["modalities"][m]

@@ -403,7 +403,7 @@ class Recipe(Section):
     tracking: Tracking = Field(default=Tracking(), description="where metrics go")
     phases: list[Phase] = Field(
         default_factory=list,
-        description="what changes within the run: at: where, and keys of modalities, loss, data, batch, optim, schedule",
+        description="what changes within the run: at: where; keys of modalities, loss, data, batch, optim, schedule",
     )
 
     @model_serializer(mode="wrap")

@@ -1,4 +1,4 @@
-"""Clusters and neighbours of stored features, as the batch plans ``clusters``, ``hard_negatives`` and ``bags`` read them.
+"""Clusters and neighbours of stored features, for the batch plans ``clusters``, ``hard_negatives`` and ``bags``.
 
 Both run over whole features in blocks, exactly and from a fixed seed; the files name samples by shard and key
 (:mod:`dualenc.data.batches.mined_files`).

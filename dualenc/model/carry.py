@@ -1,4 +1,4 @@
-"""Weights that go on in a changed model: the next phase of a run, whose images may be larger or whose loss has new heads.
+"""Weights that go on in a changed model: a later phase, whose images may be larger or whose loss has new heads.
 
 A tensor of the same name and shape goes on unchanged. Learned positions of another number are fitted: those of images
 as a picture (bicubic, as released checkpoints are), those of texts and other sequences keep the first places and begin
@@ -94,7 +94,9 @@ def fitted(name: str, old: Tensor | None, new: Tensor, image: bool) -> Tensor:
     if image:
         made = resize_grid(rows, count)
         if made is None:
-            raise ConfigError(f"phases: the positions {name} are no square grid, so they cannot be fitted to another size")
+            raise ConfigError(
+                f"phases: the positions {name} are no square grid, so they cannot be fitted to another size"
+            )
     else:
         made = new.detach().reshape(-1, new.shape[-1]).float().clone()
         kept = min(len(rows), count)
@@ -114,8 +116,8 @@ def check_fits(name: str, old: tuple[int, ...] | None, new: tuple[int, ...]) -> 
         raise ConfigError(f"phases: a phase needs the tensor {name}, which the model before it does not have")
     if not _POSITIONS.search(name) or old[-1] != new[-1]:
         raise ConfigError(
-            f"phases: {name} has shape {list(old)} before a phase and {list(new)} in it, and only learned positions can "
-            "be fitted; keep the setting that changes it (a tower that pools to a grid needs one image size)"
+            f"phases: {name} has shape {list(old)} before a phase and {list(new)} in it, and only learned positions "
+            "can be fitted; keep the setting that changes it (a tower that pools to a grid needs one image size)"
         )
 
 

@@ -184,18 +184,30 @@ def _train(
     stop: StopFlag,
 ) -> None:
     with _folder(run_dir, world):
-        save: Path | None = None
-        while True:
-            run = Run(recipe, run_dir, world, evaluation, guard, stop, save)
-            _carry_out(run)
-            step = run.parts.state.step
-            if step >= run.parts.total_steps:
-                return
-            save = folder_of(run_dir, step)  # the next phase resumes from where this one ended
-            del run
-            gc.collect()
-            if world.device.type == "cuda":
-                torch.cuda.empty_cache()
+        run_phases(recipe, run_dir, world, evaluation, guard, stop)
+
+
+def run_phases(
+    recipe: Recipe,
+    run_dir: Path,
+    world: World,
+    evaluation: Evaluation | None = None,
+    guard: Evaluation | None = None,
+    stop: StopFlag | None = None,
+) -> None:
+    """Train phase after phase to the end, each built anew from the checkpoint that the one before ends with."""
+    save: Path | None = None
+    while True:
+        run = Run(recipe, run_dir, world, evaluation, guard, stop, save)
+        _carry_out(run)
+        step = run.parts.state.step
+        if step >= run.parts.total_steps:
+            return
+        save = folder_of(run_dir, step)
+        del run
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @contextmanager

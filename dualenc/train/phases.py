@@ -68,7 +68,9 @@ def timeline(recipe: Recipe) -> list[Span]:
     per_epoch = 0
     if budget.passes is not None or any(p.in_epochs for p in recipe.phases):
         data = recipe.data
-        per_epoch = samples_per_pass(data) if data.batches is None else prepare(data, size, recipe.seed).samples_per_pass
+        per_epoch = (
+            samples_per_pass(data) if data.batches is None else prepare(data, size, recipe.seed).samples_per_pass
+        )
     if budget.steps is not None:
         total = budget.steps
     else:
@@ -95,9 +97,7 @@ def _spans(recipes: list[Recipe], starts: list[int]) -> list[Span]:
     for k, one in enumerate(recipes):
         data, rate = max(x for x in new_data if x <= k), max(x for x in new_rates if x <= k)
         ends = starts[min((x for x in new_rates if x > k), default=len(recipes))]
-        spans.append(
-            Span(k, one, starts[k], starts[k + 1], total, starts[data], data, (starts[rate], ends))
-        )
+        spans.append(Span(k, one, starts[k], starts[k + 1], total, starts[data], data, (starts[rate], ends)))
     return spans
 
 
@@ -124,8 +124,8 @@ def refuse_engine(recipe: Recipe) -> None:
         for m, part in parts.items() if isinstance(parts, Mapping) else ():
             if isinstance(part, Mapping) and "lock" in part:
                 raise ConfigError(
-                    f"phases.{number}.modalities.{m}.lock: DeepSpeed's ZeRO {engine.zero_stage} counts the steps of all "
-                    "weights together, so weights that are unlocked later cannot begin at zero; use engine.kind: "
+                    f"phases.{number}.modalities.{m}.lock: DeepSpeed's ZeRO {engine.zero_stage} counts the steps of "
+                    "all weights together, so weights that are unlocked later cannot begin at zero; use engine.kind: "
                     "accelerate (parallel: fsdp2 shards as ZeRO 3 does) or zero_stage: 0"
                 )
 

@@ -44,9 +44,7 @@ def plan_of(
     batches: Mapping[str, Any], labels: list[list[int]], size: int, seed: int = 0, weights: list[float] | None = None
 ) -> Composed:
     names = [f"s{i}" for i in range(len(labels))]
-    data = Data.model_validate(
-        {"sources": [{"name": n, "shards": "x.tar"} for n in names], "batches": dict(batches)}
-    )
+    data = Data.model_validate({"sources": [{"name": n, "shards": "x.tar"} for n in names], "batches": dict(batches)})
     counts = [[len(x) // 3, len(x) - len(x) // 3] if len(x) > 3 else [len(x)] for x in labels]
     plan = compose(Plan(names, counts, seed, weights), data, size, Known(*labels))
     assert isinstance(plan, Composed)
@@ -128,7 +126,9 @@ def test_sources_keep_their_shares_by_whole_batches(
     a: list[int], b: list[int], seed: int, weight: float, size: int
 ) -> None:
     for name in ("by_source", "by_value"):
-        plan = plan_of({"name": name, **({"value": "v"} if name == "by_value" else {})}, [a, b], size, seed, [weight, 1])
+        plan = plan_of(
+            {"name": name, **({"value": "v"} if name == "by_value" else {})}, [a, b], size, seed, [weight, 1]
+        )
         batches = 200
         found = plan.at(np.arange(0, batches * size, size)).source  # of the first slot of each
         block = plan.at(np.arange(1024) * size).source if name == "by_source" else found
@@ -137,7 +137,9 @@ def test_sources_keep_their_shares_by_whole_batches(
             assert len(set(plan.at(np.arange(t * size, (t + 1) * size)).source.tolist())) == 1
     alone = plan_of({"name": "by_source"}, [b], size, seed)
     alone.sources[0].key = plan.sources[1].key
-    of_b = [x for x in lines(plan_of({"name": "by_source"}, [a, b], size, seed, [weight, 1]), 0, 40 * size) if x[0] == 1]
+    of_b = [
+        x for x in lines(plan_of({"name": "by_source"}, [a, b], size, seed, [weight, 1]), 0, 40 * size) if x[0] == 1
+    ]
     assert [x[1:] for x in of_b] == [x[1:] for x in lines(alone, 0, len(of_b))]
 
 
@@ -155,7 +157,7 @@ def test_whole_batches_are_of_one_label(labels: list[int], seed: int, size: int,
     whole = sum(c // size for c in Counter(labels).values())
     strict = {"name": "by_value", "value": "v", "remainder": "leave_out"}
     if not whole:
-        with pytest.raises(ConfigError, match="use remainder: mix or a smaller batch.size"):
+        with pytest.raises(ConfigError, match=r"use remainder: mix or a smaller batch\.size"):
             plan_of(strict, [labels], size, seed)
         return
     plan = plan_of(strict, [labels], size, seed)
@@ -273,9 +275,7 @@ def test_values_and_ids_of_real_shards_are_kept_beside_them(tmp_path: Path) -> N
             members += [(f"{i:03d}.json", about), (f"{i:03d}.txt", b"x"), (f"{i:03d}.jpg", b"y")]
         write_tar(tmp_path / f"t-{shard}.tar", members)
     raw = {
-        "sources": [
-            {"name": "a", "shards": f"{tmp_path}/t-{{0..1}}.tar", "values": {"speaker": "json:speaker"}}
-        ],
+        "sources": [{"name": "a", "shards": f"{tmp_path}/t-{{0..1}}.tar", "values": {"speaker": "json:speaker"}}],
         "batches": {"name": "groups", "value": "speaker", "per_group": 2},
     }
     plan = prepare(Data.model_validate(raw), 4, 0)
@@ -308,7 +308,9 @@ def test_values_and_ids_of_real_shards_are_kept_beside_them(tmp_path: Path) -> N
     assert read_labels(str(tmp_path / "c.jsonl"), ids, "a").tolist() == [int(k) % 3 for _, k in names]
     # neighbours come back as numbers in the source; those of other sources drop out
     near = np.array([[2, 1, -1], [0, 2, 3], [3, 0, 1], [1, 0, 2]], np.int32)
-    file = write_mined(tmp_path / "n.safetensors", {"ids": np.array([ids[5], 7, ids[1], ids[0]]), "neighbors": near}, {})
+    file = write_mined(
+        tmp_path / "n.safetensors", {"ids": np.array([ids[5], 7, ids[1], ids[0]]), "neighbors": near}, {}
+    )
     found = read_neighbors(str(file), ids, "a")
     assert found[5].tolist() == [1, -1, -1]
     assert found[0].tolist() == [-1, 5, 1]

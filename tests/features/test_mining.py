@@ -62,7 +62,10 @@ def test_from_features_to_batches(tmp_path: Path) -> None:
     ids, x = read_features(FeatureStore(store), ["text"])
     assert ids.tolist() == [sample_id(f"t-{s}.tar", f"s{s}{i}") for s in range(2) for i in range(6)]
     run = CliRunner()
-    for command, said in ((["clusters", "--clusters", "3"], "12 samples in 3 clusters"), (["neighbors", "-k", "4"], "12 samples, 4")):
+    for command, said in (
+        (["clusters", "--clusters", "3"], "12 samples in 3 clusters"),
+        (["neighbors", "-k", "4"], "12 samples, 4"),
+    ):
         out = str(tmp_path / f"{command[0]}.safetensors")
         done = run.invoke(app, ["mine", command[0], str(store), *command[1:], "--out", out])
         assert done.exit_code == 0, done.output

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from dualenc.config import Component, Section, settings_as
 from dualenc.data.batches.facts import Facts
-from dualenc.data.order import Ints, SourceOrder, derive_key, permute
+from dualenc.data.order import Ints, SourceOrder, Words, derive_key, hashed, mix64, permute
 from dualenc.errors import ConfigError
 from dualenc.registry import Registry
 
@@ -130,13 +130,33 @@ def group_starts(labels: Ints) -> tuple[Ints, Ints, Ints]:
     return order, values, np.append(starts, len(labels)).astype(np.int64)
 
 
+_ROUNDS = 8
+
+
 def within(key: int, epoch: int, groups: Ints, i: Ints, sizes: Ints) -> Ints:
-    """Place ``i`` of each group's own permutation in an epoch."""
-    out = np.empty_like(i)
-    for g in np.unique(groups).tolist():
-        here = groups == g
-        out[here] = permute(derive_key(key, 4, epoch, g), int(sizes[g]), i[here])
-    return out
+    """Place ``i`` of each group's own permutation in an epoch: :func:`dualenc.data.order.permute`'s network with a key
+    and a size for every element."""
+    size, keys = sizes[groups], hashed(derive_key(key, 4, epoch), groups)
+    bits = np.ceil(np.log2(np.maximum(size, 2))).astype(np.int64)  # exact: sizes are below 2^40
+    low = (bits // 2).astype(np.uint64)
+    ones = np.uint64(1)
+    low_mask, high_mask = (ones << low) - ones, (ones << (bits - bits // 2).astype(np.uint64)) - ones
+    out = i.astype(np.uint64)
+    todo = np.flatnonzero(size > 1)
+    while len(todo):
+        x, k, down = out[todo], keys[todo], low[todo]
+        left, right = x >> down, x & low_mask[todo]
+        for turn in range(_ROUNDS):
+            left = left ^ (mix64(right + _round_key(k, 2 * turn)) & high_mask[todo])
+            right = right ^ (mix64(left + _round_key(k, 2 * turn + 1)) & low_mask[todo])
+        x = (left << down) | right
+        out[todo] = x
+        todo = todo[x >= size[todo].astype(np.uint64)]
+    return out.astype(np.int64)
+
+
+def _round_key(keys: Words, turn: int) -> Words:
+    return mix64(keys ^ mix64(keys + np.uint64(turn)))
 
 
 def remainder_field() -> Any:

@@ -162,8 +162,8 @@ class ReadFacts:
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         first = self.sets[source].urls[0]
-        folder = Path(os.path.dirname(local_path(first)) or ".") if is_local(first) else None
-        if folder is None or not os.access(folder, os.W_OK):
+        folder = Path(os.path.dirname(local_path(first)) or ".")
+        if not is_local(first) or not os.access(folder, os.W_OK):
             raise DataError(
                 f"data.batches: what it reads of source {self.sets[source].source!r} is kept in a file, and the folder "
                 f"of {first} cannot be written to; name one with data.cache_dir"

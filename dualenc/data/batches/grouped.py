@@ -75,7 +75,8 @@ class Grouped(Arranged):
         unit, i = at // self.unit, at % self.unit
         group = np.searchsorted(self.unit_ends, unit, side="right")
         i = (unit - (self.unit_ends[group] - self.units[group])) * self.unit + i
-        return self.members[self.starts[group] + within(self.order.key, epoch, group, i, self.sizes)]
+        found: Ints = self.members[self.starts[group] + within(self.order.key, epoch, group, i, self.sizes)]
+        return found
 
     def _left(self, epoch: int, at: Ints) -> Ints:
         """Samples of the line after the whole batches."""
@@ -83,7 +84,8 @@ class Grouped(Arranged):
         slot = np.searchsorted(ends, at, side="right")
         group = order[slot]
         i = self.sizes[group] - (ends[slot] - at)
-        return self.members[self.starts[group] + within(self.order.key, epoch, group, i, self.sizes)]
+        found: Ints = self.members[self.starts[group] + within(self.order.key, epoch, group, i, self.sizes)]
+        return found
 
     def _left_order(self, epoch: int) -> tuple[Ints, Ints]:
         if epoch not in self._left_orders:
@@ -193,7 +195,8 @@ class Groups(Grouped):
         slot = np.searchsorted(ends, number, side="right")
         group = order[slot]
         within_group = (number - (ends[slot] - self.units[group])) * self.unit + i
-        return self.members[self.starts[group] + within(self.order.key, epoch, group, within_group, self.sizes)]
+        found: Ints = self.members[self.starts[group] + within(self.order.key, epoch, group, within_group, self.sizes)]
+        return found
 
     def _left(self, epoch: int, at: Ints) -> Ints:
         """After the tuples that were dealt: tuples too few for a batch, then what is left of each group."""
@@ -222,5 +225,5 @@ class Groups(Grouped):
         return (
             f"{self.order.n:,} samples, {len(self.names):,} groups ({self.what()}) of {quantiles(self.sizes)} samples "
             f"(smallest / median / largest); an epoch has {self.whole:,} batches of {each:,} groups × {self.unit} and "
-            f"{mixed:,} of what is left of them{out}{twice}; {16 * len(self.sizes) + 8 * self.order.n:,} bytes a process"
+            f"{mixed:,} of what is left{out}{twice}; {16 * len(self.sizes) + 8 * self.order.n:,} bytes a process"
         )

@@ -33,7 +33,7 @@ class Mined(Arranged):
         files = config.files if isinstance(config.files, dict) else {order.name: config.files}
         if order.name not in files:
             raise ConfigError(
-                f"data.batches.files: source {order.name!r} has no file of neighbours; write files: {{{order.name}: FILE}}"
+                f"data.batches.files: source {order.name!r} has no file of neighbours; add files: {{{order.name}: FILE}}"
             )
         self.neighbors = read_neighbors(files[order.name], facts.ids(which), order.name)
         self._epochs: OrderedDict[int, tuple[Ints, int]] = OrderedDict()
@@ -66,7 +66,7 @@ class Mined(Arranged):
         alone = int((self.neighbors < 0).all(1).sum())
         none = f"; {alone:,} samples have no neighbour" if alone else ""
         return (
-            f"{n:,} samples with {self.neighbors.shape[1]} neighbours each, bags of {bag:,} in batches of {self.size:,}; "
+            f"{n:,} samples of {self.neighbors.shape[1]} neighbours each, bags of {bag:,} in batches of {self.size:,}; "
             f"in epoch 0 {100 * full / n:.1f} % of the samples are in full bags{none}; "
             f"{(4 * self.neighbors.shape[1] + 16) * n:,} bytes a process"
         )
@@ -114,7 +114,9 @@ class HardNegatives(Mined):
     class Config(Section):
         """Settings of hard_negatives."""
 
-        files: str | dict[str, str] = Field(description="from dualenc mine neighbors; {SOURCE: FILE} for several sources")
+        files: str | dict[str, str] = Field(
+            description="from dualenc mine neighbors; {SOURCE: FILE} for several sources"
+        )
 
     def bag(self, epoch: int) -> int:
         return self.size
@@ -127,7 +129,9 @@ class Bags(Mined):
     class Config(Section):
         """Settings of bags."""
 
-        files: str | dict[str, str] = Field(description="from dualenc mine neighbors; {SOURCE: FILE} for several sources")
+        files: str | dict[str, str] = Field(
+            description="from dualenc mine neighbors; {SOURCE: FILE} for several sources"
+        )
         sizes: dict[Epoch, Positive] = Field(
             default={0: 2, 1: 4, 2: 8},
             description="epoch → samples of a bag from then on; each divides batch.size; 1: a random order",

@@ -58,7 +58,7 @@ def read_neighbors(path: str, ids: Ints, source: str) -> NDArray[np.int32]:
     _refuse_foreign(row, path, source)
     number = np.full(len(found["ids"]) + 1, -1, np.int32)  # of a row of the file; the last is that of −1
     number[row[row >= 0]] = np.flatnonzero(row >= 0)
-    out = number[found["neighbors"][np.maximum(row, 0)]]
+    out: NDArray[np.int32] = number[found["neighbors"][np.maximum(row, 0)]]
     out[row < 0] = -1
     return out
 
@@ -74,7 +74,7 @@ def _json_labels(path: str) -> tuple[Ints, Ints]:
                     labels.append(_label(row["label"]))
                 except (ValueError, KeyError, TypeError, RecursionError) as e:
                     raise DataError(
-                        f"{path}, line {number}: write {{\"id\": \"SHARD/KEY\", \"label\": 3}} on every line ({e!r})"
+                        f'{path}, line {number}: write {{"id": "SHARD/KEY", "label": 3}} on every line ({e!r})'
                     ) from e
     except OSError as e:
         raise DataError(f"data.batches: {path} cannot be read ({e.strerror})") from e
@@ -113,8 +113,8 @@ def _rows(known: Ints, ids: Ints) -> Ints:
 def _refuse_foreign(rows: Ints, path: str, source: str) -> None:
     if not bool((rows >= 0).any()):
         raise DataError(
-            f"data.batches: {path} has none of the {len(rows):,} samples of source {source!r}; make it from features of "
-            "these shards (dualenc embed MODEL SHARDS)"
+            f"data.batches: {path} has none of the {len(rows):,} samples of source {source!r}; make it from features "
+            "of these shards (dualenc embed MODEL SHARDS)"
         )
 
 

@@ -262,9 +262,7 @@ def zero_shot_curves(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any]
             chance = tasks.get(task, {}).get("chance", {}).get(metric)
             if chance is not None and x:
                 levels.append(Series("chance", [x[0], x[-1]], [chance, chance], n, "dashed"))
-        chart = Chart(
-            [*levels, *series], _clock(rows), lambda v: f"{100 * v:g} %", zero=True, marks=phase_marks(rows)
-        )
+        chart = Chart([*levels, *series], _clock(rows), lambda v: f"{100 * v:g} %", zero=True, marks=phase_marks(rows))
         title = f"Zero-shot {kind.replace('_', ' ')}" if kind != "top1" else "Zero-shot top-1"
         out.append({"title": title, "svg": Markup(line_chart(chart)), "legend": Markup(legend(series)), "last": ""})
     return out
