@@ -1,6 +1,7 @@
 """The recipe: everything about one run, as typed data; see :mod:`dualenc.config.recipe`."""
 
 from dualenc.config.distill import Anchor, Distill, LookAhead, Teacher
+from dualenc.config.modality import Lora, Modality, Unlocked
 from dualenc.config.phases import Phase
 from dualenc.config.reading import apply_override, dump_yaml, load_yaml, parse, read_yaml, settings_as
 from dualenc.config.recipe import (
@@ -12,14 +13,11 @@ from dualenc.config.recipe import (
     Evals,
     Guard,
     LogitScale,
-    Lora,
-    Modality,
     Optim,
     Recipe,
     Schedule,
     Tracking,
     TrajectoryAverage,
-    Unlocked,
     load_recipe,
     pair_name,
     phase_recipes,

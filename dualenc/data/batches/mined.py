@@ -33,7 +33,8 @@ class Mined(Arranged):
         files = config.files if isinstance(config.files, dict) else {order.name: config.files}
         if order.name not in files:
             raise ConfigError(
-                f"data.batches.files: source {order.name!r} has no file of neighbours; add files: {{{order.name}: FILE}}"
+                f"data.batches.files: source {order.name!r} has no file of neighbours; "
+                f"write files: {{{order.name}: FILE}}"
             )
         self.neighbors = read_neighbors(files[order.name], facts.ids(which), order.name)
         self._epochs: OrderedDict[int, tuple[Ints, int]] = OrderedDict()
@@ -123,7 +124,7 @@ class HardNegatives(Mined):
 
 
 @batch_plans.register("bags")
-class Bags(Mined):
+class GrowingBags(Mined):
     """Batches of hard bags whose size grows with the epochs: BagCurri (S05)."""
 
     class Config(Section):
