@@ -130,7 +130,7 @@ def test_the_table_and_the_page() -> None:
 def test_a_study_is_trained_once_and_goes_on(tmp_path: Path) -> None:
     small = [*SMALL[:5], "eval.every_steps=null", "tracking.log_every=1", "data.workers=0", "engine.threads=1"]
     file = written(tmp_path, FILE.replace("[budget.steps=2]", json.dumps(["budget.steps=2", *small])).replace(
-        "seeds: 2", "seeds: [5]").replace("loss=dcl", "data.workers=0, batch.size=7, batch.micro=2"))  # fmt: skip
+        "seeds: 2", "seeds: [5]").replace("loss=dcl", "data.sources.0.shards=absent.tar"))  # fmt: skip
     command = [sys.executable, "-m", "dualenc", "compare", str(file), "--tasks", "quickstart_val_style", "--out", "out"]
 
     def compare(code: int, *more: str) -> subprocess.CompletedProcess[str]:
@@ -138,10 +138,11 @@ def test_a_study_is_trained_once_and_goes_on(tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr[-3000:]
         return done
 
-    failed = compare(1)  # 7 rows do not divide into micro-batches of 2
+    failed = compare(1)
     assert "1 runs failed: dcl, seed 5: " in failed.stderr
+    assert "absent.tar" in failed.stderr
     assert "| taught | " in failed.stdout
-    file.write_text(file.read_text().replace("batch.size=7, batch.micro=2", "loss=dcl, batch.size=16"))
+    file.write_text(file.read_text().replace("data.sources.0.shards=absent.tar", "loss=dcl, batch.size=16"))
     done = compare(0, "--equal-compute")
     trained = [line for line in done.stderr.splitlines() if ", seed 5 (" in line]
     assert trained[0].startswith("dcl, seed 5 (2 of 3)")  # the other two are there
