@@ -26,6 +26,7 @@ from dualenc.errors import ConfigError
 from dualenc.model import build_bundle
 from dualenc.train.loop import train
 from dualenc.train.phases import check_models, timeline
+from dualenc_evals.pages.run import write_report
 
 BASE = [
     "modalities.image.input.size=32",
@@ -191,6 +192,8 @@ def test_what_goes_on_and_what_begins(unbroken: Path) -> None:
     assert rates[4] == 0, "its schedule begins with its own warm-up"
     assert rates[9] == rates[7] == rates[6] == 1e-3, "and goes on where a phase says nothing of it"
     assert "phases" in (newest(unbroken) / "recipe.yaml").read_text()
+    page = write_report(unbroken, unbroken.parent / "report.html").read_text()
+    assert [f">phase {k}<" in page for k in range(4)] == [False, True, True, False]
 
 
 def test_positions_are_fitted(tmp_path: Path) -> None:
