@@ -29,7 +29,10 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print what would run; reads no samples but those of --probe and a few labels."),
+        typer.Option(
+            "--dry-run",
+            help="Print what would run; reads no samples but for --probe, a few labels and batch plans.",
+        ),
     ] = False,
     measure: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: take two steps and print the memory and time they took.")

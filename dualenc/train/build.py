@@ -17,11 +17,11 @@ from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
-from dualenc.distributed.world import World, agree
+from dualenc.distributed.world import World, agree, all_gather_object
 from dualenc.encoders.dual_encoder import DualEncoder
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
-from dualenc.errors import CheckpointError, did_you_mean
+from dualenc.errors import CheckpointError, DataError, did_you_mean
 from dualenc.losses import Loss, build_loss, check_loss
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
@@ -295,6 +295,11 @@ def build_loader(
         redraw=distiller.redraw if distiller else None,
         order_from=0 if span is None else span.data_from,
     )
+    if recipe.data.batches is not None and len(set(all_gather_object(loader.plan.digest(), world))) > 1:
+        raise DataError(
+            f"data.batches: the ranks read different files for {recipe.data.batches.name}; copy the shards and the "
+            "file of clusters or neighbours from one machine to all"
+        )
     if distiller is not None:
         distiller.covers(loader.sets)
     return loader

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualenc.config import Data
-from dualenc.data.batches import Composed, compose, prepare
+from dualenc.data.batches import BatchPlan, Composed, compose, prepare
 from dualenc.data.batches.facts import sample_id
 from dualenc.data.batches.mined import bags_in_order
 from dualenc.data.batches.mined_files import read_labels, read_neighbors, write_mined
@@ -263,6 +263,24 @@ def test_refusals(folder: Path) -> None:
     ):
         with pytest.raises((ConfigError, DataError), match=said):
             plan_of(conf, [[0] * 8], size)
+
+
+class Backwards(BatchPlan):
+    """A plan from outside: the last samples first."""
+
+    scattered = False
+
+    def batch(self, k: int, slots: Ints) -> tuple[Ints, Ints]:
+        q = k * self.size + slots
+        return self.order.n - 1 - q % self.order.n, q // self.order.n
+
+
+def test_a_plan_from_outside() -> None:
+    plan = plan_of({"name": f"{__name__}:Backwards"}, [[0] * 10], 4)
+    assert lines(plan, 0, 12) == [(0, 9 - q % 10, q // 10) for q in range(12)]
+    assert not plan.scattered
+    with pytest.raises(ConfigError, match="has no 'Config'"):
+        plan_of({"name": f"{__name__}:Known"}, [[0] * 10], 4)
 
 
 def test_values_and_ids_of_real_shards_are_kept_beside_them(tmp_path: Path) -> None:
