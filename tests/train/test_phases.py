@@ -285,6 +285,7 @@ def on_ranks(world: World, runs: dict[str, list[str]]) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_two_ranks_and_sharded_engines_do_what_one_does(unbroken: Path, tmp_path: Path) -> None:
     same_towers = "phases=[{at: 3 steps, data.batches: by_source, optim.lr: 5e-4}, {at: 6 steps, loss: dcl}]"
@@ -295,7 +296,7 @@ def test_two_ranks_and_sharded_engines_do_what_one_does(unbroken: Path, tmp_path
         "FSDP2 sharded": [LIT, PHASES, "engine.parallel=fsdp2", "checkpoint.sharded=true"],
         "ZeRO 2": [same_towers, *zero],
     }
-    spawn(__file__, "on_ranks", 2, {"runs": {str(tmp_path / k): v for k, v in runs.items()}})
+    spawn(__file__, "on_ranks", 2, {"runs": {str(tmp_path / k): v for k, v in runs.items()}}, timeout_s=500)
     for name in runs:
         run, one = tmp_path / name, tmp_path / "one" if "ZeRO" in name else unbroken
         assert order(run) == order(one), name
