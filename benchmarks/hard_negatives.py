@@ -1,6 +1,6 @@
 """Captions with two words swapped as hard negatives: does the model then tell who does what to whom?
 
-    python -m benchmarks.hard_negatives FLICKR8K [--recipe finetune/released_full] [--seeds 0 1 2] [--out FOLDER] [--table]
+    python -m benchmarks.hard_negatives FLICKR8K [--recipe finetune/released_full] [--seeds 0 1 2] [--out OUT] [--table]
 
 FLICKR8K is a folder with ``captions.jsonl`` (rows {image, split, captions}) and the photos it names. Two arms share
 recipe, data order and number of steps: info_nce, and info_nce with the swapped captions of the training photos as
