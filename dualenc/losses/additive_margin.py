@@ -36,9 +36,10 @@ class AdditiveMargin(Contrastive):
 
     def directions(self, inputs: RowInputs) -> tuple[RowLoss, RowLoss]:
         """See the base class."""
+        margin: float = self.config.margin
 
         def lowered(tile: Tile) -> Tensor:
-            return tile.logits - self.config.margin * tile.scale * tile.positive.to(tile.logits.dtype)
+            return tile.logits - margin * tile.scale * tile.positive.to(tile.logits.dtype)
 
         row_loss = SoftTarget(SamePair(), push=lowered, pull=lowered)
         return row_loss, row_loss
