@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from dualenc import load_model
+from dualenc.api.model import load_model
 from dualenc.files import write_atomically
 
 ARMS: dict[str, list[str]] = {
