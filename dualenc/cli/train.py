@@ -60,7 +60,7 @@ def train(
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
-    from dualenc.data.shards.index import open_sources
+    from dualenc.data.shards.index import build_plan, open_sources
     from dualenc.data.values import check_values
     from dualenc.encoders import batch_norm_notes
     from dualenc.losses import build_loss
@@ -90,7 +90,10 @@ def print_plan(recipe: Recipe) -> None:
     print_rates(console, bundle.model, recipe)
     print_pipes(console, recipe)
     sets = open_sources(recipe.data)
-    per_pass = sum(sum(s.counts) for s in sets)
+    per_pass = build_plan(recipe.data, sets, recipe.seed).samples_per_pass
+    for s in sets:
+        if s.chosen is not None:
+            console.print(f"source {s.source}, {s.chosen.told(sum(s.counts))}", highlight=False, markup=False)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size
