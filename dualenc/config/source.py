@@ -41,7 +41,7 @@ class Source(Section):
     index: str | None = Field(default=None, description="index file; default: index.json beside the shards")
     selection: str | None = Field(
         default=None,
-        description="only these samples, at their weights: NAME of NAME.selection.parquet beside the shards, or its path",
+        description="only these samples, at these weights: NAME.selection.parquet beside the shards, or a path",
     )
     members: dict[str, list[str]] = Field(
         default_factory=dict,

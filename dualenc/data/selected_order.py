@@ -2,13 +2,13 @@
 
 **What a weight means.** Weights are held in units of 2^-24. A sample of weight w is seen floor(w) times in every epoch,
 plus further copies whose expected number is exactly the rest, w − floor(w); so w is the expected number of copies per
-epoch. With W the sum of all weights, the first e epochs together hold floor(e · W + phase) positions, where the phase in
-[0, 1) comes from the seed: an epoch has floor(W) or ceil(W) positions, and where it begins is one multiplication.
+epoch. With W the sum of all weights, the first e epochs together hold floor(e · W + phase) positions, where the phase
+in [0, 1) comes from the seed: an epoch has floor(W) or ceil(W) positions, and where it begins is one multiplication.
 
-**Which copies.** The rests of all samples, laid end to end in stored order, make a line of length F. An epoch that has M
-further copies cuts it into M equal parts and draws one point in each, from the counter (seed, source, epoch, part); the
-sample under the point is seen once more. A sample with a rest may so be drawn by two neighbouring parts in one epoch
-(three, if the parts are shorter than the rests), and neighbours in a shard tend not to be drawn together; any two
+**Which copies.** The rests of all samples, laid end to end in stored order, make a line of length F. An epoch with
+M further copies cuts it into M equal parts and draws one point in each, from the counter (seed, source, epoch, part);
+the sample under the point is seen once more. A sample with a rest may so be drawn by two neighbouring parts in one
+epoch (three, if the parts are shorter than the rests), and neighbours in a shard tend not to be drawn together; any two
 samples further apart are drawn independently of each other.
 
 **The order.** As without a selection: the epoch permutes the shards, lays the copies drawn of each end to end, and
@@ -85,8 +85,8 @@ class SelectedOrder(SourceOrder):
         self.length = int(units.sum())
         if self.length < ONE:
             raise DataError(
-                f"Source {name!r}: the weights of the selection {chosen.name} sum to {self.length / ONE:.3g}; they must "
-                "sum to at least 1, the samples of an epoch."
+                f"Source {name!r}: the weights of the selection {chosen.name} sum to {self.length / ONE:.3g}; they "
+                "must sum to at least 1, the samples of an epoch."
             )
         self.n = (self.length + ONE // 2) // ONE
         self.lanes = min(lanes, self.length // ONE)

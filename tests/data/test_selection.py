@@ -125,7 +125,7 @@ def test_weights_by_chi_square(replace: bool) -> None:
 
 
 def test_drawn_pairs_vary() -> None:
-    # Half of 256 samples an epoch: two that are not neighbours meet in a quarter of the epochs, as by independent draws.
+    # Half of 256 samples an epoch: two that are not neighbours meet in a quarter of the epochs, as if independent.
     plan = plan_of({(i // 32, i % 32): 0.5 for i in range(256)}, 1)
     epochs = [seen(plan.at(np.arange(e * 128, (e + 1) * 128))) for e in range(400)]
     assert all(c.total() == 128 for c in epochs)

@@ -263,8 +263,8 @@ def _match(path: str, head: bytes | None, shards: ShardSet) -> dict[str, int]:
         then = recorded[name]
         if then[:2] != (samples, size):
             raise DataError(
-                f"{path}: {name} has changed since: it had {then[0]:,} samples in {then[1]:,} bytes and has {samples:,} in "
-                f"{size:,}; {again}"
+                f"{path}: {name} has changed since: it had {then[0]:,} samples in {then[1]:,} bytes and has "
+                f"{samples:,} in {size:,}; {again}"
             )
         if headers and then[2] and headers != then[2]:
             raise DataError(f"{path}: {name} has changed since: its headers have another digest; {again}")
