@@ -12,7 +12,7 @@ from dualenc.errors import DataError
 from dualenc.files import write_atomically
 
 if TYPE_CHECKING:
-    from dualenc_data_tools.choose.duplicates import Hit, Items
+    from dualenc_data_tools.choose.duplicates import Items, Occurrence
 
 
 def items_of(names: Sequence[str]) -> list[Items]:
@@ -47,6 +47,6 @@ def items_of(names: Sequence[str]) -> list[Items]:
     return out
 
 
-def write_hits(path: Path, hits: Sequence[Hit]) -> None:
+def write_hits(path: Path, hits: Sequence[Occurrence]) -> None:
     """One JSON object a line."""
     write_atomically(path, "".join(json.dumps(asdict(h), ensure_ascii=False) + "\n" for h in hits))

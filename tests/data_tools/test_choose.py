@@ -21,7 +21,7 @@ from dualenc.errors import ConfigError, DataError
 from dualenc_data_tools.choose import filters
 from dualenc_data_tools.choose.duplicates import Items, contamination, duplicates, find, occurring
 from dualenc_data_tools.choose.expression import evaluate
-from dualenc_data_tools.choose.filter import Opened, Row, build_filter, run_filters
+from dualenc_data_tools.choose.filter import Candidate, Opened, build_filter, run_filters
 from dualenc_data_tools.choose.fingerprints import Prints, of_audio, of_image, popcount
 from dualenc_data_tools.choose.select import select
 
@@ -101,7 +101,7 @@ def test_filters_of_captions_and_headers(small: str, tmp_path: Path) -> None:
 
 def test_language() -> None:
     pytest.importorskip("py3langid")
-    rows = [Row(str(i), {"text": t.encode()}) for i, t in enumerate(
+    rows = [Candidate(str(i), {"text": t.encode()}) for i, t in enumerate(
         ["A man in a red jacket is walking his dog", "Ein Mann geht mit seinem Hund am Strand spazieren", ""]
     )]  # fmt: skip
     got = build_filter("language", {"languages": ["en", "de", "fr"]}).score(rows)

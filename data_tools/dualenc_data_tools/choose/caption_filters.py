@@ -12,7 +12,7 @@ from pydantic import Field
 from dualenc.config import Section
 from dualenc.config.section import Positive
 from dualenc.errors import ConfigError
-from dualenc_data_tools.choose.filter import Filter, Row, Score, filters
+from dualenc_data_tools.choose.filter import Candidate, Filter, Score, filters
 
 _WORD = re.compile(r"\w+(?:['’]\w+)?")
 _URL = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|net|org|jpe?g|png|gif|webp)\b", re.IGNORECASE)
@@ -33,7 +33,7 @@ def words_of(text: str) -> list[str]:
 class CaptionLength(Filter):
     """``caption_words`` and ``caption_chars`` of the longest caption, and ``captions``, how many there are."""
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         return {
             "captions": [float(len(r.captions)) for r in rows],
             "caption_words": [float(max((len(words_of(c)) for c in r.captions), default=0)) for r in rows],
@@ -57,7 +57,7 @@ class CaptionRules(Filter):
 
     Config = CaptionRulesConfig
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         out: list[Score] = []
         for row in rows:
             broken = [self.broken(c) for c in row.captions] or ["missing"]
@@ -115,7 +115,7 @@ class Language(Filter):
             except ValueError as e:
                 raise ConfigError(f"language.languages: {e}; use ISO 639-1 codes such as en, de, zh") from e
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         texts = [" ".join(r.captions).strip() for r in rows]
         judged: list[Any] = [self._judge.classify(t) if t else (None, None) for t in texts]
         return {

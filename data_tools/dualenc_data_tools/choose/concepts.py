@@ -13,7 +13,7 @@ from dualenc.config.section import Positive
 from dualenc.data.shards.selection import Values
 from dualenc.errors import DataError
 from dualenc_data_tools.choose.caption_filters import words_of
-from dualenc_data_tools.choose.filter import Filter, Row, Score, filters
+from dualenc_data_tools.choose.filter import Candidate, Filter, Score, filters
 
 _MOST_WORDS = 5
 
@@ -52,7 +52,7 @@ class ConceptBalance(Filter):
         spans = (tuple(words[i : i + n]) for n in range(1, self.longest + 1) for i in range(len(words) - n + 1))
         return {self.number[s] for s in spans if s in self.number}
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         found = [sorted(set().union(*(self.matched(c) for c in r.captions))) for r in rows]
         return {"concept_balance": [" ".join(map(str, f)) for f in found]}
 

@@ -111,7 +111,7 @@ def duplicates(patterns: str | Sequence[str], name: str = "distinct", of: str | 
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
+class Occurrence:
     """One sample that occurs among the items of a task: exact or near."""
 
     task: str
@@ -153,7 +153,7 @@ def occurring(prints: Prints, items: Items) -> list[tuple[int, int, str]]:
 
 def contamination(
     patterns: str | Sequence[str], items: Sequence[Items], name: str = "uncontaminated"
-) -> tuple[list[Hit], str, int]:
+) -> tuple[list[Occurrence], str, int]:
     """Samples that occur among evaluation items; writes the score ``contaminated`` (ok, or the tasks' names) and the
     selection ``name`` of those that do not.
 
@@ -165,14 +165,14 @@ def contamination(
     """
     opened = Opened.of(patterns)
     try:
-        hits: list[Hit] = []
+        hits: list[Occurrence] = []
         tasks: dict[int, list[str]] = {}
         made: dict[str, Prints] = {}
         for group in items:
             if group.of not in made:
                 made[group.of] = prints_of(opened, group.of)[1]
             for i, k, kind in occurring(made[group.of], group):
-                hits.append(Hit(group.task[k], group.names[k], opened.key(i), kind))
+                hits.append(Occurrence(group.task[k], group.names[k], opened.key(i), kind))
                 tasks.setdefault(i, []).append(group.task[k])
         verdict = np.full(opened.total, "ok", object)
         for i, named in tasks.items():

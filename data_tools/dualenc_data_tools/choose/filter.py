@@ -29,7 +29,7 @@ Score = float | str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Candidate:
     """One sample: its key, the raw values that were read of it by name, and why they could not be read, or ''."""
 
     key: str
@@ -57,7 +57,7 @@ class Filter:
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         """Name of a score → its value for every row."""
         raise NotImplementedError
 
@@ -101,21 +101,21 @@ class Opened:
         except SampleError as e:
             raise DataError(f"{self.shards.urls[shard]}: {e}") from e
 
-    def rows(self, shard: int, reads: Mapping[str, Sequence[str]]) -> Iterator[list[Row]]:
+    def rows(self, shard: int, reads: Mapping[str, Sequence[str]]) -> Iterator[list[Candidate]]:
         """The samples of a shard in stored order, ``CHUNK`` at a time."""
         count = self.shards.infos[shard].samples
         for start in range(0, count, CHUNK):
             yield [self.row(shard, i, reads) for i in range(start, min(start + CHUNK, count))]
 
-    def row(self, shard: int, i: int, reads: Mapping[str, Sequence[str]]) -> Row:
+    def row(self, shard: int, i: int, reads: Mapping[str, Sequence[str]]) -> Candidate:
         """One sample; what cannot be read is told in it."""
         key = f"{self.shards.names[shard]}/#{i}"
         try:
             sample = self.reader.locate(0, shard, i)
             key = f"{self.shards.names[shard]}/{sample.key}"
-            return Row(key, self.reader.find(0, shard, sample, reads).values)
+            return Candidate(key, self.reader.find(0, shard, sample, reads).values)
         except SampleError as e:
-            return Row(key, {}, str(e))
+            return Candidate(key, {}, str(e))
 
     def key(self, line: int) -> str:
         """Shard and key of a sample by its number among all."""

@@ -10,7 +10,7 @@ from dualenc.config import Section
 from dualenc.config.section import Positive
 from dualenc_data_tools import sounds
 from dualenc_data_tools.choose.caption_filters import words_of
-from dualenc_data_tools.choose.filter import AUDIO, IMAGE, TEXT, Filter, Row, Score, filters
+from dualenc_data_tools.choose.filter import AUDIO, IMAGE, TEXT, Candidate, Filter, Score, filters
 from dualenc_data_tools.images import decode, open_picture
 from dualenc_data_tools.sources.source import BadMedia
 
@@ -31,7 +31,7 @@ class Size(Filter):
 
     reads: Mapping[str, Sequence[str]] = {"image": IMAGE}
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         sizes = [size_of(r.values.get("image")) for r in rows]
         return {
             "width": [float(s[0]) if s else None for s in sizes],
@@ -47,7 +47,7 @@ class Duration(Filter):
 
     reads: Mapping[str, Sequence[str]] = {"audio": AUDIO}
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         clips = [self._clip(r.values.get("audio")) for r in rows]
         return {"seconds": [c[0] if c else None for c in clips], "rate": [c[1] if c else None for c in clips]}
 
@@ -80,10 +80,10 @@ class Basic(Filter):
     Config = BasicConfig
     reads: Mapping[str, Sequence[str]] = {"image": IMAGE, "text": TEXT}
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         return {"datacomp_basic": [self._judge(r) for r in rows]}
 
-    def _judge(self, row: Row) -> str:
+    def _judge(self, row: Candidate) -> str:
         c, captions, size = self.config, row.captions, size_of(row.values.get("image"))
         if size is None:
             return "image"
@@ -103,11 +103,11 @@ class Usable(Filter):
 
     reads: Mapping[str, Sequence[str]] = {"image": IMAGE, "audio": AUDIO, "text": TEXT}
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         return {"usable": [self._judge(r) for r in rows]}
 
     @staticmethod
-    def _judge(row: Row) -> str:
+    def _judge(row: Candidate) -> str:
         if row.problem:
             return "unreadable"
         if not any(c.strip() for c in row.captions):

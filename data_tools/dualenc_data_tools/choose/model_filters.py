@@ -13,7 +13,7 @@ from dualenc.config import Section
 from dualenc.config.section import Positive
 from dualenc.errors import ConfigError
 from dualenc.model.load import load_model
-from dualenc_data_tools.choose.filter import Filter, Row, Score, filters
+from dualenc_data_tools.choose.filter import Candidate, Filter, Score, filters
 
 
 class ModelScore(Section):
@@ -46,7 +46,7 @@ class OfModel(Filter):
             m: list(self.embedder.bundle.inputs[m].default_members) for m in wanted
         }
 
-    def features(self, side: str, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
+    def features(self, side: str, rows: Sequence[Candidate]) -> tuple[Tensor, list[int]]:
         """Features [n, D] of all items of one side, and the row each is of; a caption is an item."""
         items: list[Any] = []
         of: list[int] = []
@@ -73,7 +73,7 @@ class OfModel(Filter):
 class ClipScore(OfModel):
     """Cosine of the two sides under a model (CLIPScore, Hessel et al. 2021): score ``clip_score``, −1 to 1."""
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         (a, of_a), (b, of_b) = (self.features(side, rows) for side in self.sides)
         first = {r: k for k, r in reversed(list(enumerate(of_a)))}
         pairs = [(first[r], k, r) for k, r in enumerate(of_b) if r in first]
@@ -88,7 +88,7 @@ class ModelLoss(OfModel):
     """The contrastive loss of each sample under a model, among the 256 samples around it (self-filtering by a model's
     own loss): the mean of both directions at the model's temperature; score ``model_loss``."""
 
-    def score(self, rows: Sequence[Row]) -> dict[str, list[Score]]:
+    def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         (a, of_a), (b, of_b) = (self.features(side, rows) for side in self.sides)
         first_a, first_b = ({r: k for k, r in reversed(list(enumerate(of)))} for of in (of_a, of_b))
         both = [r for r in first_a if r in first_b]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dualenc.data.shards.selection import Values
-from dualenc_data_tools.choose.duplicates import Duplicates, Hit, Items
+from dualenc_data_tools.choose.duplicates import Duplicates, Items, Occurrence
 
 
 def print_scores(scores: Mapping[str, tuple[str, Values]]) -> None:
@@ -45,7 +45,7 @@ def print_duplicates(found: Duplicates) -> None:
     console.print(f"selection: {found.path}", highlight=False, markup=False, soft_wrap=True)
 
 
-def print_hits(hits: Sequence[Hit], items: Sequence[Items], selection: str, total: int) -> None:
+def print_hits(hits: Sequence[Occurrence], items: Sequence[Items], selection: str, total: int) -> None:
     """A row for each task, some of the hits, and the selection."""
     compared = Counter(t for group in items for t in group.task)
     table = Table("task", "items", "in the shards", "exact", "near", title="contamination", title_justify="left")
