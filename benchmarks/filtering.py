@@ -155,8 +155,9 @@ def study(folder: Path, out: Path, share: float, seeds: int, epochs: int) -> Non
     frozen = Frozen()
     image, text = frozen.of("image", pictures), frozen.of("text", [c for cs in captions for c in cs])
     dev_image = frozen.of("image", [(folder / r["image"]).read_bytes() for r in dev])
-    dev_text = frozen.of("text", [c for r in dev for c in r["captions"]]).unflatten(0, (len(dev), -1))
-    text = text.unflatten(0, (len(image), -1))
+    dev_text = frozen.of("text", [c for r in dev for c in r["captions"]])
+    dev_text = dev_text.reshape(len(dev), -1, dev_text.shape[1])
+    text = text.reshape(len(image), -1, text.shape[1])
     scores, wrong = score(pattern, image, text, epochs), swapped == "yes"
     write_scores(file_of("clip_score", opened.shards, SCORES), opened.shards, opened.index_of, scores)
     select(pattern, f"top {100 * (1 - share):g}% by clip_score", "best")

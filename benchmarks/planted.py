@@ -4,7 +4,7 @@
     python -m benchmarks.planted --million
 
 FLICKR8K is the folder with captions.jsonl. The clean set is the first training photos as they are; the planted set has
-these faults in them, repeats at the end: 1 % corrupt images (cut in half), 1 % without a caption, 1 % repeated (the same
+these faults in it, repeats at the end: 1 % corrupt images (cut in half), 1 % without a caption, 1 % repeated (the same
 pixels as PNG, another key and caption), 1 % repeated as a smaller JPEG of quality 60, 0.5 % dev photos (the task
 flickr8k; half as they are, half re-encoded), and, with a model to score them, 5 % whose captions were swapped. Swapped
 captions are those among the lowest 5 % of clip_score. ``--million`` times the search for near images among a million

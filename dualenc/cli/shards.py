@@ -86,7 +86,8 @@ def shards_build(
     source: Annotated[
         str,
         typer.Argument(
-            help=f"{', '.join(names.SOURCES)}, or a plugin's source. SOURCE --help shows its settings.",
+            help=f"{', '.join(names.SOURCES)}, a plugin's source, or a YAML file with a build: section. "
+            "SOURCE --help shows its settings.",
             autocompletion=names.sources,
         ),
     ],
@@ -97,9 +98,13 @@ def shards_build(
     debug: Debug = False,
 ) -> None:
     """Pack a data set into webdataset shards with an index."""
-    from dualenc_data_tools.build import build, print_report
+    from dualenc_data_tools.build import build, of_file, print_report
 
-    print_report(build(source, out, key_values(options or [])))
+    given = key_values(options or [])
+    if source.endswith((".yaml", ".yml")):
+        source, settings = of_file(source)
+        given = {**settings, **given}
+    print_report(build(source, out, given))
 
 
 @shards_app.command("index")

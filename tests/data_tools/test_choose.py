@@ -179,6 +179,51 @@ def test_commands(small: str, tmp_path: Path) -> None:
     assert "IMG_0023" not in page
 
 
+def test_a_build_can_be_run_again_from_its_yaml(tmp_path: Path) -> None:
+    photos, run = tmp_path / "photos", CliRunner().invoke
+    photos.mkdir()
+    for i in range(6):
+        (photos / f"{i}.png").write_bytes(encoded(picture(i)))
+        (photos / f"{i}.txt").write_text(f"picture {i}")
+    first, second = tmp_path / "first", tmp_path / "second"
+    out = run(app, ["shards", "build", "folder", f"path={photos}", "shuffle_seed=3", "limit=5", "--out", str(first)])
+    assert out.exit_code == 0, out.output
+    kept = next(first.glob("build-*.yaml"))
+    assert "source: folder" in kept.read_text()
+    out = run(app, ["shards", "build", str(kept), "--out", str(second)])
+    assert out.exit_code == 0, out.output
+    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
+    (tmp_path / "mine.yaml").write_text("build: {source: folder, path: ./photos}\nmore: 1\n")
+    out = run(app, ["shards", "build", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "third")])
+    assert isinstance(out.exception, ConfigError)
+    assert "write one section" in str(out.exception)
+
+
+def test_planted_faults_are_found(tmp_path: Path) -> None:
+    from benchmarks.planted import SHARES, Sample, found, plant, write
+
+    def photo(key: str, seed: int) -> Sample:
+        return Sample(key, encoded(picture(seed, (112, 90)), "JPEG", quality=92), "jpg", [f"caption {seed}"])
+
+    clean, dev = [photo(f"c{i}", i) for i in range(60)], [photo(f"d{i}", 500 + i) for i in range(4)]
+    for s in dev:
+        (tmp_path / f"{s.key}.jpg").write_bytes(s.image)
+    lines = [{"image": f"{s.key}.jpg", "captions": s.captions} for s in dev]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "mine.yaml").write_text(
+        "kind: retrieval\ndescription: d\nlicense: l\ncitation: c\n"
+        'source: {kind: jsonl, path: ./rows.jsonl, members: {image: ["file:image"], text: [captions]}}\n'
+    )
+    faulty = plant(clean, dev, swap=False)
+    named = found(write(faulty, tmp_path / "planted"), [str(tmp_path / "mine.yaml")], None)
+    for fault in SHARES:
+        there = np.array([fault in s.faults for s in faulty])
+        assert there.sum() == 2
+        assert np.array_equal(named[fault], there), fault
+    named = found(write(clean, tmp_path / "clean"), [str(tmp_path / "mine.yaml")], None)
+    assert not any(v.any() for v in named.values())
+
+
 # --- duplicates ------------------------------------------------------------------------------------------------------
 
 
