@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dualenc.cli.contamination import items_of
+from dualenc.api.contamination import items_of
 from dualenc.data.shards.index import build_index
 from dualenc.data.shards.selection import read_scores
 from dualenc_data_tools.choose.duplicates import contamination, duplicates
 from dualenc_data_tools.choose.filter import Opened, run_filters
-from dualenc_data_tools.choose.fingerprints import BANDS, Groups, Prints
+from dualenc_data_tools.choose.fingerprints import NEAR_BITS, Groups, Prints
 from dualenc_data_tools.writer import ShardWriter
 
 SHARES = {"corrupt": 0.01, "no caption": 0.01, "repeated": 0.01, "re-encoded": 0.01, "in an evaluation": 0.005}
@@ -39,7 +39,7 @@ SWAPPED, LOWEST = 0.05, 0.05
 
 
 @dataclass
-class Sample:
+class PlantedSample:
     """One sample to be written, and what was done to it."""
 
     key: str
@@ -49,20 +49,22 @@ class Sample:
     faults: set[str] = field(default_factory=set)
 
 
-def read(folder: Path, split: str, count: int | None) -> list[Sample]:
+def read(folder: Path, split: str, count: int | None) -> list[PlantedSample]:
     """Samples of a split."""
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [r for r in rows if r["split"] == split][:count]
-    return [Sample(Path(r["image"]).stem, (folder / r["image"]).read_bytes(), "jpg", r["captions"]) for r in rows]
+    return [
+        PlantedSample(Path(r["image"]).stem, (folder / r["image"]).read_bytes(), "jpg", r["captions"]) for r in rows
+    ]
 
 
-def plant(clean: list[Sample], dev: list[Sample], swap: bool, seed: int = 0) -> list[Sample]:
+def plant(clean: list[PlantedSample], dev: list[PlantedSample], swap: bool, seed: int = 0) -> list[PlantedSample]:
     """The clean samples with faults in them."""
     rng = np.random.default_rng(seed)
     counts = {name: max(2, round(share * len(clean))) for name, share in SHARES.items()}
     swapped = max(3, round(SWAPPED * len(clean))) if swap else 0
     places = iter(rng.permutation(len(clean)).tolist())
-    out = [Sample(s.key, s.image, s.ending, s.captions) for s in clean]
+    out = [PlantedSample(s.key, s.image, s.ending, s.captions) for s in clean]
     for _ in range(counts["corrupt"]):
         s = out[next(places)]
         s.image, s.faults = s.image[: len(s.image) // 2], {"corrupt"}
@@ -73,16 +75,16 @@ def plant(clean: list[Sample], dev: list[Sample], swap: bool, seed: int = 0) -> 
     taken = [out[i].captions for i in chosen]
     for k, i in enumerate(chosen):
         out[i].captions, out[i].faults = taken[(k + 1) % len(taken)], {"swapped"}
-    more: list[Sample] = []
+    more: list[PlantedSample] = []
     for fault, encode in (("repeated", as_png), ("re-encoded", smaller_jpeg)):
         for k in range(counts[fault]):
             s = clean[next(places)]
             ending, raw = encode(s.image)
-            more.append(Sample(f"{fault}{k}", raw, ending, s.captions[1:] or s.captions, {fault}))
+            more.append(PlantedSample(f"{fault}{k}", raw, ending, s.captions[1:] or s.captions, {fault}))
     for k in range(counts["in an evaluation"]):
         s = dev[k]
         ending, raw = ("jpg", s.image) if k % 2 else smaller_jpeg(s.image)
-        more.append(Sample(f"dev{k}", raw, ending, s.captions, {"in an evaluation"}))
+        more.append(PlantedSample(f"dev{k}", raw, ending, s.captions, {"in an evaluation"}))
     # Repeats come behind what they repeat: the first of a group is the one that is kept.
     return out + [more[i] for i in rng.permutation(len(more)).tolist()]
 
@@ -99,7 +101,7 @@ def smaller_jpeg(raw: bytes) -> tuple[str, bytes]:
     return "jpg", out.getvalue()
 
 
-def write(samples: list[Sample], folder: Path) -> str:
+def write(samples: list[PlantedSample], folder: Path) -> str:
     """Shards of them; returns their pattern."""
     writer = ShardWriter(folder, overwrite=True)
     for s in samples:
@@ -156,8 +158,8 @@ def million(n: int = 1_000_000) -> Iterator[str]:
     prints.there[:] = prints.near[:] = True
     near = rng.permutation(n)[: n // 50].reshape(2, -1)
     flips = np.zeros(near.shape[1], np.uint64)
-    for _ in range(3):
-        flips |= np.uint64(1) << rng.integers(0, sum(BANDS), len(flips)).astype(np.uint64)
+    for _ in range(NEAR_BITS):
+        flips |= np.uint64(1) << rng.integers(0, 64, len(flips)).astype(np.uint64)
     prints.fine[near[1]] = prints.fine[near[0]]
     prints.fine[near[1], 0] ^= flips
     begin, groups = time.perf_counter(), Groups(n)

@@ -233,7 +233,7 @@ def shards_contamination(
     debug: Debug = False,
 ) -> None:
     """Find samples that occur, equal or near, among the items of evaluation tasks; write a selection without them."""
-    from dualenc.cli.contamination import items_of, write_hits
+    from dualenc.api.contamination import items_of, write_hits
     from dualenc_data_tools.choose.duplicates import contamination
     from dualenc_data_tools.choose.tables import print_hits
 

@@ -200,10 +200,10 @@ def test_a_build_can_be_run_again_from_its_yaml(tmp_path: Path) -> None:
 
 
 def test_planted_faults_are_found(tmp_path: Path) -> None:
-    from benchmarks.planted import SHARES, Sample, found, plant, write
+    from benchmarks.planted import SHARES, PlantedSample, found, plant, write
 
-    def photo(key: str, seed: int) -> Sample:
-        return Sample(key, encoded(picture(seed, (112, 90)), "JPEG", quality=92), "jpg", [f"caption {seed}"])
+    def photo(key: str, seed: int) -> PlantedSample:
+        return PlantedSample(key, encoded(picture(seed, (112, 90)), "JPEG", quality=92), "jpg", [f"caption {seed}"])
 
     clean, dev = [photo(f"c{i}", i) for i in range(60)], [photo(f"d{i}", 500 + i) for i in range(4)]
     for s in dev:
@@ -232,7 +232,7 @@ def test_popcount(words: list[int]) -> None:
     assert popcount(np.array(words, np.uint64)).tolist() == [w.bit_count() for w in words]
 
 
-@given(st.integers(0, 2**32), st.sets(st.integers(0, 63), max_size=5))
+@given(st.integers(0, 2**32), st.sets(st.integers(0, 63), max_size=7))
 @settings(deadline=None, max_examples=40)
 def test_no_near_pair_is_missed(seed: int, flipped: set[int]) -> None:
     rng = np.random.default_rng(seed)
@@ -243,7 +243,7 @@ def test_no_near_pair_is_missed(seed: int, flipped: set[int]) -> None:
     found = {
         (min(i, j), max(i, j)) for a, b in prints.near_pairs() for i, j in zip(a.tolist(), b.tolist(), strict=True)
     }
-    assert ((4, 17) in found) == (len(flipped) <= 3)
+    assert ((4, 17) in found) == (len(flipped) <= 5)
 
 
 def test_prints_see_through_formats() -> None:
