@@ -93,7 +93,8 @@ def print_plan(recipe: Recipe) -> None:
     per_pass = build_plan(recipe.data, sets, recipe.seed).samples_per_pass
     for s in sets:
         if s.chosen is not None:
-            console.print(f"source {s.source}, {s.chosen.told(sum(s.counts))}", highlight=False, markup=False)
+            told = f"source {s.source}, {s.chosen.told(sum(s.counts))}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size
