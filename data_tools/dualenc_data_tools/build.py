@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dualenc.config import settings_as
+import yaml
+
+from dualenc.config import read_yaml, settings_as
 from dualenc.data.shards.index import build_index
 from dualenc.errors import ConfigError, DataError
+from dualenc.files import write_atomically
 from dualenc_data_tools import images, sounds
 from dualenc_data_tools.sources import BadMedia, Dropped, Keys, Record, SourceConfig, sources
 from dualenc_data_tools.writer import ShardWriter
@@ -74,7 +77,8 @@ def build(
 
     Args:
         source_kind: a name in :data:`dualenc_data_tools.sources.sources`.
-        out: folder for the shards, ``index.json`` and ``dropped-NAME.jsonl``.
+        out: folder for the shards, ``index.json``, ``dropped-NAME.jsonl`` and ``build-NAME.yaml``, from which
+            :func:`of_file` builds them again.
         options: settings of the source, checked by its ``Config``; ``more`` is added to them.
         progress: show a counter on a terminal.
 
@@ -101,10 +105,25 @@ def build(
         raise
     report.index = build_index([str(p) for p in report.shards], folder)
     report.size = sum(p.stat().st_size for p in report.shards)
+    said = {"build": {"source": source_kind, **cfg.model_dump(mode="json", exclude_defaults=True)}}
+    write_atomically(folder / f"build-{label}.yaml", yaml.safe_dump(said, sort_keys=False, allow_unicode=True))
     if kind.finish is not None:
         report.notes = kind.finish(cfg, folder)
     report.seconds = time.monotonic() - start
     return report
+
+
+def of_file(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The source and its settings that the ``build:`` section of a YAML file names; ``./`` paths are relative to it.
+
+    Raises:
+        ConfigError: no such file, no such section, another key beside it.
+    """
+    raw, _ = read_yaml(Path(path))
+    section = raw.get("build")
+    if set(raw) != {"build"} or not isinstance(section, dict) or not isinstance(section.get("source"), str):
+        raise ConfigError(f"{path}: write one section, build: {{source: NAME, path: …, and other settings of NAME}}")
+    return section["source"], {k: v for k, v in section.items() if k != "source"}
 
 
 def _pack(

@@ -18,7 +18,7 @@ from dualenc.data.modalities import DecodeError, modalities
 from dualenc.data.modalities.camera import CameraConfig, CameraInput
 from dualenc.data.modalities.lidar import LidarConfig, LidarInput
 from dualenc.data.modalities.modality import ModalityInput, build_inputs, of_one_item
-from dualenc.data.shards.index import expand, open_source, refuse_pipes, short_names
+from dualenc.data.shards.index import expand, open_source, open_sources, refuse_pipes, short_names
 from dualenc.data.shards.reader import REFUSED, Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local, local_path
 from dualenc.data.shards.tar import Sample, ends_properly, unsafe
@@ -252,13 +252,16 @@ def check(
 
 
 def check_recipe(recipe: Recipe, *, workers: int | None = None, progress: bool = True) -> CheckReport:
-    """Check every source of a recipe with its own members and pairs.
+    """Check every source of a recipe with its own members and pairs. All samples are read, also those that the source's
+    selection leaves out.
 
     Raises:
         ConfigError: whatever training would refuse, such as ``pipe:`` shards that are not allowed.
-        DataError: as :func:`check`.
+        DataError: as :func:`check`; a selection is missing, or its shards have changed since.
     """
     total, shards = ShardStats(), 0
+    if any(s.selection is not None for s in recipe.data.sources):
+        open_sources(recipe.data)
     for i, source in enumerate(recipe.data.sources):
         refuse_pipes(source.shards, recipe.data.allow_pipe, "data.allow_pipe=true")
         one = check(source.shards, workers=workers, progress=progress, wanted=of_recipe(recipe, i))

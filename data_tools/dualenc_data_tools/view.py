@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dualenc.config import Source
 from dualenc.data.driving.places import MEMBER
 from dualenc.data.modalities import DecodeError, modalities
@@ -23,6 +25,7 @@ from dualenc.data.show import Previews, preview, thumbnail_uri
 from dualenc.errors import DataError
 from dualenc.pages import environment, write_page
 from dualenc_data_tools.check import AUDIO, CAPTIONS, IMAGE
+from dualenc_data_tools.choose.expression import evaluate
 from dualenc_data_tools.overlay import overlay_uri, side_by_side
 
 THUMBNAIL_PX = 256
@@ -55,19 +58,26 @@ class Card:
     wide: bool = False
 
 
-def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: int = 0) -> Path:
+def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: int = 0, select: str = "") -> Path:
     """Write a page with ``n`` samples drawn by ``seed`` (all of them if there are fewer), in stored order.
+
+    Args:
+        select: an expression (:mod:`dualenc_data_tools.choose.expression`); only samples it selects are shown.
 
     Everything read from the shards is escaped; images are re-encoded thumbnails. Broken samples are shown as such.
 
     Raises:
-        DataError: no such shard; a remote shard without an index.
+        ConfigError: ``select`` cannot be read.
+        DataError: no such shard; a remote shard without an index; nothing is selected.
     """
     opened = open_source(Source(name="view", shards=list(expand(shards)), index=None))
     total = sum(opened.counts)
     if n < 1:
         raise DataError(f"n is {n}: show at least one sample")
-    picked = sorted(random.Random(seed).sample(range(total), min(n, total)))
+    among = np.flatnonzero(evaluate(select, opened)).tolist() if select else range(total)
+    if not among:
+        raise DataError(f"--select {select!r} selects none of {total:,} samples")
+    picked = sorted(random.Random(seed).sample(among, min(n, len(among))))
     cache = None if all(is_local(u) for u in opened.urls) else ShardCache.temporary(50.0, 3)
     reader = Reader([opened], cache, 3)
     try:
@@ -78,7 +88,8 @@ def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: i
             cache.remove()
     title = opened.names[0] if len(opened.names) == 1 else f"{opened.names[0]} … {opened.names[-1]}"
     plural = "s" if len(opened.names) > 1 else ""
-    about = f"{len(cards):,} of {total:,} samples in {len(opened.names):,} shard{plural}, drawn with seed {seed}"
+    whole = f"{len(among):,} samples with {select}, of {total:,}" if select else f"{total:,} samples"
+    about = f"{len(cards):,} of {whole} in {len(opened.names):,} shard{plural}, drawn with seed {seed}"
     page = environment(TEMPLATES).get_template("view.html.j2").render(title=title, about=about, cards=cards)
     return write_page(Path(out_html), page)
 

@@ -1,4 +1,4 @@
-"""dualenc shards build, index, check, view."""
+"""dualenc shards build, index, check, filter, select, view."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dualenc.config import load_recipe
 from dualenc.errors import ConfigError
 
 shards_app = typer.Typer(
-    help="Build, index, check and view webdataset shards.", no_args_is_help=True, rich_markup_mode=None
+    help="Build, index, check, filter and view webdataset shards.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(shards_app, name="shards")
 
@@ -86,7 +86,8 @@ def shards_build(
     source: Annotated[
         str,
         typer.Argument(
-            help=f"{', '.join(names.SOURCES)}, or a plugin's source. SOURCE --help shows its settings.",
+            help=f"{', '.join(names.SOURCES)}, a plugin's source, or a YAML file with a build: section. "
+            "SOURCE --help shows its settings.",
             autocompletion=names.sources,
         ),
     ],
@@ -97,9 +98,13 @@ def shards_build(
     debug: Debug = False,
 ) -> None:
     """Pack a data set into webdataset shards with an index."""
-    from dualenc_data_tools.build import build, print_report
+    from dualenc_data_tools.build import build, of_file, print_report
 
-    print_report(build(source, out, key_values(options or [])))
+    given = key_values(options or [])
+    if source.endswith((".yaml", ".yml")):
+        source, settings = of_file(source)
+        given = {**settings, **given}
+    print_report(build(source, out, given))
 
 
 @shards_app.command("index")
@@ -152,15 +157,105 @@ def shards_check(
         raise typer.Exit(3)
 
 
+@shards_app.command("filter")
+def shards_filter(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    names_of: Annotated[
+        list[str],
+        typer.Option("--with", help="A filter; may be repeated. dualenc list filters shows all and their settings."),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, FILTER.key=value: clip_score.model=runs/mine")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Score every sample and keep the scores beside the shards; nothing is left out yet (dualenc shards select)."""
+    from dualenc_data_tools.choose.filter import run_filters
+    from dualenc_data_tools.choose.tables import print_scores
+
+    print_scores(run_filters(shards, names_of, key_values(settings or [])))
+
+
+@shards_app.command("select")
+def shards_select(
+    words: Annotated[
+        list[str],
+        typer.Argument(help="SHARDS, then an expression: top 30% by clip_score and caption_rules minus duplicates"),
+    ],
+    out: Annotated[str, typer.Option("--out", help="Name of the selection (data.sources.N.selection), or its path.")],
+    debug: Debug = False,
+) -> None:
+    """Write the samples that an expression selects as a selection beside the shards, which stay as they are."""
+    from dualenc_data_tools.choose.select import select
+
+    count = next((i for i, w in enumerate(words) if ".tar" not in w and not w.startswith("pipe:")), len(words))
+    if not 0 < count < len(words):
+        raise ConfigError(
+            "dualenc shards select: give shards and then an expression: 'data/*.tar' top 30% by clip_score"
+        )
+    path, chosen, total, weight = select(words[:count], " ".join(words[count:]), out)
+    Console().print(
+        f"{chosen:,} of {total:,} samples, {weight:,.1f} per epoch: {path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@shards_app.command("duplicates")
+def shards_duplicates(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    out: Annotated[
+        str, typer.Option("--out", help="Name of the selection that keeps one of each group, or its path.")
+    ] = "distinct",
+    of: Annotated[
+        str | None, typer.Option("--of", help="image, audio or text; default: the first that the samples have.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Find samples whose item is equal (decoded) or, for images, near; write a selection without the repeats."""
+    from dualenc_data_tools.choose.duplicates import duplicates
+    from dualenc_data_tools.choose.tables import print_duplicates
+
+    print_duplicates(duplicates(shards, out, of))
+
+
+@shards_app.command("contamination")
+def shards_contamination(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Evaluation tasks: names or YAML files, comma-separated.")],
+    out: Annotated[
+        str, typer.Option("--out", help="Name of the selection without the samples found, or its path.")
+    ] = "uncontaminated",
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write every hit as a JSON line: task, item, sample, kind.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Find samples that occur, equal or near, among the items of evaluation tasks; write a selection without them."""
+    from dualenc.api.contamination import items_of, write_hits
+    from dualenc_data_tools.choose.duplicates import contamination
+    from dualenc_data_tools.choose.tables import print_hits
+
+    items = items_of([t for t in tasks.split(",") if t])
+    hits, selection, total = contamination(shards, items, out)
+    if report is not None:
+        write_hits(report, hits)
+    print_hits(hits, items, selection, total)
+
+
 @shards_app.command("view")
 def shards_view(
     shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
     out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("shards.html"),
     n: Annotated[int, typer.Option("--n", help="How many samples to show.")] = 48,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random choice of samples.")] = 0,
+    select: Annotated[
+        str, typer.Option("--select", help="Show only these: an expression as of dualenc shards select.")
+    ] = "",
     debug: Debug = False,
 ) -> None:
     """Write an HTML page that shows samples with their captions."""
     from dualenc_data_tools.view import view
 
-    Console().print(f"page: {view(shards, out, n=n, seed=seed)}", highlight=False, soft_wrap=True)
+    Console().print(f"page: {view(shards, out, n=n, seed=seed, select=select)}", highlight=False, soft_wrap=True)

@@ -64,7 +64,7 @@ def train(
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
     from dualenc.data.batches import prepare
-    from dualenc.data.shards.index import open_sources
+    from dualenc.data.shards.index import build_plan, open_sources
     from dualenc.data.values import check_values
     from dualenc.encoders import batch_norm_notes
     from dualenc.losses import build_loss
@@ -94,12 +94,16 @@ def print_plan(recipe: Recipe) -> None:
     print_rates(console, bundle.model, recipe)
     print_pipes(console, recipe)
     sets = open_sources(recipe.data)
-    per_pass = sum(sum(s.counts) for s in sets)
+    per_pass = build_plan(recipe.data, sets, recipe.seed).samples_per_pass
     if recipe.data.batches is not None:
         composed = prepare(recipe.data, recipe.batch.size, recipe.seed)
         per_pass = composed.samples_per_pass
         for line in composed.describe():
             console.print(line, highlight=False, markup=False)
+    for s in sets:
+        if s.chosen is not None:
+            told = f"source {s.source}, {s.chosen.told(sum(s.counts))}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size

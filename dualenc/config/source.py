@@ -39,6 +39,10 @@ class Source(Section):
         default=1.0, description="share of samples among the sources, relative to the others' weights"
     )
     index: str | None = Field(default=None, description="index file; default: index.json beside the shards")
+    selection: str | None = Field(
+        default=None,
+        description="only these samples, at these weights: NAME.selection.parquet beside the shards, or a path",
+    )
     members: dict[str, list[str]] = Field(
         default_factory=dict,
         description="modality → member endings, tried in order; 'json:KEY': a key of the .json; default: the kind's",
@@ -53,7 +57,9 @@ class Source(Section):
     )
 
     @model_serializer(mode="wrap")
-    def _without_empty_values(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without values are written, compared and resumed as they were before there were any."""
+    def _without_what_is_not_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without values, or a selection, are written, compared and resumed as before there were any."""
         out: dict[str, Any] = write(self)
-        return out if self.values else {k: v for k, v in out.items() if k != "values"}
+        unused = {"values"} if not self.values else set()
+        unused |= {"selection"} if self.selection is None else set()
+        return {k: v for k, v in out.items() if k not in unused}

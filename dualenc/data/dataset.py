@@ -28,6 +28,7 @@ from dualenc.data.modalities.modality import (
     of_one_item,
 )
 from dualenc.data.order import Plan, Refs
+from dualenc.data.selected_order import SelectedOrder
 from dualenc.data.shards.index import ShardSet, window_of
 from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
@@ -288,7 +289,10 @@ class StepDataset(Dataset[Any]):
         if rng.random() >= self.data.mix:
             return {}
         try:
-            other = reader.locate(source, shard, int(rng.integers(self.sets[source].infos[shard].samples)))
+            order = self.plan.sources[source] if self.sets[source].chosen is not None else None
+            others = order.in_shard(shard) if isinstance(order, SelectedOrder) else None
+            i = int(rng.integers(self.sets[source].infos[shard].samples if others is None else len(others)))
+            other = reader.locate(source, shard, i if others is None else int(others[i]))
             found = reader.find(source, shard, other, self.wanted[source])
             with of_one_item():
                 return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}

@@ -128,22 +128,26 @@ class SourceOrder:
         shard, sample = np.empty_like(q), np.empty_like(q)
         for one in np.unique(passes):
             here = passes == one
-            line = self._place(int(one), q[here] - one * self.n)
+            line = self._place(int(one), q[here] - one * self.n, self.n)
             order, ends = self._shard_order(int(one))
             slot = np.searchsorted(ends, line, side="right")
             shard[here] = order[slot]
             sample[here] = line - (ends[slot] - self.counts[order[slot]])
         return shard, sample, passes
 
-    def _place(self, one: int, p: Ints) -> Ints:
-        """Where place ``p`` of an epoch is on the epoch's line of samples."""
+    def fingerprint(self) -> bytes:
+        """What the order depends on besides the plan's settings."""
+        return self.name.encode() + b"\0" + self.counts.astype("<i8").tobytes()
+
+    def _place(self, one: int, p: Ints, n: int) -> Ints:
+        """Where place ``p`` of an epoch of ``n`` samples is on the epoch's line of samples."""
         lane, i = p % self.lanes, p // self.lanes
-        small, more = divmod(self.n, self.lanes)
+        small, more = divmod(n, self.lanes)
         start = lane * small + np.minimum(lane, more)
         length = small + (lane < more)
         window = i // self.window
         out = np.empty_like(p)
-        group = lane * (self.n // self.window + 2) + window
+        group = lane * (n // self.window + 2) + window
         for g in np.unique(group):
             here = group == g
             first = int(window[here][0]) * self.window
@@ -231,9 +235,13 @@ class Plan:
         self._settings, self.block, self._bounds = other._settings, other.block, other._bounds
         self._blocks = OrderedDict()
 
+    def reorder(self, source: int, order: SourceOrder) -> None:
+        """Take the source's samples in another order: that of a selection."""
+        self.sources[source] = order
+
     @property
     def total(self) -> int:
-        """Samples in all sources together."""
+        """Samples in all sources together; of a source with a selection, those of an epoch."""
         return sum(s.n for s in self.sources)
 
     @property
@@ -250,7 +258,7 @@ class Plan:
         """A fingerprint of everything the order depends on; two plans with the same digest give the same stream."""
         h = hashlib.blake2b(repr(self._settings).encode(), digest_size=16)
         for s in self.sources:
-            h.update(s.name.encode() + b"\0" + s.counts.astype("<i8").tobytes())
+            h.update(s.fingerprint())
         return h.hexdigest()
 
     def at(self, positions: Sequence[int] | Ints) -> Refs:

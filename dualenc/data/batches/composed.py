@@ -94,13 +94,20 @@ def compose(base: Plan, data: Data, size: int, facts: Facts) -> Plan:
     """``base``, or its batches as ``data.batches`` composes them.
 
     Raises:
-        ConfigError: a plan or setting that does not exist, a batch it cannot make, ``data.sampling`` of another kind.
+        ConfigError: a plan or setting that does not exist, a batch it cannot make, ``data.sampling`` of another kind,
+            or a source with a selection.
         DataError: samples lack what the plan asks for.
     """
     if data.batches is None:
         return base
     factory, config = chosen_batches(data.batches)
     check_sampling(data)
+    chosen = [i for i, s in enumerate(data.sources) if s.selection is not None]
+    if chosen:
+        raise ConfigError(
+            f"data.sources.{chosen[0]}.selection: a batch plan ({data.batches.name}) arranges all samples of a source; "
+            "leave out data.batches or the selection, or pack the selected samples into shards of their own"
+        )
     parts = [factory(config, order, size, facts, i) for i, order in enumerate(base.sources)]
     return Composed(base, parts, size, f"{data.batches.name}\0{config.model_dump_json()}")
 

@@ -19,8 +19,10 @@ from typing import Any
 from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
 from dualenc.data.plans import plan_for
+from dualenc.data.selected_order import Chosen, SelectedOrder
 from dualenc.data.shards.names import expand, hash_of, short_names
 from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
+from dualenc.data.shards.selection import read_chosen
 from dualenc.data.shards.tar import TarIndex, ends_properly, index_tar
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.files import write_atomically
@@ -98,6 +100,13 @@ class ShardSet:
     infos: list[ShardInfo]
     sidecars: list[str | None]
     memory: dict[int, TarIndex]
+    chosen: Chosen | None = None
+    """What the source's selection selects; None: every sample."""
+
+    @property
+    def drawn(self) -> int:
+        """Samples that training reads: those selected, or all."""
+        return sum(self.counts) if self.chosen is None else max(1, len(self.chosen))
 
     @property
     def counts(self) -> list[int]:
@@ -160,11 +169,15 @@ def open_sources(data: Data) -> list[ShardSet]:
 
     Raises:
         ConfigError: for ``pipe:`` shards without ``allow_pipe``.
-        DataError: as :func:`open_source`.
+        DataError: as :func:`open_source`; a selection is missing, or its shards have changed.
     """
     for source in data.sources:
         refuse_pipes(source.shards, data.allow_pipe, "data.allow_pipe=true (or add --allow-pipe)")
-    return [open_source(s, data.retries, bounds=Bounds.of(data)) for s in data.sources]
+    sets = [open_source(s, data.retries, bounds=Bounds.of(data)) for s in data.sources]
+    for source, opened in zip(data.sources, sets, strict=True):
+        if source.selection is not None:
+            opened.chosen = read_chosen(source.selection, opened, data.retries, Bounds.of(data))
+    return sets
 
 
 def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bounds: Bounds | None = None) -> ShardSet:
@@ -220,8 +233,13 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
 
 
 def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
-    """The order of a recipe's ``data`` section over opened sources."""
-    return plan_for(
+    """The order of a recipe's ``data`` section over opened sources, of which some may have a selection.
+
+    Raises:
+        ConfigError: a plan of a plugin that is no ``Plan`` cannot take a selection.
+        DataError: a selection is empty.
+    """
+    plan = plan_for(
         data.sampling,
         [s.source for s in sets],
         [s.counts for s in sets],
@@ -230,6 +248,15 @@ def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
         lanes=data.lanes,
         window=window_of(data, sets),
     )
+    for i, s in enumerate(sets):
+        if s.chosen is None:
+            continue
+        if not isinstance(plan, Plan):
+            raise ConfigError(f"data.sources.{i}.selection: the plan {data.sampling!r} derives from no dualenc Plan")
+        replace = plan.sources[i].replace
+        order = SelectedOrder(s.source, s.chosen, seed, replace, data.lanes, window_of(data, sets))
+        plan.reorder(i, order)
+    return plan
 
 
 _WINDOW = 1_000_000
@@ -250,14 +277,14 @@ def window_of(data: Data, sets: Sequence[ShardSet]) -> int:
     shard, sample = 0.0, 0.0
     for s in remote:
         total = sum(i.bytes for i in s.infos)
-        shard, sample = shard + total / len(s.infos), sample + total / sum(s.counts)
+        shard, sample = shard + total / len(s.infos), sample + total / s.drawn
     return max(1, min(_WINDOW, int((room - shard) / sample / data.lanes)))
 
 
 def fits(shards: ShardSet, span: int, max_bytes: int) -> bool:
     """Whether the shards that ``span`` samples, read in random order, are in fit into the cache; if not, they are read
     by byte range."""
-    total, samples = sum(i.bytes for i in shards.infos), sum(shards.counts)
+    total, samples = sum(i.bytes for i in shards.infos), shards.drawn
     return min(total, total / samples * span + total / len(shards.infos)) <= max_bytes
 
 
@@ -286,12 +313,12 @@ def how_read(data: Data, sets: Sequence[ShardSet]) -> list[str]:
 
 
 def samples_per_pass(data: Data) -> int:
-    """Samples of all sources together, read from their indexes; nothing else is opened.
+    """Samples of an epoch of all sources, read from their indexes and selections; nothing else is opened.
 
     Raises:
-        DataError: as :func:`open_source`.
+        ConfigError, DataError: as :func:`open_sources` and :func:`build_plan`.
     """
-    return sum(sum(s.counts) for s in open_sources(data))
+    return build_plan(data, open_sources(data), seed=0).samples_per_pass
 
 
 def index_local(url: str, contents: bool = False) -> TarIndex:
