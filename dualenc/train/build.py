@@ -19,8 +19,10 @@ from dualenc.engine import Engine, build_engine
 from dualenc.engine.ema import EMA, Average, Trajectory
 from dualenc.errors import CheckpointError, did_you_mean
 from dualenc.losses import Loss, build_loss, check_loss
+from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
+from dualenc.train.memory import Memory, slow_models
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
 
@@ -32,6 +34,7 @@ class Parts:
     Attributes:
         bundle: the model as it is saved; ``engine`` trains its ``model``.
         loss: the recipe's; with a ``distiller``, wrapped by its objective.
+        memory: what the recipe's loss remembers.
         state: what is saved besides tensors; it moves on with every step.
         average: of the weights, if the recipe keeps one.
         samples: where the ids of every step's samples are written, if the recipe asks for them.
@@ -49,6 +52,7 @@ class Parts:
     state: ckpt.TrainState
     engine: Engine
     loss: Loss
+    memory: Memory
     loader: Loader
     average: Average | None
     ledger: Ledger
@@ -83,16 +87,23 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
     counts = [(p.numel(), p.requires_grad) for p in bundle.model.parameters()]  # before ZeRO 3 empties them
     size = sum(n for n, _ in counts)
     sharded = ckpt.is_sharded(recipe, size, sum(n for n, trained in counts if trained), world.world_size)
+    slow = slow_models(loss, bundle.model, world.device)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
     if save is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(ckpt.trained_weights(save))
         engine.load_optimizer_state(ckpt.optimizer_state(save), state.optimizer)
+    own_loss = loss
     if distiller is not None:
         loss = distiller.loss(loss)
         if save is not None:
             distiller.load_state_dict(load_file(str(save / "teachers.safetensors")))
     loader = build_loader(recipe, bundle, world, distiller, state.step, pin_memory=engine.device.type == "cuda")
     check_data(state, loader.plan.digest(), save)
+    samples = sum(n for s in loader.sets for n in s.counts)
+    run = RunShape(bundle.embed_dim, recipe.pairs, samples, world.rank, world.world_size, engine.device)
+    memory = Memory(own_loss, slow, run, recipe.batch.micro, recipe.engine.precision == "bf16")
+    if save is not None and memory:
+        memory.load(ckpt.loss_memory(save))
     total = total_steps(recipe, loader.plan.samples_per_pass)
     loader.stop_step = total
     average = build_average(recipe, engine, state.samples_seen, total, save)
@@ -110,6 +121,7 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
         state=state,
         engine=engine,
         loss=loss,
+        memory=memory,
         loader=loader,
         average=average,
         ledger=ledger,

@@ -129,10 +129,11 @@ class Run:
         p.ledger.add(batch)
         size = p.recipe.batch.size
         p.engine.set_lr_factor(lr_factor(p.state.samples_seen, p.total_steps * size, p.recipe.schedule))
-        batch = batch.to(p.engine.device)
+        batch = p.memory.recall(batch.to(p.engine.device))
         if p.distiller is not None:
             batch = p.distiller.prepare(batch, p.engine.module, p.loss)
         result = train_step(p.engine, batch, p.recipe.pairs, p.loss, micro=p.recipe.batch.micro)
+        p.memory.keep(p.engine.module, result.skipped)
         p.state.step += 1
         p.state.samples_seen += size
         if p.samples is not None:
