@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dualenc.config import pair_name
 from dualenc.distributed.world import world_size
-from dualenc.losses.contrast import ContrastConfig, contrast
+from dualenc.losses.contrast import ContrastConfig, FurtherColumns, contrast
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.moco import KEYS, QUEUED, BatchPair, against, by_side, columns_of, keys_of, queues_of
 from dualenc.losses.targets import SoftTarget
@@ -83,20 +83,20 @@ class CoCoSoDa(Loss):
         keys_a, keys_b = keys_of(extras, "cocosoda")
         assert extras is not None
         queues = self.queues.get(pair_name(extras.pair))
-        of_a, of_b = ([], []) if queues is None else ([columns_of(q)] for q in queues)
+        of_a: list[FurtherColumns] = [] if queues is None else [columns_of(queues[0])]
+        of_b: list[FurtherColumns] = [] if queues is None else [columns_of(queues[1])]
         flipped = [] if queues is None else [columns_of(queues[0], "a")]
         row_loss = SoftTarget(BatchPair(), push=against(in_batch=True, lanes=False))
-        how = self.config.choose(len(a) * world_size(), a.device)
-        values = {QUEUED: torch.zeros_like(ids)}
-        more = {"values": values, "how": how}
-        towers = contrast(a, b, ids, logit_scale, row_loss, row_loss, columns=[*of_b, *flipped], **more)
-        blocks = [(a, keys_b, of_b), (b, keys_a, of_a)]
+
+        def block(x: Tensor, y: Tensor, columns: list[FurtherColumns], both: bool = False) -> LossOutput:
+            how = self.config.choose(len(a) * world_size(), a.device)
+            back, values = row_loss if both else None, {QUEUED: torch.zeros_like(ids)}
+            return contrast(x, y, ids, logit_scale, row_loss, back, values=values, columns=columns, how=how)
+
+        towers = block(a, b, [*of_b, *flipped], both=True)
+        found = [block(a, keys_b, of_b), block(b, keys_a, of_a)]
         if self.config.within:
-            blocks += [(a, keys_a, of_a), (b, keys_b, of_b)]
-        found = [
-            contrast(rows, keys, ids, logit_scale, row_loss, None, columns=columns, **more)
-            for rows, keys, columns in blocks
-        ]
+            found += [block(a, keys_a, of_a), block(b, keys_b, of_b)]
         value = (2 * towers.value + torch.stack([x.value for x in found]).sum()) / (2 + len(found))
         if queues is not None:
             for keys, queue in zip((keys_a, keys_b), queues, strict=True):

@@ -124,7 +124,7 @@ class GlobalContrast(Loss):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.buffers: dict[str, SampleBuffer] = {}
+        self.samples: dict[str, SampleBuffer] = {}
 
     @property
     def single(self) -> bool:
@@ -139,8 +139,8 @@ class GlobalContrast(Loss):
         if self.temperature == "adam":
             fields |= {"second": 0.0, "visits": 0.0}
         both = {f"{name}_{side}": start for side in SIDES for name, start in fields.items()}
-        self.buffers = {pair_name(pair): SampleBuffer(both, run) for pair in run.pairs}
-        return {f"samples/{pair}": buffer for pair, buffer in self.buffers.items()}
+        self.samples = {pair_name(pair): SampleBuffer(both, run) for pair in run.pairs}
+        return {f"samples/{pair}": buffer for pair, buffer in self.samples.items()}
 
     def forward(
         self,
@@ -153,14 +153,14 @@ class GlobalContrast(Loss):
     ) -> LossOutput:
         """See the module; ``logit_bias`` is ignored."""
         pair = "" if extras is None else pair_name(extras.pair)
-        if extras is None or extras.numbers is None or pair not in self.buffers:
+        if extras is None or extras.numbers is None or pair not in self.samples:
             raise ConfigError(
                 f"loss: {type(self).__name__} keeps numbers for every sample, so it needs the samples' numbers and a "
                 "memory: dualenc train gives it both; in a loop of your own call loss.memory(…) once and give "
                 "Extras.numbers"
             )
         there, c = ids >= 0, self.config
-        kept = self.buffers[pair].read(extras.numbers, there)
+        kept = self.samples[pair].read(extras.numbers, there)
         values = {f"inverse_{s}": 1 / kept[f"tau_{s}"].clamp(min=c.tau_min) for s in SIDES} if self.single else {}
         values = {k: x.to(a.dtype) for k, x in values.items()}
         of = {s: LogGap(f"inverse_{s}" if self.single else None) for s in SIDES}
@@ -168,8 +168,9 @@ class GlobalContrast(Loss):
         how = c.choose(len(a) * world_size(), a.device)
         found = summed(a, b, ids, scale, of["a"], of["b"], values=values, how=how)
         gamma = self.gamma(extras.step * len(ids) * world_size())
-        valid, total, new = Valid(ids), found.path, {}
-        metrics = {}
+        valid, total = Valid(ids), found.path
+        new: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for s, sums, name in (("a", found.of_a, "ab"), ("b", found.of_b, "ba")):
             side = Row({k: valid.of(kept[f"{k}_{s}"]) for k in self._fields()}, found.rows.values.get(f"inverse_{s}"))
             log_g = of[s].loss(sums.unbind(0), found.rows, scale)
@@ -178,7 +179,7 @@ class GlobalContrast(Loss):
             new |= {f"{k}_{s}": valid.spread(x, len(ids)) for k, x in update.items()}
             metrics |= {f"{k}_{name}": x.detach().sum() / found.share for k, x in shown.items()}
         metrics |= {"top1_ab": found.hits_a / found.share, "top1_ba": found.hits_b / found.share}
-        self.buffers[pair].propose(extras.numbers, there, new)
+        self.samples[pair].propose(extras.numbers, there, new)
         return LossOutput(total / (2 * found.share), metrics)
 
     def rows(

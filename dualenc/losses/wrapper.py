@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section
-from dualenc.losses.loss import Extras, Loss, LossOutput
 from dualenc.errors import ConfigError
+from dualenc.losses.loss import Extras, Loss, LossOutput
 from dualenc.losses.weighted_sum import JOINT, loss_of, of_part
 from dualenc.memory import RunShape, State
 
@@ -56,8 +56,8 @@ class Wrapper(Loss):
         """
         if self.loss.memory(replace(run, device="meta")) or self.loss.slow(run.pairs):
             raise ConfigError(
-                f"loss.loss: {type(self.loss).__name__} remembers keys or numbers from step to step and cannot be inside "
-                f"{type(self).__name__}; list it beside: loss: [ … ]"
+                f"loss.loss: {type(self.loss).__name__} keeps keys or numbers from step to step and cannot be inside "
+                f"{type(self).__name__}; list both: loss: [ … ]"
             )
         return {}
 

@@ -1,4 +1,4 @@
-"""Slow copies of towers: φ ← d φ + (1 − d) θ after every optimizer step (MoCo, arXiv 1911.05722; BYOL; mean teachers)."""
+"""Slow copies of towers: φ ← d φ + (1 − d) θ after every optimizer step (MoCo, arXiv 1911.05722; BYOL)."""
 
 from __future__ import annotations
 
@@ -60,12 +60,11 @@ class SlowModel:
     @torch.no_grad()
     def rows(self, batch: Batch, chunk: int | None = None) -> dict[str, dict[str, Tensor]]:
         """The groups that were asked for: what the loss calls them → modality → [n_m, …], as the batch's rows."""
+        size = chunk or CHUNK
         out: dict[str, dict[str, Tensor]] = {name: {} for name in self.asked.groups}
         for m in self.modalities:
-            n, size = max(len(batch.rows[m]), 1), chunk or CHUNK
-            parts = [
-                self.model({m: map_tensors(batch.inputs[m], lambda v, k=k: v[k : k + size])}) for k in range(0, n, size)
-            ]
+            cuts = [slice(k, k + size) for k in range(0, max(len(batch.rows[m]), 1), size)]
+            parts = [self.model({m: map_tensors(batch.inputs[m], lambda v, cut=cut: v[cut])}) for cut in cuts]
             for name, group in self.asked.groups.items():
                 if m in parts[0][group]:
                     out[name][m] = torch.cat([p[group][m] for p in parts])
