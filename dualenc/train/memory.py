@@ -102,7 +102,11 @@ def memory_lines(loss: Loss, model: DualEncoder, samples: int, dim: int, ranks: 
     sizes = {name: (x.bytes(), isinstance(x, SampleBuffer)) for name, x in states.items()}
     sizes |= {f"{SLOW}/{k}": (x.bytes(), False) for k, x in slow_models(loss, model, "meta").items()}
     return [
-        f"the loss remembers {name}: {size / 2**20:,.1f} MiB a rank, {'cut over' if cut else 'the same on'} {ranks} "
-        "rank(s), in every checkpoint"
+        f"the loss keeps {name} in every checkpoint: {_size(size)} on each of {ranks} rank(s), "
+        f"{'a part on each' if cut else 'the same on all'}"
         for name, (size, cut) in sizes.items()
     ]
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**20:,.1f} MiB" if n >= 2**20 else f"{n / 2**10:,.1f} KiB"
