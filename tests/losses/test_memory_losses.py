@@ -296,10 +296,8 @@ class Queues:
         mixed = self.mixed(step, k, x, y, side) if "mix" in self.s else None
         for n, i in enumerate(here):
             own = [j for j in here if int(step.ids[j]) == int(step.ids[i])]
-            batch = (
-                [j for j in here if self.lane(step, j) == self.lane(step, i)] if self.s.get("in_batch", True) else []
-            )
-            batch = sorted({*batch, *own})
+            alike = [j for j in here if self.lane(step, j) == self.lane(step, i)]
+            batch = sorted({*alike, *own}) if self.s.get("in_batch", True) else own
             queue = [q for id_, lane, q in self.queue[side] if id_ != int(step.ids[i]) and lane == self.lane(step, i)]
             logits = [scale * (x[i] @ y[j]) for j in batch] + [scale * (x[i] @ q) for q in queue]
             smooth, count = self.s.get("label_smoothing", 0.0), len(logits)
