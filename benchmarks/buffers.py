@@ -26,7 +26,9 @@ from dualenc.distributed.world import World, all_gather_object, barrier, broadca
 from dualenc.memory import RunShape, SampleBuffer
 
 PAIR = ("image", "text")
-HEAD = "samples      numbers  ranks  slots a rank  buffer a rank  resident a rank  read + commit  sent a step  file  save"
+HEAD = (
+    "samples      numbers  ranks  slots a rank  buffer a rank  resident a rank  read + commit  sent a step  file  save"
+)
 
 
 def resident() -> float:

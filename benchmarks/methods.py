@@ -69,6 +69,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "private_space": {"weight": 0.1},
     "layers": {"weight": 0.1},
     "byolip": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95},
+    "beclr": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95, "clusters": 32, "warmup_samples": 3840},
 }
 """Losses that are trained beside info_nce, and their settings."""
 ALONE: dict[str, dict[str, Any]] = {

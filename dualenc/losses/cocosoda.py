@@ -20,6 +20,7 @@ Queued keys of a row's own pair id are neither positive nor negative.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -30,7 +31,7 @@ from dualenc.config import pair_name
 from dualenc.distributed.world import world_size
 from dualenc.losses.contrast import ContrastConfig, FurtherColumns, contrast
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.losses.moco import KEYS, QUEUED, BatchPair, against, by_side, columns_of, keys_of, queues_of
+from dualenc.losses.moco import KEYS, QUEUED, BatchPair, against, by_side, columns_of, keys_of, queues_of, wrong_items
 from dualenc.losses.targets import SoftTarget
 from dualenc.memory import KeyQueue, RunShape, SlowTowers, State
 
@@ -83,9 +84,10 @@ class CoCoSoDa(Loss):
         keys_a, keys_b = keys_of(extras, "cocosoda")
         assert extras is not None
         queues = self.queues.get(pair_name(extras.pair))
-        of_a: list[FurtherColumns] = [] if queues is None else [columns_of(queues[0])]
-        of_b: list[FurtherColumns] = [] if queues is None else [columns_of(queues[1])]
-        flipped = [] if queues is None else [columns_of(queues[0], "a")]
+        of_a, of_b = wrong_items(extras, ids, "a"), wrong_items(extras, ids, "b")
+        if queues is not None:
+            of_a, of_b = [*of_a, columns_of(queues[0])], [*of_b, columns_of(queues[1])]
+        flipped = [replace(x, side="a") for x in of_a]
         row_loss = SoftTarget(BatchPair(), push=against(in_batch=True, lanes=False))
 
         def block(x: Tensor, y: Tensor, columns: list[FurtherColumns], both: bool = False) -> LossOutput:

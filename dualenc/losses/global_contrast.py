@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -41,7 +41,7 @@ from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.row_loss import INF, Kind, LogSumExp, Mean, Reduction, RowLoss, Side, Sum, Tile
 from dualenc.losses.blockwise.sweeps import Valid
-from dualenc.losses.contrast import ContrastConfig, summed
+from dualenc.losses.contrast import ContrastConfig, hard_negatives, nothing, summed
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.memory import RunShape, SampleBuffer, State
 
@@ -166,7 +166,11 @@ class GlobalContrast(Loss):
         of = {s: LogGap(f"inverse_{s}" if self.single else None) for s in SIDES}
         scale = logit_scale if self.temperature == "learned" else logit_scale.detach()
         how = c.choose(len(a) * world_size(), a.device)
-        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, how=how)
+        columns = [
+            replace(x, values={k: nothing(v, len(x.ids)) for k, v in values.items()})
+            for x in hard_negatives(extras, ids)
+        ]
+        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how)
         gamma = self.gamma(extras.step * len(ids) * world_size())
         valid, total = Valid(ids), found.path
         new: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ Lee et al.): rare ones are not washed out by frequent ones. A row of a domain th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 import torch
@@ -36,7 +36,7 @@ from dualenc.distributed.gather import gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.row_loss import INF, Side, Tile
-from dualenc.losses.contrast import ContrastConfig, FurtherColumns, contrast, label
+from dualenc.losses.contrast import ContrastConfig, FurtherColumns, contrast, hard_negatives, label
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.mochi import mixtures
 from dualenc.losses.targets import SoftTarget, Targets
@@ -166,7 +166,8 @@ class MoCo(Loss):
         queues = self.queues.get(pair_name(extras.pair), (None, None))
         value, metrics = logit_scale.new_zeros(()), {}
         for k, (rows, keys, queue, name) in enumerate(((a, keys_b, queues[1], "ab"), (b, keys_a, queues[0], "ba"))):
-            out = self.direction(rows, keys, ids, logit_scale, queue, lane, k + extras.step)
+            wrong = wrong_items(extras, ids, name[1], lane)
+            out = self.direction(rows, keys, ids, logit_scale, queue, lane, k + extras.step, wrong)
             value = value + out.value / 2
             metrics[f"top1_{name}"] = out.metrics["top1_ab"]
         for keys, queue in zip((keys_a, keys_b), queues, strict=True):
@@ -183,11 +184,12 @@ class MoCo(Loss):
         queue: KeyQueue | None,
         lane: Tensor | None,
         salt: int,
+        wrong: Sequence[FurtherColumns] = (),
     ) -> LossOutput:
-        """Rows [B, D] against the keys [B, D] of all ranks and those of the queue."""
+        """Rows [B, D] against the keys [B, D] of all ranks, those of the queue, and ``wrong`` items of samples."""
         c = self.config
         values = {QUEUED: torch.zeros_like(ids), **({} if lane is None else {LANE: lane})}
-        columns = [] if queue is None else [columns_of(queue, lanes=lane is not None)]
+        columns = [*wrong, *([] if queue is None else [columns_of(queue, lanes=lane is not None)])]
         own = None if c.mix is None else scale * self.mixed(rows, keys, ids, queue, salt)
         push = against(c.in_batch, lane is not None)
         row_loss = AgainstKeys(BatchPair(), push=push, smoothing=c.label_smoothing, own=own)
@@ -226,6 +228,18 @@ def keys_of(extras: Extras | None, name: str) -> tuple[Tensor, Tensor]:
             "Extras.a['keys'] and Extras.b['keys']"
         )
     return extras.a[KEYS], extras.b[KEYS]
+
+
+def wrong_items(extras: Extras, ids: Tensor, of: str, lane: Tensor | None = None) -> list[FurtherColumns]:
+    """The hard negatives that samples bring for side ``of``, for rows of the other side; of their samples' domains."""
+    out = []
+    for x in hard_negatives(extras, ids):
+        if x.side == of:
+            values = {QUEUED: torch.ones_like(x.ids)}
+            if lane is not None:
+                values[LANE] = lane.repeat_interleave(len(x.ids) // len(ids))
+            out.append(replace(x, side="b", values=values))
+    return out
 
 
 def queues_of(run: RunShape, capacity: int, lanes: int = 1) -> dict[str, tuple[KeyQueue, KeyQueue]]:

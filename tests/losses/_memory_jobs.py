@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no queue": {**MOCO, "queue": 0},
     "cocosoda": {"name": "cocosoda", "decay": 0.8, "queue": 20, "within": True},
     "byolip": {"name": "byolip", "project": 6, "hidden": 8, "decay": 0.8},
+    "beclr": {"name": "beclr", "project": 6, "hidden": 8, "decay": 0.8, "memory": 20, "clusters": 3, "neighbours": 2},
     "list": {
         "name": "sum",
         "terms": [

@@ -359,6 +359,36 @@ def test_no_queue_and_towers_that_do_not_lag_are_info_nce() -> None:
         torch.testing.assert_close(loss(step.a, step.b, step.ids, step.scale, None, step.extras()).value, want)
 
 
+@pytest.mark.parametrize("how", ["plain", "tiled"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "moco", "in_batch": False},
+        {"name": "moco", "queue": 3, "domains": ["en", "de"]},
+        {"name": "cocosoda"},
+        {"name": "sogclr"},
+        {"name": "fastclip", "version": "v2"},
+    ],
+    ids=str,
+)
+def test_wrong_items_of_samples_are_negatives_of_the_other_side(settings: dict[str, Any], how: str) -> None:
+    """A wrong item that is like the row's own pair costs something, and the more the nearer; an absent one nothing."""
+    values = []
+    for near in (None, 0.0, 0.7):
+        step, loss = Step(0), build_loss(Component(**settings, **(settings_of(settings, how) or {})))
+        loss.memory(RUN)
+        extras = step.extras()
+        if near is not None:
+            wrong = normalize(near * step.b + (1 - near) * torch.ones(D, dtype=F64), dim=1)[:, None]
+            extras.b["negatives"] = wrong.repeat(1, 2, 1)
+            extras.b["negatives_there"] = torch.ones(N, 2) * torch.tensor([1.0, 0.0])
+        out = loss(step.a, step.b, step.ids, step.scale, None, extras)
+        torch.autograd.grad(out.value, step.a)
+        values.append(float(out.value.detach()))
+    assert values[1] < values[2]
+    assert values[0] < values[2] or settings["name"] == "sogclr"  # a mean over negatives falls by far ones
+
+
 def test_byolip_is_the_cosine_of_predictions_and_slow_projections() -> None:
     loss, step = build_loss(Component(name="byolip", project=4, hidden=5)), Step(2)
     g = torch.Generator().manual_seed(0)
@@ -369,6 +399,63 @@ def test_byolip_is_the_cosine_of_predictions_and_slow_projections() -> None:
     rows = [cosine_similarity(predicted[x][i, 4:], slow[1 - x][i, :4], dim=0) for x in (0, 1) for i in here]
     torch.testing.assert_close(out, -torch.stack(rows).mean())
     assert float(torch.autograd.grad(out, predicted[0])[0][:, :4].abs().max()) == 0
+
+
+class Neighbours:
+    """BECLR, row by row; the memory is a list of (id, projection), the newest last."""
+
+    def __init__(self, settings: dict[str, Any], centroids: list[Tensor]) -> None:
+        self.s, self.centroids = settings, centroids
+        self.memory: list[list[tuple[int, Tensor]]] = [[], []]
+
+    def __call__(self, predicted: list[Tensor], slow: list[Tensor], step: Step) -> Tensor:
+        here, total = step.here(), torch.zeros((), dtype=F64)
+        targets = [normalize(x[:, :4], dim=1) for x in slow]
+        for side in (0, 1):
+            c = self.centroids[side]
+            for i in here:
+                z = targets[side][i]
+                own = int((c @ z).argmax())
+                mine = [x for _, x in self.memory[side] if int((c @ x).argmax()) == own]
+                mine = sorted(mine, key=lambda x: -float(x @ z))[: self.s["neighbours"]]
+                guess = predicted[1 - side][i, 4:]
+                total = total - torch.stack([cosine_similarity(guess, x, dim=0) for x in [z, *mine]]).mean()
+        for side in (0, 1):
+            self.memory[side] += [(int(step.ids[i]), targets[side][i]) for i in here]
+            self.memory[side] = self.memory[side][-self.s["memory"] :]
+            q = torch.exp((targets[side][here] @ self.centroids[side].T - 1) / 0.05)
+            for _ in range(3):
+                q = q / q.sum(0) * len(here) / q.shape[1]
+                q = q / q.sum(1, keepdim=True)
+            mean = (q.T @ targets[side][here]) / q.sum(0)[:, None]
+            self.centroids[side] = normalize(0.9 * self.centroids[side] + 0.1 * mean, dim=1)
+        return total / (2 * len(here))
+
+
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_a_clustered_memory_adds_the_nearest_of_the_partners_cluster(neighbours: int) -> None:
+    """Without neighbours it is BYOLIP; the centroids move all the same."""
+    settings = {"project": 4, "hidden": 5, "memory": 15, "clusters": 3, "neighbours": neighbours, "strip_mb": 1e-6}
+    loss, byolip = (build_loss(Component(name=n, **x)) for n, x in (("beclr", settings), ("byolip", {})))
+    states = loss.memory(RUN)
+    clusters = [states[f"clusters/image-text/{s}"] for s in "ab"]
+    assert all(isinstance(x, Replicated) for x in clusters)
+    naive = Neighbours(settings, [next(iter(x.held().values()))[2].clone() for x in clusters])
+    g = torch.Generator().manual_seed(1)
+    for step in steps():
+        predicted, slow = ([torch.randn(N, 8, generator=g, dtype=F64) for _ in "ab"] for _ in range(2))
+        a, b = ({"predicted": p.requires_grad_(), "slow_predicted": s} for p, s in zip(predicted, slow, strict=True))
+        given = (step.a, step.b, step.ids, step.scale, None, Extras(PAIR, a, b, step=step.number))
+        out, want = loss(*given), naive(predicted, slow, step)
+        torch.testing.assert_close(out.value, want)
+        for x, y in zip(*(torch.autograd.grad(v, predicted) for v in (out.value, want)), strict=True):
+            torch.testing.assert_close(x, y)
+        assert neighbours or float(out.value.detach()) == pytest.approx(float(byolip(*given).value.detach()))
+        assert (float(out.metrics["neighbours"]) > 0) == bool(neighbours and step.number)
+        for state in states.values():
+            state.commit(NO)
+    for x, want in zip(clusters, naive.centroids, strict=True):
+        torch.testing.assert_close(next(iter(x.held().values()))[2], want)
 
 
 # --- the states themselves -------------------------------------------------------------------------------------------
