@@ -27,7 +27,7 @@ from dualenc.memory import RunShape, SampleBuffer
 
 PAIR = ("image", "text")
 HEAD = (
-    "samples      numbers  ranks  slots a rank  buffer a rank  resident a rank  read + commit  sent a step  file  save"
+    "samples      numbers  ranks  slots/rank   buffer/rank  resident/rank  read + commit   sent/step       file   save"
 )
 
 
@@ -67,8 +67,8 @@ def one(world: World, samples: int, numbers: int, slots: int, steps: int) -> str
     # ids gathered twice (8 bytes), numbers reduced and gathered (4 bytes): each rank sends its share to the others
     sent = (world.world_size - 1) * slots * (2 * 8 + 2 * 4 * numbers) / 1024
     return (
-        f"{samples:<12,} {numbers:>7} {world.world_size:>6} {slots:>13,} {held:>9,.1f} MiB {most:>12,.1f} MiB "
-        f"{1000 * slowest:>11.2f} ms {sent:>8,.0f} KiB {file:>5,.0f} MiB {save:>4.2f} s"
+        f"{samples:<12,} {numbers:>7} {world.world_size:>6} {slots:>11,} {held:>9,.1f} MiB {most:>10,.1f} MiB "
+        f"{1000 * slowest:>11.2f} ms {sent:>7,.0f} KiB {file:>6,.0f} MiB {save:>4.2f} s"
     )
 
 

@@ -11,9 +11,9 @@ A projection is in the cluster of its nearest centroid. After a step c_k ← nor
 Q are Sinkhorn's balanced assignments of the batch, so no cluster dies. ``neighbours: 0`` is BYOLIP. The paper adds
 a repulsion of 0.1 · log mean exp(z·z′/2): here a loss of its own, ``loss: [info_nce, beclr, {name: uniformity, …}]``.
 
-The release assigns by distances where similarities are meant, so items go to far clusters, and takes places in a cluster
-for places in the memory, so what it retrieves is arbitrary. How centroids start is ours: seeded directions, where the
-paper runs k-means once. Neighbours only help once features mean something: ``warmup_samples``.
+The release assigns by distances where similarities are meant, so items go to far clusters, and takes places in a
+cluster for places in the memory, so what it retrieves is arbitrary. How centroids start is ours: seeded directions,
+where the paper runs k-means once. Neighbours only help once features mean something: ``warmup_samples``.
 
 Memory: [B, M] cosines in strips; M and K are alike on all ranks.
 """
