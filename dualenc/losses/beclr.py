@@ -37,7 +37,7 @@ from dualenc.losses.byolip import BYOLIP, PREDICTED, TARGET
 from dualenc.losses.loss import Extras, LossOutput, losses
 from dualenc.losses.rowwise import shared_out
 from dualenc.losses.swalip import assignments
-from dualenc.memory import KeyQueue, Replicated, RunShape, State
+from dualenc.memory import KeyQueue, LossState, Replicated, RunShape
 from dualenc.seeds import derive_seed
 
 CENTROIDS = "centroids"
@@ -67,7 +67,7 @@ class BECLR(BYOLIP):
 
     config: Config
 
-    def memory(self, run: RunShape) -> Mapping[str, State]:
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
         """Projections and centroids of each side of each pair."""
         c = self.config
         self.kept: dict[str, tuple[KeyQueue, Replicated]] = {}

@@ -33,7 +33,7 @@ from dualenc.losses.contrast import ContrastConfig, FurtherColumns, contrast
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.moco import KEYS, QUEUED, BatchPair, against, by_side, columns_of, keys_of, queues_of, wrong_items
 from dualenc.losses.targets import SoftTarget
-from dualenc.memory import KeyQueue, RunShape, SlowTowers, State
+from dualenc.memory import KeyQueue, LossState, RunShape, SlowTowers
 
 
 @losses.register("cocosoda")
@@ -59,7 +59,7 @@ class CoCoSoDa(Loss):
         self.config = config
         self.queues: dict[str, tuple[KeyQueue, KeyQueue]] = {}
 
-    def memory(self, run: RunShape) -> Mapping[str, State]:
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
         """A queue for each side of each pair."""
         if not self.config.queue:
             return {}

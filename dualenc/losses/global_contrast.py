@@ -43,7 +43,7 @@ from dualenc.losses.blockwise.row_loss import INF, Kind, LogSumExp, Mean, Reduct
 from dualenc.losses.blockwise.sweeps import Valid
 from dualenc.losses.contrast import ContrastConfig, hard_negatives, nothing, summed
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.memory import RunShape, SampleBuffer, State
+from dualenc.memory import LossState, RunShape, SampleBuffer
 
 Temperature = Literal["fixed", "learned", "momentum", "adam"]
 SIDES = ("a", "b")
@@ -131,7 +131,7 @@ class GlobalContrast(Loss):
         """Whether every sample has temperatures of its own."""
         return self.temperature in ("momentum", "adam")
 
-    def memory(self, run: RunShape) -> Mapping[str, State]:
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
         """For every pair and side log u of each sample; with single temperatures, these and their moments."""
         fields = {"log_u": -INF}
         if self.single:
@@ -176,7 +176,9 @@ class GlobalContrast(Loss):
         new: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for s, sums, name in (("a", found.of_a, "ab"), ("b", found.of_b, "ba")):
-            side = Row({k: valid.of(kept[f"{k}_{s}"]) for k in self._fields()}, found.rows.values.get(f"inverse_{s}"))
+            side = SideRows(
+                {k: valid.of(kept[f"{k}_{s}"]) for k in self._fields()}, found.rows.values.get(f"inverse_{s}")
+            )
             log_g = of[s].loss(sums.unbind(0), found.rows, scale)
             value, update, shown = self.rows(log_g, sums.detach(), scale, side, gamma)
             total = total + value.sum()
@@ -187,7 +189,7 @@ class GlobalContrast(Loss):
         return LossOutput(total / (2 * found.share), metrics)
 
     def rows(
-        self, log_g: Tensor, sums: Tensor, scale: Tensor, side: Row, gamma: float
+        self, log_g: Tensor, sums: Tensor, scale: Tensor, side: SideRows, gamma: float
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Of n rows of one side: their loss with the gradient of the module, what is to be kept, and what is shown."""
         g, before = log_g.detach(), side.kept["log_u"].to(log_g.dtype)
@@ -240,7 +242,7 @@ class GlobalContrast(Loss):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SideRows:
     """What is known of n rows of one side: ``kept`` [n] by name, and ``inverse`` 1/τ_i, None: one for all."""
 
     kept: Mapping[str, Tensor]

@@ -16,7 +16,7 @@ from dualenc.config import Section
 from dualenc.data.batch import TeacherRows
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.memory import RunShape, SlowTowers, State
+from dualenc.memory import LossState, RunShape, SlowTowers
 from dualenc.registry import Registry
 
 
@@ -99,7 +99,7 @@ class Loss(nn.Module):
         """
         return {}
 
-    def memory(self, run: RunShape) -> Mapping[str, State]:
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
         """Begin what it remembers from step to step, and name it; called once, before the first step or a resume.
 
         It keeps hold of the states, reads them in ``forward`` and proposes their next values there. Training commits

@@ -40,7 +40,7 @@ from dualenc.losses.contrast import ContrastConfig, FurtherColumns, contrast, ha
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.losses.mochi import mixtures
 from dualenc.losses.targets import SoftTarget, Targets
-from dualenc.memory import KeyQueue, RunShape, SlowTowers, State
+from dualenc.memory import KeyQueue, LossState, RunShape, SlowTowers
 
 KEYS, QUEUED, LANE = "keys", "queued", "lane"
 
@@ -138,7 +138,7 @@ class MoCo(Loss):
         self.needs = (config.label,) if config.domains else ()
         self.queues: dict[str, tuple[KeyQueue, KeyQueue]] = {}
 
-    def memory(self, run: RunShape) -> Mapping[str, State]:
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
         """A queue for each side of each pair."""
         if not self.config.queue:
             return {}
@@ -247,7 +247,7 @@ def queues_of(run: RunShape, capacity: int, lanes: int = 1) -> dict[str, tuple[K
     return {pair_name(p): (KeyQueue(capacity, run, lanes), KeyQueue(capacity, run, lanes)) for p in run.pairs}
 
 
-def by_side(queues: Mapping[str, tuple[KeyQueue, KeyQueue]]) -> dict[str, State]:
+def by_side(queues: Mapping[str, tuple[KeyQueue, KeyQueue]]) -> dict[str, LossState]:
     """The queues by a name for each."""
     return {f"queue/{pair}/{side}": q for pair, both in queues.items() for side, q in zip("ab", both, strict=True)}
 

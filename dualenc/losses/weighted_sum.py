@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dualenc.config import Component, Section, settings_as
 from dualenc.distributed.world import world_size
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.memory import RunShape, SlowTowers, State
+from dualenc.memory import LossState, RunShape, SlowTowers
 
 JOINT = "__"
 """Between a loss's name and the name of a head of it."""
@@ -81,7 +81,7 @@ class WeightedSum(Loss):
             for group, head in part.heads(dim, modalities).items()
         }
 
-    def memory(self, run: RunShape) -> dict[str, State]:
+    def memory(self, run: RunShape) -> dict[str, LossState]:
         """That of every loss, under its name."""
         return {
             f"{name}/{key}": state

@@ -13,7 +13,7 @@ from dualenc.config import Component, Section
 from dualenc.errors import ConfigError
 from dualenc.losses.loss import Extras, Loss, LossOutput
 from dualenc.losses.weighted_sum import JOINT, loss_of, of_part
-from dualenc.memory import RunShape, State
+from dualenc.memory import LossState, RunShape
 
 INNER = "inner"
 
@@ -48,7 +48,7 @@ class Wrapper(Loss):
         """Those of the loss inside, under names of their own."""
         return {f"{INNER}{JOINT}{group}": head for group, head in self.loss.heads(dim, modalities).items()}
 
-    def memory(self, run: RunShape) -> dict[str, State]:
+    def memory(self, run: RunShape) -> dict[str, LossState]:
         """None: the loss inside may be called several times a step, on parts of the features.
 
         Raises:

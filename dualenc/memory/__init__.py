@@ -5,6 +5,6 @@ step, and saves it with every checkpoint (``dualenc.train.memory``).
 """
 
 from dualenc.memory.slow import SlowModel, SlowTowers
-from dualenc.memory.state import KeyQueue, Replicated, RunShape, SampleBuffer, State
+from dualenc.memory.state import KeyQueue, LossState, Replicated, RunShape, SampleBuffer
 
-__all__ = ["KeyQueue", "Replicated", "RunShape", "SampleBuffer", "SlowModel", "SlowTowers", "State"]
+__all__ = ["KeyQueue", "LossState", "Replicated", "RunShape", "SampleBuffer", "SlowModel", "SlowTowers"]

@@ -1,4 +1,4 @@
-"""State of a loss: what it proposes while the loss is computed is kept only if the optimizer step is.
+"""LossState of a loss: what it proposes while the loss is computed is kept only if the optimizer step is.
 
 Three kinds, all of them the same numbers on any number of ranks, because they follow the order of the global batch
 (slot j is row j // W of rank j % W) and not the order of ranks:
@@ -7,7 +7,7 @@ Three kinds, all of them the same numbers on any number of ranks, because they f
     KeyQueue      the newest K keys, or K for each lane (a domain, a language); every rank has all of them
     SampleBuffer  numbers for every sample of the data; rank r of W holds those of a range of samples
 
-A forward *proposes*; :meth:`State.commit` makes it so once the step is known to be finite. A second forward before that
+A forward *proposes*; :meth:`LossState.commit` makes it so once the step is known to be finite. A second forward before that
 (a look-ahead teacher's virtual step) replaces what was proposed. Nothing here waits for the device.
 
 In a checkpoint every tensor is whole under one name, in flat ranges that the ranks share out, so any world size and any
@@ -52,7 +52,7 @@ class RunShape:
     dtype: torch.dtype = torch.float32
 
 
-class State(ABC):
+class LossState(ABC):
     """Tensors that a loss reads in a step and changes after it; see the module."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class State(ABC):
         return sum(x.numel() * x.element_size() for _, _, x in self.held().values())
 
 
-class Replicated(State):
+class Replicated(LossState):
     """Tensors of which every rank has the same copy.
 
     Attributes:
@@ -111,17 +111,17 @@ class Replicated(State):
         self._next = {k: x.detach() for k, x in values.items()}
 
     def commit(self, skipped: Tensor) -> None:
-        """See :class:`State`."""
+        """See :class:`LossState`."""
         for k, x in (self._next or {}).items():
             self.now[k].copy_(torch.where(skipped, self.now[k], x))
         self._next = None
 
     def held(self) -> dict[str, tuple[tuple[int, ...], int, Tensor]]:
-        """See :class:`State`."""
+        """See :class:`LossState`."""
         return {k: (tuple(x.shape), 0, x) for k, x in self.now.items()}
 
 
-class KeyQueue(State):
+class KeyQueue(LossState):
     """The newest ``capacity`` keys of each lane, whatever the number of ranks: a ring in the order of global slots.
 
     A step appends the keys of its slots that are there (id not −1) in slot order; of more than fit the newest stay.
@@ -156,7 +156,7 @@ class KeyQueue(State):
         self._proposed = (keys.detach(), ids, lane)
 
     def commit(self, skipped: Tensor) -> None:
-        """See :class:`State`."""
+        """See :class:`LossState`."""
         if self._proposed is None:
             return
         keys, ids, lane = (in_slot_order(x) for x in self._proposed)
@@ -174,12 +174,12 @@ class KeyQueue(State):
         self._next.copy_((self._next + count) % self.capacity)
 
     def held(self) -> dict[str, tuple[tuple[int, ...], int, Tensor]]:
-        """See :class:`State`."""
+        """See :class:`LossState`."""
         parts = {"keys": self.keys, "ids": self.ids, "next": self._next}
         return {k: (tuple(x.shape), 0, x) for k, x in parts.items()}
 
 
-class SampleBuffer(State):
+class SampleBuffer(LossState):
     """Numbers for every sample of the data, by its number among all samples (``Batch.numbers``).
 
     Rank r of W holds samples r·⌈M/W⌉ … of M. Reading asks every owner for the rows of the global batch, and writing
@@ -198,7 +198,7 @@ class SampleBuffer(State):
 
     @property
     def cut(self) -> bool:
-        """See :class:`State`."""
+        """See :class:`LossState`."""
         return True
 
     def read(self, numbers: Tensor, there: Tensor) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ class SampleBuffer(State):
         self._proposed = (torch.where(there, numbers, ABSENT), new)
 
     def commit(self, skipped: Tensor) -> None:
-        """See :class:`State`."""
+        """See :class:`LossState`."""
         if self._proposed is None:
             return
         numbers, values = (in_slot_order(x) for x in self._proposed)
@@ -236,7 +236,7 @@ class SampleBuffer(State):
         return torch.where((at >= 0) & (at < self.size), at, self.size)
 
     def held(self) -> dict[str, tuple[tuple[int, ...], int, Tensor]]:
-        """See :class:`State`."""
+        """See :class:`LossState`."""
         return {k: ((self.samples,), self.start, self._data[i, :-1]) for i, k in enumerate(self.fields)}
 
 

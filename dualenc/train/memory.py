@@ -14,7 +14,7 @@ from dualenc.encoders import DualEncoder
 from dualenc.engine import held
 from dualenc.losses import Loss
 from dualenc.losses.objective import to_slots
-from dualenc.memory import RunShape, SampleBuffer, SlowModel, State
+from dualenc.memory import LossState, RunShape, SampleBuffer, SlowModel
 
 SLOW = "slow"
 
@@ -43,7 +43,7 @@ class Memory:
         micro: int | None = None,
         bf16: bool = False,
     ) -> None:
-        self.states: dict[str, State] = dict(loss.memory(run))
+        self.states: dict[str, LossState] = dict(loss.memory(run))
         self.slow, self.micro, self.bf16 = dict(slow), micro, bf16
 
     def __bool__(self) -> bool:
@@ -88,7 +88,7 @@ class Memory:
         for name, x in self._all().items():
             x.load(name, saved)
 
-    def _all(self) -> dict[str, State | SlowModel]:
+    def _all(self) -> dict[str, LossState | SlowModel]:
         return {**self.states, **{f"{SLOW}/{name}": x for name, x in self.slow.items()}}
 
     def bytes(self) -> dict[str, int]:

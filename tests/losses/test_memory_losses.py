@@ -23,7 +23,7 @@ from dualenc.errors import ConfigError
 from dualenc.losses import Extras, Loss, build_loss
 from dualenc.losses.global_contrast import LogGap
 from dualenc.losses.mochi import mixtures
-from dualenc.memory import KeyQueue, Replicated, RunShape, SampleBuffer, State
+from dualenc.memory import KeyQueue, LossState, Replicated, RunShape, SampleBuffer
 
 PAIR, N, D, SAMPLES, SCALE = ("image", "text"), 11, 6, 17, 6.0
 F64 = torch.float64
@@ -63,9 +63,9 @@ def steps() -> Iterator[Step]:
     yield from (Step(k) for k in range(5))
 
 
-def against(settings: dict[str, Any], reference: Any) -> dict[str, State]:
+def against(settings: dict[str, Any], reference: Any) -> dict[str, LossState]:
     """Compare five steps with ``reference(step) → value``, plain and in tiles; what the loss remembers at the end."""
-    states: dict[str, State] = {}
+    states: dict[str, LossState] = {}
     for how in ("plain", "tiled"):
         loss = build_loss(Component(**settings, **(settings_of(settings, how) or {})))
         states, naive = dict(loss.memory(RUN)), reference()
