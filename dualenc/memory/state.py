@@ -7,8 +7,8 @@ Three kinds, all of them the same numbers on any number of ranks, because they f
     KeyQueue      the newest K keys, or K for each lane (a domain, a language); every rank has all of them
     SampleBuffer  numbers for every sample of the data; rank r of W holds those of a range of samples
 
-A forward *proposes*; :meth:`LossState.commit` makes it so once the step is known to be finite. A second forward before that
-(a look-ahead teacher's virtual step) replaces what was proposed. Nothing here waits for the device.
+A forward *proposes*; :meth:`LossState.commit` makes it so once the step is known to be finite. A second forward before
+that (a look-ahead teacher's virtual step) replaces what was proposed. Nothing here waits for the device.
 
 In a checkpoint every tensor is whole under one name, in flat ranges that the ranks share out, so any world size and any
 engine reads it.
