@@ -71,6 +71,12 @@ class SlowModel:
         return out
 
     @torch.no_grad()
+    def start(self, whole: Callable[[str], Tensor]) -> None:
+        """Take the model's weights as they are; ``whole``: as in :meth:`follow`."""
+        for name, x in self.model.state_dict().items():
+            x.copy_(whole(name))
+
+    @torch.no_grad()
     def follow(self, whole: Callable[[str], Tensor], skipped: Tensor) -> None:
         """Move towards the model after a step; where ``skipped`` (a scalar bool on the device), stay.
 

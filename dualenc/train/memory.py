@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.checkpoint.ranges import Piece, Stored
+from dualenc.config import Recipe
 from dualenc.data.batch import Batch
 from dualenc.encoders import DualEncoder
 from dualenc.engine import held
@@ -75,6 +76,13 @@ class Memory:
             for copied in self.slow.values():
                 copied.follow(lambda name: held.full(weights[name], held.local(weights[name])), skipped)
 
+    def begin(self, module: nn.Module) -> None:
+        """Start slow copies from the weights that an engine's module has now."""
+        if self.slow:
+            weights = module.state_dict(keep_vars=True)
+            for copied in self.slow.values():
+                copied.start(lambda name: held.full(weights[name], held.local(weights[name])))
+
     def pieces(self, rank: int, ranks: int) -> list[Piece]:
         """What this rank writes."""
         return [p for name, x in self._all().items() for p in x.pieces(name, rank, ranks)]
@@ -94,6 +102,18 @@ class Memory:
     def bytes(self) -> dict[str, int]:
         """On this rank, by name."""
         return {name: x.bytes() for name, x in self._all().items()}
+
+
+def goes_on(before: Recipe, now: Recipe) -> bool:
+    """Whether what the loss of one phase keeps is kept in the next: the same loss on the same samples and towers."""
+    towers = [{m: part.encoder for m, part in r.modalities.items()} for r in (before, now)]
+    same = (before.loss, before.pairs, before.embed_dim, before.data.sources) == (
+        now.loss,
+        now.pairs,
+        now.embed_dim,
+        now.data.sources,
+    )
+    return same and towers[0] == towers[1]
 
 
 def memory_lines(loss: Loss, model: DualEncoder, samples: int, dim: int, ranks: int) -> Sequence[str]:
