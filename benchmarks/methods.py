@@ -68,6 +68,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "supremix": {"weight": 0.5, "label": "length", "window": 8},
     "private_space": {"weight": 0.1},
     "layers": {"weight": 0.1},
+    "byolip": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95},
+    "beclr": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95, "clusters": 32, "warmup_samples": 3840},
 }
 """Losses that are trained beside info_nce, and their settings."""
 ALONE: dict[str, dict[str, Any]] = {
@@ -75,6 +77,10 @@ ALONE: dict[str, dict[str, Any]] = {
     "whitened": {"groups": 24},
     "sum": {"terms": ["info_nce", {"name": "sigmoid", "weight": 0.05}]},
     "false_negatives": {"label": "tags"},
+    "moco": {"queue": 1024, "decay": 0.95},
+    "cocosoda": {"queue": 1024, "decay": 0.95},
+    "isogclr": {"tau": 0.07, "tau_min": 0.03, "rho": 3.0, "tau_lr": 0.003},
+    "fastclip": {"rho": 3.0, "gamma": 0.4},
 }
 """Settings of losses that are trained by themselves; any other is trained with its defaults."""
 LOCKED = ("mse", "cwcl", "relational")

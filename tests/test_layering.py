@@ -29,6 +29,7 @@ LAYERS = {
     "dualenc.encoders": 2,
     "dualenc.checkpoint": 2,
     "dualenc.model": 3,
+    "dualenc.memory": 3,
     "dualenc.losses": 4,
     "dualenc.features": 4,
     "dualenc.engine": 5,

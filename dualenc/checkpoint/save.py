@@ -5,6 +5,8 @@
         weights.safetensors      the trained weights, only where model/ holds their moving average, or where a loss
                                  has heads of its own, which are not part of the model
         teachers.safetensors     when distilling: the state of teachers that follow the student
+        memory-*.safetensors     what the loss remembers (queues, slow towers, numbers for each sample), if it does;
+                                 every rank writes its part
         optimizer.safetensors    optimizer state by parameter name, whatever engine wrote it
         state.json               step, samples_seen, lost-sample counts, small optimizer values
         manifest.json            size and sha256 of every file above, written last
@@ -367,6 +369,11 @@ def optimizer_state(save: Path) -> Files:
 def trained_weights(save: Path) -> Files:
     """The weights that training resumes with (not their moving average)."""
     return stored(save, "weights") if has_average(save) else stored(save / "model", "model")
+
+
+def loss_memory(save: Path) -> Files:
+    """What the loss remembers, whole or in pieces."""
+    return stored(save, "memory")
 
 
 def average_weights(save: Path) -> Joined:

@@ -72,6 +72,7 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.train.build import add_heads, total_steps
     from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
+    from dualenc.train.memory import memory_lines
     from dualenc.train.probe import standing_memory
     from dualenc_data_tools.glance import glance
 
@@ -81,7 +82,8 @@ def print_plan(recipe: Recipe) -> None:
     for m, part in recipe.modalities.items():
         if part.lora is not None:
             bundle.model.add_adapters(m, part.lora)
-    add_heads(build_loss(recipe.loss), bundle, recipe.seed)
+    loss = build_loss(recipe.loss)
+    add_heads(loss, bundle, recipe.seed)
     table = Table("part", "parameters", "trained", title=f"{recipe.name}: model", title_justify="left")
     rows = [*bundle.model.towers.items(), ("whole model", bundle.model)]
     for name, module in rows:
@@ -115,6 +117,8 @@ def print_plan(recipe: Recipe) -> None:
     check_data(recipe, bundle)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     console.print(standing_memory(bundle.model, recipe, ranks), highlight=False, markup=False)
+    for line in memory_lines(loss, bundle.model, per_pass, recipe.embed_dim, ranks):
+        console.print(line, highlight=False, markup=False)
     check_values(recipe.data, sets)
     for note in glance(recipe, sets):
         console.print(note, highlight=False, markup=False)

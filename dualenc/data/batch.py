@@ -64,6 +64,8 @@ class Batch:
         step: the global step this batch belongs to.
         load_s: seconds the worker spent on it.
         passes: LongTensor [B]: the epoch of its source that each slot's sample is from; augmentation depends on it.
+        numbers: LongTensor [B]: the number of each slot's sample among all samples of the sources, from 0, the same in
+            every epoch and on any number of ranks; None where nobody counted.
         views: name → collated rows of one modality as another model takes them (a teacher's image size or tokenizer):
             the same rows and slots as ``inputs`` of that modality.
         extras: name → modality (or pair, or ``WHOLE``) → [B, …] by slot, without gradient: further inputs of a loss.
@@ -80,6 +82,7 @@ class Batch:
     bad: list[BadSample] = field(default_factory=list)
     load_s: float = 0.0
     passes: Tensor | None = None
+    numbers: Tensor | None = None
     views: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     teachers: dict[str, TeacherRows] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class Batch:
             inputs=map_tensors(self.inputs, move),
             rows=map_tensors(self.rows, move),
             ids=move(self.ids),
+            numbers=None if self.numbers is None else move(self.numbers),
             views=map_tensors(self.views, move),
             extras=map_tensors(self.extras, move),
             teachers={

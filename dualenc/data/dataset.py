@@ -27,7 +27,7 @@ from dualenc.data.modalities.modality import (
     ReadsBeside,
     of_one_item,
 )
-from dualenc.data.order import Plan, Refs
+from dualenc.data.order import Ints, Plan, Refs
 from dualenc.data.selected_order import SelectedOrder
 from dualenc.data.shards.index import ShardSet, window_of
 from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
@@ -103,6 +103,8 @@ class StepDataset(Dataset[Any]):
         self._read_of: list[list[Mapping[str, Sequence[str]]]] = [
             [w, {"same": [s]}] if s else [w] for w, s in zip(read, same, strict=True)
         ]
+        self._first = first_numbers([s.counts for s in sets])
+        self._first = first_numbers([s.counts for s in sets])
         self._reader: Reader | None = None
         self._owner = 0
         self._planned: dict[int, Refs] = {}
@@ -203,9 +205,18 @@ class StepDataset(Dataset[Any]):
             step=step,
             bad=bad,
             passes=torch.from_numpy(refs.passes.astype(np.int64)),
+            numbers=torch.from_numpy(self._numbers(refs)),
             views={n: collated[n] for n in self.views},
             extras=extras,
         )
+
+    def _numbers(self, refs: Refs) -> Ints:
+        """The number of each sample among all samples, in the order of sources, shards, and places in a shard."""
+        out = np.empty(len(refs), np.int64)
+        for i in np.unique(refs.source):
+            here = refs.source == i
+            out[here] = self._first[i][refs.shard[here]] + refs.sample[here]
+        return out
 
     def _collated(self, made: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         """The rows of all slots as tensors, by modality and by view; a dummy where no slot has a row."""
@@ -329,6 +340,12 @@ class StepSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.stop))
+
+
+def first_numbers(counts: Sequence[Sequence[int]]) -> list[Ints]:
+    """For each source, the number of the first sample of each shard, when all samples are counted from 0."""
+    starts = np.cumsum([0, *(n for source in counts for n in source)])[:-1].astype(np.int64)
+    return np.split(starts, np.cumsum([len(source) for source in counts])[:-1])
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

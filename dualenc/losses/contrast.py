@@ -36,6 +36,7 @@ __all__ = [
     "frozen_features",
     "hard_negatives",
     "label",
+    "summed",
 ]
 
 
@@ -80,6 +81,58 @@ def contrast(
         ValueError: further columns without a value that the slots have, or ``row_values`` and two directions: in a
             tile of both, rows of the second come from other ranks.
     """
+    given = {"values": values, "row_values": row_values}
+    found = summed(a, b, ids, logit_scale, ab, ba, **given, columns=columns, how=how)
+    share = found.share
+    total = found.path
+    metrics: dict[str, Tensor] = {}
+    of_sides = ((ab, found.of_a, found.hits_a, "ab"), (ba, found.of_b, found.hits_b, "ba"))
+    for row_loss, sums, hits, name in of_sides:
+        if row_loss is not None:
+            total = total + row_loss.loss(sums.unbind(0), found.rows, logit_scale).sum()
+            shown = row_loss.metrics(sums.detach().unbind(0), found.rows, logit_scale.detach())
+            metrics |= {f"{k}_{name}": x.detach().sum() / share for k, x in shown.items()}
+            metrics[f"top1_{name}"] = hits / share
+    return LossOutput(total / (share if ba is None else 2 * share), metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Sums over all columns, before they become a loss.
+
+    Attributes:
+        of_a, of_b: [K, n] of this rank's n valid rows of either side, as the row losses order them; hits_a, hits_b: how
+            many of these rows have a positive above every negative.
+        rows: ids and values of these rows; share: valid rows of the global batch / W.
+    """
+
+    of_a: Tensor
+    of_b: Tensor
+    hits_a: Tensor
+    hits_b: Tensor
+    rows: Side
+    share: Tensor
+
+    @property
+    def path(self) -> Tensor:
+        """A zero that runs the backward's collectives on a rank without rows, too."""
+        return self.of_a.new_zeros(()) + self.of_a.flatten()[:0].sum() + self.of_b.flatten()[:0].sum()
+
+
+def summed(
+    a: Tensor,
+    b: Tensor,
+    ids: Tensor,
+    logit_scale: Tensor,
+    ab: RowLoss,
+    ba: RowLoss | None,
+    *,
+    values: Mapping[str, Tensor] | None = None,
+    row_values: Mapping[str, Tensor] | None = None,
+    columns: Sequence[FurtherColumns] = (),
+    how: How | None = None,
+) -> Summed:
+    """What :func:`contrast` makes its losses of, for a loss that does more with it; the same arguments."""
     check_equal_shapes(a)
     values, row_values = ({k: x.detach().contiguous() for k, x in (v or {}).items()} for v in (values, row_values))
     if row_values and ba is not None:
@@ -99,16 +152,7 @@ def contrast(
         of_a, of_b, hits_a, hits_b = tiled_sums(a, b, logit_scale, plan, how, further)
     valid = Valid(ids)
     rows = Side(valid.of(ids), {k: valid.of(x) for k, x in {**values, **row_values}.items()})
-    # Zeros that run the backward's collectives on a rank without rows, too.
-    total = of_a.new_zeros(()) + of_a.flatten()[:0].sum() + of_b.flatten()[:0].sum()
-    metrics: dict[str, Tensor] = {}
-    for row_loss, sums, hits, name in ((ab, of_a, hits_a, "ab"), (ba, of_b, hits_b, "ba")):
-        if row_loss is not None:
-            total = total + row_loss.loss(sums.unbind(0), rows, logit_scale).sum()
-            found = row_loss.metrics(sums.detach().unbind(0), rows, logit_scale.detach())
-            metrics |= {f"{k}_{name}": x.detach().sum() / share for k, x in found.items()}
-            metrics[f"top1_{name}"] = hits / share
-    return LossOutput(total / (share if ba is None else 2 * share), metrics)
+    return Summed(of_a, of_b, hits_a, hits_b, rows, share)
 
 
 class Contrastive(Loss):

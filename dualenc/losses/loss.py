@@ -16,6 +16,7 @@ from dualenc.config import Section
 from dualenc.data.batch import TeacherRows
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
+from dualenc.memory import LossState, RunShape, SlowTowers
 from dualenc.registry import Registry
 
 
@@ -46,6 +47,8 @@ class Extras:
         teachers: name → what a teacher says of the batch.
         pairs: all pairs that are contrasted; empty where the loss is called by itself.
         step: of the run, counted from 0.
+        numbers: [B] int64: the number of each slot's sample among all samples of the data, the same in every epoch, on
+            any number of ranks; None where the loss is called by itself.
     """
 
     pair: tuple[str, str]
@@ -55,6 +58,7 @@ class Extras:
     teachers: Mapping[str, TeacherRows] = field(default_factory=dict)
     pairs: Sequence[tuple[str, str]] = ()
     step: int = 0
+    numbers: Tensor | None = None
 
 
 class Loss(nn.Module):
@@ -92,6 +96,22 @@ class Loss(nn.Module):
 
         They become part of the model that is trained and of its checkpoints, and of no model that is saved for use.
         Batch statistics in them would depend on how the batch is cut into ranks and micro-batches.
+        """
+        return {}
+
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
+        """Begin what it remembers from step to step, and name it; called once, before the first step or a resume.
+
+        It keeps hold of the states, reads them in ``forward`` and proposes their next values there. Training commits
+        them after every step that was not skipped, and saves and restores them by these names.
+        """
+        return {}
+
+    def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
+        """The slow copies of towers that it wants; what they say of the batch is in its extras.
+
+        Args:
+            pairs: those that it is for.
         """
         return {}
 

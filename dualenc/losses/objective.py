@@ -63,7 +63,7 @@ def extras_of(
     pairs: Sequence[tuple[str, str]] = (),
 ) -> Extras:
     """What the batch and the model's further outputs hold for a pair, one of ``pairs``."""
-    out = Extras(pair, {}, {}, teachers=batch.teachers, pairs=pairs, step=batch.step)
+    out = Extras(pair, {}, {}, teachers=batch.teachers, pairs=pairs, step=batch.step, numbers=batch.numbers)
     for group, rows in outputs.items():
         for side, m in zip((out.a, out.b), pair, strict=True):
             if group not in SHARED and m in rows:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dualenc.config import Component, Section, settings_as
 from dualenc.distributed.world import world_size
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
+from dualenc.memory import LossState, RunShape, SlowTowers
 
 JOINT = "__"
 """Between a loss's name and the name of a head of it."""
@@ -80,6 +81,22 @@ class WeightedSum(Loss):
             for group, head in part.heads(dim, modalities).items()
         }
 
+    def memory(self, run: RunShape) -> dict[str, LossState]:
+        """That of every loss, under its name."""
+        return {
+            f"{name}/{key}": state
+            for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
+            for key, state in part.memory(replace(run, pairs=pairs_of(term.pairs, run.pairs))).items()
+        }
+
+    def slow(self, pairs: Sequence[tuple[str, str]]) -> dict[str, SlowTowers]:
+        """Those of every loss, under its name."""
+        return {
+            f"{name}{JOINT}{key}": inside(name, asked)
+            for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
+            for key, asked in part.slow(pairs_of(term.pairs, pairs)).items()
+        }
+
     def forward(
         self,
         a: Tensor,
@@ -130,6 +147,21 @@ def share_of_pair(pairs: Sequence[tuple[str, str]] | None, extras: Extras) -> fl
     if frozenset(extras.pair) not in named:
         return 0.0
     return len(extras.pairs) / len(named) if extras.pairs else 1.0
+
+
+def pairs_of(named: Sequence[tuple[str, str]] | None, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of ``pairs`` that a loss of the list is for."""
+    wanted = None if named is None else {frozenset(p) for p in named}
+    return [p for p in pairs if wanted is None or frozenset(p) in wanted]
+
+
+def inside(name: str, asked: SlowTowers) -> SlowTowers:
+    """What one loss of the list asks of a slow copy, with its own heads under the names that the model has them."""
+    groups = {
+        f"{name}{JOINT}{k}": group if group == "features" else f"{name}{JOINT}{group}"
+        for k, group in asked.groups.items()
+    }
+    return replace(asked, groups=groups)
 
 
 def of_part(extras: Extras, name: str) -> Extras:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section
+from dualenc.errors import ConfigError
 from dualenc.losses.loss import Extras, Loss, LossOutput
 from dualenc.losses.weighted_sum import JOINT, loss_of, of_part
+from dualenc.memory import LossState, RunShape
 
 INNER = "inner"
 
@@ -44,6 +47,19 @@ class Wrapper(Loss):
     def heads(self, dim: int, modalities: Sequence[str]) -> dict[str, Mapping[str, nn.Module]]:
         """Those of the loss inside, under names of their own."""
         return {f"{INNER}{JOINT}{group}": head for group, head in self.loss.heads(dim, modalities).items()}
+
+    def memory(self, run: RunShape) -> dict[str, LossState]:
+        """None: the loss inside may be called several times a step, on parts of the features.
+
+        Raises:
+            ConfigError: the loss inside remembers something.
+        """
+        if self.loss.memory(replace(run, device="meta")) or self.loss.slow(run.pairs):
+            raise ConfigError(
+                f"loss.loss: {type(self.loss).__name__} keeps keys or numbers from step to step and cannot be inside "
+                f"{type(self).__name__}; list both: loss: [ … ]"
+            )
+        return {}
 
     def inside(
         self,

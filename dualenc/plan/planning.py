@@ -10,6 +10,8 @@ import torch
 
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError
+from dualenc.losses import build_loss
+from dualenc.memory import RunShape
 from dualenc.plan.activations import Timeline, timeline
 from dualenc.plan.engine_memory import DDP, FP32, FSDP2, KINDS, ONE, ZERO, EngineKind, holding
 from dualenc.plan.loss_memory import loss_bytes
@@ -213,6 +215,9 @@ def _notes(recipe: Recipe, when: Timeline) -> list[str]:
     out = []
     if recipe.distill is not None and recipe.distill.teachers:
         out.append("Teachers are not in these numbers: an online teacher adds its own weights and activations.")
+    loss = build_loss(recipe.loss)
+    if loss.slow(recipe.pairs) or loss.memory(RunShape(recipe.embed_dim, recipe.pairs, 1, device="meta")):
+        out.append("What the loss keeps from step to step is not in these numbers: train --dry-run prints its size.")
     if recipe.engine.compile:
         out.append("Planned without torch.compile, which keeps fewer activations than the operators do one by one.")
     if when.real:

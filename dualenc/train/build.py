@@ -23,9 +23,11 @@ from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
 from dualenc.errors import CheckpointError, DataError, did_you_mean
 from dualenc.losses import Loss, build_loss, check_loss
+from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
 from dualenc.model.carry import Carried, Kept
+from dualenc.train.memory import Memory, goes_on, slow_models
 from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
@@ -38,6 +40,7 @@ class Parts:
     Attributes:
         bundle: the model as it is saved; ``engine`` trains its ``model``.
         loss: the recipe's; with a ``distiller``, wrapped by its objective.
+        memory: what the recipe's loss remembers.
         state: what is saved besides tensors; it moves on with every step.
         average: of the weights, if the recipe keeps one.
         samples: where the ids of every step's samples are written, if the recipe asks for them.
@@ -56,6 +59,7 @@ class Parts:
     state: ckpt.TrainState
     engine: Engine
     loss: Loss
+    memory: Memory
     loader: Loader
     average: Average | None
     ledger: Ledger
@@ -108,10 +112,12 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     size = sum(n for n, _ in counts)
     sharded = ckpt.is_sharded(recipe, size, sum(n for n, trained in counts if trained), world.world_size)
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
+    slow = slow_models(loss, bundle.model, world.device)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
     if saved is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(saved.weights)
         engine.load_optimizer_state(saved.optimizer, saved.scalars)
+    own_loss = loss
     if distiller is not None:
         loss = distiller.loss(loss)
         if save is not None:
@@ -124,6 +130,14 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
         span = Span(0, recipe, 0, total, total, 0, 0, (0, total))
     total = span.total
     loader.stop_step = span.stop
+    samples = sum(n for s in loader.sets for n in s.counts)
+    shape = RunShape(bundle.embed_dim, recipe.pairs, samples, world.rank, world.world_size, engine.device)
+    memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16")
+    before = spans[span.number - 1].recipe if crossing and spans is not None else recipe
+    if memory and save is not None and goes_on(before, recipe):
+        memory.load(ckpt.loss_memory(save))
+    else:
+        memory.begin(engine.module)
     average = build_average(recipe, engine, state.samples_seen, total, saved)
     ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, [s.name for s in recipe.data.sources])
     ledger.load_state_dict(state.ledger)
@@ -139,6 +153,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
         state=state,
         engine=engine,
         loss=loss,
+        memory=memory,
         loader=loader,
         average=average,
         ledger=ledger,

@@ -132,10 +132,11 @@ class Run:
         p.ledger.add(batch)
         size = p.recipe.batch.size
         p.engine.set_lr_factor(p.lr_factor)
-        batch = batch.to(p.engine.device)
+        batch = p.memory.recall(batch.to(p.engine.device))
         if p.distiller is not None:
             batch = p.distiller.prepare(batch, p.engine.module, p.loss)
         result = train_step(p.engine, batch, p.recipe.pairs, p.loss, micro=p.recipe.batch.micro)
+        p.memory.keep(p.engine.module, result.skipped)
         p.state.step += 1
         p.state.samples_seen += size
         if p.samples is not None:

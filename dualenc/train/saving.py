@@ -92,6 +92,7 @@ class Save:
         optimizer, p.state.optimizer = p.engine.optimizer_state()
         average = p.average.state_dict() if p.average else None
         with ckpt.Saver(p.run_dir, p.state.step, p.world) as saver:
+            self._write_memory(saver)
             if p.world.rank == 0:
                 if average is not None or heads_of(weights) or p.bundle.model.adapters:
                     saver.tensors("weights.safetensors", weights)
@@ -103,6 +104,7 @@ class Save:
         rank, world_size = p.world.rank, p.world.world_size
         optimizer, p.state.optimizer = p.engine.optimizer_pieces()
         with ckpt.Saver(p.run_dir, p.state.step, p.world) as saver:
+            self._write_memory(saver)
             weights = p.engine.model_pieces()
             average = weights if p.average is None else p.average.pieces(rank, world_size)
             if p.average is not None or len(p.bundle.model.heads):
@@ -112,6 +114,12 @@ class Save:
             files = {Path(name).name: digest for name, (_, digest) in saver.written().items() if "/" in name}
             if rank == 0:
                 self._write_rest(saver, pieces=files)
+
+    def _write_memory(self, saver: ckpt.Saver) -> None:
+        """What the loss remembers; every rank writes its part, however the rest is written."""
+        p = self._parts
+        if p.memory:
+            saver.pieces("memory", p.memory.pieces(p.world.rank, p.world.world_size))
 
     def _write_rest(self, saver: ckpt.Saver, **weights: Any) -> None:
         """What rank 0 writes besides the optimizer's tensors; ``weights``: as ``Bundle.save`` takes them."""
