@@ -327,7 +327,7 @@ def robustness(
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
-    layout: Annotated[str, typer.Option("--format", help="Output format: hf, open_clip, onnx or safetensors.")],
+    layout: Annotated[str, typer.Option("--format", help="hf, open_clip, sentence-transformers, onnx or safetensors.")],
     out: Annotated[Path, typer.Option("--out", help="Output folder; must be new or empty.")],
     results: Annotated[
         Path | None, typer.Option("--results", help="results.json for the model card; default: the run's.")

@@ -18,6 +18,9 @@ model, processor = AutoModel.from_pretrained("FOLDER"), AutoProcessor.from_pretr
     "open_clip": """import open_clip
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
+    "sentence-transformers": """from dualenc.sentence_transformers import load
+model = load("FOLDER")  # or SentenceTransformer("FOLDER", trust_remote_code=True): towers of dualenc are its classes
+features = model.encode(["a cat"])""",
     "safetensors": """from dualenc.model import load_model
 embedder = load_model("FOLDER").embedder()""",
     "onnx": """import json, onnxruntime
@@ -61,7 +64,7 @@ def _find(source: Path | None, name: str) -> Path | None:
 
 
 def _front(bundle: Bundle, layout: str) -> str:
-    library = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnx", "safetensors": "dualenc"}[layout]
+    library = {"hf": "transformers", "safetensors": "dualenc"}.get(layout, layout)
     tags = ["dualenc", "contrastive", *sorted({p.kind or m for m, p in bundle.parts.items()})]
     lines = "\n".join(f"- {t}" for t in tags)
     return f"---\nlibrary_name: {library}\npipeline_tag: feature-extraction\ntags:\n{lines}\n---"

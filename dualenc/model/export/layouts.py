@@ -58,9 +58,9 @@ def write_transformers(bundle: Bundle, folder: Path) -> None:
     config["logit_scale_init_value"] = float(_log_scale(bundle))
     folder.mkdir(parents=True, exist_ok=True)
     text.export_tokenizer(folder, padding_is_seen=family.startswith("siglip"))
-    _save(tensors, folder / "model.safetensors", record(bundle))
-    _json(folder / "config.json", config)
-    _json(folder / "preprocessor_config.json", pre)
+    write_tensors(tensors, folder / "model.safetensors", record(bundle))
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", pre)
 
 
 def write_open_clip(bundle: Bundle, folder: Path) -> None:
@@ -98,8 +98,8 @@ def write_open_clip(bundle: Bundle, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if "hf_tokenizer_name" in words:
         source.export_tokenizer(folder, padding_is_seen=_is_custom(words))
-    _save(tensors, folder / "open_clip_model.safetensors", record(bundle))
-    _json(folder / "open_clip_config.json", {"model_cfg": cfg, "preprocess_cfg": pre})
+    write_tensors(tensors, folder / "open_clip_model.safetensors", record(bundle))
+    write_json(folder / "open_clip_config.json", {"model_cfg": cfg, "preprocess_cfg": pre})
 
 
 # --- both --------------------------------------------------------------------------------------------------------
@@ -131,14 +131,18 @@ def _bias(bundle: Bundle) -> Tensor | None:
     return bundle.model.logit_bias[name].detach().float().cpu() if name in bundle.model.logit_bias else None
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file as transformers reads it; its folder is made."""
     from safetensors.torch import save_file
 
     flat = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(flat, str(path), metadata={"format": "pt", **metadata})  # transformers asks for the format
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(flat, str(path), metadata={"format": "pt", **(metadata or {})})  # transformers asks for the format
 
 
-def _json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file, indented; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
