@@ -116,12 +116,20 @@ def embed(
     ] = "",
     dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16 or int8. Default: fp32; with --recipe fp16.")] = "",
     layout: Annotated[
-        str, typer.Option("--format", help="safetensors; parquet also writes a table for every safetensors file.")
+        str,
+        typer.Option(
+            "--format",
+            help="safetensors; parquet also writes a table for every safetensors file, npy an array for each modality.",
+        ),
     ] = "safetensors",
     modalities: Annotated[
         str, typer.Option("--modalities", help="Modalities to embed, comma-separated; default: all of the model's.")
     ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
+    dim: Annotated[
+        int | None,
+        typer.Option("--dim", min=1, help="Keep the first dimensions only, of a model trained with loss matryoshka."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features in --out.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     allow_pipe: AllowPipe = False,
@@ -135,7 +143,7 @@ def embed(
     """
     from dualenc.data.shards.index import refuse_pipes
     from dualenc.distributed.world import close_world, init_world
-    from dualenc.features.arrow import write_parquet
+    from dualenc.features.arrow import write_npy, write_parquet
     from dualenc.features.of_shards import embed_shards
     from dualenc.features.of_source import embed_source
     from dualenc.features.store import FeatureStore
@@ -143,18 +151,20 @@ def embed(
 
     if (recipe is None) == (not shards):
         raise ConfigError("dualenc embed: give either shards or --recipe RECIPE, which writes a teacher's cache")
-    if layout not in ("safetensors", "parquet"):
-        raise ConfigError(f"unknown --format {layout!r}; use safetensors or parquet")
+    if layout not in ("safetensors", "parquet", "npy"):
+        raise ConfigError(f"unknown --format {layout!r}; use safetensors, parquet or npy")
+    if recipe is not None and dim is not None:
+        raise ConfigError("--dim: a teacher's cache holds whole features; leave out --recipe or --dim")
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
         chosen = words(modalities)
         if settings:
             given, stored = key_values(settings), dtype or "fp32"
-            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite)
+            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite, dim)
         elif recipe is None:
             refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite)
+            done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite, dim)
         else:
             from dualenc.distill.teachers.cache import write_cache
 
@@ -171,6 +181,8 @@ def embed(
             )
         if layout == "parquet":
             write_parquet(FeatureStore(out), world)
+        elif layout == "npy":
+            write_npy(FeatureStore(out), world)
         if world.rank == 0:
             say(json.dumps(done, indent=1))
     finally:

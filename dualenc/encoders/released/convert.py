@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dualenc.encoders.adapters.hf_halves import VISION_TEXT, WHOLE
 from dualenc.encoders.adapters.hf_towers import HFImageTrunk
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.errors import ConfigError
@@ -25,8 +26,34 @@ FAMILIES = {
     "altclip": "AltCLIPModel",
     "chinese_clip": "ChineseCLIPModel",
     "clap": "ClapModel",
+    "metaclip_2": "MetaClip2Model",
+    "aimv2": "Aimv2Model",
+    "align": "AlignModel",
+    "tipsv2": "Tipsv2Model",
+    VISION_TEXT: "VisionTextDualEncoderModel",
 }
 """transformers' model_type of a whole dual encoder → its class."""
+REFUSED = {
+    "blip": "its text encoder cross-attends to the image, and the contrastive heads are in another class",
+    "blip-2": "it gives 32 query vectors for an image, not one",
+    "bridgetower": "it fuses image and text in one encoder",
+    "clipseg": "it segments images; the CLIP in it can be loaded from its own repository",
+    "clvp": "it ranks speech tokens of a generator",
+    "flava": "its features are those of a multimodal encoder above both towers",
+    "groupvit": "its image tower draws Gumbel noise in training, which depends on how a batch is cut",
+    "omdet-turbo": "it detects objects",
+    "owlv2": "it detects objects; the CLIP in it can be loaded from its own repository",
+    "owlvit": "it detects objects; the CLIP in it can be loaded from its own repository",
+    "pe_audio": "it compares features of any length, these are normalised",
+    "pe_audio_video": "it compares features of any length, these are normalised, and there is no video modality",
+    "pe_video": "it compares features of any length, these are normalised, and there is no video modality",
+    "sam3": "it segments images",
+    "sam3_lite_text": "it segments images",
+    "sam3_video": "it segments videos",
+    "videoprism": "it encodes videos, and there is no video modality",
+    "xclip": "its text features depend on the video they are compared with",
+}
+"""model_type of models with an image or audio half and a text half that cannot be loaded whole, and why."""
 _PARTS = {
     "image": ("vision_model.", "visual_projection"),
     "audio": ("audio_model.", "audio_projection"),
@@ -115,12 +142,12 @@ def _no_head(settings: Mapping[str, Any], tower: Tower) -> None:
 # --- transformers' own towers ------------------------------------------------------------------------------------
 
 # Settings of dualenc or of the environment, not of the architecture.
-_OURS = ("dualenc_projection",)
+_OURS = ("dualenc_projection", WHOLE)
 
 
 def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
     config = {k: v for k, v in settings["config"].items() if k not in _OURS}
-    family = str(config["model_type"])
+    family = VISION_TEXT if WHOLE in settings["config"] else str(config["model_type"])
     for half in ("vision", "audio", "text"):
         family = family.removesuffix(f"_{half}_model")
     part, projection = _PARTS[kind]
@@ -138,9 +165,42 @@ def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
         tensors[f"{projection}.weight"] = tower.head.weight  # type: ignore[union-attr, assignment]
     else:
         _no_head(settings, tower)
+    if family == "align" and kind == "text":  # AlignModel carries a pooler along that nothing reads
+        width = int(config["hidden_size"])
+        tensors |= {"text_model.pooler.dense.weight": torch.zeros(width, width)}
+        tensors |= {"text_model.pooler.dense.bias": torch.zeros(width)}
     if not family.startswith("siglip"):
         config["projection_dim"] = tower.embed_dim
     return Half(family, config, tensors, tower.embed_dim)
+
+
+_POOLER_IS_FIRST = ("dinov2", "dinov2_with_registers")
+"""Image models whose own pooled output is their first token, normed: what ``pooling: cls`` takes."""
+
+
+def to_vision_text(tower: Tower, kind: str) -> Half:
+    """A tower as a half of a VisionTextDualEncoderModel: any vision or text model of transformers that pools by itself,
+    and a projection without bias.
+
+    Raises:
+        NoSuchLayoutError: naming what does not fit.
+    """
+    family, settings = _origin(tower)
+    if family != "hf":
+        raise NoSuchLayoutError(f"transformers has no dual encoder with a {tower.component.name} tower")
+    kept = settings["config"]
+    config, pooling = {k: v for k, v in kept.items() if k not in _OURS}, settings.get("pooling")
+    if pooling != "model" and not (pooling == "cls" and config["model_type"] in _POOLER_IS_FIRST):
+        raise NoSuchLayoutError(
+            f"encoder.pooling: VisionTextDualEncoderModel takes a model's own pooled output, this {kind} tower's is "
+            f"{pooling}"
+        )
+    if kind not in ("image", "text") or kept.get("dualenc_projection") or settings.get("head") != "linear":
+        raise NoSuchLayoutError(f"encoder.head: VisionTextDualEncoderModel needs a linear head after the {kind} tower")
+    part, projection = _PARTS[kind]
+    tensors = {part + k.removeprefix(part): v for k, v in _net(tower).state_dict().items()}
+    tensors[f"{projection}.weight"] = tower.head.weight  # type: ignore[assignment]
+    return Half(VISION_TEXT, config, tensors, tower.embed_dim)
 
 
 # --- between the two ---------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from dualenc.encoders.released.convert import NoSuchLayoutError
 from dualenc.encoders.tower import ImageTower
 from dualenc.errors import ConfigError
 from dualenc.model.bundle import Bundle, kind_of
-from dualenc.model.export.layouts import write_json, write_tensors, write_transformers
+from dualenc.model.export.layouts import save_tensors, write_json, write_transformers
 from dualenc.versions import versions
 
 MODALITIES = ("text", "image", "audio")
@@ -80,7 +80,9 @@ def _crops_like_transformers(bundle: Bundle) -> bool:
 
 
 def _whole(bundle: Bundle, folder: Path) -> bool:
-    """As one transformers model, if it is one."""
+    """As one transformers model, if it is one whose images are resized by Pillow there too."""
+    if any("tipsv2" in str(t.component.settings.get("config", "")) for t in bundle.model.trained_towers().values()):
+        return False
     try:
         write_transformers(bundle, folder)
     except ConfigError:
@@ -153,7 +155,7 @@ def _text(bundle: Bundle, m: str, tower: HFText, folder: Path) -> dict[str, str]
         source.export_tokenizer(place)
     except ConfigError:
         return None
-    write_tensors(tower.net.state_dict(), place / "model.safetensors")
+    save_tensors(tower.net.state_dict(), place / "model.safetensors")
     write_json(place / "config.json", {**config, "dtype": "float32"})
     how = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
     settings = _transformer_settings(how, "token_embeddings") | {"max_seq_length": source.context_length}
@@ -196,7 +198,7 @@ def _timm(bundle: Bundle, m: str, tower: ImageTower, folder: Path) -> dict[str, 
     place = folder / f"{m}_transformer"
     write_json(place / "config.json", about)
     tensors = {f"timm_model.{k}": v for k, v in tower.trunk.state_dict().items()}
-    write_tensors(tensors, place / "model.safetensors")
+    save_tensors(tensors, place / "model.safetensors")
     how = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
     settings = _transformer_settings(how, "sentence_embedding")
     settings.pop("processor_kwargs")
@@ -218,7 +220,7 @@ def _head(tower: Tower, m: str, folder: Path) -> dict[str, str]:
         }
         write_json(folder / name / "config.json", config)
         tensors = {f"linear.{k}": v for k, v in layer.state_dict().items()}
-        write_tensors(tensors, folder / name / "model.safetensors")
+        save_tensors(tensors, folder / name / "model.safetensors")
         names[name] = _DENSE
     write_json(folder / f"{m}_normalize" / "config.json", {})
     return {**names, f"{m}_normalize": _NORMALIZE}
