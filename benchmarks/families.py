@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from dualenc.encoders.released.convert import FAMILIES, REFUSED
+from dualenc.encoders.released.whole_models import FAMILIES, REFUSED
 from dualenc.errors import DualencError
 from dualenc.model import Bundle, load_model
 from dualenc.model.export.export import export

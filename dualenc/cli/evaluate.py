@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from dualenc.cli.app import AllowPipe, Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.terminal import PatientConsole, say
+
+if TYPE_CHECKING:
+    from dualenc.distributed.world import World
 
 
 @app.command("eval")
@@ -143,10 +146,8 @@ def embed(
     """
     from dualenc.data.shards.index import refuse_pipes
     from dualenc.distributed.world import close_world, init_world
-    from dualenc.features.arrow import write_npy, write_parquet
     from dualenc.features.of_shards import embed_shards
     from dualenc.features.of_source import embed_source
-    from dualenc.features.store import FeatureStore
     from dualenc.model import load_model
 
     if (recipe is None) == (not shards):
@@ -179,14 +180,22 @@ def embed(
                 world=world,
                 overwrite=overwrite,
             )
-        if layout == "parquet":
-            write_parquet(FeatureStore(out), world)
-        elif layout == "npy":
-            write_npy(FeatureStore(out), world)
+        _also(layout, out, world)
         if world.rank == 0:
             say(json.dumps(done, indent=1))
     finally:
         close_world(world)
+
+
+def _also(layout: str, out: Path, world: World) -> None:
+    """The other files that --format asks for."""
+    from dualenc.features.arrow import write_npy, write_parquet
+    from dualenc.features.store import FeatureStore
+
+    if layout == "parquet":
+        write_parquet(FeatureStore(out), world)
+    elif layout == "npy":
+        write_npy(FeatureStore(out), world)
 
 
 _PATIENCE_S = 7 * 86400.0
@@ -344,11 +353,20 @@ def export_(
     results: Annotated[
         Path | None, typer.Option("--results", help="results.json for the model card; default: the run's.")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="ORG/NAME on the Hugging Face Hub: upload the folder there.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: create the repository as private.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Export a model for other libraries, with a model card."""
+    """Export a model for other libraries, with a model card; --push uploads it."""
     from dualenc.model import load_model
     from dualenc.model.export.export import export
+    from dualenc.model.export.push import check_repository, push_folder
 
+    if push is not None:
+        check_repository(push)
     folder = export(load_model(model), layout, out, model, results)
     PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
+    if push is not None:
+        PatientConsole().print(push_folder(folder, push, private), highlight=False, soft_wrap=True)

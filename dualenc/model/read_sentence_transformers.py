@@ -20,9 +20,9 @@ from dualenc.config import Component, LogitScale, Modality, pair_name
 from dualenc.data.modalities import ModalityInput
 from dualenc.encoders import build_tower
 from dualenc.encoders.adapters import hf
-from dualenc.encoders.released.convert import FAMILIES
 from dualenc.encoders.released.load_released import from_hf
 from dualenc.encoders.released.weights import load_exactly, read_weights, strip_prefix
+from dualenc.encoders.released.whole_models import FAMILIES
 from dualenc.errors import CheckpointError, ConfigError
 from dualenc.model.bundle import Bundle, assemble, build_input, part_of, state_digest
 from dualenc.model.export.sentence_transformers_layout import MODALITIES, OURS, log_scales, stored_scales

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.families import architectures, measure, open_clip_rows, table
-from dualenc.encoders.released.convert import FAMILIES, REFUSED
+from dualenc.encoders.released.whole_models import FAMILIES, REFUSED
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
 

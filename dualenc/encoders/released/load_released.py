@@ -22,9 +22,9 @@ from dualenc.encoders.adapters import open_clip as oc
 from dualenc.encoders.adapters.hf_audio import audio_defaults
 from dualenc.encoders.adapters.hf_halves import VISION_TEXT, WHOLE
 from dualenc.encoders.released import laion_clap
-from dualenc.encoders.released.convert import FAMILIES, REFUSED
 from dualenc.encoders.released.migrations import migrate_open_clip
 from dualenc.encoders.released.weights import read_weights, refusing_code
+from dualenc.encoders.released.whole_models import FAMILIES, REFUSED
 from dualenc.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)

@@ -19,13 +19,13 @@ from dualenc.encoders import Tower
 from dualenc.encoders.adapters.hf import arch_of
 from dualenc.encoders.adapters.hf_audio import audio_defaults
 from dualenc.encoders.released.convert import (
-    FAMILIES,
     Half,
     NoSuchLayoutError,
     to_open_clip,
     to_transformers,
     to_vision_text,
 )
+from dualenc.encoders.released.whole_models import FAMILIES
 from dualenc.model.bundle import Bundle
 from dualenc.model.record import record
 
