@@ -18,6 +18,7 @@ from dualenc.terminal import PatientConsole, say
 
 if TYPE_CHECKING:
     from dualenc.distributed.world import World
+    from dualenc.model import Bundle
 
 
 @app.command("eval")
@@ -31,7 +32,11 @@ def eval_(
     ],
     tasks: Annotated[
         str,
-        typer.Option("--tasks", help="Task names or YAML files, comma-separated.", autocompletion=names.tasks),
+        typer.Option(
+            "--tasks",
+            help="Task names, YAML files, or mteb:NAME (the mteb extra), comma-separated.",
+            autocompletion=names.tasks,
+        ),
     ] = "",
     task: Annotated[list[Path] | None, typer.Option("--task", help="A task's YAML file; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write results.json.")] = None,
@@ -60,20 +65,27 @@ def eval_(
     from dualenc_evals.harness import evaluate, print_table
     from dualenc_evals.overlap import training_sources
 
-    chosen = resolve_tasks([*(n.strip() for n in tasks.split(",")), *map(str, task or [])])
-    if not chosen:
+    asked = [*(n.strip() for n in tasks.split(",")), *map(str, task or [])]
+    elsewhere = [n for n in asked if n.startswith("mteb:")]
+    chosen = resolve_tasks([n for n in asked if n not in elsewhere])
+    if not chosen and not elsewhere:
         raise ConfigError(
             "dualenc eval: give tasks with --tasks A,B or --task FILE.yaml; dualenc list tasks shows them"
         )
     world = init_world(device, 600, None)
     try:
-        embedder = load_model(model, device=str(world.device)).embedder()
+        bundle = load_model(model, device=str(world.device))
+        kept = None if no_cache else cache or feature_cache()
+        if elsewhere:
+            _mteb(bundle, elsewhere, out, world, kept, batch_size)
+        if not chosen:
+            return
         results = evaluate(
-            embedder,
+            bundle.embedder(),
             chosen,
             world=world,
             out=out,
-            cache_dir=None if no_cache else cache or feature_cache(),
+            cache_dir=kept,
             batch_size=batch_size,
             seed=seed,
             progress=world.rank == 0,
@@ -86,6 +98,22 @@ def eval_(
                 PatientConsole().print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
+
+
+def _mteb(
+    bundle: Bundle, tasks: list[str], out: Path | None, world: World, cache: Path | None, batch_size: int
+) -> None:
+    """mteb's tasks: its own JSON files go to a folder ``mteb`` beside ``out``."""
+    from dualenc.mteb import evaluate_mteb
+
+    folder = Path("mteb") if out is None else out.parent / "mteb"
+    root = os.environ.get("DUALENC_DATA")
+    data = None if root is None else Path(root) / "mteb"
+    scores = evaluate_mteb(bundle, tasks, folder, world, cache, batch_size, data)
+    if world.rank == 0:
+        rows = [(t, split, f"{100 * v:.2f}") for t, by in scores.items() for split, v in by.items()]
+        say("| mteb task | split | main score, % |\n|---|---|---|\n" + "\n".join(f"| {' | '.join(r)} |" for r in rows))
+        PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
 
 
 def feature_cache() -> Path:

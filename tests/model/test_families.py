@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.families import architectures, measure, open_clip_rows, table
+from benchmarks.matrix import COLUMNS, MODELS, cell
 from dualenc.encoders.released.whole_models import FAMILIES, REFUSED
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
@@ -52,3 +53,15 @@ def test_open_clip_s_configurations() -> None:
     rows = open_clip_rows(["ViT-B-32", "coca_ViT-B-32", "RN50", "ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32"])
     assert len(rows) == 5
     assert "| whole |" in table(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "timm + MiniLM"])
+def test_a_row_of_the_matrix(tmp_path: Path, name: str) -> None:
+    """The table of docs/howto/deploy.md: a small difference, or a sentence."""
+    bundle = MODELS[name](tmp_path / "model")
+    for column in COLUMNS:
+        found = cell(bundle, column, tmp_path / column)
+        print(name, column, found)
+        assert isinstance(found, str) or found <= (1e-4 if column == "onnx" else 1e-5)

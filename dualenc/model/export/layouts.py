@@ -126,6 +126,8 @@ def _transformers_halves(bundle: Bundle) -> tuple[dict[str, str], dict[str, Half
     try:
         return _halves(bundle, to_vision_text)
     except NoSuchLayoutError as e:
+        if str(e) == str(why):
+            raise
         raise NoSuchLayoutError(f"{str(why).rstrip('.')}; {e}") from e
 
 

@@ -10,7 +10,7 @@ from dualenc.errors import ConfigError, DataError
 def check_repository(repository: str) -> None:
     """Raises ConfigError for a name that is not ORG/NAME, before anything is written."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         if repository.count("/") != 1:
