@@ -136,8 +136,11 @@ def by_onnx(folder: Path, bundle: Bundle) -> dict[str, Tensor]:
         "ids": torch.nn.functional.pad(rows["ids"], (0, missing), value=pad).numpy(),
         "mask": torch.nn.functional.pad(rows["mask"], (0, missing), value=False).numpy(),
     }
-    session: Any = onnxruntime.InferenceSession
-    run = lambda m, given: torch.tensor(session(folder / f"{m}.onnx").run(None, given)[0])
+
+    def run(m: str, given: dict[str, Any]) -> Tensor:
+        session: Any = onnxruntime.InferenceSession(folder / f"{m}.onnx")
+        return torch.tensor(session.run(None, given)[0])
+
     feed = {k: v for k, v in feed.items() if k in sheet["text"]["inputs"]}
     return {"image": run("image", {"pixels": pixels.numpy()}), "text": run("text", feed)}
 

@@ -11,7 +11,7 @@ from dualenc.model.bundle import Bundle
 from dualenc.model.export.card import write_card
 from dualenc.model.export.layouts import write_open_clip, write_transformers
 from dualenc.model.export.onnx_graphs import write_onnx
-from dualenc.model.export.sentence_transformers_layout import write_sentence_transformers
+from dualenc.model.export.sentence_transformers_layout import MODALITIES, write_sentence_transformers
 
 Layout = Literal["hf", "open_clip", "sentence-transformers", "onnx", "safetensors"]
 _NAMES = {"hf": "transformers", "open_clip": "open_clip", "sentence-transformers": "sentence-transformers"}
@@ -56,6 +56,8 @@ def export(
             raise
         kinds = {p.kind or m for m, p in bundle.parts.items()}
         others = "onnx or safetensors" if kinds <= {"image", "text"} else "safetensors"
+        if layout != "sentence-transformers" and kinds <= set(MODALITIES):
+            others += ", or sentence-transformers"
         raise ConfigError(
             f"{bundle.name} cannot be exported to {_NAMES[layout]}: {str(e).rstrip('.')}. Use --format {others}."
         ) from e
