@@ -39,6 +39,7 @@ LAYERS = {
     "dualenc_data_tools": 6,
     "dualenc.api": 7,
     "dualenc.importing": 7,
+    "dualenc.compare": 7,
     "dualenc.mteb": 7,
     "dualenc.sentence_transformers": 8,
     "dualenc.cli": 8,

@@ -20,6 +20,7 @@ from dualenc.errors import DivergenceError, Interrupted
 from dualenc.train.build import Parts
 from dualenc.train.step import StepResult
 from dualenc.train.stop import StopFlag
+from dualenc.train.tracking import metrics_at
 
 PROMPT_S = 2.0
 """Ranks look about this often (in seconds): a signal or a timed checkpoint waits no longer than this plus one step."""
@@ -36,6 +37,7 @@ class Moment:
         stopping: a rank was asked to stop.
         save_due: by the clock, a checkpoint is due.
         fallen: the guard stops the run.
+        ends_phase: another phase begins after it, or the run ends.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Moment:
     stopping: bool = False
     save_due: bool = False
     fallen: bool = False
+    ends_phase: bool = False
 
 
 class Hook(Protocol):
@@ -191,6 +194,14 @@ class Log:
         self._losses: list[Tensor] = []
         self._wait, self._since = 0.0, time.perf_counter()
 
+    def begin_phase(self) -> None:
+        """Mark the phase where it begins, once: a run that was killed there has marked it already."""
+        p = self._parts
+        if p.whole.phases and p.state.step == p.span.start:
+            number = p.span.number
+            if metrics_at(p.run_dir / "metrics.jsonl", p.state.step).get("phase") != number:
+                p.tracker.log(p.state.step, {"samples_seen": p.state.samples_seen, "phase": number})
+
     def note(self, loss: Tensor, wait_s: float) -> None:
         """Add a step; ``wait_s``: seconds that it waited for its batch."""
         self._losses.append(loss)
@@ -205,7 +216,7 @@ class Log:
 
     def by_step(self, now: Moment) -> bool:
         """Whether a line is due by the step number alone."""
-        return now.step % self._parts.recipe.tracking.log_every == 0 or now.last
+        return now.step % self._parts.recipe.tracking.log_every == 0 or now.last or now.ends_phase
 
     def run(self, now: Moment) -> None:
         """Write a line.

@@ -40,7 +40,8 @@ class Save:
 
     def due(self, now: Moment) -> bool:
         owed = now.looking and (self._owed or self._unpruned)
-        return now.save_due or self.by_step(now) or now.last or now.stopping or now.fallen or owed
+        ends = now.last or now.ends_phase
+        return now.save_due or self.by_step(now) or ends or now.stopping or now.fallen or owed
 
     def by_step(self, now: Moment) -> bool:
         """Whether a checkpoint is due by the step number alone."""
@@ -56,12 +57,14 @@ class Save:
         """Write a checkpoint if one is due, and remove those no longer needed.
 
         Raises:
-            DivergenceError: the weights after the last step are not finite.
+            DivergenceError: the weights after the last step of the run or of a phase are not finite.
         """
-        if now.save_due or self.by_step(now) or now.last or now.stopping or now.fallen or self._owed:
+        ends = now.last or now.ends_phase
+        if now.save_due or self.by_step(now) or ends or now.stopping or now.fallen or self._owed:
             self._owed = bool(self.finite.in_a_row) or not self._weights_are_finite()
-            if self._owed and now.last:
-                self.finite.give_up("The weights after the last step are not finite.")
+            if self._owed and ends:
+                at_phase = "The last step before the next phase, or the weights after it, are not finite."
+                self.finite.give_up("The weights after the last step are not finite." if now.last else at_phase)
             if self._owed:
                 self._last = time.monotonic()
             else:
@@ -118,7 +121,7 @@ class Save:
         if p.distiller is not None:
             saver.tensors("teachers.safetensors", p.distiller.state_dict())
         saver.state(p.state)
-        (saver.folder / "recipe.yaml").write_text(dump_yaml(p.recipe), encoding="utf-8")
+        (saver.folder / "recipe.yaml").write_text(dump_yaml(p.whole), encoding="utf-8")
 
     # --- which are kept ---------------------------------------------------------------------------------------
 
