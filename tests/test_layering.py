@@ -43,7 +43,7 @@ LAYERS = {
     "dualenc.mteb": 7,
     "dualenc.sentence_transformers": 8,
     "dualenc.cli": 8,
-    "benchmarks": 8,
+    "benchmarks": 9,
     "dualenc.__main__": 9,
 }
 BOTTOM = {p for p, layer in LAYERS.items() if layer == 0}

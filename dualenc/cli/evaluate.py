@@ -178,12 +178,7 @@ def embed(
     from dualenc.features.of_source import embed_source
     from dualenc.model import load_model
 
-    if (recipe is None) == (not shards):
-        raise ConfigError("dualenc embed: give either shards or --recipe RECIPE, which writes a teacher's cache")
-    if layout not in ("safetensors", "parquet", "npy"):
-        raise ConfigError(f"unknown --format {layout!r}; use safetensors, parquet or npy")
-    if recipe is not None and dim is not None:
-        raise ConfigError("--dim: a teacher's cache holds whole features; leave out --recipe or --dim")
+    _check_embed(layout, shards, recipe, dim)
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
@@ -213,6 +208,15 @@ def embed(
             say(json.dumps(done, indent=1))
     finally:
         close_world(world)
+
+
+def _check_embed(layout: str, shards: str, recipe: Path | None, dim: int | None) -> None:
+    if (recipe is None) == (not shards):
+        raise ConfigError("dualenc embed: give either shards or --recipe RECIPE, which writes a teacher's cache")
+    if layout not in ("safetensors", "parquet", "npy"):
+        raise ConfigError(f"unknown --format {layout!r}; use safetensors, parquet or npy")
+    if recipe is not None and dim is not None:
+        raise ConfigError("--dim: a teacher's cache holds whole features; leave out --recipe or --dim")
 
 
 def _also(layout: str, out: Path, world: World) -> None:
