@@ -41,8 +41,10 @@ LAYERS = {
     "dualenc.api": 7,
     "dualenc.importing": 7,
     "dualenc.compare": 7,
+    "dualenc.mteb": 7,
+    "dualenc.sentence_transformers": 8,
     "dualenc.cli": 8,
-    "benchmarks": 8,
+    "benchmarks": 9,
     "dualenc.__main__": 9,
 }
 BOTTOM = {p for p, layer in LAYERS.items() if layer == 0}
@@ -61,6 +63,8 @@ ONLY_IN = {
     "open_clip": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
     "timm": ("dualenc/encoders",),
     "peft": ("dualenc/encoders",),
+    "sentence_transformers": ("dualenc/sentence_transformers.py",),
+    "mteb": ("dualenc/mteb.py",),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
     "jinja2": ("dualenc/pages", "evals/dualenc_evals/pages"),
     "typer": ("dualenc/cli",),

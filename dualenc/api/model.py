@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 from dualenc.api.items import RawItems, chunks, found, known, many, name_of
-from dualenc.api.search_index import Hit, SearchIndex
+from dualenc.api.search_index import FoundInIndex, Hit, SearchIndex
 from dualenc.config import Recipe, apply_override, pair_name, parse
 from dualenc.data.modalities import FromMemory
 from dualenc.encoders import DualEncoder
 from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.features.disk_index import load_index as load_disk_index
 from dualenc.model import Bundle, Embedder
 from dualenc.model import load_model as load_bundle
 
@@ -356,6 +357,27 @@ class Model:
         if len(features) != 1:
             raise ConfigError(f"search takes one query, got {len(features)}; use index.nearest(model.encode(…), k)")
         return index.nearest(features, k)[0]
+
+    def search_index(self, folder: Path, query: Any, k: int = 5, *, modality: str = "text") -> FoundInIndex:
+        """The ``k`` items nearest to one query in an index that ``dualenc index`` wrote.
+
+        Raises:
+            ConfigError: the index was made with another model, or with usearch, which is not installed.
+            DataError: the index is damaged, or the query cannot be used.
+        """
+        index = load_disk_index(folder)
+        made, here = index.about["model"].get("weights"), self.describe()["weights"]
+        if made != here:
+            raise ConfigError(
+                f"{folder} was built with the weights {str(made)[:12]}…, but this model's are {str(here)[:12]}…; embed "
+                "and index the items again"
+            )
+        features = self._encoded(modality, query, _Options())
+        if len(features) != 1:
+            raise ConfigError(f"search_index takes one query, got {len(features)}")
+        scores, rows = index.search(features, k)
+        hits = [Hit(index.items[r], s, r) for s, r in zip(scores[0].tolist(), rows[0].tolist(), strict=True)]
+        return FoundInIndex(hits, len(index), index.modality)
 
     # --- parts -----------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,15 @@ class Hit:
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class FoundInIndex:
+    """What :meth:`dualenc.Model.search_index` found: the hits, of how many items, of which modality."""
+
+    hits: list[Hit]
+    total: int
+    modality: str
+
+
 @dataclass(frozen=True)
 class SearchIndex:
     """Items that can be searched: what :meth:`dualenc.Model.index` makes.

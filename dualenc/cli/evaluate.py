@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,10 @@ from dualenc.cli.app import AllowPipe, Debug, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.terminal import PatientConsole, say
+
+if TYPE_CHECKING:
+    from dualenc.distributed.world import World
+    from dualenc.model import Bundle
 
 
 @app.command("eval")
@@ -28,7 +32,11 @@ def eval_(
     ],
     tasks: Annotated[
         str,
-        typer.Option("--tasks", help="Task names or YAML files, comma-separated.", autocompletion=names.tasks),
+        typer.Option(
+            "--tasks",
+            help="Task names, YAML files, or mteb:NAME (the mteb extra), comma-separated.",
+            autocompletion=names.tasks,
+        ),
     ] = "",
     task: Annotated[list[Path] | None, typer.Option("--task", help="A task's YAML file; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write results.json.")] = None,
@@ -57,20 +65,27 @@ def eval_(
     from dualenc_evals.harness import evaluate, print_table
     from dualenc_evals.overlap import training_sources
 
-    chosen = resolve_tasks([*(n.strip() for n in tasks.split(",")), *map(str, task or [])])
-    if not chosen:
+    asked = [*(n.strip() for n in tasks.split(",")), *map(str, task or [])]
+    elsewhere = [n for n in asked if n.startswith("mteb:")]
+    chosen = resolve_tasks([n for n in asked if n not in elsewhere])
+    if not chosen and not elsewhere:
         raise ConfigError(
             "dualenc eval: give tasks with --tasks A,B or --task FILE.yaml; dualenc list tasks shows them"
         )
     world = init_world(device, 600, None)
     try:
-        embedder = load_model(model, device=str(world.device)).embedder()
+        bundle = load_model(model, device=str(world.device))
+        kept = None if no_cache else cache or feature_cache()
+        if elsewhere:
+            _mteb(bundle, elsewhere, out, world, kept, batch_size)
+        if not chosen:
+            return
         results = evaluate(
-            embedder,
+            bundle.embedder(),
             chosen,
             world=world,
             out=out,
-            cache_dir=None if no_cache else cache or feature_cache(),
+            cache_dir=kept,
             batch_size=batch_size,
             seed=seed,
             progress=world.rank == 0,
@@ -83,6 +98,22 @@ def eval_(
                 PatientConsole().print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
+
+
+def _mteb(
+    bundle: Bundle, tasks: list[str], out: Path | None, world: World, cache: Path | None, batch_size: int
+) -> None:
+    """mteb's tasks: its own JSON files go to a folder ``mteb`` beside ``out``."""
+    from dualenc.mteb import evaluate_mteb
+
+    folder = Path("mteb") if out is None else out.parent / "mteb"
+    root = os.environ.get("DUALENC_DATA")
+    data = None if root is None else Path(root) / "mteb"
+    scores = evaluate_mteb(bundle, tasks, folder, world, cache, batch_size, data)
+    if world.rank == 0:
+        rows = [(t, split, f"{100 * v:.2f}") for t, by in scores.items() for split, v in by.items()]
+        say("| mteb task | split | main score, % |\n|---|---|---|\n" + "\n".join(f"| {' | '.join(r)} |" for r in rows))
+        PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
 
 
 def feature_cache() -> Path:
@@ -116,12 +147,20 @@ def embed(
     ] = "",
     dtype: Annotated[str, typer.Option("--dtype", help="fp32, fp16 or int8. Default: fp32; with --recipe fp16.")] = "",
     layout: Annotated[
-        str, typer.Option("--format", help="safetensors; parquet also writes a table for every safetensors file.")
+        str,
+        typer.Option(
+            "--format",
+            help="safetensors; parquet also writes a table for every safetensors file, npy an array for each modality.",
+        ),
     ] = "safetensors",
     modalities: Annotated[
         str, typer.Option("--modalities", help="Modalities to embed, comma-separated; default: all of the model's.")
     ] = "",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
+    dim: Annotated[
+        int | None,
+        typer.Option("--dim", min=1, help="Keep the first dimensions only, of a model trained with loss matryoshka."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features in --out.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     allow_pipe: AllowPipe = False,
@@ -135,26 +174,21 @@ def embed(
     """
     from dualenc.data.shards.index import refuse_pipes
     from dualenc.distributed.world import close_world, init_world
-    from dualenc.features.arrow import write_parquet
     from dualenc.features.of_shards import embed_shards
     from dualenc.features.of_source import embed_source
-    from dualenc.features.store import FeatureStore
     from dualenc.model import load_model
 
-    if (recipe is None) == (not shards):
-        raise ConfigError("dualenc embed: give either shards or --recipe RECIPE, which writes a teacher's cache")
-    if layout not in ("safetensors", "parquet"):
-        raise ConfigError(f"unknown --format {layout!r}; use safetensors or parquet")
+    _check_embed(layout, shards, recipe, dim)
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
         chosen = words(modalities)
         if settings:
             given, stored = key_values(settings), dtype or "fp32"
-            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite)
+            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite, dim)
         elif recipe is None:
             refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite)
+            done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite, dim)
         else:
             from dualenc.distill.teachers.cache import write_cache
 
@@ -169,12 +203,31 @@ def embed(
                 world=world,
                 overwrite=overwrite,
             )
-        if layout == "parquet":
-            write_parquet(FeatureStore(out), world)
+        _also(layout, out, world)
         if world.rank == 0:
             say(json.dumps(done, indent=1))
     finally:
         close_world(world)
+
+
+def _check_embed(layout: str, shards: str, recipe: Path | None, dim: int | None) -> None:
+    if (recipe is None) == (not shards):
+        raise ConfigError("dualenc embed: give either shards or --recipe RECIPE, which writes a teacher's cache")
+    if layout not in ("safetensors", "parquet", "npy"):
+        raise ConfigError(f"unknown --format {layout!r}; use safetensors, parquet or npy")
+    if recipe is not None and dim is not None:
+        raise ConfigError("--dim: a teacher's cache holds whole features; leave out --recipe or --dim")
+
+
+def _also(layout: str, out: Path, world: World) -> None:
+    """The other files that --format asks for."""
+    from dualenc.features.arrow import write_npy, write_parquet
+    from dualenc.features.store import FeatureStore
+
+    if layout == "parquet":
+        write_parquet(FeatureStore(out), world)
+    elif layout == "npy":
+        write_npy(FeatureStore(out), world)
 
 
 _PATIENCE_S = 7 * 86400.0
@@ -309,16 +362,25 @@ def robustness(
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
-    layout: Annotated[str, typer.Option("--format", help="Output format: hf, open_clip, onnx or safetensors.")],
+    layout: Annotated[str, typer.Option("--format", help="hf, open_clip, sentence-transformers, onnx or safetensors.")],
     out: Annotated[Path, typer.Option("--out", help="Output folder; must be new or empty.")],
     results: Annotated[
         Path | None, typer.Option("--results", help="results.json for the model card; default: the run's.")
     ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="ORG/NAME on the Hugging Face Hub: upload the folder there.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: create the repository as private.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Export a model for other libraries, with a model card."""
+    """Export a model for other libraries, with a model card; --push uploads it."""
     from dualenc.model import load_model
     from dualenc.model.export.export import export
+    from dualenc.model.export.push import check_repository, push_folder
 
+    if push is not None:
+        check_repository(push)
     folder = export(load_model(model), layout, out, model, results)
     PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
+    if push is not None:
+        PatientConsole().print(push_folder(folder, push, private), highlight=False, soft_wrap=True)

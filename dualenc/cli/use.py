@@ -1,4 +1,4 @@
-"""Commands that use a model on the user's files: classify, search."""
+"""Commands that use a model on the user's files: classify, compress, index, search."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from dualenc.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from dualenc.api.search_index import Hit
 
 ModelArgument = Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")]
 ModalityOption = Annotated[
@@ -74,7 +76,7 @@ def classify(
 @app.command()
 def search(
     model: ModelArgument,
-    folder: Annotated[str, typer.Argument(help="A folder of images, audio …")],
+    folder: Annotated[str, typer.Argument(help="A folder of images, audio …, or one that dualenc index wrote.")],
     query: Annotated[str, typer.Argument(help='What to look for: "a red bike".')],
     k: Annotated[int, typer.Option("-k", min=1, help="How many files to show.")] = 5,
     modality: ModalityOption = None,
@@ -83,7 +85,7 @@ def search(
     as_json: JsonOption = False,
     debug: Debug = False,
 ) -> None:
-    """Find the files of a folder that a text describes best.
+    """Find the files of a folder, or the items of an index, that a text describes best.
 
     Exit code 3 if a file could not be read; the others are still searched.
     """
@@ -92,20 +94,93 @@ def search(
     from dualenc.api.model import load_model
 
     loaded = load_model(model, device)
+    if (Path(folder).expanduser() / "index.json").is_file():
+        found = loaded.search_index(Path(folder).expanduser(), query, k)
+        _show_hits(found.hits, query, found.total, found.modality, as_json)
+        return
     index = loaded.index(folder, modality=modality, batch_size=batch_size, progress=_shown(as_json))
     hits = loaded.search(index, query, k) if len(index) else []
+    _show_hits(hits, query, len(index), index.modality, as_json)
+    _end(index.skipped)
+
+
+@app.command("index")
+def index_(
+    features: Annotated[Path, typer.Argument(help="Features that dualenc embed wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder.")],
+    modality: Annotated[
+        str | None, typer.Option("--modality", help="Modality of the items; default: the only one there is.")
+    ] = None,
+    dim: Annotated[
+        int | None, typer.Option("--dim", min=1, help="Keep the first dimensions only (Matryoshka).")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="float, int8 (a byte a dimension) or binary (a bit a dimension).")
+    ] = "float",
+    kind: Annotated[
+        str, typer.Option("--kind", help="exact, or hnsw: a graph that usearch searches (the index extra).")
+    ] = "exact",
+    debug: Debug = False,
+) -> None:
+    """Build a search index of stored features; dualenc search MODEL INDEX "words" reads it."""
+    from dualenc.features.disk_index import build_index
+    from dualenc.features.store import FeatureStore
+    from dualenc.terminal import say
+
+    names = list(FeatureStore(features).description.modalities)
+    if modality is None and len(names) != 1:
+        raise ConfigError(f"--modality: {features} holds {', '.join(names)}; choose one")
+    index = build_index(features, out, modality or names[0], dim, precision, kind)
+    bytes_each = index.gallery.bytes / max(len(index), 1)
+    said = {"out": str(out), "items": len(index), **{k: index.about[k] for k in ("dim", "precision", "kind")}}
+    say(json.dumps({**said, "bytes_per_item": bytes_each}))
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    task: Annotated[str, typer.Option("--task", help="A retrieval task: its name or YAML file.")],
+    out: Annotated[Path, typer.Option("--out", help="Output folder for compression.json and compression.html.")],
+    dims: Annotated[str, typer.Option("--dims", help="Widths, comma-separated; the full one is added.")] = "",
+    batch_size: BatchOption = 64,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not read or write the feature cache.")] = False,
+    device: DeviceOption = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure retrieval with compressed features: every width at float, int8 and binary, with rescoring."""
+    from dualenc.api.runs import resolve_tasks
+    from dualenc.cli.evaluate import feature_cache
+    from dualenc.distributed.world import close_world, init_world
+    from dualenc.terminal import say
+    from dualenc_evals.studies.compression import compression, markdown
+
+    try:
+        widths = [int(d) for d in dims.split(",") if d.strip()]
+    except ValueError as e:
+        raise ConfigError(f"--dims: {dims!r} is not a list of widths; write for example 32,64,128") from e
+    (chosen,) = resolve_tasks([task])
+    world = init_world(device, 600, None)
+    try:
+        cache = None if no_cache else feature_cache()
+        done = compression(model, chosen, widths, out, world, str(world.device), batch_size, cache)
+        if world.rank == 0:
+            say(markdown(done))
+    finally:
+        close_world(world)
+
+
+def _show_hits(hits: Sequence[Hit], query: str, total: int, modality: str, as_json: bool) -> None:
     if as_json:
         for hit in hits:
             print(json.dumps({"file": hit.item, "cosine": hit.score}, ensure_ascii=False))
     else:
-        title = f"{escape(query)}: best of {len(index):,} {index.modality} files"
+        title = f"{escape(query)}: best of {total:,} {modality} files"
         table = Table(
             Column("cosine", justify="right"), Column("file", overflow="fold"), title=title, title_justify="left"
         )
         for hit in hits:
             table.add_row(f"{hit.score:.4f}", escape(str(hit.item)))
         Console().print(table)
-    _end(index.skipped)
 
 
 def _columns(shown: int) -> Sequence[Column]:

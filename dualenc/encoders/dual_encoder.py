@@ -15,6 +15,7 @@ from dualenc.encoders.negatives import joined, parted
 from dualenc.encoders.tower import Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
+from dualenc.errors import ConfigError
 
 
 class DualEncoder(nn.Module):
@@ -213,6 +214,19 @@ class DualEncoder(nn.Module):
 def normalised(x: Tensor) -> Tensor:
     """Rows of length 1 in fp32: autocast may give bf16, but the norm and everything after it is fp32."""
     return nn.functional.normalize(x.float(), dim=-1)
+
+
+def prefix(x: Tensor, dim: int | None) -> Tensor:
+    """[n, D] → the first ``dim`` dimensions [n, dim], L2-normalised; all of them as they are for None or D.
+
+    Raises:
+        ConfigError: ``dim`` is not between 1 and D.
+    """
+    if dim is None or dim == x.shape[-1]:
+        return x
+    if not 1 <= dim < x.shape[-1]:
+        raise ConfigError(f"dim: {dim} is not between 1 and the features' width, {x.shape[-1]}")
+    return normalised(x[..., :dim])
 
 
 def hidden_group(depth: float) -> str:

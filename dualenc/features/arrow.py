@@ -1,7 +1,8 @@
-"""Stored features as Arrow tables and Parquet files, for tools that read those."""
+"""Stored features as Arrow tables, Parquet files and NumPy arrays, for tools that read those."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from dualenc.distributed.world import World, agree
 from dualenc.errors import ConfigError, DataError
 from dualenc.features.store import FeaturePart, FeatureStore
-from dualenc.files import replacing
+from dualenc.files import replacing, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +54,40 @@ def _write(store: FeatureStore, world: World) -> None:
         try:
             with replacing(path) as hidden:
                 pq.write_table(table(part, list(store.description.modalities)), hidden)
+        except OSError as e:
+            raise DataError(f"{path} cannot be written ({e.strerror or e})") from e
+
+
+def write_npy(store: FeatureStore, world: World | None = None) -> None:
+    """``MODALITY.npy`` [N, D] fp32 ([N, V, D] with several views) and ``MODALITY.ids.json`` beside a finished store,
+    memory-mapped by numpy (``np.load(…, mmap_mode="r")``); written by rank 0, part by part.
+
+    Raises:
+        DataError: the folder cannot be written to.
+    """
+    world = world or World()
+    agree(lambda: _write_npy(store) if world.rank == 0 else None, world)
+
+
+def _write_npy(store: FeatureStore) -> None:
+    for m in store.description.modalities:
+        parts = [p for p in store.parts if p.counts.get(m)]
+        if not parts:
+            continue
+        views, width = parts[0].features(m).shape[1:]
+        shape = (sum(p.counts[m] for p in parts), *((views,) if views > 1 else ()), width)
+        path = store.folder / f"{m}.npy"
+        try:
+            with replacing(path) as hidden:
+                out = np.lib.format.open_memmap(hidden, mode="w+", dtype=np.float32, shape=shape)
+                start = 0
+                for part in parts:
+                    x = part.features(m).numpy()
+                    out[start : start + len(x)] = x if views > 1 else x[:, 0]
+                    start += len(x)
+                out.flush()
+            ids = [p.ids[i] for p in parts for i in p.rows(m).tolist()]
+            write_atomically(store.folder / f"{m}.ids.json", json.dumps(ids, ensure_ascii=False))
         except OSError as e:
             raise DataError(f"{path} cannot be written ({e.strerror or e})") from e
 

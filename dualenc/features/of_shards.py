@@ -85,6 +85,7 @@ def embed_shards(
     dtype: str = "fp32",
     world: World | None = None,
     overwrite: bool = False,
+    dim: int | None = None,
 ) -> dict[str, Any]:
     """Embed the samples of ``shards`` in their order, into a :class:`~dualenc.features.store.FeatureStore`.
 
@@ -98,6 +99,7 @@ def embed_shards(
         dtype: how features are stored: fp32, fp16 or int8.
         world: the ranks that share the work, each on its own copy of the model; all of them must call this.
         overwrite: replace other features in ``out``.
+        dim: keep the first ``dim`` dimensions of each feature, of length 1 again (Matryoshka).
 
     Returns:
         ``{"out", "shards", "kept" (shards that were finished already), "samples"}`` and, by modality, rows that were
@@ -109,7 +111,7 @@ def embed_shards(
     """
     world = world or World()
     chosen = chosen_of(bundle, modalities)
-    embedder = bundle.embedder()
+    embedder = bundle.embedder(dim)
     wanted = {m: bundle.inputs[m].default_members for m in chosen}
     opened = agree(lambda: open_source(Source.model_validate({"name": "embed", "shards": shards})), world)
     jobs = shard_jobs(opened, wanted, None)

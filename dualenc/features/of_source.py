@@ -30,6 +30,7 @@ def embed_source(
     dtype: str = "fp32",
     world: World | None = None,
     overwrite: bool = False,
+    dim: int | None = None,
 ) -> dict[str, Any]:
     """Embed the items of a source in its order, as :func:`dualenc.features.of_shards.embed_shards` does with shards.
 
@@ -46,7 +47,7 @@ def embed_source(
     """
     world = world or World()
     chosen = chosen_of(bundle, modalities)
-    embedder = bundle.embedder()
+    embedder = bundle.embedder(dim)
 
     def read() -> list[ShardJob]:
         items = iter(iter_contents(kind, settings, chosen))

@@ -82,11 +82,11 @@ class Bundle:
         self.model.to(self.device)
         return self
 
-    def embedder(self) -> Embedder:
-        """A way to embed raw items with this model."""
+    def embedder(self, dim: int | None = None) -> Embedder:
+        """A way to embed raw items with this model; ``dim``: see :meth:`Embedder.from_bundle`."""
         from dualenc.model.embedder import Embedder
 
-        return Embedder.from_bundle(self)
+        return Embedder.from_bundle(self, dim=dim)
 
     def describe(self) -> dict[str, Any]:
         """What dualenc.json holds, weights aside."""

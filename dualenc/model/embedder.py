@@ -11,6 +11,7 @@ from torch import Tensor
 from dualenc.data.batch import map_tensors
 from dualenc.data.modalities import DecodeError
 from dualenc.encoders import activations
+from dualenc.encoders.dual_encoder import prefix
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.model.bundle import Bundle, state_digest
 from dualenc.model.decoding import collate_usable, read_ahead
@@ -24,18 +25,24 @@ class Embedder:
 
     Attributes:
         modalities: names that ``embed`` takes.
-        embed_dim: D.
+        embed_dim: D, or ``dim`` where features are cut to their first dimensions (Matryoshka).
     """
 
-    def __init__(self, bundle: Bundle, forward: Forward | None, device: torch.device) -> None:
+    def __init__(self, bundle: Bundle, forward: Forward | None, device: torch.device, dim: int | None = None) -> None:
         self.bundle, self.device = bundle, device
         self.training_run = forward is not None
         self._forward: Forward = bundle.model if forward is None else forward
-        self.modalities, self.embed_dim = bundle.modalities, bundle.embed_dim
+        if dim is not None:
+            prefix(torch.ones(1, bundle.embed_dim), dim)
+        self.modalities, self.embed_dim, self.dim = bundle.modalities, dim or bundle.embed_dim, dim
 
     @classmethod
     def from_bundle(
-        cls, bundle: Bundle, forward: Forward | None = None, device: torch.device | str | None = None
+        cls,
+        bundle: Bundle,
+        forward: Forward | None = None,
+        device: torch.device | str | None = None,
+        dim: int | None = None,
     ) -> Embedder:
         """Wrap a bundle.
 
@@ -44,11 +51,15 @@ class Embedder:
                 equally often. The caller puts the engine in eval mode. None: the bundle's model itself, put in eval
                 mode here.
             device: where ``forward`` wants its inputs; default: the bundle's device.
+            dim: cut features to their first ``dim`` dimensions, of length 1 again.
+
+        Raises:
+            ConfigError: the features are narrower than ``dim``.
         """
         if forward is None:
             bundle.model.eval()
             bundle.model.group_lengths()
-        return cls(bundle, forward, torch.device(device) if device is not None else bundle.device)
+        return cls(bundle, forward, torch.device(device) if device is not None else bundle.device, dim)
 
     def embed(
         self, modality: str, items: Sequence[Any], batch_size: int = 64, bad: dict[int, str] | None = None
@@ -73,7 +84,7 @@ class Embedder:
         out = []
         with torch.no_grad():
             for x in self.batches(modality, items, batch_size, bad):
-                out.append(self._forward({modality: x})["features"][modality].float().cpu())
+                out.append(prefix(self._forward({modality: x})["features"][modality].float(), self.dim).cpu())
         return torch.cat(out) if out else torch.zeros(0, self.embed_dim)
 
     def batches(
@@ -143,6 +154,7 @@ class Embedder:
             "name": full["name"],
             "weights": "in training" if self.training_run else self.bundle.weights_hash,
             "embed_dim": self.embed_dim,
+            **({} if self.dim is None else {"prefix_of": self.bundle.embed_dim}),
             "modalities": modalities,
             "logit_scale": {p: self.logit_scale(p) for p in pairs},
             "logit_bias": {p: b for p in pairs if (b := self.logit_bias(p)) is not None},

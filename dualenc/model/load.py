@@ -43,9 +43,11 @@ from dualenc.versions import versions
 logger = logging.getLogger(__name__)
 
 _FORMS = (
-    "a run folder, a checkpoint or bundle folder, open_clip:NAME/TAG, hf:REPO, laion_clap:FILE.pt, or a folder in "
-    "either layout"
+    "a run folder, a checkpoint or bundle folder, open_clip:NAME/TAG, hf:REPO, laion_clap:FILE.pt, or a folder in the "
+    "layout of open_clip, transformers or sentence-transformers"
 )
+MODULES = "modules.json"
+"""What sentence-transformers lists a model's modules in."""
 # Only these compute features from inputs; a different version is worth a log line.
 _NOTED = ("torch", "open_clip_torch", "timm", "transformers")
 
@@ -56,7 +58,8 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
     Args:
         spec: a run folder (its newest finished checkpoint), a checkpoint, a bundle folder, ``open_clip:NAME[/TAG]``
             (TAG may be a file; without it the weights are random, with a warning), ``hf:REPO_OR_FOLDER`` (CLIPModel,
-            SiglipModel, ClapModel), ``laion_clap:FILE.pt``, or a folder in open_clip's or transformers' layout.
+            SiglipModel, ClapModel), ``laion_clap:FILE.pt``, or a folder in the layout of open_clip, transformers or
+            sentence-transformers.
         device: auto, cpu, cuda …
 
     Raises:
@@ -67,11 +70,11 @@ def load_model(spec: str, device: torch.device | str = "cpu") -> Bundle:
     """
     form, colon, rest = spec.partition(":")
     if colon and form == "open_clip":
-        bundle = _released(from_open_clip(rest), spec)
+        bundle = released_bundle(from_open_clip(rest), spec)
     elif colon and form == "hf":
-        bundle = _released(from_hf(rest), spec)
+        bundle = released_bundle(from_hf(rest), spec)
     elif colon and form == "laion_clap":
-        bundle = _released(from_laion_clap(rest), spec)
+        bundle = released_bundle(from_laion_clap(rest), spec)
     else:
         bundle = _load_folder(spec)
     return bundle.to(device)
@@ -81,9 +84,13 @@ def _load_folder(spec: str) -> Bundle:
     folder = model_folder(spec)
     if (folder / DESCRIPTION).is_file():
         return load_bundle(folder)
+    if (folder / MODULES).is_file():
+        from dualenc.model.read_sentence_transformers import load_sentence_transformers  # which reads bundles itself
+
+        return load_sentence_transformers(folder)
     if (folder / "open_clip_config.json").is_file():
-        return _released(from_open_clip_folder(folder), spec)
-    return _released(from_hf(str(folder)), spec)
+        return released_bundle(from_open_clip_folder(folder), spec)
+    return released_bundle(from_hf(str(folder)), spec)
 
 
 def model_folder(spec: str) -> Path:
@@ -105,9 +112,11 @@ def model_folder(spec: str) -> Path:
         folder = newest_save(folder)
     if (folder / "model" / DESCRIPTION).is_file():
         folder = folder / "model"
-    if any((folder / name).is_file() for name in (DESCRIPTION, "open_clip_config.json", "config.json")):
+    if any((folder / name).is_file() for name in (DESCRIPTION, MODULES, "open_clip_config.json", "config.json")):
         return folder
-    raise ConfigError(f"{spec} has no model: there is no {DESCRIPTION}, open_clip_config.json or config.json in it.")
+    raise ConfigError(
+        f"{spec} has no model: there is no {DESCRIPTION}, {MODULES}, open_clip_config.json or config.json in it."
+    )
 
 
 def newest_save(run: Path) -> Path:
@@ -269,7 +278,12 @@ def _note_versions(saved: Mapping[str, str], folder: Path) -> None:
 # --- other libraries' layouts --------------------------------------------------------------------------------------
 
 
-def _released(found: Released, spec: str) -> Bundle:
+def released_bundle(found: Released, spec: str) -> Bundle:
+    """A model in another library's layout as a bundle.
+
+    Raises:
+        CheckpointError: naming the field that is not as the weights were saved.
+    """
     first, second = found.inputs
     made = read_record(found.file) if found.file is not None else {}
     # Neither library's layout records how an odd border is cut: the record in a dualenc file does.

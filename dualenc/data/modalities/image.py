@@ -73,7 +73,8 @@ class ImageConfig(Section):
     crop: Literal["center"] = Field(default="center", description="where the square is cut")
     shortest_edge: Positive | None = Field(
         default=None,
-        description="resize: shortest scales the shorter edge to this; default: size (DINOv2: 256 for size 224)",
+        description="before the centre is cut, resize: shortest scales the shorter edge to this, squash both; default: "
+        "size (DINOv2: 256 for size 224)",
     )
     centre: Literal["round", "floor"] = Field(
         default="round",
@@ -193,7 +194,8 @@ class ImageInput:
         if self._naflex:
             return self._row(x.rgb().resize(self._pixels(w, h), self._filter))
         if self.config.resize == "squash":
-            return to_tensor(self._resize(x, (size, size)))
+            edge = self.config.shortest_edge or size
+            return to_tensor(_centre(self._resize(x, (edge, edge)), size, self.config.pad, self.config.centre))
         if self.config.resize == "shortest":
             edge = self.config.shortest_edge or size
             wh = (edge, int(edge * h / w)) if w <= h else (int(edge * w / h), edge)

@@ -19,7 +19,7 @@ from torch import nn
 
 from dualenc.config import Component, Section
 from dualenc.encoders.adapters import hf_audio
-from dualenc.encoders.adapters.hf_halves import PROJECTED, ProjectedHalf
+from dualenc.encoders.adapters.hf_halves import ProjectedHalf, is_half
 from dualenc.encoders.adapters.hf_naflex import TYPE as NAFLEX
 from dualenc.encoders.adapters.hf_naflex import NaflexTower
 from dualenc.encoders.adapters.hf_towers import HFImageTrunk, HFText, Pooling
@@ -38,7 +38,7 @@ from dualenc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-WHOLE_PROJECTED = ("clip", "altclip", "chinese_clip", "clap")
+WHOLE_PROJECTED = ("clip", "altclip", "chinese_clip", "clap", "metaclip_2", "aimv2")
 """transformers' model_type of dual encoders whose towers have a projection of their own."""
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
@@ -251,8 +251,12 @@ def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
     size = crop or resize
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
+    squashed = isinstance(resize, dict) and "height" in resize
+    if squashed and crop is not None and int(resize["height"]) != int(size):  # ALIGN
+        before = {"shortest_edge": int(resize["height"]), "centre": "floor"}
+        return {"size": int(size), "resize": "squash", **before, **_pixel_defaults(pre)}
     shortest = crop is not None or (isinstance(resize, dict) and "shortest_edge" in resize)
-    if not shortest:
+    if squashed or not shortest:
         return {"size": int(size), "resize": "squash", **_pixel_defaults(pre)}
     edge = resize.get("shortest_edge") if isinstance(resize, dict) else resize
     way = {"size": int(size), "resize": "shortest", "centre": "floor", **_pixel_defaults(pre)}
@@ -260,9 +264,14 @@ def image_defaults(pre: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _pixel_defaults(pre: Mapping[str, Any]) -> dict[str, Any]:
+    mean, std = (tuple(pre.get(f"image_{k}") or (0.5, 0.5, 0.5)) for k in ("mean", "std"))
+    if pre.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if pre.get("rescale_offset"):  # EfficientNet's: pixels in -1…1 are normalised
+        mean, std = tuple(0.5 + 0.5 * x for x in mean), tuple(0.5 * x for x in std)
     return {
-        "mean": tuple(pre.get("image_mean", (0.5, 0.5, 0.5))),
-        "std": tuple(pre.get("image_std", (0.5, 0.5, 0.5))),
+        "mean": mean,
+        "std": std,
         "interpolation": _RESAMPLE.get(int(pre.get("resample", 2)), "bicubic"),
     }
 
@@ -316,7 +325,7 @@ def random_model(arch: Any, projected: bool = False) -> nn.Module:
     """The architecture with random weights, fp32."""
     from transformers import AutoModel
 
-    if arch.model_type in PROJECTED and projected:
+    if projected and is_half(arch):
         return no_scalars(ProjectedHalf(arch))
     if arch.model_type in hf_audio.TYPES and not projected:
         return no_scalars(hf_audio.random_audio(arch))
@@ -398,7 +407,7 @@ def wrap(
     """A transformers model as a tower."""
     children = dict(net.named_children())
     projected = any(f"{part}_projection" in children for part in ("visual", "text", "audio"))
-    own_width = setting(arch, "projection_size") or arch.hidden_size
+    own_width = setting(arch, "projection_size") or setting(arch, "hidden_size") or setting(arch, "hidden_dim")
     width = int(arch.projection_dim if projected else own_width)
     if head == "none" and width != embed_dim:
         raise ConfigError(f"{where}.head: none needs embed_dim: {width}, got {embed_dim}.")

@@ -14,19 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dualenc.encoders.adapters.hf_halves import VISION_TEXT, WHOLE
 from dualenc.encoders.adapters.hf_towers import HFImageTrunk
+from dualenc.encoders.released.whole_models import FAMILIES
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.errors import ConfigError
 
-FAMILIES = {
-    "clip": "CLIPModel",
-    "siglip": "SiglipModel",
-    "siglip2": "Siglip2Model",
-    "altclip": "AltCLIPModel",
-    "chinese_clip": "ChineseCLIPModel",
-    "clap": "ClapModel",
-}
-"""transformers' model_type of a whole dual encoder → its class."""
 _PARTS = {
     "image": ("vision_model.", "visual_projection"),
     "audio": ("audio_model.", "audio_projection"),
@@ -115,12 +108,12 @@ def _no_head(settings: Mapping[str, Any], tower: Tower) -> None:
 # --- transformers' own towers ------------------------------------------------------------------------------------
 
 # Settings of dualenc or of the environment, not of the architecture.
-_OURS = ("dualenc_projection",)
+_OURS = ("dualenc_projection", WHOLE)
 
 
 def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
     config = {k: v for k, v in settings["config"].items() if k not in _OURS}
-    family = str(config["model_type"])
+    family = VISION_TEXT if WHOLE in settings["config"] else str(config["model_type"])
     for half in ("vision", "audio", "text"):
         family = family.removesuffix(f"_{half}_model")
     part, projection = _PARTS[kind]
@@ -138,9 +131,42 @@ def _hf_direct(tower: Tower, kind: str, settings: Mapping[str, Any]) -> Half:
         tensors[f"{projection}.weight"] = tower.head.weight  # type: ignore[union-attr, assignment]
     else:
         _no_head(settings, tower)
+    if family == "align" and kind == "text":  # AlignModel carries a pooler along that nothing reads
+        width = int(config["hidden_size"])
+        tensors |= {"text_model.pooler.dense.weight": torch.zeros(width, width)}
+        tensors |= {"text_model.pooler.dense.bias": torch.zeros(width)}
     if not family.startswith("siglip"):
         config["projection_dim"] = tower.embed_dim
     return Half(family, config, tensors, tower.embed_dim)
+
+
+_POOLER_IS_FIRST = ("dinov2", "dinov2_with_registers")
+"""Image models whose own pooled output is their first token, normed: what ``pooling: cls`` takes."""
+
+
+def to_vision_text(tower: Tower, kind: str) -> Half:
+    """A tower as a half of a VisionTextDualEncoderModel: any vision or text model of transformers that pools by itself,
+    and a projection without bias.
+
+    Raises:
+        NoSuchLayoutError: naming what does not fit.
+    """
+    family, settings = _origin(tower)
+    if family != "hf":
+        raise NoSuchLayoutError(f"transformers has no dual encoder with a {tower.component.name} tower")
+    kept = settings["config"]
+    config, pooling = {k: v for k, v in kept.items() if k not in _OURS}, settings.get("pooling")
+    if pooling != "model" and not (pooling == "cls" and config["model_type"] in _POOLER_IS_FIRST):
+        raise NoSuchLayoutError(
+            f"encoder.pooling: VisionTextDualEncoderModel takes a model's own pooled output, this {kind} tower's is "
+            f"{pooling}"
+        )
+    if kind not in ("image", "text") or kept.get("dualenc_projection") or settings.get("head") != "linear":
+        raise NoSuchLayoutError(f"encoder.head: VisionTextDualEncoderModel needs a linear head after the {kind} tower")
+    part, projection = _PARTS[kind]
+    tensors = {part + k.removeprefix(part): v for k, v in _net(tower).state_dict().items()}
+    tensors[f"{projection}.weight"] = tower.head.weight  # type: ignore[assignment]
+    return Half(VISION_TEXT, config, tensors, tower.embed_dim)
 
 
 # --- between the two ---------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Any
 
 from dualenc.encoders.adapters import hf
 from dualenc.encoders.adapters import open_clip as oc
-from dualenc.encoders.released.convert import FAMILIES
 from dualenc.encoders.released.load_released import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
+from dualenc.encoders.released.whole_models import FAMILIES
 from dualenc.errors import ConfigError
 
 FORMS = ("open_clip:", "hf:", "laion_clap:")

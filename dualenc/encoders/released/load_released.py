@@ -20,10 +20,11 @@ from dualenc.config import Component, LogitScale
 from dualenc.encoders.adapters import hf
 from dualenc.encoders.adapters import open_clip as oc
 from dualenc.encoders.adapters.hf_audio import audio_defaults
+from dualenc.encoders.adapters.hf_halves import VISION_TEXT, WHOLE
 from dualenc.encoders.released import laion_clap
-from dualenc.encoders.released.convert import FAMILIES
 from dualenc.encoders.released.migrations import migrate_open_clip
 from dualenc.encoders.released.weights import read_weights, refusing_code
+from dualenc.encoders.released.whole_models import FAMILIES, REFUSED
 from dualenc.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,8 @@ def _open_clip(name: str, cfg: dict[str, Any], inputs: dict[str, dict[str, Any]]
 
 
 def from_hf(where: str) -> Released:
-    """A folder or repository with a CLIPModel, SiglipModel, Siglip2Model, AltCLIPModel, ChineseCLIPModel or ClapModel,
-    its preprocessor and tokenizer; or one in open_clip's layout.
+    """A folder or repository with a CLIPModel, SiglipModel, ClapModel … (:data:`FAMILIES`), its preprocessor and
+    tokenizer; or one in open_clip's layout.
 
     SigLIP 2 of a fixed resolution is a SiglipModel; its NaFlex variant, which keeps each picture's own aspect in a grid
     of patches, a Siglip2Model.
@@ -159,6 +160,8 @@ def from_hf(where: str) -> Released:
         return from_open_clip_folder(folder)
     config = hf.load_config(where)
     if config.model_type not in FAMILIES:
+        if config.model_type in REFUSED:
+            raise ConfigError(f"hf:{where} is a {config.model_type!r} model: {REFUSED[config.model_type]}")
         raise ConfigError(
             f"hf:{where} is a {config.model_type!r} model; {', '.join(FAMILIES)} are dual encoders that can be loaded "
             f"whole. To use it as one tower, write encoder: {{name: hf/{where}}} in a recipe."
@@ -177,8 +180,10 @@ def from_hf(where: str) -> Released:
         inputs["image"] = hf.image_defaults(hf.preprocessor(where), where)
         naflex = config.model_type == "siglip2"
         ours, theirs, key = ("patch", "patch_size", "patch_size") if naflex else ("size", "image_size", "size")
-        said, built = inputs["image"].get(ours), int(getattr(config.vision_config, theirs))
-        if said != built:
+        # ALIGN's towers are convolutions: their image_size binds nothing
+        size = None if config.model_type == "align" else hf.setting(config.vision_config, theirs)
+        said, built = inputs["image"].get(ours), None if size is None else int(size)
+        if built is not None and said != built:
             raise CheckpointError(
                 f"hf:{where}: preprocessor_config.json: {key}: {'patches' if naflex else 'images'} of {said} px, but "
                 f"config.json: vision_config.{theirs} is {built}; one of them was changed."
@@ -258,7 +263,8 @@ def _from_hf_model(
 ) -> Released:
     """The parts of a model that is read."""
     other = next(iter(inputs))
-    projects = not config.model_type.startswith("siglip")
+    projects = not config.model_type.startswith(("siglip", "tipsv2"))
+    whole = config.model_type == VISION_TEXT
     two = tuple(float(state[f"logit_scale_{side}"]) for side in "at") if "logit_scale_a" in state else (0.0, 0.0)
     scales = (two[0], two[1]) if two[0] != two[1] else None
     log = _temperature(state, where)
@@ -268,15 +274,20 @@ def _from_hf_model(
     halves = {"image": ("vision", "visual", "trunk.net."), "audio": ("audio", "audio", "net.")}
     for kind, (prefix, projection, place) in {other: halves[other], "text": ("text", "text", "net.")}.items():
         arch = getattr(config, f"{prefix}_config")
+        if whole:
+            setattr(arch, WHOLE, prefix)
         if projects:
             arch.projection_dim = embed_dim  # the halves' own configs keep a default that the whole overrides
         own = {k: v for k, v in state.items() if k.startswith((f"{prefix}_model.", f"{projection}_projection."))}
-        if not projects:
+        if config.model_type.startswith("siglip"):
             own = _as_named(own, f"{prefix}_model.", hf.random_model(arch).state_dict())
         # CLIP's position_ids are no tensor of its halves; CLAP's are.
         own = own if other == "audio" else {k: v for k, v in own.items() if not k.endswith(_TABLES)}
+        if config.model_type == "align":
+            own = {k: v for k, v in own.items() if not k.startswith("text_model.pooler.")}
         parts[kind] = (place, own)
-        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if projects else {})}
+        projected = not config.model_type.startswith("siglip")
+        kept = {**hf.kept_config(arch), **({"dualenc_projection": True} if projected else {})}
         encoders[kind] = Component.model_validate(
             {"name": f"hf/{where}", "pretrained": False, "pooling": "model", "head": "none", "config": kept}
         )
@@ -286,6 +297,8 @@ def _from_hf_model(
 
 def _temperature(state: dict[str, Tensor], where: str) -> Tensor:
     """The logarithm of the scale, [1], taken out of ``state``. CLAP has one for each direction."""
+    if "temperature" in state:  # ALIGN, TIPS: cosines are divided by it
+        return -state.pop("temperature").reshape(1).log()
     if "logit_scale" in state:
         return state.pop("logit_scale").reshape(1)
     audio, text = (state.pop(f"logit_scale_{side}").reshape(1) for side in "at")

@@ -18,6 +18,9 @@ model, processor = AutoModel.from_pretrained("FOLDER"), AutoProcessor.from_pretr
     "open_clip": """import open_clip
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
+    "sentence-transformers": """from dualenc.sentence_transformers import load
+model = load("FOLDER")  # or SentenceTransformer("FOLDER", trust_remote_code=True): towers of dualenc are its classes
+features = model.encode(["a cat"])""",
     "safetensors": """from dualenc.model import load_model
 embedder = load_model("FOLDER").embedder()""",
     "onnx": """import json, onnxruntime
@@ -31,7 +34,7 @@ def write_card(bundle: Bundle, layout: str, folder: Path, source: Path | None, r
     """Write ``folder/README.md``.
 
     Args:
-        layout: hf, open_clip, onnx or safetensors.
+        layout: as of :func:`dualenc.model.export.export.export`.
         source: the run or checkpoint folder with recipe.yaml, metrics.jsonl and results.json; None if unknown.
         results: a results.json of ``dualenc eval``; default: the run's.
 
@@ -39,13 +42,14 @@ def write_card(bundle: Bundle, layout: str, folder: Path, source: Path | None, r
         ConfigError: if ``results`` cannot be read, or is not a results.json.
     """
     recipe = _find(source, "recipe.yaml")
+    measured = results or _find(source, "results.json")
     parts = [
-        _front(bundle, layout),
+        _front(bundle, layout, measured),
         f"# {bundle.name}\n\n{_what(bundle)}",
         f"## Use\n\n```python\n{_USE[layout]}\n```",
         f"## Inputs\n\n{_inputs(bundle)}",
         f"## Training\n\n{_training(bundle, recipe)}",
-        f"## Evaluation\n\n{_evaluation(results or _find(source, 'results.json'), _find(source, 'metrics.jsonl'))}",
+        f"## Evaluation\n\n{_evaluation(measured, _find(source, 'metrics.jsonl'))}",
     ]
     path = folder / "README.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -60,11 +64,53 @@ def _find(source: Path | None, name: str) -> Path | None:
     return next((p / name for p in around if (p / name).is_file()), None)
 
 
-def _front(bundle: Bundle, layout: str) -> str:
-    library = {"hf": "transformers", "open_clip": "open_clip", "onnx": "onnx", "safetensors": "dualenc"}[layout]
-    tags = ["dualenc", "contrastive", *sorted({p.kind or m for m, p in bundle.parts.items()})]
-    lines = "\n".join(f"- {t}" for t in tags)
-    return f"---\nlibrary_name: {library}\npipeline_tag: feature-extraction\ntags:\n{lines}\n---"
+def _front(bundle: Bundle, layout: str, results: Path | None) -> str:
+    """The YAML that the Hub reads: library, task, examples to try, and the evaluation as its ``model-index``."""
+    import yaml
+
+    kinds = {p.kind or m for m, p in bundle.parts.items()}
+    said: dict[str, Any] = {
+        "library_name": {"hf": "transformers", "safetensors": "dualenc"}.get(layout, layout),
+        "pipeline_tag": _pipeline(kinds, layout),
+        "tags": ["dualenc", "contrastive", "feature-extraction", *sorted(kinds)],
+    }
+    origin = str(bundle.provenance.get("source", ""))
+    if origin.startswith("hf:") and not Path(origin.removeprefix("hf:")).exists():
+        said["base_model"] = origin.removeprefix("hf:")
+    if said["pipeline_tag"].startswith("zero-shot-image"):
+        said["widget"] = [{"src": _EXAMPLE_IMAGE, "candidate_labels": "two cats, a dog, a car"}]
+    elif "text" in kinds:
+        said["widget"] = [{"source_sentence": "a red bike", "sentences": ["a bicycle", "a boat", "two cats"]}]
+    if results is not None:
+        said["model-index"] = [{"name": bundle.name, "results": _index(_read(results))}]
+    return f"---\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True)}---"
+
+
+_EXAMPLE_IMAGE = "https://huggingface.co/datasets/mishig/sample_images/resolve/main/cat-dog-music.png"
+
+
+def _pipeline(kinds: set[str], layout: str) -> str:
+    if layout == "sentence-transformers":
+        return "sentence-similarity"
+    if kinds == {"image", "text"}:
+        return "zero-shot-image-classification"
+    return "zero-shot-audio-classification" if kinds == {"audio", "text"} else "feature-extraction"
+
+
+def _index(tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Results as the Hub's ``model-index`` lists them."""
+    out = []
+    for name, result in tasks.items():
+        metrics = [
+            {"type": k, "name": k.replace("_", " "), "value": float(v)}
+            for k, v in result.get("metrics", {}).items()
+            if isinstance(v, int | float)
+        ]
+        if metrics:
+            about = {"type": str(result.get("kind", "evaluation")), "name": str(result.get("kind", "evaluation"))}
+            dataset = {"type": name, "name": str(result.get("description") or name)}
+            out.append({"task": about, "dataset": dataset, "metrics": metrics})
+    return out
 
 
 def _what(bundle: Bundle) -> str:

@@ -11,9 +11,10 @@ from dualenc.model.bundle import Bundle
 from dualenc.model.export.card import write_card
 from dualenc.model.export.layouts import write_open_clip, write_transformers
 from dualenc.model.export.onnx_graphs import write_onnx
+from dualenc.model.export.sentence_transformers_layout import MODALITIES, write_sentence_transformers
 
-Layout = Literal["hf", "open_clip", "onnx", "safetensors"]
-_NAMES = {"hf": "transformers", "open_clip": "open_clip"}
+Layout = Literal["hf", "open_clip", "sentence-transformers", "onnx", "safetensors"]
+_NAMES = {"hf": "transformers", "open_clip": "open_clip", "sentence-transformers": "sentence-transformers"}
 
 
 def export(
@@ -22,7 +23,8 @@ def export(
     """Write ``bundle`` into ``folder`` and return it.
 
     Args:
-        layout: ``hf`` (transformers), ``open_clip``, ``onnx`` (a graph per tower) or ``safetensors`` (dualenc bundle).
+        layout: ``hf`` (transformers), ``open_clip``, ``sentence-transformers``, ``onnx`` (a graph per tower) or
+            ``safetensors`` (dualenc bundle).
         source: where the model was loaded from; a run's folder gives the card its recipe, data and numbers.
         results: results.json of ``dualenc eval`` for the card.
 
@@ -41,6 +43,8 @@ def export(
             write_transformers(bundle, folder)
         elif layout == "open_clip":
             write_open_clip(bundle, folder)
+        elif layout == "sentence-transformers":
+            write_sentence_transformers(bundle, folder)
         elif layout == "onnx":
             write_onnx(bundle, folder)
         else:
@@ -52,6 +56,8 @@ def export(
             raise
         kinds = {p.kind or m for m, p in bundle.parts.items()}
         others = "onnx or safetensors" if kinds <= {"image", "text"} else "safetensors"
+        if layout != "sentence-transformers" and kinds <= set(MODALITIES):
+            others += ", or sentence-transformers"
         raise ConfigError(
             f"{bundle.name} cannot be exported to {_NAMES[layout]}: {str(e).rstrip('.')}. Use --format {others}."
         ) from e

@@ -18,7 +18,14 @@ from dualenc.data.modalities.text import TextConfig, TextInput
 from dualenc.encoders import Tower
 from dualenc.encoders.adapters.hf import arch_of
 from dualenc.encoders.adapters.hf_audio import audio_defaults
-from dualenc.encoders.released.convert import FAMILIES, Half, NoSuchLayoutError, to_open_clip, to_transformers
+from dualenc.encoders.released.convert import (
+    Half,
+    NoSuchLayoutError,
+    to_open_clip,
+    to_transformers,
+    to_vision_text,
+)
+from dualenc.encoders.released.whole_models import FAMILIES
 from dualenc.model.bundle import Bundle
 from dualenc.model.record import record
 
@@ -27,7 +34,11 @@ _PROCESSORS = {
     "siglip": "SiglipImageProcessor",
     "siglip2": "Siglip2ImageProcessor",
     "chinese_clip": "ChineseCLIPImageProcessor",
+    "align": "EfficientNetImageProcessor",
+    "tipsv2": "Tipsv2ImageProcessor",
 }
+_DIVIDES = ("align", "tipsv2")
+"""Families that divide by a temperature where others multiply by the exponential of a logit scale."""
 
 
 def write_transformers(bundle: Bundle, folder: Path) -> None:
@@ -36,11 +47,8 @@ def write_transformers(bundle: Bundle, folder: Path) -> None:
     Raises:
         NoSuchLayoutError: naming the setting that transformers cannot express; nothing is written then.
     """
-    kinds, halves = _halves(bundle, to_transformers)
-    families = {h.family for h in halves.values()}
-    if len(families) > 1:
-        raise NoSuchLayoutError(f"its towers are of two architectures ({' and '.join(sorted(families))})")
-    family = families.pop()
+    kinds, halves = _transformers_halves(bundle)
+    family = next(iter(halves.values())).family
     other = "audio" if family == "clap" else "image"
     if set(halves) != {other, "text"}:
         raise NoSuchLayoutError(
@@ -55,12 +63,15 @@ def write_transformers(bundle: Bundle, folder: Path) -> None:
         pre = _clap_extractor(inputs["audio"], halves["audio"].config)
     config = _whole_config(family, halves, other, text)
     tensors = {**halves[other].tensors, **halves["text"].tensors, **_temperatures(bundle, family)}
-    config["logit_scale_init_value"] = float(_log_scale(bundle))
+    if family in _DIVIDES:
+        config["temperature_init_value"] = float(torch.exp(-_log_scale(bundle)))
+    else:
+        config["logit_scale_init_value"] = float(_log_scale(bundle))
     folder.mkdir(parents=True, exist_ok=True)
     text.export_tokenizer(folder, padding_is_seen=family.startswith("siglip"))
-    _save(tensors, folder / "model.safetensors", record(bundle))
-    _json(folder / "config.json", config)
-    _json(folder / "preprocessor_config.json", pre)
+    save_tensors(tensors, folder / "model.safetensors", record(bundle))
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", pre)
 
 
 def write_open_clip(bundle: Bundle, folder: Path) -> None:
@@ -98,8 +109,26 @@ def write_open_clip(bundle: Bundle, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if "hf_tokenizer_name" in words:
         source.export_tokenizer(folder, padding_is_seen=_is_custom(words))
-    _save(tensors, folder / "open_clip_model.safetensors", record(bundle))
-    _json(folder / "open_clip_config.json", {"model_cfg": cfg, "preprocess_cfg": pre})
+    save_tensors(tensors, folder / "open_clip_model.safetensors", record(bundle))
+    write_json(folder / "open_clip_config.json", {"model_cfg": cfg, "preprocess_cfg": pre})
+
+
+def _transformers_halves(bundle: Bundle) -> tuple[dict[str, str], dict[str, Half]]:
+    """Halves of one family; towers of two families are a VisionTextDualEncoderModel where they fit."""
+    try:
+        kinds, halves = _halves(bundle, to_transformers)
+        families = sorted({h.family for h in halves.values()})
+        if len(families) == 1:
+            return kinds, halves
+        why = NoSuchLayoutError(f"its towers are of two architectures ({' and '.join(families)})")
+    except NoSuchLayoutError as e:
+        why = e
+    try:
+        return _halves(bundle, to_vision_text)
+    except NoSuchLayoutError as e:
+        if str(e) == str(why):
+            raise
+        raise NoSuchLayoutError(f"{str(why).rstrip('.')}; {e}") from e
 
 
 # --- both --------------------------------------------------------------------------------------------------------
@@ -131,14 +160,18 @@ def _bias(bundle: Bundle) -> Tensor | None:
     return bundle.model.logit_bias[name].detach().float().cpu() if name in bundle.model.logit_bias else None
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file as transformers reads it; its folder is made."""
     from safetensors.torch import save_file
 
     flat = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(flat, str(path), metadata={"format": "pt", **metadata})  # transformers asks for the format
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(flat, str(path), metadata={"format": "pt", **(metadata or {})})  # transformers asks for the format
 
 
-def _json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file, indented; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -168,11 +201,12 @@ def _temperatures(bundle: Bundle, family: str) -> dict[str, Tensor]:
         }
     bias = _bias(bundle)
     if not family.startswith("siglip"):
+        name, value = ("temperature", (-log).exp()) if family in _DIVIDES else ("logit_scale", log)
         if bias is not None:
             raise NoSuchLayoutError(
                 f"logit_scale.bias: {FAMILIES[family]} has no logit bias (cosines do not depend on it)"
             )
-        return {"logit_scale": log.reshape(())}
+        return {name: value.reshape(())}
     return {"logit_scale": log, "logit_bias": torch.zeros(1) if bias is None else bias}
 
 
@@ -191,6 +225,12 @@ def _image_processor(config: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
     if config["resize"] == "naflex":
         return out | {"patch_size": int(config["patch"]), "max_num_patches": int(config["max_patches"])}
+    if family == "align":
+        out |= {"include_top": False, "rescale_offset": False}
+    if config["resize"] == "squash" and config["shortest_edge"] not in (None, size):
+        edge = int(config["shortest_edge"])
+        crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+        return out | {"size": {"height": edge, "width": edge}, **crop}
     if config["resize"] == "squash":
         return out | {"size": {"height": size, "width": size}, "do_center_crop": False}
     if config["resize"] != "shortest" or family == "siglip":
