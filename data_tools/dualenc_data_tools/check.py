@@ -313,7 +313,7 @@ def advice(total: ShardStats, wanted: Wanted) -> str:
 
 
 def _run(
-    urls: list[str], names: list[str], wanted: Wanted, count: int, progress: bool
+    urls: list[str], names: Sequence[str], wanted: Wanted, count: int, progress: bool
 ) -> Iterator[tuple[int, ShardStats]]:
     from rich.console import Console
     from rich.progress import Progress

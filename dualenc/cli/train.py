@@ -90,7 +90,7 @@ def print_plan(recipe: Recipe) -> None:
     print_rates(console, bundle.model, recipe)
     print_pipes(console, recipe)
     sets = open_sources(recipe.data)
-    per_pass = sum(sum(s.counts) for s in sets)
+    per_pass = sum(s.total for s in sets)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size
