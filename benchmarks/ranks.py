@@ -220,11 +220,11 @@ def data_table(worlds: list[int], batch: int, window: int) -> list[dict[str, Any
 # --- real ranks ----------------------------------------------------------------------------------------------------
 
 
-class Sent(TorchDispatchMode):
+class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up what a rank sends if collectives go round a ring: by the collective's name."""
 
     def __init__(self, ranks: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ranks, self.bytes, self.messages = ranks, Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
