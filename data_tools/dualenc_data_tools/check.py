@@ -23,9 +23,7 @@ from dualenc.data.shards.reader import REFUSED, Reader, SampleError
 from dualenc.data.shards.remote import ShardCache, is_local, local_path
 from dualenc.data.shards.tar import Sample, ends_properly, unsafe
 from dualenc.errors import DataError
-from dualenc_data_tools import sounds
 from dualenc_data_tools.images import MAX_PIXELS, decode, open_picture
-from dualenc_data_tools.sources.source import BadMedia
 
 IMAGE = tuple(modalities["image"].default_members)
 AUDIO = tuple(modalities["audio"].default_members)
@@ -316,7 +314,7 @@ def advice(total: ShardStats, wanted: Wanted) -> str:
 
 
 def _run(
-    urls: list[str], names: list[str], wanted: Wanted, count: int, progress: bool
+    urls: list[str], names: Sequence[str], wanted: Wanted, count: int, progress: bool
 ) -> Iterator[tuple[int, ShardStats]]:
     from rich.console import Console
     from rich.progress import Progress
@@ -408,6 +406,8 @@ def _check_sample(
 
 def _look(raw: Any, modality: str, where: str, wanted: Wanted, stats: ShardStats) -> None:
     """Decode one value of a sample and count its properties."""
+    from dualenc_data_tools.sources.source import BadMedia  # all sources come with it: not for a glance
+
     kind = wanted.kind(modality)
     try:
         with of_one_item():
@@ -428,6 +428,8 @@ def _decode(raw: Any, modality: str, where: str, wanted: Wanted, stats: ShardSta
         stats.pixels[max(opened.size)] += 1
         decode(opened)
     elif kind == "audio":
+        from dualenc_data_tools import sounds
+
         sound = sounds.open_sound(raw)
         sounds.decode(sound)
         stats.rates[sound.rate] += 1

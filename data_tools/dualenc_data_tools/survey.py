@@ -119,7 +119,7 @@ def survey(urls: Sequence[str], looked_at: int = LOOKED_AT) -> Survey:
         DataError: the shards are missing, remote without an index, or have no two modalities together.
     """
     opened = open_source(Source(name="init", shards=list(urls)))
-    out = Survey(total=sum(opened.counts))
+    out = Survey(total=opened.total)
     cache = None if all(is_local(u) for u in opened.urls) else ShardCache.temporary(50.0, 3)
     reader = Reader([opened], cache, 3)
     try:

@@ -71,7 +71,7 @@ def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: i
         DataError: no such shard; a remote shard without an index; nothing is selected.
     """
     opened = open_source(Source(name="view", shards=list(expand(shards)), index=None))
-    total = sum(opened.counts)
+    total = opened.total
     if n < 1:
         raise DataError(f"n is {n}: show at least one sample")
     among = np.flatnonzero(evaluate(select, opened)).tolist() if select else range(total)

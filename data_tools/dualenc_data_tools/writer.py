@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from dualenc.data.shards.index import INDEX_NAME, SIDECAR, build_index, load_index
+from dualenc.data.shards.listing import ShardIndex, ShardTable
 from dualenc.data.shards.reader import REFUSED
 from dualenc.data.shards.tar import unsafe
 from dualenc.errors import ConfigError, DataError
@@ -151,8 +153,8 @@ class ShardWriter:
         if not names or not path.is_file():
             return
         index = load_index(str(path))
-        index.shards = [s for s in index.shards if s.url not in names]
-        index.write(path)
+        kept = ShardTable(asdict(s) for s in index.shards if s.url not in names)
+        ShardIndex(kept).write(path)
 
 
 def safe_split(split: str) -> str:

@@ -50,6 +50,11 @@ class Modality(Section):
         default=None, description="start from the same tower of a trained MODEL; MODEL#NAME: from its modality NAME"
     )
     lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
+    length_groups: bool = Field(
+        default=False,
+        description="text towers: encode captions of like length apart in training, too, so that a batch is not padded "
+        "to its longest (on a CPU, one process or DDP); the same gradients but for rounding",
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Modality:

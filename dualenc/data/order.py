@@ -31,6 +31,8 @@ from dualenc.errors import ConfigError, DataError
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+Counts = Sequence[int] | Ints
+"""Samples of each shard; a million of them are better an array."""
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -100,7 +102,7 @@ def permute(key: int, size: int, index: Ints) -> Ints:
 class SourceOrder:
     """The order of one source's samples. ``counts[i]`` is the number of samples in shard i."""
 
-    def __init__(self, name: str, counts: Sequence[int], seed: int, sampling: str, lanes: int, window: int) -> None:
+    def __init__(self, name: str, counts: Counts, seed: int, sampling: str, lanes: int, window: int) -> None:
         self.name = name
         self.counts = np.asarray(counts, np.int64)
         self.n = int(self.counts.sum())
@@ -201,7 +203,7 @@ class Plan:
     def __init__(
         self,
         names: Sequence[str],
-        counts: Sequence[Sequence[int]],
+        counts: Sequence[Counts],
         seed: int,
         weights: Sequence[float] | None = None,
         sampling: Literal["without_replacement", "with_replacement"] = "without_replacement",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualenc.config import Component, Section, settings_as
-from dualenc.data.order import Plan
+from dualenc.data.order import Counts, Plan
 from dualenc.errors import ConfigError
 from dualenc.registry import Registry
 
@@ -26,7 +26,7 @@ class WithoutReplacement(Plan):
     def __init__(
         self,
         names: Sequence[str],
-        counts: Sequence[Sequence[int]],
+        counts: Sequence[Counts],
         seed: int,
         weights: Sequence[float],
         lanes: int,
@@ -45,7 +45,7 @@ class WithReplacement(Plan):
     def __init__(
         self,
         names: Sequence[str],
-        counts: Sequence[Sequence[int]],
+        counts: Sequence[Counts],
         seed: int,
         weights: Sequence[float],
         lanes: int,
@@ -58,7 +58,7 @@ class WithReplacement(Plan):
 def plan_for(
     sampling: str | Component,
     names: Sequence[str],
-    counts: Sequence[Sequence[int]],
+    counts: Sequence[Counts],
     seed: int,
     weights: Sequence[float],
     lanes: int,

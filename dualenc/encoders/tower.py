@@ -26,9 +26,9 @@ class Tower(nn.Module):
             micro-batches, and a released tower has good ones already.
         channels_last: its weights and pictures lie in that order in memory.
         length_groups: a text tower may encode captions of like length apart (see
-            :func:`dualenc.encoders.length_groups.in_length_groups`). For evaluation and embedding: how many calls that
-            makes depends on a rank's captions, so engines that gather weights at each call cannot, and in training the
-            other engines would then round differently from these.
+            :func:`dualenc.encoders.length_groups.in_length_groups`). In evaluation and embedding they do; in training
+            only if the recipe says so: how many calls that makes depends on a rank's captions, so engines that gather
+            weights at each call cannot, and the others then round differently from these.
     """
 
     component: Component

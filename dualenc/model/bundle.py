@@ -180,6 +180,33 @@ class Bundle:
 # --- building ----------------------------------------------------------------------------------------------------
 
 
+def group_lengths(recipe: Recipe, model: DualEncoder) -> None:
+    """Let the text towers that ``length_groups`` names encode captions of like length apart in training.
+
+    A tower's groups are within its forward, so DDP sees one. How many there are depends on a rank's captions: engines
+    that gather weights at each call of a block would wait for each other for ever.
+
+    Raises:
+        ConfigError: another modality than text, or an engine that shards weights.
+    """
+    for m, part in recipe.modalities.items():
+        if not part.length_groups:
+            continue
+        where = f"modalities.{m}.length_groups"
+        if rows_of(kind_of(m, part)) != "text":
+            raise ConfigError(f"{where}: only captions have a length to be grouped by; leave it out")
+        engine = recipe.engine
+        if engine.kind != "accelerate" or engine.parallel == "fsdp2":
+            name = f"kind={engine.kind}" if engine.kind != "accelerate" else f"parallel={engine.parallel}"
+            raise ConfigError(
+                f"{where}: engine.{name} gathers weights at each call, and ranks differ in how many calls "
+                "their captions take; use engine.kind=accelerate engine.parallel=ddp, or leave it out"
+            )
+        tower = model.tower(m)
+        assert isinstance(tower, Tower)
+        tower.length_groups = True
+
+
 def build_bundle(recipe: Recipe) -> Bundle:
     """The model and inputs of a recipe.
 
@@ -203,6 +230,7 @@ def build_bundle(recipe: Recipe) -> Bundle:
                 rows_of(kind_of(m, part)), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
             )
     model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
+    group_lengths(recipe, model)
     begins_elsewhere = recipe.checkpoint.init_from is not None
     check_trained_towers(model, inputs, {m for m, p in parts.items() if begins_elsewhere or p.init_from})
     return Bundle(recipe.name, model, inputs, parts, recipe.logit_scale, recipe.embed_dim)

@@ -8,7 +8,6 @@ from dualenc.config import Recipe, phase_recipes
 from dualenc.data.batches import chosen_batches
 from dualenc.data.batches.composed import check_sampling
 from dualenc.data.plans import chosen
-from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
 from dualenc.encoders.released.find_released import FORMS, find_released
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
@@ -40,6 +39,8 @@ def check_recipe(recipe: Recipe) -> None:
         check_sampling(recipe.data)
     check_loss(build_loss(recipe.loss), recipe.data, recipe.pairs)
     if recipe.distill is not None:
+        from dualenc.distill.objective import build_terms
+
         build_terms(recipe.distill)
         for k, teacher in enumerate(recipe.distill.teachers):
             where = f"distill.teachers.{k}"

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from _shared import DATA, PYTHONPATH, ROOT
 from conftest import numbered, write_tar
@@ -41,6 +42,7 @@ from dualenc.data.shards.index import (
     refuse_pipes,
     samples_per_pass,
 )
+from dualenc.data.shards.listing import Texts
 from dualenc.data.shards.reader import Found, Reader, SampleError, iter_samples
 from dualenc.data.shards.remote import Bounds, ReadFailed, ShardCache
 from dualenc.data.shards.tar import TarIndex, index_tar
@@ -632,7 +634,7 @@ def test_a_silent_command_costs_a_run_its_shard_by_name(tmp_path: Path) -> None:
     (path,) = numbered(tmp_path, [3])
     url = f"pipe:cat {path}; sleep 300"
     opened = open_source(Source(name="s", shards=[str(path)]))
-    opened = dataclasses.replace(opened, urls=[url], sidecars=[None])
+    opened = dataclasses.replace(opened, urls=Texts([url]), folder_of=np.array([-1]), remote=True)
     reader = Reader([opened], ShardCache(tmp_path / "cache", 1.0, 0, Bounds(idle_s=0.5)), retries=0)
     with pytest.raises(SampleError, match=r"sleep 300.*wrote nothing for 0\.5 s"):
         reader.read(0, 0, index_local(str(path)).sample(0), "a")

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dualenc.config import Component
+from dualenc.config import Component, load_recipe
 from dualenc.data.modalities import modalities
 from dualenc.encoders import build_tower
 from dualenc.encoders.length_groups import cuts, in_length_groups
 from dualenc.encoders.tower import Tower
+from dualenc.errors import ConfigError
+from dualenc.model import build_bundle
+from dualenc.shipped import find_recipe
 
 HF = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 600}
 CLIP = {"max_position_embeddings": 77, "eos_token_id": 599, "bos_token_id": 598, "pad_token_id": 0}
@@ -59,6 +62,23 @@ def test_grouped_rows_have_the_same_features_and_gradients(name: str) -> None:
     assert got.keys() == grads.keys()
     for k, g in grads.items():
         assert (got[k] - g).abs().max() <= 1e-10 * g.abs().max().clamp(min=1e-3), k
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (["modalities.image.length_groups=true"], "modalities.image.length_groups: only captions"),
+        (["modalities.text.length_groups=true", "engine.parallel=fsdp2"], "engine.parallel=fsdp2 gathers weights"),
+        (["modalities.text.length_groups=true", "engine.kind=deepspeed"], "engine.kind=deepspeed gathers weights"),
+    ],
+)
+def test_groups_in_training_are_refused_where_they_cannot_be(said: list[str], message: str) -> None:
+    recipe = load_recipe(find_recipe("quickstart"), said)
+    with pytest.raises(ConfigError, match=message):
+        build_bundle(recipe)
+    plain = build_bundle(load_recipe(find_recipe("quickstart"), []))
+    grouped = build_bundle(load_recipe(find_recipe("quickstart"), ["modalities.text.length_groups=true"]))
+    assert [m.model.tower("text").length_groups for m in (plain, grouped)] == [False, True]
 
 
 def test_one_long_caption_costs_one_row() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -99,6 +100,12 @@ def _open_clip_tokenizers() -> Any:
     return module
 
 
+@cache
+def _clip_bpe(clean: str) -> Any:
+    """open_clip's tokenizer, parsed once (0.1 s); to be copied before its tables are replaced."""
+    return _open_clip_tokenizers().SimpleTokenizer(clean=clean)
+
+
 class ClipBPE:
     """CLIP's byte-pair encoding (Radford et al. 2021) with the first merges only.
 
@@ -114,7 +121,7 @@ class ClipBPE:
         if context_length < 3:
             raise ConfigError(f"context_length ({context_length}) leaves no room between start and end of text.")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        bpe = _open_clip_tokenizers().SimpleTokenizer(clean="whitespace" if lower is False else "lower")
+        bpe = copy.copy(_clip_bpe("whitespace" if lower is False else "lower"))
         merges = list(bpe.bpe_ranks)[: vocab_size - _SYMBOLS - _SPECIAL]
         vocab = [*list(bpe.encoder)[: _SYMBOLS + len(merges)], "<start_of_text>", "<end_of_text>"]
         bpe.bpe_ranks = {m: i for i, m in enumerate(merges)}

@@ -8,18 +8,22 @@ s3 need a written one (``dualenc shards index``), because counting them means re
 from __future__ import annotations
 
 import hashlib
-import json
+import io
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
 from dualenc.data.plans import plan_for
 from dualenc.data.selected_order import Chosen, SelectedOrder
+from dualenc.data.shards.listing import Ints, ShardIndex, ShardInfo, ShardTable, Texts, read_listing
 from dualenc.data.shards.names import expand, hash_of, short_names
 from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
 from dualenc.data.shards.selection import read_chosen
@@ -48,70 +52,54 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json"
 SIDECAR = ".idx.npz"
-_VERSION = 1
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) shards."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """One shard: its URL (or name, in an index beside the shards), samples and bytes.
-
-    ``digest`` is its SHA-256 where that was taken, ``headers`` the digest of its headers (as in its sidecar); None in
-    an index of an early version.
-    """
-
-    url: str
-    samples: int
-    bytes: int
-    digest: str | None = None
-    headers: str | None = None
-
-
-@dataclass(slots=True)
-class ShardIndex:
-    """What ``index.json`` holds."""
-
-    shards: list[ShardInfo]
-
-    @property
-    def total(self) -> int:
-        """Samples in all shards."""
-        return sum(s.samples for s in self.shards)
-
-    def write(self, path: str | Path) -> None:
-        """Write atomically: a reader sees the old index or the new one."""
-        rows = [{k: v for k, v in asdict(s).items() if v is not None} for s in self.shards]
-        text = json.dumps({"version": _VERSION, "shards": rows}, indent=1)
-        write_atomically(path, text)
 
 
 @dataclass(slots=True)
 class ShardSet:
     """The shards of one source, ready to be read: ``urls[i]`` has ``infos[i]`` and the short name ``names[i]``.
 
-    ``sidecars[i]`` is where the shard's places are kept, or would be; ``memory`` holds those made in this process.
+    ``folders[folder_of[i]]`` is where its sidecar is kept, or would be (−1: nowhere); ``memory`` holds the places of
+    members that were found in this process. ``remote``: whether a shard is not a file on this machine.
     """
 
     source: str
-    urls: list[str]
-    names: list[str]
-    infos: list[ShardInfo]
-    sidecars: list[str | None]
+    urls: Texts
+    names: Texts
+    infos: ShardTable
+    folders: list[str]
+    folder_of: Ints
     memory: dict[int, TarIndex]
+    remote: bool
     chosen: Chosen | None = None
     """What the source's selection selects; None: every sample."""
 
     @property
     def drawn(self) -> int:
         """Samples that training reads: those selected, or all."""
-        return sum(self.counts) if self.chosen is None else max(1, len(self.chosen))
+        return self.total if self.chosen is None else max(1, len(self.chosen))
 
     @property
     def counts(self) -> list[int]:
         """Samples of each shard."""
-        return [i.samples for i in self.infos]
+        return [int(n) for n in self.infos.samples]
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards."""
+        return int(self.infos.samples.sum())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return int(self.infos.bytes.sum())
+
+    def sidecar(self, i: int) -> str | None:
+        """Where the places of a shard's members are kept, or would be."""
+        folder = int(self.folder_of[i])
+        return None if folder < 0 else f"{self.folders[folder]}{sidecar_name(self.infos.urls[i])}"
 
 
 # --- reading an index --------------------------------------------------------------------------------------------
@@ -131,26 +119,9 @@ def load_index(path: str, retries: int = 3, bounds: Bounds | None = None) -> Sha
     if is_local(path):
         if not Path(local_path(path)).is_file():
             raise DataError(f"There is no shard index {path}; write one with: dualenc shards index")
-        raw = Path(local_path(path)).read_bytes()
-    else:
-        raw = fetch_bytes(path, retries, bounds=bounds)
-    try:
-        doc = json.loads(raw)
-        if doc["version"] != _VERSION:
-            raise DataError(f"{path} has version {doc['version']}, this version reads {_VERSION}.")
-        rows = [_info(r) for r in doc["shards"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
-        raise DataError(
-            f"{path} is not a shard index ({type(e).__name__}: {e}); write it with: dualenc shards index"
-        ) from e
-    return ShardIndex(rows)
-
-
-def _info(row: dict[str, Any]) -> ShardInfo:
-    info = ShardInfo(str(row["url"]), int(row["samples"]), int(row["bytes"]), row.get("digest"), row.get("headers"))
-    if info.samples < 0 or info.bytes < 0:
-        raise ValueError(f"{info.url} has {info.samples} samples in {info.bytes} bytes")
-    return info
+        with open(local_path(path), "rb") as f:
+            return ShardIndex(read_listing(f.read, path))
+    return ShardIndex(read_listing(io.BytesIO(fetch_bytes(path, retries, bounds=bounds)).read, path))
 
 
 def refuse_pipes(shards: str | Sequence[str], allow: bool, setting: str) -> None:
@@ -189,13 +160,38 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
     Raises:
         DataError: for a missing shard or index, an empty shard, a file that is no tar or does not match its index.
     """
-    urls = expand(source.shards)
-    known = _known(source, urls, retries, bounds)
+    urls = Texts(expand(source.shards))
+    listed = _listed(source, urls, retries, bounds)
     names = short_names(urls)
-    infos: list[ShardInfo] = []
-    sidecars: list[str | None] = []
+    unindexed = [urls[int(i)] for i in np.flatnonzero(listed.row < 0)]
+    _refuse_unindexed(source, urls, unindexed, scan_remote)
     memory: dict[int, TarIndex] = {}
-    unindexed = [u for u in urls if u not in known]
+    sizes = listed.bytes()
+    remote = False
+    for i, url in enumerate(urls):
+        local, known = is_local(url), listed.row[i] >= 0
+        remote = remote or not local
+        if local:
+            size = _local_size(url)
+            if known and sizes[i] != size:
+                change = "was cut short or replaced" if size < sizes[i] else "was changed or replaced"
+                raise DataError(
+                    f"Source {source.name!r}: {url} has {size:,} bytes and its index says {sizes[i]:,}, so it "
+                    f"{change} after it was indexed. Copy it again; if the change is intended, run: "
+                    f"dualenc shards index '{url}'"
+                )
+        if not known:
+            memory[i] = index_local(url) if local else index_remote(url)
+            _say_scattered(memory[i], url)
+    infos = listed.infos(memory, urls)
+    empty = np.flatnonzero(infos.samples <= 0)
+    if len(empty):
+        raise DataError(f"{urls[int(empty[0])]} holds no samples: leave it out of source {source.name!r}.")
+    return ShardSet(source.name, urls, names, infos, listed.folders, listed.file, memory, remote)
+
+
+def _refuse_unindexed(source: Source, urls: Texts, unindexed: list[str], scan_remote: bool) -> None:
+    """Remote shards that no index lists, unless their headers are to be read; a line for local ones."""
     remote = [u for u in unindexed if is_pipe(u) or not (is_local(u) or scan_remote)]
     if remote:
         raise DataError(
@@ -210,26 +206,6 @@ def open_source(source: Source, retries: int = 3, scan_remote: bool = False, bou
             len(unindexed),
             len(urls),
         )
-    for i, url in enumerate(urls):
-        info, folder = known.get(url, (None, None))
-        if is_local(url):
-            size = _local_size(url)
-            if info is not None and info.bytes != size:
-                change = "was cut short or replaced" if size < info.bytes else "was changed or replaced"
-                raise DataError(
-                    f"Source {source.name!r}: {url} has {size:,} bytes and its index says {info.bytes:,}, so it "
-                    f"{change} after it was indexed. Copy it again; if the change is intended, run: "
-                    f"dualenc shards index '{url}'"
-                )
-        if info is None:
-            memory[i] = index_local(url) if is_local(url) else index_remote(url)
-            _say_scattered(memory[i], url)
-            info = ShardInfo(url, len(memory[i]), memory[i].tar_bytes)
-        if info.samples <= 0:
-            raise DataError(f"{url} holds no samples: leave it out of source {source.name!r}.")
-        infos.append(info)
-        sidecars.append(None if folder is None else f"{folder}{sidecar_name(info.url)}")
-    return ShardSet(source.name, urls, names, infos, sidecars, memory)
 
 
 def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
@@ -242,7 +218,7 @@ def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
     plan = plan_for(
         data.sampling,
         [s.source for s in sets],
-        [s.counts for s in sets],
+        [s.infos.samples for s in sets],
         seed,
         weights=[s.weight for s in data.sources],
         lanes=data.lanes,
@@ -270,21 +246,20 @@ def window_of(data: Data, sets: Sequence[ShardSet]) -> int:
     """
     if data.window != "auto":
         return data.window
-    remote = [s for s in sets if not all(is_local(u) for u in s.urls)]
+    remote = [s for s in sets if s.remote]
     room = data.cache_gb * 1e9 * _OF_CACHE
-    if sum(i.bytes for s in remote for i in s.infos) <= room:
+    if sum(s.bytes for s in remote) <= room:
         return _WINDOW
     shard, sample = 0.0, 0.0
     for s in remote:
-        total = sum(i.bytes for i in s.infos)
-        shard, sample = shard + total / len(s.infos), sample + total / s.drawn
+        shard, sample = shard + s.bytes / len(s.infos), sample + s.bytes / s.drawn
     return max(1, min(_WINDOW, int((room - shard) / sample / data.lanes)))
 
 
 def fits(shards: ShardSet, span: int, max_bytes: int) -> bool:
     """Whether the shards that ``span`` samples, read in random order, are in fit into the cache; if not, they are read
     by byte range."""
-    total, samples = sum(i.bytes for i in shards.infos), shards.drawn
+    total, samples = shards.bytes, shards.drawn
     return min(total, total / samples * span + total / len(shards.infos)) <= max_bytes
 
 
@@ -293,9 +268,9 @@ def how_read(data: Data, sets: Sequence[ShardSet]) -> list[str]:
     lines = []
     window = window_of(data, sets)
     for s in sets:
-        if all(is_local(u) or is_pipe(u) for u in s.urls):
+        if not s.remote or all(is_local(u) or is_pipe(u) for u in s.urls):
             continue
-        total = sum(i.bytes for i in s.infos)
+        total = s.bytes
         about = f"Source {s.source!r}: {len(s.urls)} remote shards, {total / 1e9:.3g} GB: "
         if fits(s, window * data.lanes, int(data.cache_gb * 1e9)):
             lines.append(
@@ -384,22 +359,54 @@ def _say_scattered(index: TarIndex, where: str) -> None:
 
 
 def _local_size(url: str) -> int:
-    path = Path(local_path(url))
-    if not path.is_file():
+    try:
+        found = os.stat(local_path(url))
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        path = Path(local_path(url))
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.tar")]) if path.parent.is_dir() else ""
         raise DataError(f"There is no shard {url}. {near if near.startswith('Did') else ''}".strip())
-    size = path.stat().st_size
-    if size == 0:
+    if found.st_size == 0:
         raise DataError(f"{url} is an empty file, not a tar.")
-    return size
+    return found.st_size
 
 
-def _known(
-    source: Source, urls: Sequence[str], retries: int, bounds: Bounds | None
-) -> dict[str, tuple[ShardInfo, str]]:
-    """URL → its row and the folder (with slash) of its sidecar, for the shards that an index lists."""
+@dataclass(slots=True)
+class _Listed:
+    """Which row of which index each shard has: ``file[i]`` and ``row[i]``, −1 if none lists it."""
+
+    tables: list[ShardTable]
+    folders: list[str]
+    file: Ints
+    row: Ints
+
+    def bytes(self) -> Ints:
+        """Bytes by shard, as its index says."""
+        out = np.zeros(len(self.row), np.int64)
+        for k, table in enumerate(self.tables):
+            here = self.file == k
+            out[here] = table.bytes[self.row[here]]
+        return out
+
+    def infos(self, found: Mapping[int, TarIndex], urls: Texts) -> ShardTable:
+        """All shards: from the indexes, and those that were ``found`` by reading their headers."""
+        if len(self.tables) == 1 and not found:
+            (table,) = self.tables
+            if len(table) == len(self.row) and bool((np.diff(self.row) == 1).all()):
+                return table
+        return ShardTable(
+            asdict(self.tables[f][r])
+            if f >= 0
+            else {"url": urls[i], "samples": len(found[i]), "bytes": found[i].tar_bytes}
+            for i, (f, r) in enumerate(zip(self.file.tolist(), self.row.tolist(), strict=True))
+        )
+
+
+def _listed(source: Source, urls: Texts, retries: int, bounds: Bounds | None) -> _Listed:
+    """The rows of the shards in the source's index, or in the indexes beside them."""
     files = [source.index] if source.index else list(dict.fromkeys(index_file(u) for u in urls if not is_pipe(u)))
-    out: dict[str, tuple[ShardInfo, str]] = {}
+    out = _Listed([], [], np.full(len(urls), -1, np.int64), np.full(len(urls), -1, np.int64))
     for file in files:
         if not source.index and is_local(file) and not Path(local_path(file)).is_file():
             continue
@@ -410,14 +417,28 @@ def _known(
                 raise DataError(f"Source {source.name!r}: there is no index {file}.") from e
             continue
         folder = file.split("?")[0][: file.rfind("/") + 1]
-        rows = {r.url: r for r in index.shards}
-        for url in urls:
-            row = rows.get(url) or rows.get(url.removeprefix(folder))
-            # An index written elsewhere has the shards' names from there: the base name decides.
-            row = row or (rows.get(url.split("?")[0].rsplit("/", 1)[-1]) if source.index else None)
-            if row is not None:
-                out[url] = (row, folder)
+        rows = _rows_of(urls, index.shards.urls, folder, any_folder=source.index is not None)
+        out.row[rows >= 0], out.file[rows >= 0] = rows[rows >= 0], len(out.tables)
+        out.tables.append(index.shards)
+        out.folders.append(folder)
     return out
+
+
+def _rows_of(urls: Texts, listed: Texts, folder: str, any_folder: bool) -> Ints:
+    """Where each URL is listed: as it is, without the index's folder or, with ``any_folder``, by its base name (an
+    index written elsewhere has the shards' names from there); −1: nowhere."""
+    names = Texts(u.removeprefix(folder) for u in urls)
+    bases = Texts(u.split("?")[0].rsplit("/", 1)[-1] for u in urls)
+    # The usual case, without a look-up: the index lists the shards by name, in this order. It lists no path, so
+    # nothing longer than a name is in it.
+    if listed == bases and (any_folder or names == bases) and not any("/" in n for n in listed):
+        return np.arange(len(urls))
+    rows = listed.find(urls, len(urls))
+    for shorter in (names, bases) if any_folder else (names,):
+        rest = rows < 0
+        if rest.any():
+            rows[rest] = listed.find(compress(shorter, rest.tolist()), int(rest.sum()))
+    return rows
 
 
 # --- writing an index --------------------------------------------------------------------------------------------
@@ -472,7 +493,7 @@ def build_index(
     finally:
         if own_cache is not None:
             own_cache.remove()
-    ShardIndex(list(rows.values())).write(target)
+    ShardIndex(ShardTable(map(asdict, rows.values()))).write(target)
     return target
 
 

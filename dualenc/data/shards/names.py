@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dualenc.data.shards.listing import Texts
 from dualenc.data.shards.remote import is_local, is_pipe, local_path
 from dualenc.errors import DataError
 
@@ -29,7 +30,11 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     """
     out: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
-        for url in _braces(pattern.strip()):
+        named = _braces(pattern.strip())
+        if not glob.has_magic(pattern):
+            out += filter(None, named)
+            continue
+        for url in named:
             if is_local(url) and glob.has_magic(url) and not Path(local_path(url)).exists():
                 found = sorted(glob.glob(local_path(url)))
                 if not found:
@@ -40,10 +45,9 @@ def expand(shards: str | Sequence[str]) -> list[str]:
     if not out:
         raise DataError(f"{shards!r} names no shard.")
     seen: set[str] = set()
-    for url in out:
-        if url in seen:
-            raise DataError(f"The shard {url} is listed twice.")
-        seen.add(url)
+    if len(set(out)) < len(out):
+        twice = next(url for url in out if url in seen or seen.add(url))  # type: ignore[func-returns-value]
+        raise DataError(f"The shard {twice} is listed twice.")
     return out
 
 
@@ -91,14 +95,18 @@ def _alternatives(inner: str, pattern: str) -> Sequence[str] | None:
     return [str(i).zfill(width) for i in numbers]
 
 
-def short_names(urls: Sequence[str]) -> list[str]:
+def short_names(urls: Sequence[str]) -> Texts:
     """A name for each shard, the same wherever the shards are: base name, with folders where those collide."""
-    full = [(_TAR.findall(u) or [hash_of(u)])[-1] if is_pipe(u) else u.split("?")[0].rstrip("/") for u in urls]
     for depth in range(1, 8):
-        names = ["/".join(f.split("/")[-depth:]) for f in full]
-        if len(set(names)) == len(names):
+        names = Texts("/".join(_without_query(u).rsplit("/", depth)[-depth:]) for u in urls)
+        if names.repeated() is None:
             return names
-    return [f"{n.split('/')[-1]}-{hash_of(u)}" for n, u in zip(full, urls, strict=True)]
+    return Texts(f"{_without_query(u).split('/')[-1]}-{hash_of(u)}" for u in urls)
+
+
+def _without_query(url: str) -> str:
+    """What names a shard: its path, or the archive that a command reads."""
+    return (_TAR.findall(url) or [hash_of(url)])[-1] if is_pipe(url) else url.split("?")[0].rstrip("/")
 
 
 def hash_of(text: str) -> str:

@@ -221,9 +221,10 @@ class Reader:
             SampleError: if the shard cannot be read.
         """
         index = self.index(source, shard)
-        if len(index) != self.sets[source].infos[shard].samples:
+        listed = self.sets[source].infos.samples[shard]
+        if len(index) != listed:
             raise DataError(
-                f"The index of {self.sets[source].urls[shard]} says {self.sets[source].infos[shard].samples} samples, "
+                f"The index of {self.sets[source].urls[shard]} says {listed} samples, "
                 f"its sidecar {len(index)}; rewrite both with: dualenc shards index"
             )
         return index.sample(sample)
@@ -420,7 +421,7 @@ class Reader:
 
     def _sidecar(self, at: tuple[int, int]) -> TarIndex | None:
         """The index beside a shard; None where there is none or it belongs to another tar."""
-        sidecar, info = self.sets[at[0]].sidecars[at[1]], self.sets[at[0]].infos[at[1]]
+        sidecar, info = self.sets[at[0]].sidecar(at[1]), self.sets[at[0]].infos[at[1]]
         raw = None
         if sidecar is not None:
             with contextlib.suppress(FileNotFoundError):
