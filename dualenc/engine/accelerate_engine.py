@@ -23,7 +23,7 @@ from dualenc.config import EngineConfig, Optim
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import held as shards
 from dualenc.engine import state
-from dualenc.engine.optim import build_optimizers, set_lr_factor, stepping_if
+from dualenc.engine.optim import build_optimizers, is_fused, set_lr_factor, stepping_if
 from dualenc.engine.protocol import (
     Outputs,
     Stepped,
@@ -59,8 +59,7 @@ class AccelerateEngine:
         apply_memory_and_compile(model, config)
         self._wrapped = self._shard() if config.parallel == "fsdp2" else self._prepare()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # torch has no fused SGD for FSDP2's tensors
-        fused = world.device.type == "cuda" and not (config.parallel == "fsdp2" and optim.name == "sgd")
+        fused = is_fused(optim, world.device, sharded=config.parallel == "fsdp2")
         self.optimizers = build_optimizers(model, optim, fused=fused)
         model.train()
 
