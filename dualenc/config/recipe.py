@@ -208,7 +208,7 @@ class Optim(Section):
     )
     fused: Literal["auto", True, False] = Field(
         default="auto",
-        description="update in one kernel; auto: on CUDA. On a CPU true is about 3 times as fast and rounds differently",
+        description="one kernel for the update; auto: on CUDA. On a CPU it is 3 times as fast and rounds differently",
     )
 
     @model_validator(mode="after")
