@@ -304,6 +304,10 @@ class Checkpoints(Section):
         default="auto",
         description="every rank writes its own part, not rank 0 all; auto: FSDP2 or ZeRO 1–3 from 8 GiB of state",
     )
+    background: bool = Field(
+        default=False,
+        description="copy the state to host memory and write it while training continues; costs that memory",
+    )
     init_from: str | None = Field(default=None, description="start from the weights of this MODEL (as in eval)")
 
 

@@ -71,7 +71,7 @@ class Run:
         self.finite = self.save.finite = Finite(self.parts, self.save.set_aside)
         self.hooks: list[Hook] = [
             KeepAverage(self.parts),
-            Agree(self.parts, self.stop, self.save.by_clock, also=self._reads),
+            Agree(self.parts, self.stop, self.save.by_clock, self.save.is_written, also=self._reads),
             self.finite,  # may end the run, so before anything is written
             self.log,
             self.guard,  # before the save, which holds what it found
@@ -102,6 +102,8 @@ class Run:
             for hook in self.hooks:
                 if hook.due(now):
                     began = time.perf_counter()
+                    if hook is self.guard or hook is self.evaluate:
+                        self.save.settle()  # they may start processes, which is safe only without a writing thread
                     hook.run(now)
                     if hook.pauses:
                         self.log.exclude(time.perf_counter() - began)
@@ -147,8 +149,11 @@ class Run:
         return self.log.by_step(now) or self.save.by_step(now) or self.guard.due(now) or self.evaluate.due(now)
 
     def close(self) -> None:
-        """Stop the workers and close the files."""
-        self.parts.close()
+        """Let a checkpoint that is being written end; stop the workers and close the files."""
+        try:
+            self.save.end()
+        finally:
+            self.parts.close()
 
 
 def train(recipe: Recipe, evaluation: Evaluation | None = None, guard: Evaluation | None = None) -> Path:

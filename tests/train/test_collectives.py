@@ -65,12 +65,11 @@ class Traffic(TorchDispatchMode):
         space, name = func._schema.name.split("::")
         if space == "c10d":
             self.calls[name] += 1
-        masks = (
-            [x for x in args[1] if x is not None and x.dtype == torch.bool]
-            if "index" in name and len(args) > 1 and isinstance(args[1], list | tuple)
-            else []
-        )
-        if space == "aten" and (name in WAITS or masks):
+        places = args[1] if "index" in name and len(args) > 1 and isinstance(args[1], list | tuple) else ()
+        by_mask = any(x is not None and x.dtype == torch.bool for x in places)
+        # DDP's map of used parameters is int32 in host memory, whatever the device
+        on_host = name == "_local_scalar_dense" and args[0].dtype == torch.int32
+        if space == "aten" and (by_mask or name in WAITS) and not on_host:
             self.calls["waits"] += 1
         return func(*args, **(kwargs or {}))
 
