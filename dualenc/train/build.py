@@ -21,6 +21,7 @@ from dualenc.errors import CheckpointError, did_you_mean
 from dualenc.losses import Loss, build_loss, check_loss
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
+from dualenc.train.flops import FlopCount
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
 
@@ -39,6 +40,7 @@ class Parts:
         total_steps: length of the whole run.
         parameter_count: of the whole model, also where a rank holds a part of it.
         sharded: whether every rank writes its own part of a checkpoint.
+        flops: operations of a step, counted on the first batch.
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class Parts:
     total_steps: int
     parameter_count: int
     sharded: bool
+    flops: FlopCount
 
     def close(self) -> None:
         """Stop the workers and close the files."""
@@ -83,6 +86,7 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
     counts = [(p.numel(), p.requires_grad) for p in bundle.model.parameters()]  # before ZeRO 3 empties them
     size = sum(n for n, _ in counts)
     sharded = ckpt.is_sharded(recipe, size, sum(n for n, trained in counts if trained), world.world_size)
+    flops = FlopCount(bundle.model)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
     if save is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(ckpt.trained_weights(save))
@@ -119,6 +123,7 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
         total_steps=total,
         parameter_count=size,
         sharded=sharded and not bundle.model.adapters,  # rank 0 merges adapters, from whole tensors
+        flops=flops,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dualenc.distributed.world import all_reduce_sum
 from dualenc.errors import DivergenceError, Interrupted
 from dualenc.train.build import Parts
+from dualenc.train.flops import peak_memory, speed
 from dualenc.train.step import StepResult
 from dualenc.train.stop import StopFlag
 
@@ -231,6 +232,8 @@ class Log:
             "loss": sum(numbers[:steps]) / steps,
             "lr": p.engine.lr,
             "samples_per_s": steps * p.recipe.batch.size / seconds,
+            **speed(p.flops.per_sample, steps * p.recipe.batch.size / seconds, p.world.world_size, p.engine.device),
+            "peak_memory": peak_memory(p.engine.device),
             "data_wait_share": self._wait / seconds,
             "grad_norm": numbers[steps],
             **dict(zip(now.result.metrics, numbers[steps + 1 :], strict=True)),

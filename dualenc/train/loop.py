@@ -34,6 +34,7 @@ from dualenc.train.resume import keep_old_recipe
 from dualenc.train.saving import Save
 from dualenc.train.shared_memory import check_shared_memory
 from dualenc.train.step import train_step
+from dualenc.train.step_profile import Profile
 from dualenc.train.stop import StopFlag
 from dualenc.train.tracking import environment
 
@@ -61,8 +62,10 @@ class Run:
         evaluation: Evaluation | None = None,
         guard: Evaluation | None = None,
         stop: StopFlag | None = None,
+        profile: int | None = None,
     ) -> None:
         self.parts: Parts = build(recipe, run_dir, world)
+        self.profile = None if profile is None else Profile(self.parts, profile)
         self.stop = stop or StopFlag()
         self.save = Save(self.parts)
         self.log = Log(self.parts)
@@ -98,7 +101,11 @@ class Run:
         self.guard.at_start()
         self.log.begin()
         for batch in self.parts.loader:
+            if self.profile is not None:
+                self.profile.begin(self.parts.loader.last_wait_s)
             now = self._step(batch)
+            if self.profile is not None:
+                self.profile.hooked()
             for hook in self.hooks:
                 if hook.due(now):
                     began = time.perf_counter()
@@ -107,6 +114,8 @@ class Run:
                     hook.run(now)
                     if hook.pauses:
                         self.log.exclude(time.perf_counter() - began)
+            if self.profile is not None:
+                self.profile.end()
 
     def steps(self, count: int) -> Iterator[Moment]:
         """The next steps and nothing else: no hook logs, saves or evaluates. As with training, all ranks together."""
@@ -129,6 +138,7 @@ class Run:
         # Dropout and patch dropout draw from here: resuming needs no RNG state. Ranks must differ.
         torch.manual_seed(derive_seed(p.recipe.seed, p.state.step, p.world.rank))
         p.ledger.add(batch)
+        p.flops.note(batch)
         size = p.recipe.batch.size
         p.engine.set_lr_factor(lr_factor(p.state.samples_seen, p.total_steps * size, p.recipe.schedule))
         batch = batch.to(p.engine.device)
@@ -156,10 +166,15 @@ class Run:
             self.parts.close()
 
 
-def train(recipe: Recipe, evaluation: Evaluation | None = None, guard: Evaluation | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    evaluation: Evaluation | None = None,
+    guard: Evaluation | None = None,
+    profile: int | None = None,
+) -> Path:
     """Train ``recipe`` on this rank (all ranks of a launcher call it alike); return the run folder.
 
-    ``guard`` evaluates the tasks of ``eval.guard``.
+    ``guard`` evaluates the tasks of ``eval.guard``; ``profile``: of how many steps a profile is written.
     """
     run_dir = run_folder(recipe)
     stop = StopFlag()
@@ -168,7 +183,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, guard: Evaluatio
         clean = False
         try:
             with naming_missing_ranks(world):
-                _train(recipe, run_dir, world, evaluation, guard, stop)
+                _train(recipe, run_dir, world, evaluation, guard, stop, profile)
             clean = True
         finally:
             close_world(world, clean=clean)
@@ -182,9 +197,10 @@ def _train(
     evaluation: Evaluation | None,
     guard: Evaluation | None,
     stop: StopFlag,
+    profile: int | None,
 ) -> None:
     with _folder(run_dir, world):
-        run = Run(recipe, run_dir, world, evaluation, guard, stop)
+        run = Run(recipe, run_dir, world, evaluation, guard, stop, profile)
         _carry_out(run)
 
 
