@@ -329,6 +329,8 @@ def _refuse(config: EngineConfig, optim: Optim) -> None:
         raise ConfigError(f"engine.offload_params needs zero_stage: 3, got {config.zero_stage}")
     if config.offload_optimizer and config.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer needs zero_stage 1, 2 or 3, got 0")
+    if config.precision == "fp16":
+        raise ConfigError("engine.precision: fp16 needs engine.kind: accelerate; with deepspeed use bf16 or fp32")
     if config.parallel != "auto":
         raise ConfigError(
             f"engine.parallel: {config.parallel} needs engine.kind: accelerate; for deepspeed set engine.zero_stage"
