@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 from _shared import DATA as SHARED_DATA
+from _wheel import build_wheel, install_wheel
 
 from dualenc import plugins
 
@@ -27,6 +29,18 @@ def coco() -> list[tuple[bytes, list[str]]]:
         pytest.skip(f"needs the COCO photos under {folder}")
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     return [((folder / r["image"]).read_bytes(), r["captions"]) for r in rows[:8]]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's wheel."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the wheel; ``dualenc`` is beside it."""
+    return install_wheel(wheel, tmp_path_factory.mktemp("venv"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from _shared import ROOT
-from test_wheel import python, wheel  # noqa: F401  (fixtures)
 
 sys.path.insert(0, str(ROOT / "tests" / "model"))
 from test_released_models import write_hf
@@ -54,8 +53,8 @@ def photos(folder: Path, count: int, size: tuple[int, int] = (160, 120)) -> list
 
 
 @pytest.fixture
-def dualenc(python: Path, tmp_path: Path):  # noqa: F811
-    command = python.parent / "dualenc"
+def dualenc(installed_python: Path, tmp_path: Path):
+    command = installed_python.parent / "dualenc"
 
     def run(*arguments: str) -> str:
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}

@@ -39,6 +39,7 @@ LAYERS = {
     "dualenc_data_tools": 6,
     "dualenc.api": 7,
     "dualenc.importing": 7,
+    "dualenc.compare": 7,
     "dualenc.cli": 8,
     "benchmarks": 8,
     "dualenc.__main__": 9,

@@ -1,4 +1,4 @@
-"""Commands that use a model: eval, embed, compare, interpolate, export."""
+"""Commands that use a model: eval, embed, interpolate, export."""
 
 from __future__ import annotations
 
@@ -184,24 +184,6 @@ _PATIENCE_S = 7 * 86400.0
 def words(text: str) -> list[str]:
     """A comma-separated list."""
     return [w.strip() for w in text.split(",") if w.strip()]
-
-
-@app.command()
-def compare(
-    models: Annotated[list[str], typer.Argument(help="MODELs as in dualenc eval: the teacher, then students.")],
-    tasks: Annotated[str, typer.Option("--tasks", help="Task names or YAML files, comma-separated.")] = "",
-    out: Annotated[
-        Path, typer.Option("--out", help="HTML page to write; the numbers go to a .json of the same name.")
-    ] = Path("compare.html"),
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of the timed forward passes.")] = 1,
-    debug: Debug = False,
-) -> None:
-    """Compare a teacher with students: held-out metrics per recipe over seeds, size, FLOPs, measured speed."""
-    from dualenc_evals.studies.compare import compare as run
-    from dualenc_evals.studies.compare import markdown
-
-    say(markdown(run(models, resolve_tasks(words(tasks)), out, threads=threads)))
-    PatientConsole(stderr=True).print(f"page: {out}", highlight=False, soft_wrap=True)
 
 
 @app.command()

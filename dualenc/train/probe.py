@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dualenc.config import EngineConfig, Recipe
 from dualenc.distributed.world import World, all_gather_object, close_world, init_world
@@ -62,6 +63,7 @@ class TwoSteps:
         worker: bytes, the most one of its data workers had; 0 without workers.
         cuda: bytes that torch held on the device; None on a CPU.
         seconds: of the last step, with waiting for its batch. The first also starts workers and compiles.
+        flops: of the first step, on one rank, as torch counts them: matrix products, convolutions and attention.
         ranks: how many there are; the numbers above are of the one that took most.
     """
 
@@ -69,6 +71,7 @@ class TwoSteps:
     worker: int
     cuda: int | None
     seconds: float
+    flops: int
     ranks: int
 
     def said(self) -> str:
@@ -112,8 +115,11 @@ def _measure(recipe: Recipe, folder: Path, world: World) -> TwoSteps:
     run = Run(recipe.model_copy(update=changed), folder, world)
     seconds = 0.0
     try:
+        steps = run.steps(STEPS)
+        with FlopCounterMode(display=False) as counter:
+            next(steps)
         began = time.perf_counter()
-        for _ in run.steps(STEPS):
+        for _ in steps:
             seconds, began = time.perf_counter() - began, time.perf_counter()
         cuda = torch.cuda.max_memory_reserved() if world.device.type == "cuda" else None
     finally:
@@ -123,9 +129,10 @@ def _measure(recipe: Recipe, folder: Path, world: World) -> TwoSteps:
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     worker = child if recipe.data.workers else 0
-    rows = all_gather_object((own, worker, cuda, seconds), world)
-    most = [max(x) for x in zip(*((a, b, c or 0, d) for a, b, c, d in rows), strict=True)]
-    return TwoSteps(int(most[0]), int(most[1]), None if cuda is None else int(most[2]), most[3], world.world_size)
+    rows = all_gather_object((own, worker, cuda or 0, seconds, counter.get_total_flops()), world)
+    most = [max(x) for x in zip(*rows, strict=True)]
+    device = None if cuda is None else int(most[2])
+    return TwoSteps(int(most[0]), int(most[1]), device, most[3], int(most[4]), world.world_size)
 
 
 def _size(n: int) -> str:

@@ -25,7 +25,7 @@ def check_yaml(path: Path) -> None:
         from dualenc.cli import app
 
         app(
-            ["train", str(_whole(path, {"base": "recipes/quickstart/quickstart.yaml", **said})), "--dry-run"],
+            ["train", str(_whole(path, {"base": "quickstart", **said})), "--dry-run"],
             standalone_mode=False,
         )
 

@@ -1,5 +1,7 @@
 """The folder in which the blocks of a page are run: the names that pages use mean the same things on all of them.
 
+``dualenc`` and ``python`` there are those of an environment with the wheel; nothing of the checkout is on their path.
+
 ======================================  ============================================================================
 ``photos/``                             drawings of the quickstart as JPEG, ``cat.jpg``, ``bike.jpg``, ``house.jpg`` …,
                                         a caption beside each; ``captions.jsonl`` lists them
@@ -12,7 +14,7 @@
 ``runs/mine``                           a run of recipes/finetune/source.yaml, two steps long
 ``runs/tuned``                          the same after two more steps
 ``runs/teacher``, ``runs/finetune/clip``  a small CLIP
-``recipes/``, ``tests/``                the repository's
+``benchmarks/``                         the repository's, for pages that run it, as they say, in a clone
 ======================================  ============================================================================
 
 Names of the Hub resolve without a network: small random models of the architectures stand in a cache as
@@ -33,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _shared import DATA, PYTHONPATH, ROOT
+from _shared import DATA, ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "model"))
 from test_released_clap import write_clap
@@ -130,8 +132,9 @@ def _task_data(folder: Path, drawn: list[tuple[bytes, bytes]]) -> None:
 class Workplace:
     """Made once; :meth:`copy` gives every page its own."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, python: Path) -> None:
         self.root = root
+        self.python = python
         self.template = root / "template"
         self.template.mkdir()
         drawn = samples(40)
@@ -153,8 +156,6 @@ class Workplace:
             for i in range(2):
                 name = f"train-{i:06d}.tar"
                 os.link(self.template / "data" / name, self.template / folder / name)
-        for name in ("recipes", "tests"):
-            (self.template / name).symlink_to(ROOT / name)
         _task_data(root / "task_data", drawn)
         self._programs()
         write_hf(self.template / "clip-vit-base-patch32", "clip")
@@ -178,15 +179,12 @@ class Workplace:
             path.with_suffix(".txt").write_text(f"noise number {i}")
 
     def _programs(self) -> None:
-        """``dualenc`` and ``python`` of this checkout; a training line gets :data:`SHORT`."""
+        """``dualenc`` of the wheel, whose training lines get :data:`SHORT`; it stands before the environment's own."""
         self.bin = self.root / "bin"
         self.bin.mkdir()
         short = f'case " $* " in *" train "*) set -- "$@" {SHORT};; esac\n'
-        for name, script in {"dualenc": f'{short}exec "{sys.executable}" -m dualenc "$@"'}.items():
-            (self.bin / name).write_text(f"#!/bin/bash\n{script}\n")
-            (self.bin / name).chmod(0o755)
-        (self.bin / "python").write_text(f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
-        (self.bin / "python").chmod(0o755)
+        (self.bin / "dualenc").write_text(f'#!/bin/bash\n{short}exec "{self.python.parent / "dualenc"}" "$@"\n')
+        (self.bin / "dualenc").chmod(0o755)
 
     def _runs(self) -> None:
         from dualenc.config import load_recipe
@@ -197,10 +195,10 @@ class Workplace:
         clip = load_model(str(self.template / "clip-vit-base-patch32"))
         clip.save(runs / "teacher")
         clip.save(runs / "finetune" / "clip")
-        train = "dualenc train recipes/finetune/source.yaml eval.tasks=[] out=runs/mine"
+        train = "dualenc train finetune/source eval.tasks=[] out=runs/mine"
         done = self.run(["bash", "-c", train], self.template)
         assert done.returncode == 0, done.stderr
-        build_bundle(load_recipe(ROOT / "recipes" / "finetune" / "source.yaml", ["seed=1"])).save(runs / "tuned")
+        build_bundle(load_recipe("finetune/source", ["seed=1"])).save(runs / "tuned")
 
     def copy(self, page: str, text: str) -> Path:
         """A fresh folder for a page, and the repositories that it names."""
@@ -210,6 +208,8 @@ class Workplace:
         folder = self.root / page.replace("/", "-")
         left_out = shutil.ignore_patterns("runs") if page in ALONE else None
         shutil.copytree(self.template, folder, symlinks=True, ignore=left_out, copy_function=os.link)
+        if "python -m benchmarks" in text:
+            (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
         return folder
 
     def _hub(self, repository: str, write: Callable[[Path], object]) -> None:
@@ -224,9 +224,10 @@ class Workplace:
 
     def run(self, command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         """Run a command as a person would in ``cwd``, without a network."""
-        env = os.environ | {
-            "PATH": os.pathsep.join([str(self.bin), str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PYTHONPATH": os.pathsep.join([".", PYTHONPATH]),
+        around = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        programs = (self.bin, self.python.parent, Path(sys.executable).parent, os.environ["PATH"])
+        env = around | {
+            "PATH": os.pathsep.join(map(str, programs)),
             "HF_HOME": str(self.root / "hf"),
             "HF_HUB_OFFLINE": "1",
             "DUALENC_DATA": str(self.root / "task_data"),
@@ -235,4 +236,6 @@ class Workplace:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        if cwd.name.startswith("docs-extend-"):
+            env["PYTHONPATH"] = "."  # as these pages say
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False)

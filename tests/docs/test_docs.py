@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,9 +35,9 @@ def runs(page: str) -> list[Block]:
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def workplace(installed_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     root = tmp_path_factory.mktemp("docs")
-    yield Workplace(root)
+    yield Workplace(root, installed_python)
     shutil.rmtree(root)  # a model of 300 MB is in it
 
 
@@ -98,7 +97,7 @@ def test_a_page_runs(page: str, workplace: Workplace) -> None:
             files = [folder / f"line{b.line}.{'py' if b.language == 'python' else 'yaml'}" for b in step]
             for file, b in zip(files, step, strict=True):
                 file.write_text(b.text, encoding="utf-8")
-            command = [sys.executable, str(RUNNER), *(f.name for f in files)]
+            command = [str(workplace.python), str(RUNNER), *(f.name for f in files)]
         done = workplace.run(command, folder)
         assert done.returncode == 0, f"{step[0].where}\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}"
     assert [name for name in MADE.get(page, ()) if not (folder / name).exists()] == []

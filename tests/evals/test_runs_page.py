@@ -57,6 +57,7 @@ def test_numbers_are_called_held_out_only_where_no_item_was_trained_on() -> None
     assert not is_held_out({"in_training": {**clean, "count": 3}})
     assert not is_held_out({"in_training": {**clean, "complete": False}})
     assert not is_held_out({"in_training": {**clean, "unread": ["s3://x"]}})
+    assert not is_held_out({"in_training": {**clean, "of": 0}})  # nothing was compared
 
 
 def test_several_runs_have_their_curves_on_one_page(tmp_path: Path) -> None:

@@ -211,9 +211,9 @@ def cards_while_training(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def is_held_out(task: Mapping[str, Any]) -> bool:
-    """Whether the results say that no item occurs in the training shards, all of which were compared."""
+    """Whether the results say that items were compared with all training shards, and that none occurs in them."""
     seen = task.get("in_training")
-    return seen is not None and seen["count"] == 0 and bool(seen["complete"]) and not seen["unread"]
+    return seen is not None and seen["of"] > 0 and seen["count"] == 0 and bool(seen["complete"]) and not seen["unread"]
 
 
 def _seen(task: Mapping[str, Any]) -> str:
