@@ -1,13 +1,15 @@
 """Benchmarks that print the numbers quoted elsewhere.
 
     python -m benchmarks.losses loss [N …] [--max-gib 12] [--runs 3] [--threads T] [--kinds info_nce,cwcl …]
-    python -m benchmarks.losses against TREE [N …] [--kinds info_nce,cwcl] [--runs 5] [--threads T]
+    python -m benchmarks.losses against TREE|open_clip [N …] [--kinds info_nce,cwcl] [--runs 5] [--threads T]
     python -m benchmarks.losses ranks [--size 100000] [--dim 256]
 
-``loss``: time and peak memory of one forward and backward of each loss, plain and tiled, D = 512, and of the peer:
+``loss``: CPU time and peak memory of one forward and backward of each loss, plain and tiled, D = 512, and of the peer:
 open_clip's own ClipLoss and SigLipLoss. Every run is a process of its own (a peak cannot be taken back), the ways take
-turns, and medians are shown; nan: left out for its memory, or not to be had. ``against``: the same loss in another
-checkout of this project; runs are paired, and the ratio is the median of the pairs' (this / that). ``ranks``: exact
+turns, medians are shown, and the ratio is the median of the rounds'; nan: left out for its memory, or not to be had.
+``against``: time alone, of the same loss in another checkout of this project or of open_clip's, in two processes that
+take turns (this / that). CPU time, since wall times say little on a machine that does other work; with one thread they
+are the same on an idle one. ``ranks``: exact
 retrieval ranks of as many queries as candidates. Linux only.
 """
 
@@ -96,22 +98,27 @@ def _mib(path: str, field: str) -> float:
     return int(Path(path).read_text(encoding="ascii").split(f"{field}:")[1].split()[0]) / 1024
 
 
-def cell(kind: str, size: int, impl: str, threads: int, tree: Path | None = None) -> Cell:
-    """:func:`loss_cell` in a process of its own, with the losses of another checkout if ``tree`` is given."""
+def cell(kind: str, size: int, impl: str, threads: int) -> Cell:
+    """:func:`loss_cell` in a process of its own."""
     command = [sys.executable, __file__, "loss-cell", kind, str(size), impl, str(threads)]
-    env = os.environ | {"PYTHONPATH": str(tree or Path(__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout
     seconds, mib, cpu = map(float, text.split())
     return seconds, mib, cpu
 
 
-def measure(kind: str, size: int, impls: list[str], runs: int, threads: int) -> dict[str, Cell]:
-    """Medians by implementation; they take turns, so that a slow minute of the machine affects all alike."""
+def measure(kind: str, size: int, impls: list[str], runs: int, threads: int) -> dict[str, list[Cell]]:
+    """Runs by implementation; they take turns, so that a slow minute of the machine affects all alike."""
     found: dict[str, list[Cell]] = {impl: [] for impl in impls}
     for _ in range(runs):
         for impl in impls:
             found[impl].append(cell(kind, size, impl, threads))
-    return {k: _medians(cells) for k, cells in found.items()}
+    return found
+
+
+def _ratio(over: Sequence[Cell], under: Sequence[Cell]) -> float:
+    """The median of the ratios of CPU time, run by run."""
+    return median(x[2] / y[2] for x, y in zip(over, under, strict=True))
 
 
 def _medians(cells: Sequence[Cell]) -> Cell:
@@ -119,22 +126,55 @@ def _medians(cells: Sequence[Cell]) -> Cell:
     return seconds, mib, cpu
 
 
-def against(tree: Path, kinds: list[str], sizes: list[int], runs: int, threads: int) -> None:
-    """Print this checkout's CPU time over another's, as a recipe that names the loss alone computes it.
+class Server:
+    """A process that measures one cell after another, with the losses of a checkout."""
 
-    CPU time, since a ratio of wall times says little on a machine that does other work.
-    """
+    def __init__(self, threads: int, tree: Path | None = None) -> None:
+        command = [sys.executable, __file__, "loss-cells", str(threads)]
+        env = os.environ | {"PYTHONPATH": str(tree or Path(__file__).parents[1])}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def seconds(self, kind: str, size: int, impl: str) -> float:
+        """CPU time of a cell. Raises RuntimeError if the process has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{kind} {size} {impl}\n")
+        self.process.stdin.flush()
+        if not (line := self.process.stdout.readline()):
+            raise RuntimeError(f"the process that measures {kind} ended with {self.process.wait()}")
+        return float(line)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate()
+
+
+def serve(threads: int) -> None:
+    """What a :class:`Server` runs."""
+    torch.set_num_threads(threads)
+    for line in sys.stdin:
+        kind, size, impl = line.split()
+        print(loss_cell(kind, int(size), impl)[2], flush=True)
+
+
+def against(tree: str, kinds: list[str], sizes: list[int], runs: int, threads: int) -> None:
+    """Print this checkout's time over the other's, as a recipe that names the loss alone computes it."""
+    peer = tree == "open_clip"
+    that, this = Server(threads, None if peer else Path(tree)), Server(threads)
     print(f"CPU seconds, that = {tree}, D = {DIM}, {threads} thread(s), medians of {runs} pairs")
-    print(f"{'loss':>15} {'N':>6}  {'that s':>8} {'this s':>8} {'ratio':>6}  {'that MiB':>9} {'this MiB':>9}")
-    for kind in kinds:
-        for size in sizes:
-            pairs = [[cell(kind, size, "default", threads, t) for t in (tree, None)] for _ in range(runs)]
-            that, this = (_medians(cells) for cells in zip(*pairs, strict=True))
-            ratio = median(y[2] / x[2] for x, y in pairs)
-            print(
-                f"{kind:>15} {size:>6}  {that[2]:8.2f} {this[2]:8.2f} {ratio:6.2f}  {that[1]:9.0f} {this[1]:9.0f}",
-                flush=True,
-            )
+    print(f"{'loss':>15} {'N':>6}  {'that s':>8} {'this s':>8} {'ratio':>6}")
+    for size in sizes:
+        for kind in kinds:
+            pairs = []
+            for k in range(runs):
+                turns = [(that, "peer" if peer else "default"), (this, "default")]
+                found = {server: server.seconds(kind, size, impl) for server, impl in turns[:: 1 if k % 2 else -1]}
+                pairs.append((found[that], found[this]))
+            ratio = median(y / x for x, y in pairs)
+            x, y = (median(values) for values in zip(*pairs, strict=True))
+            print(f"{kind:>15} {size:>6}  {x:8.2f} {y:8.2f} {ratio:6.2f}", flush=True)
+    that.close()
+    this.close()
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
@@ -148,7 +188,10 @@ def slope(sizes: list[int], values: list[float]) -> float:
 
 def loss_table(kinds: list[str], sizes: list[int], max_gib: float, runs: int, threads: int) -> None:
     """Print the table and, under each loss, how memory grows with N."""
-    print(f"one forward and backward, D = {DIM}, {threads} thread(s), median of {runs}, load {os.getloadavg()[0]:.1f}")
+    load = os.getloadavg()[0]
+    print(
+        f"CPU seconds of one forward and backward, D = {DIM}, {threads} thread(s), medians of {runs}, load {load:.1f}"
+    )
     heads = f"{'peer s':>8} {'plain s':>8} {'tiled s':>8} {'peer/tiled':>10}"
     print(f"{'loss':>15} {'N':>6}  {heads}  {'peer MiB':>9} {'plain MiB':>9} {'tiled MiB':>9}")
     for kind in kinds:
@@ -157,12 +200,14 @@ def loss_table(kinds: list[str], sizes: list[int], max_gib: float, runs: int, th
             limit = min(max_gib * 1024, 0.8 * _mib("/proc/meminfo", "MemAvailable"))
             fits = PLAIN_BYTES.get(kind, 60) * size**2 / 2**20 <= limit
             ways = [*(["peer"] if kind in PEERS else []), "plain"] if fits else []
-            cells = measure(kind, size, [*ways, "tiled"], runs, threads)
+            runs_of = measure(kind, size, [*ways, "tiled"], runs, threads)
+            cells = {k: _medians(found) for k, found in runs_of.items()}
             for impl, (_, mib, _) in cells.items():
                 memory.setdefault(impl, {})[size] = mib
             none = (float("nan"),) * 3
             peer, plain, tiled = (cells.get(k, none) for k in ("peer", "plain", "tiled"))
-            times = f"{peer[0]:8.2f} {plain[0]:8.2f} {tiled[0]:8.2f} {peer[0] / tiled[0]:10.2f}"
+            ratio = _ratio(runs_of["peer"], runs_of["tiled"]) if "peer" in runs_of else float("nan")
+            times = f"{peer[2]:8.2f} {plain[2]:8.2f} {tiled[2]:8.2f} {ratio:10.2f}"
             print(f"{kind:>15} {size:>6}  {times}  {peer[1]:9.0f} {plain[1]:9.0f} {tiled[1]:9.0f}", flush=True)
         slopes = ", ".join(f"{impl} {slope(list(m), list(m.values())):.2f}" for impl, m in memory.items())
         print(f"{kind:>15} slope of log memory over log N: {slopes}")
@@ -189,7 +234,7 @@ def main(arguments: list[str]) -> None:
     """Run the named benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses")
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("loss", help="time and memory of the losses, plain and tiled")
+    table = commands.add_parser("loss", help="CPU time and memory of the losses, plain and tiled")
     table.add_argument("sizes", type=int, nargs="*", default=list(SIZES), metavar="N")
     table.add_argument(
         "--max-gib",
@@ -201,7 +246,7 @@ def main(arguments: list[str]) -> None:
     table.add_argument("--kinds", default="info_nce,sigmoid", help="names of losses, separated by commas")
     table.add_argument("--threads", type=int, default=torch.get_num_threads())
     other = commands.add_parser("against", help="time against another checkout of this project")
-    other.add_argument("tree", type=Path)
+    other.add_argument("tree", help="a checkout, or open_clip for its own losses")
     other.add_argument("sizes", type=int, nargs="*", default=list(SIZES[:4]), metavar="N")
     other.add_argument("--kinds", default="info_nce,cwcl")
     other.add_argument("--runs", type=int, default=5)
@@ -211,6 +256,7 @@ def main(arguments: list[str]) -> None:
     one.add_argument("size", type=int)
     one.add_argument("impl", choices=["plain", "tiled", "peer", "default"])
     one.add_argument("threads", type=int)
+    commands.add_parser("loss-cells", help="what against runs").add_argument("threads", type=int)
     exact = commands.add_parser("ranks", help="exact retrieval ranks: time, and peak memory of the process")
     exact.add_argument("--size", type=int, default=100_000)
     exact.add_argument("--dim", type=int, default=256)
@@ -221,6 +267,8 @@ def main(arguments: list[str]) -> None:
         against(given.tree, given.kinds.split(","), given.sizes, given.runs, given.threads)
     elif given.command == "ranks":
         ranks(given.size, given.dim)
+    elif given.command == "loss-cells":
+        serve(given.threads)
     else:
         torch.set_num_threads(given.threads)
         print(*loss_cell(given.kind, given.size, given.impl))

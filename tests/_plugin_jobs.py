@@ -24,8 +24,8 @@ from dualenc.train.loop import Run, run_folder
 PACKAGE = Path(__file__).parent / "plugin_pkg"
 
 NAMES = {
-    "modality": ("series", "dualenc_series.series:SeriesInput"),
-    "encoder": ("series_cnn", "dualenc_series.series:SeriesCNN"),
+    "modality": ("gauge", "dualenc_series.series:SeriesInput"),
+    "encoder": ("gauge_cnn", "dualenc_series.series:SeriesCNN"),
     "loss": ("hinge", "dualenc_series.hinge:Hinge"),
     "term": ("same_cosines", "dualenc_series.same_cosines:SameCosines"),
     "plan": ("as_it_lies", "dualenc_series.as_it_lies:AsItLies"),

@@ -50,6 +50,13 @@ def test_every_path_it_names_exists() -> None:
     assert [p for p in paths if not (ROOT / p).exists()] == []
 
 
+def test_every_test_it_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", TEXT)
+    assert len(named) > 10
+    missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text("utf-8")]
+    assert missing == []
+
+
 def test_the_second_view_is_one_tower_and_a_pair_of_its_own() -> None:
     recipe = load_recipe("quickstart/slip")
     assert recipe.modalities["view"].shares == "image"

@@ -16,7 +16,7 @@ import typer
 from rich.logging import RichHandler
 
 from dualenc import __version__, plugins
-from dualenc.cli import compare, evaluate, importing, init, listing, plan, report, shards, task, train, use  # noqa: F401  (their commands register themselves)
+from dualenc.cli import compare, evaluate, importing, init, listing, mine, plan, report, shards, task, train, use  # noqa: F401  (their commands register themselves)
 from dualenc.cli.app import app
 from dualenc.errors import DualencError
 from dualenc.terminal import PatientConsole, open_standard_streams

@@ -106,7 +106,7 @@ def _models(models: list[str], tasks: str, out: Path, threads: int) -> None:
 
 def _methods(comparison: Comparison, folder: Path, equal_compute: bool) -> None:
     from dualenc.compare import run_study
-    from dualenc.compare.table import table_of
+    from dualenc.compare.method_table import table_of
     from dualenc.files import write_atomically
     from dualenc_evals.pages.comparison import explained, markdown, write_method_table
 

@@ -29,7 +29,10 @@ def train(
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print what would run; reads no samples but those of --probe and a few labels."),
+        typer.Option(
+            "--dry-run",
+            help="Print what would run; reads no samples but for --probe, a few labels and batch plans.",
+        ),
     ] = False,
     measure: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: take two steps and print the memory and time they took.")
@@ -66,6 +69,7 @@ def train(
 
 def print_plan(recipe: Recipe) -> None:
     """--dry-run: the resolved recipe, parameter counts, samples and steps."""
+    from dualenc.data.batches import prepare
     from dualenc.data.shards.index import open_sources
     from dualenc.data.values import check_values
     from dualenc.encoders import batch_norm_notes
@@ -97,12 +101,19 @@ def print_plan(recipe: Recipe) -> None:
     print_pipes(console, recipe)
     sets = open_sources(recipe.data)
     per_pass = sum(sum(s.counts) for s in sets)
+    if recipe.data.batches is not None:
+        composed = prepare(recipe.data, recipe.batch.size, recipe.seed)
+        per_pass = composed.samples_per_pass
+        for line in composed.describe():
+            console.print(line, highlight=False, markup=False)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
     steps = total_steps(recipe, per_pass)
     seen = steps * recipe.batch.size
     passes = f" ({seen / per_pass:.2f} epochs)"
     console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
     check_length(recipe, steps)
+    if recipe.phases:
+        print_phases(console, recipe)
     check_data(recipe, bundle)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     console.print(standing_memory(bundle.model, recipe, ranks), highlight=False, markup=False)
@@ -112,6 +123,27 @@ def print_plan(recipe: Recipe) -> None:
     console.print(
         f"run folder: {run_folder(recipe)}; pairs: {', '.join(map(pair_name, recipe.pairs))}", highlight=False
     )
+
+
+def print_phases(console: Console, recipe: Recipe) -> None:
+    """Where each phase begins, what it trains and what it changes; its batch plan if that is another one."""
+    from dualenc.data.batches import prepare
+    from dualenc.train.phases import check_models, timeline
+    from dualenc.train.resume import differences
+
+    spans = timeline(recipe)
+    before = spans[0].recipe.model_dump(mode="json")
+    for span, (parameters, trained) in zip(spans, check_models(recipe), strict=True):
+        now = span.recipe.model_dump(mode="json")
+        changes = [f"{k} = {new!r} (was {old!r})" for k, old, new in differences("", before, now)]
+        samples = span.start * recipe.batch.size
+        where = f"phase {span.number} from step {span.start:,} ({samples:,} samples) to {span.stop:,}"
+        said = f"{where}: trains {trained:,} of {parameters:,} parameters{'; ' if changes else ''}{'; '.join(changes)}"
+        console.print(said, highlight=False, markup=False)
+        if span.number and span.data_phase == span.number and span.recipe.data.batches is not None:
+            for line in prepare(span.recipe.data, recipe.batch.size, span.data_seed).describe():
+                console.print(line, highlight=False, markup=False)
+        before = now
 
 
 def print_probe(recipe: Recipe) -> None:

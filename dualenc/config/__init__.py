@@ -1,6 +1,8 @@
 """The recipe: everything about one run, as typed data; see :mod:`dualenc.config.recipe`."""
 
 from dualenc.config.distill import Anchor, Distill, LookAhead, Teacher
+from dualenc.config.modality import Lora, Modality, Unlocked
+from dualenc.config.phases import Phase
 from dualenc.config.reading import apply_override, dump_yaml, load_yaml, parse, read_yaml, settings_as
 from dualenc.config.recipe import (
     Batches,
@@ -11,16 +13,14 @@ from dualenc.config.recipe import (
     Evals,
     Guard,
     LogitScale,
-    Lora,
-    Modality,
     Optim,
     Recipe,
     Schedule,
     Tracking,
     TrajectoryAverage,
-    Unlocked,
     load_recipe,
     pair_name,
+    phase_recipes,
 )
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.config.source import Source, Value
@@ -41,6 +41,7 @@ __all__ = [
     "Lora",
     "Modality",
     "Optim",
+    "Phase",
     "Positive",
     "Recipe",
     "Schedule",
@@ -58,6 +59,7 @@ __all__ = [
     "load_yaml",
     "pair_name",
     "parse",
+    "phase_recipes",
     "read_yaml",
     "settings_as",
 ]

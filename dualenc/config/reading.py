@@ -52,11 +52,11 @@ def _read(path: Path, key: str, seen: tuple[Path, ...], done: dict[Path, _Read])
         shipped = shipped_recipes().get(base) if key == "base" and not (path.parent / base).is_file() else None
         base_raw, base_origin = _read(shipped or path.parent / base, key, (*seen, path.resolve()), done)
         _drop_siblings(merged, [k for k in _dotted(base_raw) if _value_at(base_raw, k) is not None], {}, keep="")
-        merged = _merge(merged, base_raw)
+        merged = merge(merged, base_raw)
         origin |= base_origin
     origin |= dict.fromkeys(_dotted(own), str(path))
     _drop_siblings(merged, [k for k in _dotted(own) if _value_at(own, k) is not None], origin, keep=str(path))
-    done[path.resolve()] = _merge(merged, own), origin
+    done[path.resolve()] = merge(merged, own), origin
     return done[path.resolve()]
 
 
@@ -216,7 +216,7 @@ def _leaves(annotation: Any) -> list[Any]:
     return [leaf for a in args for leaf in _leaves(a)] if args else [annotation]
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key; a component with another ``name`` and everything else replaces."""
     out = dict(base)
     for k, v in over.items():
@@ -224,7 +224,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         renamed = (
             isinstance(v, dict) and isinstance(old, dict) and "name" in v and v["name"] != old.get("name", v["name"])
         )
-        out[k] = _merge(old, v) if isinstance(v, dict) and isinstance(old, dict) and not renamed else v
+        out[k] = merge(old, v) if isinstance(v, dict) and isinstance(old, dict) and not renamed else v
     return out
 
 

@@ -16,12 +16,16 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AliasChoices,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from dualenc.config.distill import Distill, with_anchor
-from dualenc.config.reading import apply_override, parse, read_yaml
+from dualenc.config.modality import Modality, with_shared
+from dualenc.config.phases import Phase, check_kept
+from dualenc.config.reading import apply_override, merge, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
 from dualenc.config.source import Source
 from dualenc.errors import did_you_mean
@@ -31,74 +35,6 @@ from dualenc.shipped import find_recipe
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Unlocked(Section):
-    """Train only the last blocks of a tower."""
-
-    unlocked_groups: Positive = Field(description="number of last blocks to train, besides the head")
-
-
-class Lora(Section):
-    """Low-rank adapters beside a tower's layers (Hu et al. 2021): nothing else of the tower is trained."""
-
-    rank: Positive = Field(default=8, description="rank of each adapter")
-    alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters are scaled by alpha / rank")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="dropout on the input of the adapters"
-    )
-    targets: Literal["auto"] | list[str] = Field(
-        default="auto",
-        description="endings of layer names; auto: every linear layer, or every convolution if there is none",
-    )
-    head: bool = Field(default=False, description="also train the projection to the shared space")
-
-
-class Modality(Section):
-    """One modality: how its raw bytes become tensors, and its tower."""
-
-    kind: str | None = Field(default=None, description="registered modality that handles it; default: the key itself")
-    input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
-    encoder: Component = Field(description="its tower: FAMILY/NAME and that tower's settings")
-    lock: bool | Literal["trunk"] | Unlocked = Field(
-        default=False,
-        description="freeze the tower's weights (LiT); trunk: all but its projection; "
-        "{unlocked_groups: N}: all but its last N blocks and its projection",
-    )
-    shares: str | None = Field(
-        default=None, description="another modality whose tower also encodes this one; then leave encoder out"
-    )
-    init_from: str | None = Field(
-        default=None, description="start from the same tower of a trained MODEL; MODEL#NAME: from its modality NAME"
-    )
-    lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Modality:
-        if self.lock and self.lora is not None:
-            raise ValueError("lora already freezes the tower's own weights; leave lock out")
-        return self
-
-
-def with_shared(parts: Mapping[str, Any], name: str) -> Any:
-    """One entry of a recipe's ``modalities``; with ``shares`` it takes the encoder, kind and lock of that modality."""
-    part = parts[name]
-    shares = part.get("shares") if isinstance(part, dict) else None
-    if shares is None:
-        return part
-    other = parts.get(shares)
-    if not isinstance(other, dict) or shares == name or other.get("shares") is not None:
-        owners = [m for m, p in parts.items() if m != name and isinstance(p, dict) and p.get("shares") is None]
-        raise ValueError(
-            f"modalities.{name}.shares: {shares!r} has no tower of its own. {did_you_mean(shares, owners)}"
-        )
-    taken = {k: other[k] for k in ("encoder", "lock", "lora", "init_from") if k in other} | {
-        "kind": other.get("kind") or shares
-    }
-    for key, value in part.items():
-        if key in ("encoder", "lock", "lora", "init_from") and value != taken.get(key, value):
-            raise ValueError(f"modalities.{name}.{key}: this modality shares the tower of {shares!r}; leave {key} out")
-    return {**part, **taken, "shares": shares}
-
-
 class Data(Section):
     """Where samples come from and how they are ordered and read."""
 
@@ -106,6 +42,11 @@ class Data(Section):
     sampling: str | Component = Field(
         default="without_replacement",
         description="without_replacement, with_replacement, or a plugin's plan; {name: …} with its settings",
+    )
+    batches: Component | None = Field(
+        default=None,
+        description="which samples meet in a batch: by_source, by_value, clusters, groups, hard_negatives, bags or a "
+        "plugin's plan; {name: …} with its settings; default: any",
     )
     lanes: Positive = Field(
         1, description="each epoch is split into this many streams of shards; a rank reads only its own lanes' shards"
@@ -148,6 +89,17 @@ class Data(Section):
     stall_s: Annotated[float, Field(gt=0)] = Field(
         120.0, description="after this many seconds, say which batch training waits for"
     )
+
+    @field_validator("batches", mode="before")
+    @classmethod
+    def _one_plan(cls, raw: Any) -> Any:
+        return {"name": raw} if isinstance(raw, str) else raw
+
+    @model_serializer(mode="wrap")
+    def _without_batches(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a batch plan are written, compared and resumed as they were before there was any."""
+        out: dict[str, Any] = write(self)
+        return out if self.batches is not None else {k: v for k, v in out.items() if k != "batches"}
 
 
 class LogitScale(Section):
@@ -408,6 +360,21 @@ class Recipe(Section):
     )
     eval: Evals = Field(default=Evals(), description="zero-shot evaluation while training")
     tracking: Tracking = Field(default=Tracking(), description="where metrics go")
+    phases: list[Phase] = Field(
+        default_factory=list,
+        description="what changes within the run: at: where; keys of modalities, loss, data, batch, optim, schedule",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_phases(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without phases are written, compared and resumed as they were before there were any."""
+        out: dict[str, Any] = write(self)
+        return out if self.phases else {k: v for k, v in out.items() if k != "phases"}
+
+    @model_validator(mode="after")
+    def _phases_are_recipes(self) -> Recipe:
+        phase_recipes(self)
+        return self
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -471,6 +438,26 @@ class Recipe(Section):
                 "their features would not fit the mixture; use data.mix: 0"
             )
         return self
+
+
+def phase_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each phase, the first being the recipe itself; each is built on the one before and has no phases.
+
+    Raises:
+        ConfigError: a phase makes an invalid recipe, or changes what a run keeps.
+    """
+    out = [recipe.model_copy(update={"phases": []})]
+    for number, phase in enumerate(recipe.phases):
+        before = out[-1].model_dump(mode="json")
+        raw = merge(before, phase.changes)
+        for part in raw["modalities"].values():
+            if isinstance(part, dict) and part.get("shares") is not None:  # taken from the other one again
+                for key in ("encoder", "kind", "lock", "lora", "init_from"):
+                    part.pop(key, None)
+        now = parse(Recipe, raw, {}, f"phases.{number}")
+        check_kept(number, before, now.model_dump(mode="json"))
+        out.append(now)
+    return out
 
 
 def pair_name(pair: tuple[str, str]) -> str:

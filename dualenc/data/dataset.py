@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dualenc.config import Data
 from dualenc.data.batch import ABSENT, WHOLE, BadSample, Batch
+from dualenc.data.batches import Composed
 from dualenc.data.driving.places import by_slot
 from dualenc.data.modalities.modality import (
     DecodeError,
@@ -85,8 +86,10 @@ class StepDataset(Dataset[Any]):
         views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
         kinds: Mapping[str, ValueKind] | None = None,
+        order_from: int = 0,
     ) -> None:
         self.views, self.redraw, self.kinds = dict(views or {}), dict(redraw or {}), dict(kinds or {})
+        self.order_from = order_from
         self.labels = [labels_of(data, i) for i in range(len(data.sources))]
         self.plan, self.sets, self.inputs, self.pairs, self.wanted = plan, sets, inputs, list(pairs), wanted
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
@@ -120,17 +123,21 @@ class StepDataset(Dataset[Any]):
         batch.load_s = time.perf_counter() - begin
         return batch
 
+    def planned(self, step: int) -> Refs:
+        """The samples of this rank in a step."""
+        return self.plan.local(step - self.order_from, self.rank, self.world, self.batch_size)
+
     def _refs(self, step: int) -> Refs:
         """The samples of a step. Of remote shards, what this process's next steps read is asked for, too."""
         if self.cache is None or _AHEAD < 0:
-            return self.plan.local(step, self.rank, self.world, self.batch_size)
+            return self.planned(step)
         reader, worker = self._open(), get_worker_info()
         stride = worker.num_workers if worker is not None else 1
         self._planned = {s: refs for s, refs in self._planned.items() if s >= step}
         reader.finish(step - stride)
         for s in range(step, step + (_AHEAD + 1) * stride, stride):
             if s not in self._planned:
-                refs = self._planned[s] = self.plan.local(s, self.rank, self.world, self.batch_size)
+                refs = self._planned[s] = self.planned(s)
                 places = list(zip(refs.source.tolist(), refs.shard.tolist(), refs.sample.tolist(), strict=True))
                 reader.expect(s, places, self._read_of)
         reader.settle(step)
@@ -302,6 +309,8 @@ class StepDataset(Dataset[Any]):
         if self._reader is None or self._owner != os.getpid():
             # After a fork, file offsets and connections are the parent's.
             span = window_of(self.data, self.sets) * self.data.lanes
+            if isinstance(self.plan, Composed) and self.plan.scattered:
+                span = self.plan.total
             self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
             self._owner = os.getpid()
             self._planned = {}

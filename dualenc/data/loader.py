@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dualenc.config import Data
 from dualenc.data.batch import Batch
+from dualenc.data.batches import Composed, ReadFacts, compose
 from dualenc.data.dataset import Failure, StepDataset, StepSampler, TeacherView, check_mix, members_of
 from dualenc.data.modalities.modality import ModalityInput
 from dualenc.data.order import Plan
@@ -45,10 +46,11 @@ class Loader:
         views: name → a further version of a modality's items.
         redraw: modality → (seed, passes): its augmentation is drawn as in run ``seed``, with epoch p as epoch
             p % ``passes``, so that stored views are repeated.
+        order_from: the step at which the order begins; a phase with other data begins it anew.
 
     Attributes:
         plan: the order.
-        how_read: a line for each source with remote shards.
+        how_read: a line for each source with remote shards; described: a line for each whose batches are composed.
         stop_step: iteration ends before this step; None: never. Set it before iterating.
         last_wait_s, data_wait: seconds the consumer waited for the last batch, and for all of them.
 
@@ -72,20 +74,23 @@ class Loader:
         start_method: str | None = None,
         views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
+        order_from: int = 0,
     ) -> None:
         if batch_size % world:
             raise ConfigError(f"batch.size ({batch_size}) must be a multiple of the {world} ranks.")
         wanted = [members_of(data, i, inputs, pairs) for i in range(len(data.sources))]
         check_mix(data, inputs, pairs)
         self.sets = open_sources(data)
-        self.plan: Plan = build_plan(data, self.sets, seed)
         self.rank, self.world, self.batch_size = rank, world, batch_size
         self.start_step = start_step
         self.stop_step: int | None = None
         self.last_wait_s = self.data_wait = 0.0
         self._data, self._pin, self._method = data, pin_memory, start_method
         self._cache = _open_cache(data, self.sets)
+        facts = ReadFacts(data, self.sets, self._cache)
+        self.plan: Plan = compose(build_plan(data, self.sets, seed), data, batch_size, facts)
         self.how_read = how_read(data, self.sets)
+        self.described = self.plan.describe() if isinstance(self.plan, Composed) else []
         self._finalizer = None
         if self._cache is not None and data.cache_dir is None:
             self._finalizer = weakref.finalize(self, self._cache.remove)
@@ -104,6 +109,7 @@ class Loader:
             views,
             redraw,
             _kinds(data, self.sets, self._cache),
+            order_from,
         )
         self._iterator: Any = None
         self._lost_worker = False
@@ -202,7 +208,7 @@ class Loader:
 
     def _awaited(self, step: int) -> str:
         """The part of the stall message that describes a step."""
-        refs = self.plan.local(step, self.rank, self.world, self.batch_size)
+        refs = self._steps.planned(step)
         at = sorted({(int(s), int(h)) for s, h in zip(refs.source, refs.shard, strict=True)})
         names = [self.sets[s].urls[h] for s, h in at]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -110,6 +110,7 @@ class SourceOrder:
         self.replace = sampling == "with_replacement"
         self.lanes = min(lanes, self.n)
         self.window = window
+        self.starts: Ints = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self._shards: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
 
     def at(self, q: Ints) -> tuple[Ints, Ints, Ints]:
@@ -223,6 +224,12 @@ class Plan:
         # Shares as 32-bit fractions whose last bound is exactly one: apportionment is then integer arithmetic.
         self._bounds = [round(b * 2**32) for b in np.cumsum(self.shares)[:-1]] + [2**32]
         self._blocks: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
+
+    def _take_over(self, other: Plan) -> None:
+        """Become the order that ``other`` is: for plans that are built on another one."""
+        self.names, self.sources, self.shares, self.key = other.names, other.sources, other.shares, other.key
+        self._settings, self.block, self._bounds = other._settings, other.block, other._bounds
+        self._blocks = OrderedDict()
 
     @property
     def total(self) -> int:

@@ -56,6 +56,7 @@ def contrast(
     ba: RowLoss | None,
     *,
     values: Mapping[str, Tensor] | None = None,
+    row_values: Mapping[str, Tensor] | None = None,
     columns: Sequence[FurtherColumns] = (),
     how: How | None = None,
 ) -> LossOutput:
@@ -67,6 +68,7 @@ def contrast(
         logit_scale: [1].
         ab: the loss of rows of ``a`` against columns of ``b``; ba: the reverse; None: that direction is left out.
         values: name → [B, …] of the slots, without gradient, int64 or floating; the columns' come from all ranks.
+        row_values: likewise, of rows only: they stay on this rank, so a row may have as many as there are columns.
         columns: further columns, in the same order on all ranks.
         how: tiled, or None for the whole matrix.
 
@@ -75,15 +77,18 @@ def contrast(
         W); ``top1_ab``, ``top1_ba``: the share of rows with a positive above every negative; the row losses' metrics.
 
     Raises:
-        ValueError: further columns without a value that the slots have.
+        ValueError: further columns without a value that the slots have, or ``row_values`` and two directions: in a
+            tile of both, rows of the second come from other ranks.
     """
     check_equal_shapes(a)
-    values = {k: x.detach().contiguous() for k, x in (values or {}).items()}
+    values, row_values = ({k: x.detach().contiguous() for k, x in (v or {}).items()} for v in (values, row_values))
+    if row_values and ba is not None:
+        raise ValueError("row_values need ba=None; call contrast once for each direction")
     for extra in columns:
         check_equal_shapes(extra.x)
         if lacking := [k for k in values if k not in extra.values]:
             raise ValueError(f"further columns have no {lacking[0]!r}, which this loss reads of every column")
-    plan, further = SumPlan(ids, values, ab, ba, tuple(columns)), [extra.x for extra in columns]
+    plan, further = SumPlan(ids, values, ab, ba, tuple(columns), row_values), [extra.x for extra in columns]
     all_ids = gather_ids(ids)
     share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
     if how is None:
@@ -95,7 +100,7 @@ def contrast(
     else:
         of_a, of_b, hits_a, hits_b = tiled_sums(a, b, logit_scale, plan, how, further)
         chosen = Valid(ids)
-        rows = Side(chosen.of(ids), {k: chosen.of(x) for k, x in values.items()})
+        rows = Side(chosen.of(ids), {k: chosen.of(x) for k, x in {**values, **row_values}.items()})
         valid = rows.ids >= 0
     # Zeros that run the backward's collectives on a rank without rows, too.
     total = of_a.new_zeros(()) + of_a.flatten()[:0].sum() + of_b.flatten()[:0].sum()
@@ -257,7 +262,8 @@ class _StandIn:
     def rows(self, valid: Tensor, plan: SumPlan) -> Side:
         """This rank's slots."""
         ids = torch.where(valid, plan.ids, self.ids[self.at].clamp(min=0))
-        return Side(ids, {k: torch.where(_like(valid, x), x, self.own[k]) for k, x in plan.values.items()})
+        own = {k: torch.where(_like(valid, x), x, self.own[k]) for k, x in plan.values.items()}
+        return Side(ids, own | {k: x.masked_fill(_like(~valid, x), 0) for k, x in plan.row_values.items()})
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

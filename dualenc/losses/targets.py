@@ -55,6 +55,7 @@ class SoftTarget(RowLoss):
     Attributes:
         targets: T; push, pull: functions of the logits, None: the logits; smoothing: ε.
         excess: show ``excess``, ℓ minus the entropy of T̄ (a KL divergence; without smoothing).
+        divergence: the loss is that KL divergence instead of ℓ; the gradient is the same.
     """
 
     targets: Targets
@@ -62,13 +63,14 @@ class SoftTarget(RowLoss):
     pull: TileFunction | None = None
     smoothing: float = 0.0
     excess: bool = False
+    divergence: bool = False
 
     @property
     def kinds(self) -> Sequence[Kind]:
         """See the base class."""
         wanted: list[Kind] = [Mean] if self.targets.log else [Sum, Sum]
         smooth: list[Kind] = [Sum, Sum] if self.smoothing else []
-        entropy: list[Kind] = ([LogSumExp, Mean] if self.targets.log else [Sum]) if self.excess else []
+        entropy: list[Kind] = ([LogSumExp, Mean] if self.targets.log else [Sum]) if self._entropy else []
         return [LogSumExp, *wanted, *smooth, *entropy]
 
     def sums(self, tile: Tile) -> Sequence[Reduction | None]:
@@ -85,27 +87,35 @@ class SoftTarget(RowLoss):
         if self.smoothing:
             there = ~push.isneginf()
             out += [Sum(torch.where(there, push, 0.0)), None if tile.backward else Sum(there.to(push.dtype))]
-        if self.excess and self.targets.log:
+        if self._entropy and self.targets.log:
             finite = torch.where(target.isneginf(), 0.0, target)
             out += [None, None] if tile.backward else [LogSumExp(target), Mean(finite, target)]
-        elif self.excess:
+        elif self._entropy:
             out.append(None if tile.backward else Sum(torch.xlogy(target, target)))
         return out
 
     def loss(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> Tensor:
         """See the base class."""
+        return self._excess(sums) if self.divergence else self._cross_entropy(sums)
+
+    def metrics(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> dict[str, Tensor]:
+        """See the base class."""
+        return {"excess": self._excess(sums)} if self.excess else {}
+
+    @property
+    def _entropy(self) -> bool:
+        return self.excess or self.divergence
+
+    def _cross_entropy(self, sums: Sequence[Tensor]) -> Tensor:
         wanted = sums[1] if self.targets.log else sums[1] / sums[2]
         if self.smoothing:
             k = 2 if self.targets.log else 3
             wanted = (1 - self.smoothing) * wanted + self.smoothing * sums[k] / sums[k + 1]
         return sums[0] - wanted
 
-    def metrics(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> dict[str, Tensor]:
-        """See the base class."""
-        if not self.excess:
-            return {}
+    def _excess(self, sums: Sequence[Tensor]) -> Tensor:
         entropy = sums[-2] - sums[-1] if self.targets.log else sums[2].log() - sums[-1] / sums[2]
-        return {"excess": self.loss(sums, rows, scale) - entropy}
+        return self._cross_entropy(sums) - entropy
 
 
 def without(mask: Callable[[Tile], Tensor]) -> TileFunction:

@@ -13,6 +13,7 @@ from dualenc.data.modalities.camera import CameraInput
 from dualenc.data.modalities.image import ImageInput
 from dualenc.data.modalities.lidar import LidarInput
 from dualenc.data.modalities.modality import ModalityInput
+from dualenc.data.modalities.series import SeriesInput
 from dualenc.data.modalities.text import TextInput
 
 CAMERAS = 6
@@ -21,7 +22,7 @@ CAMERAS = 6
 
 def widest(source: ModalityInput, count: int) -> Any:
     """``count`` collated rows of the largest size that training may see: text that fills its context, audio of
-    ``max_s``, a sweep of ``max_points``, every camera. Another modality gives its dummy row."""
+    ``max_s``, a series of ``length``, a sweep of ``max_points``, every camera. Another modality gives its dummy row."""
     return source.collate([_widest(source)] * count)
 
 
@@ -34,6 +35,8 @@ def _widest(source: ModalityInput) -> Any:
     if isinstance(source, AudioInput):
         wave: Tensor = row["wave"]
         return {**row, "wave": wave.repeat(-(-source.samples // len(wave)))[: source.samples]}
+    if isinstance(source, SeriesInput):
+        return np.zeros((source.config.channels, source.config.length), np.float32)
     if isinstance(source, LidarInput):
         return {**row, "points": _sweep(source)}
     if isinstance(source, CameraInput):

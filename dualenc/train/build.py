@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dualenc.checkpoint import save as ckpt
+from dualenc.checkpoint.ranges import Stored
 from dualenc.config import Recipe
+from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
-from dualenc.distributed.world import World
-from dualenc.engine import Engine, build_engine
+from dualenc.distributed.world import World, agree, all_gather_object
+from dualenc.encoders.dual_encoder import DualEncoder
+from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
-from dualenc.errors import CheckpointError, did_you_mean
+from dualenc.errors import CheckpointError, DataError, did_you_mean
 from dualenc.losses import Loss, build_loss, check_loss
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
+from dualenc.model.carry import Carried, Kept
 from dualenc.train.flops import FlopCount
+from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
 
@@ -38,6 +44,7 @@ class Parts:
         samples: where the ids of every step's samples are written, if the recipe asks for them.
         resumed_from: the checkpoint this run resumes from.
         total_steps: length of the whole run.
+        span: the phase of the run that these parts are for; ``recipe`` is its recipe, ``whole`` that of the run.
         parameter_count: of the whole model, also where a rank holds a part of it.
         sharded: whether every rank writes its own part of a checkpoint.
         flops: operations of a step, counted on the first batch.
@@ -61,6 +68,14 @@ class Parts:
     parameter_count: int
     sharded: bool
     flops: FlopCount
+    span: Span
+    whole: Recipe
+
+    @property
+    def lr_factor(self) -> float:
+        """The factor on every base learning rate for the next step."""
+        (start, stop), size = self.span.schedule, self.recipe.batch.size
+        return lr_factor(self.state.samples_seen - start * size, (stop - start) * size, self.recipe.schedule)
 
     def close(self) -> None:
         """Stop the workers and close the files."""
@@ -70,36 +85,50 @@ class Parts:
             self.samples.close()
 
 
-def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
+def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) -> Parts:
     """Build a run that starts from scratch or resumes from its checkpoint. All ranks call it alike.
+
+    Args:
+        whole: the recipe of the run; of its phases the one that the checkpoint leads to is built.
+        save: the checkpoint to resume from; None: what the recipe says.
 
     Raises:
         ConfigError, DataError, CheckpointError: the recipe asks for something that does not exist or cannot be built.
     """
-    save = find_save(recipe, run_dir, world)
+    save = find_save(whole, run_dir, world) if save is None else save
+    spans = timeline(whole) if whole.phases else None
+    step = 0 if save is None else ckpt.load_state(save).step
+    span = span_at(spans, step) if spans is not None else None
+    recipe = whole if span is None else span.recipe
+    crossing = span is not None and span.number > 0 and span.start == step
     loss = build_loss(recipe.loss)
     check_loss(loss, recipe.data, recipe.pairs)
     bundle = begin_model(recipe, fresh=save is None)
     add_heads(loss, bundle, recipe.seed)
     distiller = Distiller(recipe, bundle, world.device) if recipe.distill is not None else None
-    state = begin_state(recipe, distiller, save)
+    state = begin_state(whole, distiller, save, spans)
     counts = [(p.numel(), p.requires_grad) for p in bundle.model.parameters()]  # before ZeRO 3 empties them
     size = sum(n for n, _ in counts)
     sharded = ckpt.is_sharded(recipe, size, sum(n for n, trained in counts if trained), world.world_size)
     flops = FlopCount(bundle.model)
+    saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
-    if save is not None:  # after the engine has cut the model: a rank reads its own part
-        engine.load_model_state(ckpt.trained_weights(save))
-        engine.load_optimizer_state(ckpt.optimizer_state(save), state.optimizer)
+    if saved is not None:  # after the engine has cut the model: a rank reads its own part
+        engine.load_model_state(saved.weights)
+        engine.load_optimizer_state(saved.optimizer, saved.scalars)
     if distiller is not None:
         loss = distiller.loss(loss)
         if save is not None:
             distiller.load_state_dict(load_file(str(save / "teachers.safetensors")))
-    loader = build_loader(recipe, bundle, world, distiller, state.step, pin_memory=engine.device.type == "cuda")
-    check_data(state, loader.plan.digest(), save)
-    total = total_steps(recipe, loader.plan.samples_per_pass)
-    loader.stop_step = total
-    average = build_average(recipe, engine, state.samples_seen, total, save)
+    on_gpu = engine.device.type == "cuda"
+    loader = build_loader(recipe, bundle, world, distiller, state.step, pin_memory=on_gpu, span=span)
+    check_data(state, loader.plan.digest(), save, 0 if span is None else span.data_phase)
+    if span is None:
+        total = total_steps(recipe, loader.plan.samples_per_pass)
+        span = Span(0, recipe, 0, total, total, 0, 0, (0, total))
+    total = span.total
+    loader.stop_step = span.stop
+    average = build_average(recipe, engine, state.samples_seen, total, saved)
     ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, [s.name for s in recipe.data.sources])
     ledger.load_state_dict(state.ledger)
     tracker = Tracker(run_dir, recipe, state.step, total, world.rank == 0)
@@ -124,6 +153,8 @@ def build(recipe: Recipe, run_dir: Path, world: World) -> Parts:
         parameter_count=size,
         sharded=sharded and not bundle.model.adapters,  # rank 0 merges adapters, from whole tensors
         flops=flops,
+        span=span,
+        whole=whole,
     )
 
 
@@ -197,28 +228,69 @@ def _check(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, 
 # --- the other parts ---------------------------------------------------------------------------------------------
 
 
-def begin_state(recipe: Recipe, distiller: Distiller | None, save: Path | None) -> ckpt.TrainState:
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a checkpoint gives a run: weights, their average if it has one, optimizer state."""
+
+    weights: Stored
+    average: Stored | None
+    optimizer: Stored
+    scalars: Mapping[str, Any]
+
+
+def saved_of(save: Path, state: ckpt.TrainState, model: DualEncoder, recipe: Recipe, begins: Span | None) -> Saved:
+    """What a checkpoint holds, as it is; or, where the phase ``begins`` with it, as the phase's ``model`` goes on."""
+    weights, optimizer = ckpt.trained_weights(save), ckpt.optimizer_state(save)
+    average = ckpt.average_weights(save) if ckpt.has_average(save) else None
+    if begins is None:
+        return Saved(weights, average, optimizer, state.optimizer)
+    carried = Carried(weights, model)
+    trained = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: s for n, s in trained.items() if n not in carried.fitted}
+    kept = Kept(optimizer, trained)
+    had = {k.rpartition("/")[0] for k in kept.shapes}
+    refuse_newcomers(recipe, begins.number, {n for n, p in model.named_parameters() if p.requires_grad} - had)
+    scalars = dict(state.optimizer)
+    scalars["scalars"] = {n: v for n, v in scalars.get("scalars", {}).items() if n in trained}
+    return Saved(carried, None if average is None else Carried(average, model), kept, scalars)
+
+
+def begin_state(
+    recipe: Recipe, distiller: Distiller | None, save: Path | None, spans: list[Span] | None = None
+) -> ckpt.TrainState:
     """The state of a new run, or that of a checkpoint, which must belong to the same run."""
     now = fingerprint(recipe)
+    if spans is not None:
+        now["phases"] = [{"step": s.start, **fingerprint(s.recipe)} for s in spans[1:]]
     if distiller is not None:
         now["teachers"] = distiller.describe()
     if save is None:
         return ckpt.TrainState(fingerprint=now)
     state = ckpt.load_state(save)
-    refuse_changes(state.fingerprint, now, save)
+    refuse_changes(state.fingerprint, now, save, state.step)
     state.fingerprint = now
     return state
 
 
 def build_loader(
-    recipe: Recipe, bundle: Bundle, world: World, distiller: Distiller | None, start_step: int, pin_memory: bool
+    recipe: Recipe,
+    bundle: Bundle,
+    world: World,
+    distiller: Distiller | None,
+    start_step: int,
+    pin_memory: bool,
+    span: Span | None = None,
 ) -> Loader:
-    """This rank's batches, with what the teachers ask for."""
+    """This rank's batches, with what the teachers ask for. What a batch plan reads is written by rank 0 first."""
+    seed = recipe.seed if span is None else span.data_seed
+    if recipe.data.batches is not None:
+        first = world.rank == 0
+        agree(lambda: prepare(recipe.data, recipe.batch.size, seed) if first else None, world)
     loader = Loader(
         recipe.data,
         bundle.inputs,
         recipe.pairs,
-        seed=recipe.seed,
+        seed=seed,
         batch_size=recipe.batch.size,
         rank=world.rank,
         world=world.world_size,
@@ -226,13 +298,19 @@ def build_loader(
         pin_memory=pin_memory,
         views=distiller.views if distiller else None,
         redraw=distiller.redraw if distiller else None,
+        order_from=0 if span is None else span.data_from,
     )
+    if recipe.data.batches is not None and len(set(all_gather_object(loader.plan.digest(), world))) > 1:
+        raise DataError(
+            f"data.batches: the ranks read different files for {recipe.data.batches.name}; copy the shards and the "
+            "file of clusters or neighbours from one machine to all"
+        )
     if distiller is not None:
         distiller.covers(loader.sets)
     return loader
 
 
-def build_average(recipe: Recipe, engine: Engine, seen: int, total_steps: int, save: Path | None) -> Average | None:
+def build_average(recipe: Recipe, engine: Engine, seen: int, total_steps: int, saved: Saved | None) -> Average | None:
     """The weight average that the recipe keeps, if any."""
     optim, size = recipe.optim, recipe.batch.size
     average: Average
@@ -243,8 +321,8 @@ def build_average(recipe: Recipe, engine: Engine, seen: int, total_steps: int, s
         average = EMA(engine.module, optim.ema_samples)
     else:
         return None
-    if save is not None and ckpt.has_average(save):
-        average.load_state_dict(ckpt.average_weights(save))
+    if saved is not None and saved.average is not None:
+        average.load_state_dict(saved.average)
     return average
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualenc.config import Recipe
+from dualenc.config import Recipe, phase_recipes
+from dualenc.data.batches import chosen_batches
+from dualenc.data.batches.composed import check_sampling
 from dualenc.data.plans import chosen
 from dualenc.distill.objective import build_terms
 from dualenc.distributed.world import check_device
@@ -12,6 +14,7 @@ from dualenc.encoders.released.find_released import FORMS, find_released
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
 from dualenc.losses import build_loss, check_loss
 from dualenc.model.load import model_folder
+from dualenc.train.phases import check_models, refuse_engine, timeline
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -23,8 +26,18 @@ def check_recipe(recipe: Recipe) -> None:
         DataError: a teacher's cache that does not exist.
         CheckpointError: a checkpoint to resume from that does not exist.
     """
+    if recipe.phases:
+        refuse_engine(recipe)
+        for one in phase_recipes(recipe):
+            check_recipe(one)
+        timeline(recipe)
+        check_models(recipe)
+        return
     check_device(recipe.engine.device)
     chosen(recipe.data.sampling)
+    if recipe.data.batches is not None:
+        chosen_batches(recipe.data.batches)
+        check_sampling(recipe.data)
     check_loss(build_loss(recipe.loss), recipe.data, recipe.pairs)
     if recipe.distill is not None:
         build_terms(recipe.distill)
@@ -50,6 +63,10 @@ def check_length(recipe: Recipe, total_steps: int) -> None:
     Raises:
         ConfigError: naming both lengths.
     """
+    if recipe.phases:
+        for span in timeline(recipe):
+            check_length(span.recipe, span.schedule[1] - span.schedule[0])
+        return
     samples, warmup = total_steps * recipe.batch.size, recipe.schedule.warmup_samples
     if warmup >= samples:
         raise ConfigError(

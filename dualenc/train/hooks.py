@@ -21,6 +21,7 @@ from dualenc.train.build import Parts
 from dualenc.train.flops import peak_memory, speed
 from dualenc.train.step import StepResult
 from dualenc.train.stop import StopFlag
+from dualenc.train.tracking import metrics_at
 
 PROMPT_S = 2.0
 """Ranks look about this often (in seconds): a signal or a timed checkpoint waits no longer than this plus one step."""
@@ -38,6 +39,7 @@ class Moment:
         save_due: by the clock, a checkpoint is due.
         written: no rank still writes a checkpoint in the background; known at a look.
         fallen: the guard stops the run.
+        ends_phase: another phase begins after it, or the run ends.
     """
 
     step: int
@@ -48,6 +50,7 @@ class Moment:
     save_due: bool = False
     written: bool = False
     fallen: bool = False
+    ends_phase: bool = False
 
 
 class Hook(Protocol):
@@ -199,6 +202,14 @@ class Log:
         self._losses: list[Tensor] = []
         self._wait, self._since = 0.0, time.perf_counter()
 
+    def begin_phase(self) -> None:
+        """Mark the phase where it begins, once: a run that was killed there has marked it already."""
+        p = self._parts
+        if p.whole.phases and p.state.step == p.span.start:
+            number = p.span.number
+            if metrics_at(p.run_dir / "metrics.jsonl", p.state.step).get("phase") != number:
+                p.tracker.log(p.state.step, {"samples_seen": p.state.samples_seen, "phase": number})
+
     def note(self, loss: Tensor, wait_s: float) -> None:
         """Add a step; ``wait_s``: seconds that it waited for its batch."""
         self._losses.append(loss)
@@ -213,7 +224,7 @@ class Log:
 
     def by_step(self, now: Moment) -> bool:
         """Whether a line is due by the step number alone."""
-        return now.step % self._parts.recipe.tracking.log_every == 0 or now.last
+        return now.step % self._parts.recipe.tracking.log_every == 0 or now.last or now.ends_phase
 
     def run(self, now: Moment) -> None:
         """Write a line.

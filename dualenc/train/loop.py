@@ -7,6 +7,7 @@ resumed run needs no loader state and no RNG state: it sets the step and continu
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import time
@@ -17,12 +18,12 @@ from pathlib import Path
 import torch
 
 from dualenc.checkpoint.ranges import WriteError
+from dualenc.checkpoint.save import folder_of
 from dualenc.config import Batches, Recipe, dump_yaml
 from dualenc.data.batch import Batch
 from dualenc.data.loader import Loader
 from dualenc.distributed.failure import naming_missing_ranks
 from dualenc.distributed.world import World, any_true, broadcast_object, close_world, init_world
-from dualenc.engine import lr_factor
 from dualenc.errors import ConfigError, DualencError, Interrupted
 from dualenc.files import write_atomically
 from dualenc.seeds import derive_seed
@@ -63,8 +64,9 @@ class Run:
         guard: Evaluation | None = None,
         stop: StopFlag | None = None,
         profile: int | None = None,
+        save: Path | None = None,
     ) -> None:
-        self.parts: Parts = build(recipe, run_dir, world)
+        self.parts: Parts = build(recipe, run_dir, world, save)
         self.profile = None if profile is None else Profile(self.parts, profile)
         self.stop = stop or StopFlag()
         self.save = Save(self.parts)
@@ -85,7 +87,7 @@ class Run:
         ]
 
     def train(self) -> None:
-        """Train to the end of the budget.
+        """Train to the end of the budget, or to that of the phase.
 
         Raises:
             Interrupted: after SIGTERM, SIGHUP or Ctrl-C, once the run is saved.
@@ -99,6 +101,7 @@ class Run:
         self.save.tidy()
         self.evaluate.at_start()
         self.guard.at_start()
+        self.log.begin_phase()
         self.log.begin()
         for batch in self.parts.loader:
             if self.profile is not None:
@@ -127,7 +130,7 @@ class Run:
     def _probe(self) -> Loader:
         """Batches of one slot, read by this process."""
         p = self.parts
-        data = p.recipe.data.model_copy(update={"workers": 0})
+        data = p.recipe.data.model_copy(update={"workers": 0, "batches": None})
         small = p.recipe.model_copy(update={"data": data, "batch": Batches(size=p.world.world_size)})
         return build_loader(small, p.bundle, p.world, p.distiller, 0, pin_memory=False)
 
@@ -140,7 +143,7 @@ class Run:
         p.ledger.add(batch)
         p.flops.note(batch)
         size = p.recipe.batch.size
-        p.engine.set_lr_factor(lr_factor(p.state.samples_seen, p.total_steps * size, p.recipe.schedule))
+        p.engine.set_lr_factor(p.lr_factor)
         batch = batch.to(p.engine.device)
         if p.distiller is not None:
             batch = p.distiller.prepare(batch, p.engine.module, p.loss)
@@ -152,11 +155,13 @@ class Run:
         self.finite.note(p.state.step, batch.keys, result.skipped)
         self.log.note(result.loss, p.loader.last_wait_s)
         p.tracker.advance(p.state.step)
-        return Moment(p.state.step, p.state.step == p.total_steps, result)
+        ends = p.state.step == p.span.stop
+        return Moment(p.state.step, p.state.step == p.total_steps, result, ends_phase=ends)
 
     def _reads(self, now: Moment) -> bool:
         """Whether something after this step reads the device anyway."""
-        return self.log.by_step(now) or self.save.by_step(now) or self.guard.due(now) or self.evaluate.due(now)
+        reads = self.log.by_step(now) or self.save.by_step(now) or self.guard.due(now) or self.evaluate.due(now)
+        return reads or now.ends_phase
 
     def close(self) -> None:
         """Let a checkpoint that is being written end; stop the workers and close the files."""
@@ -200,8 +205,35 @@ def _train(
     profile: int | None,
 ) -> None:
     with _folder(run_dir, world):
-        run = Run(recipe, run_dir, world, evaluation, guard, stop, profile)
+        run_phases(recipe, run_dir, world, evaluation, guard, stop, profile)
+
+
+def run_phases(
+    recipe: Recipe,
+    run_dir: Path,
+    world: World,
+    evaluation: Evaluation | None = None,
+    guard: Evaluation | None = None,
+    stop: StopFlag | None = None,
+    profile: int | None = None,
+) -> None:
+    """Train phase after phase to the end, each built anew from the checkpoint that the one before ends with.
+
+    ``profile`` is of the first phase.
+    """
+    save: Path | None = None
+    while True:
+        run = Run(recipe, run_dir, world, evaluation, guard, stop, profile, save)
+        profile = None
         _carry_out(run)
+        step = run.parts.state.step
+        if step >= run.parts.total_steps:
+            return
+        save = folder_of(run_dir, step)
+        del run
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -239,7 +271,7 @@ def _folder(run_dir: Path, world: World) -> Iterator[None]:
 
 
 def _carry_out(run: Run) -> None:
-    recipe, run_dir, world = run.parts.recipe, run.parts.run_dir, run.parts.world
+    recipe, run_dir, world = run.parts.whole, run.parts.run_dir, run.parts.world
     try:
         if world.rank == 0:
             resumed = run.parts.resumed_from is not None
@@ -267,6 +299,11 @@ def greet(parts: Parts) -> None:
         f"global batch {r.batch.size} on {parts.world.world_size} rank(s), "
         f"{parts.total_steps} steps = {parts.total_steps * r.batch.size:,} samples, run folder {parts.run_dir}"
     )
+    if parts.whole.phases:
+        s = parts.span
+        parts.tracker.say(f"Phase {s.number} of {len(parts.whole.phases)}: steps {s.start:,} to {s.stop:,}.")
+    for line in parts.loader.described:
+        parts.tracker.say(f"{line}.")
     for line in parts.loader.how_read:
         parts.tracker.say(f"{line}.")
     if parts.resumed_from is not None:

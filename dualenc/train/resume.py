@@ -42,7 +42,7 @@ def find_save(recipe: Recipe, run_dir: Path, world: World) -> Path | None:
 def fingerprint(recipe: Recipe) -> dict[str, Any]:
     """What must stay the same for a resumed run to be the run that was saved."""
     full = recipe.model_dump(mode="json")
-    data = {k: full["data"][k] for k in ("sampling", "lanes", "window")}
+    data = {k: full["data"][k] for k in ("sampling", "lanes", "window", "batches") if k in full["data"]}
     named = ("name", "weight", "members", "values")  # values: only where a source has some
     sources = [{k: s[k] for k in named if k in s} for s in full["data"]["sources"]]
     keys = ("seed", "modalities", "pairs", "embed_dim", "loss")
@@ -58,9 +58,21 @@ def fingerprint(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path) -> None:
-    """Raise CheckpointError naming the first field that differs: continuing with it would be another run."""
-    for key, value in json.loads(json.dumps(dict(now))).items():
+def begun(phases: list[list[dict[str, Any]]], step: int) -> list[list[dict[str, Any]]]:
+    """Of each list of phases those of which a step was done before ``step``."""
+    return [[p for p in some if p["step"] < step] for some in phases]
+
+
+def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path, step: int = 0) -> None:
+    """Raise CheckpointError naming the first field that differs: continuing with it would be another run.
+
+    Of the phases those count that have begun; later ones may still be changed.
+    """
+    plain = json.loads(json.dumps(dict(now)))
+    phases = begun([plain.pop("phases", []), saved.get("phases", [])], step)
+    plain |= {f"phases.{k}": phases[0][k] if k < len(phases[0]) else None for k in range(max(map(len, phases)))}
+    saved = {**saved, **{f"phases.{k}": x for k, x in enumerate(phases[1])}}
+    for key, value in plain.items():
         if saved.get(key) != value:
             where, old, new = first_difference(key, saved.get(key), value)
             raise CheckpointError(
@@ -69,9 +81,10 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path)
             )
 
 
-def check_data(state: ckpt.TrainState, digest: str, save: Path | None) -> None:
-    """Remember what data the run reads; refuse to resume with other sample counts, which change the data order."""
-    saved = state.data.setdefault("plan", digest)
+def check_data(state: ckpt.TrainState, digest: str, save: Path | None, phase: int = 0) -> None:
+    """Remember what data the run reads, since ``phase``; refuse to resume with other sample counts, which change the
+    data order."""
+    saved = state.data.setdefault("plan" if phase == 0 else f"plan of phase {phase}", digest)
     if saved != digest:
         raise CheckpointError(
             f"{save} was written on other data: names, weights or sample counts of the shards differ. Use the shards "

@@ -99,7 +99,8 @@ class Save:
     def due(self, now: Moment) -> bool:
         owed = now.looking and (self._owed or self._unpruned)
         complete = now.written and self._pending is not None
-        return now.save_due or self.by_step(now) or now.last or now.stopping or now.fallen or owed or complete
+        ends = now.last or now.ends_phase
+        return now.save_due or self.by_step(now) or ends or now.stopping or now.fallen or owed or complete
 
     def by_step(self, now: Moment) -> bool:
         """Whether a checkpoint is due by the step number alone."""
@@ -115,19 +116,21 @@ class Save:
         """Write a checkpoint if one is due, and remove those no longer needed.
 
         Raises:
-            DivergenceError: the weights after the last step are not finite.
+            DivergenceError: the weights after the last step of the run or of a phase are not finite.
         """
-        wanted = now.save_due or self.by_step(now) or now.last or now.stopping or now.fallen or self._owed
+        ends = now.last or now.ends_phase
+        wanted = now.save_due or self.by_step(now) or ends or now.stopping or now.fallen or self._owed
         if wanted or now.written:
             self.settle()
         if wanted:
             self._owed = bool(self.finite.in_a_row) or not self._weights_are_finite()
-            if self._owed and now.last:
-                self.finite.give_up("The weights after the last step are not finite.")
+            if self._owed and ends:
+                at_phase = "The last step before the next phase, or the weights after it, are not finite."
+                self.finite.give_up("The weights after the last step are not finite." if now.last else at_phase)
             if self._owed:
                 self._last = time.monotonic()
             else:
-                ends = now.last or now.stopping or now.fallen
+                ends = ends or now.stopping or now.fallen
                 self.write(background=self._parts.recipe.checkpoint.background and not ends)
         if self._unpruned:
             self._prune(proven=now.step if now.last else self.finite.proven)
@@ -228,7 +231,9 @@ class Save:
         ``Bundle.save`` takes them."""
         p = self._parts
         provenance = {"step": p.state.step, "samples_seen": p.state.samples_seen, "git": git_hash()}
-        teachers = p.distiller and {k: x.detach().cpu().clone() for k, x in p.distiller.state_dict().items()}
+        teachers = None
+        if p.distiller is not None:
+            teachers = {k: x.detach().cpu().clone() for k, x in p.distiller.state_dict().items()}
         state = copy.deepcopy(p.state)
 
         def write(saver: ckpt.Saver, **weights: Any) -> None:
@@ -236,7 +241,7 @@ class Save:
             if teachers is not None:
                 saver.tensors("teachers.safetensors", teachers)
             saver.state(state)
-            (saver.folder / "recipe.yaml").write_text(dump_yaml(p.recipe), encoding="utf-8")
+            (saver.folder / "recipe.yaml").write_text(dump_yaml(p.whole), encoding="utf-8")
 
         return write
 

@@ -92,6 +92,19 @@ def test_student_equal_to_teacher_has_nothing_to_learn() -> None:
     del CASES["same"]
 
 
+def test_weights_by_sample_have_an_effect() -> None:
+    """The released code multiplies the mean of a batch by weights that sum to 1: the plain term again."""
+    s = make_sides(list(range(8)), 3)
+    found = {}
+    for dynamic in ("none", "teacher", "student"):
+        CASES["weighted"] = ("dcd", {"a": 1.0, "candidates": "all", "dynamic": dynamic, "weight_temperature": 0.1})
+        g = gradients(ours("weighted", s), s)[0]
+        found[dynamic] = g / g.norm()
+    del CASES["weighted"]
+    for dynamic in ("teacher", "student"):
+        assert float((found[dynamic] * found["none"]).sum()) < 0.999, dynamic
+
+
 def test_a_strip_never_holds_the_matrix() -> None:
     seen = []
 

@@ -188,20 +188,26 @@ def region_table(arguments: argparse.Namespace, console: Console) -> list[float]
 
 
 def term_table(arguments: argparse.Namespace, console: Console) -> list[float]:
-    """Every other registered loss, on a toy with its heads, labels and absent rows; printed; returns the cells."""
+    """Every other registered loss, on a toy with its heads, labels and absent rows, on DDP, and on 2 ranks where
+    engines cut parameters or optimizer state, the heads' too; printed; returns the cells."""
     import _term_jobs
 
-    table = Table(title="All other losses, DDP: whole batch, micro-batches")
-    columns: dict[int, dict[str, Any]] = {}
-    for world_size in ranks_of(arguments):
-        found = spawn(Path(_term_jobs.__file__), "sweep", world_size, {"engines": ["DDP"]}, timeout_s=1200)[0]
-        columns[world_size] = _term_jobs.differences(found)
-    for head in ("loss", *(f"{n} ranks" for n in columns)):
+    table = Table(title="All other losses: whole batch, micro-batches")
+    columns: dict[str, dict[str, Any]] = {}
+    worlds = {n: ["DDP"] for n in ranks_of(arguments)}
+    worlds.setdefault(2, []).extend(["FSDP2", "ZeRO 1", "ZeRO 2", *(["ZeRO 0", "ZeRO 3"] if arguments.all else [])])
+    for world_size, engines in worlds.items():
+        found = spawn(Path(_term_jobs.__file__), "sweep", world_size, {"engines": engines}, timeout_s=3600)[0]
+        off = _term_jobs.differences(found)
+        for engine in engines:
+            chosen = {case: cell for case, cell in off.items() if case.startswith(f"{engine}/")}
+            columns[f"{engine}, {world_size} ranks"] = {case.partition("/")[2]: x for case, (x, _) in chosen.items()}
+    for head in ("loss", *columns):
         table.add_column(head)
     for name in _term_jobs.names():
-        table.add_row(name, *(" ".join(shown(c[f"DDP/{name}/{k}"][0]) for k in (1, 2)) for c in columns.values()))
+        table.add_row(name, *(" ".join(shown(c[f"{name}/{k}"]) for k in (1, 2)) for c in columns.values()))
     console.print(table)
-    return [x for cells in columns.values() for x, _ in cells.values()]
+    return [x for cells in columns.values() for x in cells.values()]
 
 
 def contrast_table(arguments: argparse.Namespace, console: Console) -> list[float]:

@@ -7,6 +7,7 @@
                                         a caption beside each; ``captions.jsonl`` lists them
 ``sounds/``                             tones as WAV, a description beside each
 ``nuscenes/``                           a scene of nuScenes, where it is below DUALENC_DATA
+``recordings/``, ``BasicMotions_*.ts``  series of six channels, 24 of four classes
 ``clip-vit-base-patch32/``              a small CLIP in transformers' layout
 ``data/train-{000000..000099}.tar``     shards with an image, a sound and a text a sample; likewise ``data/mine``,
                                         ``data/fashion``, ``data/flickr8k`` and ``train-{000000..000001}.tar``
@@ -140,6 +141,7 @@ class Workplace:
         drawn = samples(40)
         self._photos(drawn)
         self._sounds()
+        self._series()
         if NUSCENES.is_dir():
             (self.template / "nuscenes").mkdir()
             (self.template / "nuscenes" / "samples").symlink_to(NUSCENES / "samples")
@@ -177,6 +179,24 @@ class Workplace:
             path = self.template / "sounds" / f"{i}.wav"
             path.write_bytes(_wav(i))
             path.with_suffix(".txt").write_text(f"noise number {i}")
+
+    def _series(self) -> None:
+        """Six channels of noise about a level that depends on the class."""
+        draw = np.random.default_rng(0)
+        header = (
+            "@problemName BasicMotions\n@timeStamps false\n@classLabel true Standing Running Walking Badminton\n@data\n"
+        )
+        for split in ("TRAIN", "TEST"):
+            lines = []
+            for i in range(24):
+                label = ("Standing", "Running", "Walking", "Badminton")[i % 4]
+                x = draw.normal(i % 4, 1, (6, 100)).astype(np.float32)
+                lines.append(":".join(",".join(f"{v:.4f}" for v in channel) for channel in x) + f":{label}\n")
+                if split == "TRAIN":
+                    folder = self.template / "recordings" / label
+                    folder.mkdir(parents=True, exist_ok=True)
+                    np.save(folder / f"{i}.npy", x)
+            (self.template / f"BasicMotions_{split}.ts").write_text(header + "".join(lines))
 
     def _programs(self) -> None:
         """``dualenc`` of the wheel, whose training lines get :data:`SHORT`; it stands before the environment's own."""

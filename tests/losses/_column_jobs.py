@@ -14,13 +14,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import _every_jobs as jobs
 
+from dualenc.distill.terms.soft_labels import TeacherScores
 from dualenc.distributed.world import World
 from dualenc.losses.blockwise import tiled
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.losses.contrast import NO_PAIR, FurtherColumns
+from dualenc.losses.contrast import NO_PAIR, FurtherColumns, contrast
 from dualenc.losses.soft_target import soft_target_nce
 from dualenc.losses.supcon import EqualValues, same_value
-from dualenc.losses.targets import SamePair, without
+from dualenc.losses.targets import SamePair, SoftTarget, without
 
 WAYS = {"plain": None, "tiled": How(1e-6, False, tiled), "ring": How(1e-6, True, tiled)}
 PER_SLOT = 2
@@ -70,6 +71,34 @@ def outcome(world: World, kind: str, way: str, targets: str, n: int = 24) -> dic
     return {**found, **{k: x.grad / world.world_size for k, x in given.items()}}
 
 
+def of_scores(world: World, way: str, n: int = 24) -> dict[str, Tensor]:
+    """KL to a table of scores [rows of this rank, all columns], which stays here; some pairs are not scored."""
+    size = n // world.world_size
+    rows = slice(world.rank * size, (world.rank + 1) * size)
+    inputs, ids, _ = jobs.made(n, rows)
+    for x in inputs:
+        x.requires_grad_()
+    slots, scores, targets = torch.arange(n)[rows], table(n)[rows], TeacherScores(2.0)
+    out = contrast(
+        *inputs[:2], ids, inputs[2], SoftTarget(targets, push=targets.scored, divergence=True), None,
+        values={"slot": slots}, row_values={"scores": scores}, how=WAYS[way],
+    )  # fmt: skip
+    out.value.backward()
+    found = {"value": out.value.detach(), "scale": inputs[2].grad}
+    for x in found.values():
+        if dist.is_initialized():
+            dist.all_reduce(x)
+            x /= world.world_size
+    return {**found, "a": inputs[0].grad / world.world_size, "b": inputs[1].grad / world.world_size}
+
+
+def table(n: int) -> Tensor:
+    """Scores [n, n]; two of three pairs have none."""
+    g = torch.Generator().manual_seed(3)
+    unscored = (torch.rand(n, n, generator=g) < 0.66) & ~torch.eye(n, dtype=torch.bool)
+    return torch.randn(n, n, generator=g, dtype=torch.float64).mul(4).masked_fill(unscored, -math.inf)
+
+
 KINDS = ("hard", "hard a", "captions", "queue")
 
 
@@ -80,4 +109,4 @@ def sweep(world: World) -> dict[str, Any]:
         for kind in KINDS
         for targets in ("pair", "label")
         for way in WAYS
-    }
+    } | {f"scores/{way}": of_scores(world, way) for way in WAYS}

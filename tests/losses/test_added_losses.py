@@ -205,6 +205,15 @@ def test_swalip_assignments_are_balanced_over_the_valid_rows() -> None:
     torch.testing.assert_close(q.sum(0), torch.full((3,), 7 / 3, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
+def test_swalip_assigns_to_near_prototypes_and_epsilon_sharpens() -> None:
+    """A released Sinkhorn works on distances, and so assigns to the farthest; its ε is never used."""
+    near = torch.eye(4, dtype=torch.float64).repeat(2, 1)
+    soft, sharp = (assignments(near, torch.arange(8), epsilon, 10) for epsilon in (0.5, 0.05))
+    assert torch.equal(soft.argmax(1), near.argmax(1))
+    assert float(soft.amax(1).max()) < 0.8
+    assert float(sharp.amax(1).min()) > 0.999
+
+
 def test_siamlip_sends_no_gradient_to_targets() -> None:
     loss = built("siamlip")
     a, b, scale = features()

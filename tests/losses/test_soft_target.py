@@ -20,10 +20,10 @@ from dualenc.distributed.world import World
 from dualenc.losses.blockwise import tiled
 from dualenc.losses.blockwise.row_loss import Tile
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.losses.contrast import NO_PAIR, FurtherColumns
+from dualenc.losses.contrast import NO_PAIR, FurtherColumns, contrast
 from dualenc.losses.info_nce import info_nce
 from dualenc.losses.soft_target import soft_target_nce
-from dualenc.losses.targets import SamePair, Targets
+from dualenc.losses.targets import SamePair, SoftTarget, Targets
 
 torch.set_num_threads(1)
 HOWS = [None, How(1e-6, False, tiled)]
@@ -71,6 +71,27 @@ def test_further_columns_against_a_loop(kind: str, targets: str, one_process: di
         assert worst(got["value"], want) < 1e-12
         for k, x in {"a": a, "b": b, "scale": scale, "x": more.x}.items():
             assert k not in got or worst(got[k], x.grad) < 1e-11, (way, k)
+
+
+def test_a_table_of_scores_as_targets_against_a_loop(one_process: dict[str, Any]) -> None:
+    """The values of rows alone; columns without a score are in no softmax."""
+    (a, b, scale), ids, _ = _every_jobs.made(24, slice(0, 24))
+    for x in (a, b, scale):
+        x.requires_grad_()
+    scores, terms, there = jobs.table(24), [], [j for j in range(24) if ids[j] >= 0]
+    for i in there:
+        columns = [j for j in there if scores[i, j] > -float("inf")]
+        q = torch.stack([scores[i, j] / 2 for j in columns]).softmax(0)
+        p = torch.stack([scale.squeeze() * (a[i] @ b[j]) for j in columns]).log_softmax(0)
+        terms.append((q * (q.log() - p)).sum())
+    want = torch.stack(terms).mean()
+    want.backward()
+    for way in jobs.WAYS:
+        got = one_process[f"scores/{way}"]
+        for k, x in {"value": want, "a": a.grad, "b": b.grad, "scale": scale.grad}.items():
+            assert worst(got[k], x) < 1e-11, (way, k)
+    with pytest.raises(ValueError, match="row_values need ba=None"):
+        contrast(a, b, ids, scale, SoftTarget(SamePair()), SoftTarget(SamePair()), row_values={"scores": scores})
 
 
 @pytest.mark.dist

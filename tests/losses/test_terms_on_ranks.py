@@ -38,6 +38,14 @@ def test_ranks_give_what_one_process_gives(ranks: int) -> None:
     check(found, 2 * len(_term_jobs.names()))
 
 
+@pytest.mark.dist
+@pytest.mark.extra
+def test_engines_that_cut_parameters_or_optimizer_state() -> None:
+    """What losses train is sharded and reduced like the towers."""
+    found = spawn(_term_jobs.__file__, "sweep", 2, {"engines": ["FSDP2", "ZeRO 1", "ZeRO 2"]}, timeout_s=900)[0]
+    check(found, 6 * len(_term_jobs.names()))
+
+
 def test_every_loss_is_in_a_table() -> None:
     assert _term_jobs.ELSEWHERE | {*_term_jobs.names()} == {n for n in losses if losses.source(n) == "dualenc"}
 

@@ -1,6 +1,6 @@
 """Data sets in their own layouts: one module per layout, each registered in :data:`sources`."""
 
-from dualenc.data.sources import driving, folder, hub, tables
+from dualenc.data.sources import driving, folder, hub, tables, ts
 from dualenc.data.sources.item import Content, Item, Layout, captions, sources
 from dualenc.data.sources.opened import NotThereError
 from dualenc.data.sources.samples import iter_contents, iter_source, open_layout, raw_of
@@ -20,4 +20,5 @@ __all__ = [
     "raw_of",
     "sources",
     "tables",
+    "ts",
 ]

@@ -12,10 +12,31 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, kl_rows, soft_label_sum, terms
-from dualenc.distributed.world import rank
+from dualenc.distill.terms.soft_labels import TeacherSoftmax, soft_labels
+from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, how_of, terms
 from dualenc.losses import LossOutput
-from dualenc.losses.blockwise.strips import strip_sum
+from dualenc.losses.blockwise.row_loss import INF, Tile
+from dualenc.losses.contrast import contrast
+from dualenc.losses.targets import SoftTarget
+
+
+def itself(tile: Tile) -> Tensor:
+    """Bool [h, w]: the column is the row."""
+    rows, columns = tile.pair("slot")
+    return rows == columns
+
+
+def neighbours(tile: Tile) -> Tensor:
+    """The logits of the other columns."""
+    return tile.logits.masked_fill(itself(tile), -INF)
+
+
+class TeacherNeighbours(TeacherSoftmax):
+    """The teacher's softmax over the other columns."""
+
+    def __call__(self, tile: Tile) -> Tensor:
+        """See the class."""
+        return super().__call__(tile).masked_fill(itself(tile), -INF)
 
 
 @terms.register("affinity")
@@ -51,43 +72,19 @@ class Affinity(Term):
         """See the module."""
         parts = []
         if self.config.across:
-            parts.append(self._across(x))
+            parts.append(soft_labels(x, x.logit_scale, 1.0, 1.0, self.config.strip_mb))
         if self.config.within:
             parts.append(self._within(x))
-        return LossOutput(torch.stack(parts).mean() / (2 * x.share))
-
-    def _across(self, x: PairInputs) -> Tensor:
-        total = x.logit_scale.new_zeros(())
-        for d in x.directions():
-            total = total + soft_label_sum(d, x.logit_scale, 1.0, 1.0, self.config.strip_mb)
-        return total
+        return LossOutput(torch.stack(parts).mean())
 
     def _within(self, x: PairInputs) -> Tensor:
-        keep, present = torch.nonzero(x.ids >= 0).flatten(), torch.nonzero(x.all_ids >= 0).flatten()
-        own = keep + rank() * len(x.ids)  # the column that is the row itself
-        total = x.logit_scale.new_zeros(())
-        t = x.teacher
-        for rows, columns, t_rows, t_columns in (
-            (x.a, x.columns.all_a, features_of(t.a), t.all_a),
-            (x.b, x.columns.all_b, features_of(t.b), t.all_b),
-        ):
-
-            def rows_sum(
-                r: Tensor, tr: Tensor, at: Tensor, c: Tensor, tc: Tensor, places: Tensor, scale: Tensor
-            ) -> Tensor:
-                itself = at[:, None] == places[None]
-                student = (scale * (r @ c.T)).masked_fill(itself, float("-inf"))
-                teacher = (t.logit_scale * (tr @ tc.T)).masked_fill(itself, float("-inf"))
-                return kl_rows(student, teacher).sum()
-
-            if int(x.count) < 2:  # a single row has no neighbours
-                total = total + rows[:0].sum() + columns[:0].sum()
-                continue
-            total = total + strip_sum(
-                rows_sum,
-                (rows[keep], t_rows[keep], own),
-                (columns[present], t_columns[present], present, x.logit_scale),
-                len(present),
-                self.config.strip_mb,
-            )
+        if int(x.count) < 2:  # a single row has no neighbours
+            return x.a[:0].sum() + x.b[:0].sum() + x.logit_scale[:0].sum()
+        how, total = how_of(x, self.config.strip_mb), x.logit_scale.new_zeros(())
+        row_loss = SoftTarget(
+            TeacherNeighbours("teacher", "teacher", x.teacher.logit_scale), neighbours, divergence=True
+        )
+        for rows, teacher in ((x.a, x.teacher.a), (x.b, x.teacher.b)):
+            values = {"teacher": features_of(teacher), "slot": x.slots}
+            total = total + contrast(rows, rows, x.ids, x.logit_scale, row_loss, None, values=values, how=how).value / 2
         return total

@@ -13,7 +13,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, soft_label_sum, terms
+from dualenc.distill.terms.soft_labels import soft_labels
+from dualenc.distill.terms.term import PairInputs, Term, TermConfig, features_of, terms
 from dualenc.losses import LossOutput
 
 
@@ -53,7 +54,5 @@ class AnchorTerm(Term):
                 distance = (student[keep] - features_of(teacher)[keep]).abs().mean(1)
                 total = total + weight * distance.sum() / x.share
         if self.config.logits:
-            for d in x.directions():
-                kl = soft_label_sum(d, x.logit_scale, 1.0, 1.0, self.config.strip_mb)
-                total = total + self.config.logits * kl / (2 * x.share)
+            total = total + self.config.logits * soft_labels(x, x.logit_scale, 1.0, 1.0, self.config.strip_mb)
         return LossOutput(total)

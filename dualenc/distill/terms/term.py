@@ -22,10 +22,11 @@ from torch import Tensor
 
 from dualenc.config import Section
 from dualenc.distributed.gather import gather, gather_ids
-from dualenc.distributed.world import world_size
+from dualenc.distributed.world import rank, world_size
 from dualenc.errors import ConfigError
 from dualenc.losses import LossOutput
-from dualenc.losses.blockwise.strips import strip_sum
+from dualenc.losses.blockwise import tiled
+from dualenc.losses.blockwise.sweeps import How
 from dualenc.registry import Registry
 
 
@@ -164,6 +165,11 @@ class PairInputs:
         """What a sum over local rows is divided by: valid rows of the global batch / W."""
         return self.count / world_size()
 
+    @property
+    def slots(self) -> Tensor:
+        """[B] the place of each slot in the global batch, as columns are gathered."""
+        return rank() * len(self.ids) + torch.arange(len(self.ids), device=self.ids.device)
+
     def projected(self) -> tuple[Tensor, Tensor]:
         """The student's features in the teacher's space, [B, D_t] each, L2-normalised."""
         if self.heads is None:
@@ -259,18 +265,10 @@ def kl_rows(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.where(q.isneginf(), 0.0, q.exp() * (q - p)).sum(1)
 
 
-def soft_label_sum(
-    d: Direction, logit_scale: Tensor, student_t: float, teacher_t: float, strip_mb: float | None
-) -> Tensor:
-    """Σ over local rows of KL(softmax(l^T / teacher_t) ‖ softmax(l / student_t)) over all columns."""
-
-    def rows_sum(rows: Tensor, t_rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-        teacher = d.teacher_logits(t_rows)
-        # Columns that a fusion teacher did not score are left out for the student too.
-        student = (scale * (rows @ columns.T)).masked_fill(teacher.isneginf(), float("-inf"))
-        return kl_rows(student / student_t, teacher / teacher_t).sum()
-
-    return strip_sum(rows_sum, (d.rows, d.teacher_rows), (d.columns, logit_scale), len(d.columns), strip_mb)
+def how_of(x: PairInputs, strip_mb: float | None) -> How | None:
+    """Tiles of at most ``strip_mb`` MiB, or None where the [B, N] matrix is no larger; the same on all ranks."""
+    whole = len(x.ids) ** 2 * world_size() * x.a.element_size()
+    return None if strip_mb is None or whole <= strip_mb * 2**20 else How(strip_mb, False, tiled)
 
 
 def entropy_rows(logits: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def resize_positions(tensors: dict[str, Tensor], module: nn.Module) -> dict[str,
             continue
         rows, count = old.reshape(-1, old.shape[-1]).float(), place.numel() // place.shape[-1]
         picture = any("patch_embed" in k or k in ("conv1.weight", "attnpool.c_proj.weight") for k in own)
-        new = _grid(rows, count) if picture else _line(rows, count)
+        new = resize_grid(rows, count) if picture else _line(rows, count)
         if new is None:
             continue  # load_exactly will name it
         logger.info("positions %s: %d resized to %d", name, len(rows), count)
@@ -109,7 +109,7 @@ def _line(rows: Tensor, count: int) -> Tensor:
     return nn.functional.interpolate(rows.T[None], size=count, mode="linear", align_corners=False)[0].T.contiguous()
 
 
-def _grid(rows: Tensor, count: int) -> Tensor | None:
+def resize_grid(rows: Tensor, count: int) -> Tensor | None:
     """[extra + g², W] → [extra + h², W]; None if neither number is a square, even without a class token."""
     for extra in (0, 1):
         a, b = math.isqrt(len(rows) - extra), math.isqrt(count - extra)

@@ -56,6 +56,7 @@ class SumPlan:
     ab: RowLoss
     ba: RowLoss | None
     columns: tuple[FurtherColumns, ...]
+    row_values: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, extra: FurtherColumns) -> RowLoss | None:
         """The loss of the rows that see these columns."""
@@ -142,11 +143,13 @@ class _Sums(torch.autograd.Function):
 def _rows(x: Tensor, plan: SumPlan, *known: Tensor) -> FeatureBlock:
     """This rank's valid rows with their values and, last, what is already known of them [n, …]."""
     valid = Valid(plan.ids)
-    return FeatureBlock(valid.of(x), valid.of(plan.ids), (*(valid.of(v) for v in plan.values.values()), *known))
+    values = (*plan.values.values(), *plan.row_values.values())
+    return FeatureBlock(valid.of(x), valid.of(plan.ids), (*map(valid.of, values), *known))
 
 
-def _side(block: FeatureBlock, plan: SumPlan) -> Side:
-    return Side(block.ids, dict(zip(plan.values, block.terms, strict=False)))
+def _side(block: FeatureBlock, plan: SumPlan, *own: str) -> Side:
+    """The values of a block; ``own``: those that only rows have, after the others."""
+    return Side(block.ids, dict(zip((*plan.values, *own), block.terms, strict=False)))
 
 
 def _adding(
@@ -212,7 +215,7 @@ def _add_sums(
     assert ab is not None
     for i, j, row, column, logits in positive_tiles(rows, columns, scale, None, mb, Scratch(rows.x)):
         _raise_best(logits, row, column, of_rows.best[:, i], None if of_columns is None else of_columns.best[:, j])
-        tile = Tile(logits, scale, _side(rows.part(i), plan), _side(columns.part(j), plan))
+        tile = Tile(logits, scale, _side(rows.part(i), plan, *plan.row_values), _side(columns.part(j), plan))
         of_rows.add(i, ab.sums(tile))
         if ba is not None and of_columns is not None:
             of_columns.add(j, ba.sums(tile.flipped()))
@@ -248,7 +251,7 @@ def _add_gradients(
         leaf, s = logits.detach().requires_grad_(), scale.detach().requires_grad_()
         at: list[tuple[Tensor, Tensor]] = []
         with torch.enable_grad():
-            tile = Tile(leaf, s, _side(R, plan), _side(C, plan), backward=True)
+            tile = Tile(leaf, s, _side(R, plan, *plan.row_values), _side(C, plan), backward=True)
             for row_loss, own, known in ((losses[0], tile, R), (losses[1], None, C)):
                 if row_loss is not None:
                     found = row_loss.sums(tile.flipped() if own is None else own)

@@ -239,7 +239,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     series = [Series("loss", x, y, 1, "faint"), Series("loss, smoothed", x, smooth(y), 1)]
     if len(x) < 20:
         series = [Series("loss", x, y, 1)]
-    svg = line_chart(Chart(series, _clock(rows), compact))
+    svg = line_chart(Chart(series, _clock(rows), compact, marks=phase_marks(rows)))
     title = "Training loss"
     return [{"title": title, "svg": Markup(svg), "legend": "", "last": f"{y[-1]:.3f}"}]
 
@@ -262,7 +262,7 @@ def zero_shot_curves(rows: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any]
             chance = tasks.get(task, {}).get("chance", {}).get(metric)
             if chance is not None and x:
                 levels.append(Series("chance", [x[0], x[-1]], [chance, chance], n, "dashed"))
-        chart = Chart([*levels, *series], _clock(rows), lambda v: f"{100 * v:g} %", zero=True)
+        chart = Chart([*levels, *series], _clock(rows), lambda v: f"{100 * v:g} %", zero=True, marks=phase_marks(rows))
         title = f"Zero-shot {kind.replace('_', ' ')}" if kind != "top1" else "Zero-shot top-1"
         out.append({"title": title, "svg": Markup(line_chart(chart)), "legend": Markup(legend(series)), "last": ""})
     return out
@@ -325,6 +325,11 @@ def small_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             chart = Chart([Series(title, x, y, 1)], "", show, 300, 130, zero=percent, small=True)
             out.append({"title": title, "svg": Markup(line_chart(chart)), "last": show(y[-1])})
     return out
+
+
+def phase_marks(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """Where each later phase of a run begins."""
+    return [(x, f"phase {k:g}") for x, k in zip(*column(rows, "phase"), strict=True) if k]
 
 
 def _clock(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -37,6 +37,8 @@ class Chart:
     small: bool = False
     log_x: Sequence[float] = ()
     """Marks of a logarithmic x axis; empty: linear, round marks."""
+    marks: Sequence[tuple[float, str]] = ()
+    """Vertical lines at x with a word each: where a phase begins."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -132,6 +134,11 @@ def line_chart(chart: Chart) -> str:
             f'<text class="axis" x="{left + w / 2:.0f}" y="{chart.height - 4}" text-anchor="middle">'
             f"{escape(chart.x_label)}</text>"
         )
+    for v, text in chart.marks:
+        if x_low < v < x_high:
+            x = at(v, low)[0]
+            parts.append(f'<line class="grid mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + h}"/>')
+            parts.append(f'<text class="tick" x="{x + 4:.1f}" y="{top + 10}">{escape(text)}</text>')
     for s in series:
         places = [at(x, y) for x, y in zip(s.x, s.y, strict=True)]
         parts.append(_path(s, places))

@@ -14,8 +14,8 @@ from dualenc_series.series import SeriesCNN, SeriesInput
 from dualenc_series.series_csv import SERIES_CSV
 from dualenc_series.two_choices import TwoChoices
 
-modalities.register("series")(SeriesInput)
-own_towers.register("series_cnn")(SeriesCNN)
+modalities.register("gauge")(SeriesInput)
+own_towers.register("gauge_cnn")(SeriesCNN)
 losses.register("hinge")(Hinge)
 terms.register("same_cosines")(SameCosines)
 sources.register("series_csv")(SERIES_CSV)

@@ -21,7 +21,7 @@ class SeriesInput:
         channels: Positive = 3
         length: Positive = 64
 
-    kind: ClassVar[str] = "series"
+    kind: ClassVar[str] = "gauge"
     default_members: ClassVar[list[str]] = ["series.npy"]
 
     def __init__(self, config: Config, base_dir: Any = None) -> None:
@@ -53,7 +53,7 @@ class SeriesInput:
         return np.zeros((self.config.channels, self.config.length), np.float32)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "series", "config": self.config.model_dump(mode="json")}
+        return {"kind": "gauge", "config": self.config.model_dump(mode="json")}
 
     @staticmethod
     def preview(raw: bytes) -> dict[str, str]:
@@ -64,7 +64,7 @@ class SeriesInput:
 class SeriesCNN(Tower):
     """Two convolutions over time and the mean of what they find."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("series",)
+    kinds: ClassVar[tuple[str, ...]] = ("gauge",)
 
     class Config(Section):
         width: Positive = 16

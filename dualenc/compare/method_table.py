@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dualenc.compare.intervals import differences
-from dualenc.compare.runs import Study
+from dualenc.compare.study_runs import Study
 from dualenc_evals.pages.comparison import MethodResult, MethodTable
 
 

@@ -1,0 +1,64 @@
+"""dualenc mine: clusters and neighbours of stored features, for batch plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualenc.cli.app import Debug, app
+from dualenc.terminal import PatientConsole
+
+mine_app = typer.Typer(
+    help="Find clusters or neighbours in stored features, for data.batches.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(mine_app, name="mine")
+
+Features = Annotated[Path, typer.Argument(help="A folder that dualenc embed MODEL SHARDS wrote.")]
+Modalities = Annotated[
+    str,
+    typer.Option("--modalities", help="Comma-separated; default: all that are stored, with the mean of their cosines."),
+]
+
+
+@mine_app.command("clusters")
+def clusters(
+    features: Features,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("clusters.safetensors"),
+    number: Annotated[int, typer.Option("--clusters", min=1, help="Number of clusters.")] = 10,
+    modalities: Modalities = "",
+    seed: Annotated[int, typer.Option("--seed", help="Of the first centres.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write the k-means cluster of every sample, for data.batches: {name: clusters, files: FILE}."""
+    from dualenc.features.mining import mine_clusters
+
+    sizes = mine_clusters(features, _words(modalities), number, out, seed)
+    said = f"{sum(sizes):,} samples in {len(sizes):,} clusters of {sizes[-1]:,} to {sizes[0]:,}"
+    PatientConsole().print(f"{out}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+
+@mine_app.command("neighbors")
+def neighbors(
+    features: Features,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("neighbors.safetensors"),
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of each sample.")] = 32,
+    max_cosine: Annotated[
+        float, typer.Option("--max-cosine", help="Leave out neighbours above this cosine: near-duplicates.")
+    ] = 1.0,
+    modalities: Modalities = "",
+    debug: Debug = False,
+) -> None:
+    """Write the nearest samples of every sample, for data.batches: {name: hard_negatives, files: FILE}, or bags."""
+    from dualenc.features.mining import mine_neighbors
+
+    n, mean = mine_neighbors(features, _words(modalities), k, out, max_cosine)
+    said = f"{n:,} samples, {k} neighbours each; mean cosine to the nearest {mean:.3f}"
+    PatientConsole().print(f"{out}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _words(text: str) -> list[str]:
+    return [w.strip() for w in text.split(",") if w.strip()]

@@ -1,0 +1,79 @@
+"""A recipe's ``modalities``: how raw bytes become rows, the tower, and what of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from dualenc.config.section import Component, Positive, Section
+from dualenc.errors import did_you_mean
+
+
+class Unlocked(Section):
+    """Train only the last blocks of a tower."""
+
+    unlocked_groups: Positive = Field(description="number of last blocks to train, besides the head")
+
+
+class Lora(Section):
+    """Low-rank adapters beside a tower's layers (Hu et al. 2021): nothing else of the tower is trained."""
+
+    rank: Positive = Field(default=8, description="rank of each adapter")
+    alpha: Annotated[float, Field(gt=0)] = Field(default=16.0, description="adapters are scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="dropout on the input of the adapters"
+    )
+    targets: Literal["auto"] | list[str] = Field(
+        default="auto",
+        description="endings of layer names; auto: every linear layer, or every convolution if there is none",
+    )
+    head: bool = Field(default=False, description="also train the projection to the shared space")
+
+
+class Modality(Section):
+    """One modality: how its raw bytes become tensors, and its tower."""
+
+    kind: str | None = Field(default=None, description="registered modality that handles it; default: the key itself")
+    input: dict[str, Any] = Field(default_factory=dict, description="settings of that modality (size, tokenizer, …)")
+    encoder: Component = Field(description="its tower: FAMILY/NAME and that tower's settings")
+    lock: bool | Literal["trunk"] | Unlocked = Field(
+        default=False,
+        description="freeze the tower's weights (LiT); trunk: all but its projection; "
+        "{unlocked_groups: N}: all but its last N blocks and its projection",
+    )
+    shares: str | None = Field(
+        default=None, description="another modality whose tower also encodes this one; then leave encoder out"
+    )
+    init_from: str | None = Field(
+        default=None, description="start from the same tower of a trained MODEL; MODEL#NAME: from its modality NAME"
+    )
+    lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Modality:
+        if self.lock and self.lora is not None:
+            raise ValueError("lora already freezes the tower's own weights; leave lock out")
+        return self
+
+
+def with_shared(parts: Mapping[str, Any], name: str) -> Any:
+    """One entry of a recipe's ``modalities``; with ``shares`` it takes the encoder, kind and lock of that modality."""
+    part = parts[name]
+    shares = part.get("shares") if isinstance(part, dict) else None
+    if shares is None:
+        return part
+    other = parts.get(shares)
+    if not isinstance(other, dict) or shares == name or other.get("shares") is not None:
+        owners = [m for m, p in parts.items() if m != name and isinstance(p, dict) and p.get("shares") is None]
+        raise ValueError(
+            f"modalities.{name}.shares: {shares!r} has no tower of its own. {did_you_mean(shares, owners)}"
+        )
+    taken = {k: other[k] for k in ("encoder", "lock", "lora", "init_from") if k in other} | {
+        "kind": other.get("kind") or shares
+    }
+    for key, value in part.items():
+        if key in ("encoder", "lock", "lora", "init_from") and value != taken.get(key, value):
+            raise ValueError(f"modalities.{name}.{key}: this modality shares the tower of {shares!r}; leave {key} out")
+    return {**part, **taken, "shares": shares}
