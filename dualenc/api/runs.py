@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "evaluation_of", "load_recipe", "resolve_tasks", "train"]
 
 
-def train(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Path:
+def train(recipe: Recipe | str | Path, overrides: Iterable[str] = (), profile: int | None = None) -> Path:
     """Train a recipe; called again, it resumes from the newest checkpoint. All ranks of a launcher call it alike.
 
     Args:
         recipe: a recipe, a YAML file, or the name of one that comes with the package, such as ``quickstart``.
         overrides: ``key.sub=value``, as on the command line.
+        profile: after a short warm-up, measure where the time of so many steps goes (``profile.md`` in the run folder).
 
     Returns:
         The run folder, which :func:`dualenc.load_model` reads.
@@ -37,7 +38,7 @@ def train(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Path:
     loaded = _with(recipe, list(overrides))
     check_recipe(loaded)
     tasks, guarded = tasks_of(loaded)
-    return run(loaded, evaluation_of(tasks) if tasks else None, evaluation_of(guarded) if guarded else None)
+    return run(loaded, evaluation_of(tasks) if tasks else None, evaluation_of(guarded) if guarded else None, profile)
 
 
 def tasks_of(recipe: Recipe) -> tuple[list[Task], list[Task]]:

@@ -83,6 +83,11 @@ def deal(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
     return out
 
 
+def copies(pieces: Iterable[Piece]) -> list[Piece]:
+    """The same in CPU memory of their own."""
+    return [Piece(p.name, p.shape, p.start, p.data.detach().to("cpu", copy=True)) for p in pieces]
+
+
 def file_name(stem: str, rank: int, world_size: int) -> str:
     """What rank ``rank`` of ``world_size`` writes; counted from 1, as safetensors shards usually are."""
     return f"{stem}-{rank + 1:05d}-of-{world_size:05d}.safetensors"

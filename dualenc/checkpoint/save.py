@@ -152,6 +152,7 @@ class Saver:
         self._mine: dict[str, list[Any]] = {}
         self._given_up: str | None = None
         self._over = False  # no more messages: a rank has failed, and it waits for none
+        self._digests: dict[str, list[Any]] = {}
 
     def __enter__(self) -> Saver:
         error: OSError | None = None
@@ -189,6 +190,26 @@ class Saver:
         self._raise_if_given_up()
         return all_files
 
+    def digest(self) -> None:
+        """Hash and sync what this rank has written so far, so that leaving the context has little left to do."""
+        for path in self._files():
+            name = str(path.relative_to(self.folder))
+            if name not in self._mine:
+                _fsync(path)
+                self._digests[name] = _digest(path)
+
+    def finish_alone(self) -> None:
+        """What leaving the context does, without asking other ranks: for rank 0, if it has written everything.
+
+        Raises:
+            OSError: as leaving does.
+        """
+        self._finish(self._mine)
+        self._over = True
+
+    def _files(self) -> list[Path]:
+        return [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
+
     def state(self, state: TrainState) -> None:
         """Write state.json (rank 0)."""
         (self.folder / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
@@ -215,13 +236,13 @@ class Saver:
         for name, (size, _) in pieces.items():
             if not (self.folder / name).is_file() or (self.folder / name).stat().st_size != size:
                 raise OSError(f"rank 0 does not see {self.folder / name} ({size} bytes): is the run folder shared?")
-        own = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
-        own = [p for p in own if str(p.relative_to(self.folder)) not in pieces]
-        files = pieces | {str(p.relative_to(self.folder)): _digest(p) for p in own}
+        own = {str(p.relative_to(self.folder)): p for p in self._files()}
+        own = {name: p for name, p in own.items() if name not in pieces}
+        files = pieces | {name: self._digests.get(name) or _digest(p) for name, p in own.items()}
         manifest = self.folder / MANIFEST
         manifest.write_text(json.dumps(dict(sorted(files.items())), indent=1), encoding="utf-8")
         folders = [p for p in self.folder.rglob("*") if p.is_dir()]
-        for path in [*own, *folders, manifest, self.folder]:
+        for path in [*own.values(), *folders, manifest, self.folder]:
             _fsync(path)
         if self.final.exists():  # a checkpoint of the same step from before a resume: the new one replaces it
             shutil.rmtree(self.final)

@@ -40,6 +40,10 @@ def train(
     measure: Annotated[
         bool, typer.Option("--probe", help="With --dry-run: take two steps and print the memory and time they took.")
     ] = False,
+    profile: Annotated[
+        int | None,
+        typer.Option("--profile", min=1, help="After 3 steps, measure where the time of N steps goes: profile.md."),
+    ] = None,
     allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
@@ -49,6 +53,8 @@ def train(
         loaded = _loaded(recipe, said)
         if measure and not dry_run:
             raise ConfigError("--probe belongs to --dry-run: write dualenc train RECIPE --dry-run --probe")
+        if profile is not None and dry_run:
+            raise ConfigError("--profile measures real steps: leave out --dry-run")
         if dry_run:
             _checked(loaded)
             if os.environ.get("RANK", "0") == "0":
@@ -57,7 +63,7 @@ def train(
         if measure:
             print_probe(loaded)
     else:
-        run_dir = run(loaded)
+        run_dir = run(loaded, profile=profile)
         if os.environ.get("RANK", "0") == "0":
             print_finished(run_dir, loaded.eval.tasks)
 

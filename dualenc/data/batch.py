@@ -118,9 +118,15 @@ class Batch:
             inputs: dict[str, Any] = {}
             rows: dict[str, Tensor] = {}
             for m, r in self.rows.items():
-                take = torch.nonzero((r >= start) & (r < stop)).flatten()
-                rows[m] = r[take] - start
-                pick = take if len(take) else torch.zeros(1, dtype=torch.long, device=r.device)
+                pick: slice | Tensor = slice(start, stop)
+                if (
+                    len(r) == self.size
+                ):  # every slot, in order: nothing to look up on the device, which would be waited for
+                    rows[m] = r[pick] - start
+                else:
+                    take = torch.nonzero((r >= start) & (r < stop)).flatten()
+                    rows[m] = r[take] - start
+                    pick = take if len(take) else torch.zeros(1, dtype=torch.long, device=r.device)
                 inputs[m] = map_tensors(self.inputs[m], lambda t, pick=pick: t[pick])  # type: ignore[misc]
             out.append(Batch(stop - start, inputs, rows, self.ids[start:stop], self.keys[start:stop], self.step))
         return out

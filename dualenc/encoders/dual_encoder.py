@@ -205,10 +205,13 @@ class DualEncoder(nn.Module):
             assert isinstance(tower, Tower)
             tower.length_groups = not self.hidden  # hidden states are those of one call, in the order of its rows
 
-    def compile_towers(self) -> None:
-        """torch.compile each tower in place; names in the state dict stay as they are."""
+    def compile_towers(self, blocks: bool = False) -> None:
+        """torch.compile each tower in place, or each of its repeated ``blocks``; names in the state dict stay as they
+        are. A tower without blocks is compiled whole."""
         for tower in self.towers.values():
-            tower.compile()
+            assert isinstance(tower, Tower)
+            for part in (tower.blocks() if blocks else []) or [tower]:
+                part.compile()
 
 
 def normalised(x: Tensor) -> Tensor:

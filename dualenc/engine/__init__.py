@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from dualenc.config import EngineConfig, Optim
@@ -12,12 +13,20 @@ from dualenc.engine.schedule import lr_factor
 __all__ = ["Engine", "Stepped", "build_engine", "lr_factor"]
 
 
+def set_tf32(allowed: bool | None) -> None:
+    """Let fp32 matrix products and convolutions on CUDA run in TF32, or not; None changes nothing."""
+    if allowed is not None:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 def build_engine(config: EngineConfig, optim: Optim, model: nn.Module, world: World) -> Engine:
     """The engine a recipe asks for, around ``model`` (changed in place; its weights must be equal on all ranks).
 
     Raises:
         ConfigError: if settings do not go together, or deepspeed is asked for and not installed.
     """
+    set_tf32(config.tf32)
     if config.kind == "deepspeed":
         from dualenc.engine.deepspeed_engine import DeepSpeedEngine
 

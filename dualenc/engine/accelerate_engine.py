@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +23,8 @@ from dualenc.config import EngineConfig, Optim
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import held as shards
 from dualenc.engine import state
-from dualenc.engine.optim import build_optimizers, set_lr_factor, stepping_if
+from dualenc.engine.loss_scale import LossScale
+from dualenc.engine.optim import build_optimizers, is_fused, set_lr_factor, stepping_if
 from dualenc.engine.protocol import (
     Outputs,
     Stepped,
@@ -59,9 +60,9 @@ class AccelerateEngine:
         apply_memory_and_compile(model, config)
         self._wrapped = self._shard() if config.parallel == "fsdp2" else self._prepare()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # torch has no fused SGD for FSDP2's tensors
-        fused = world.device.type == "cuda" and not (config.parallel == "fsdp2" and optim.name == "sgd")
+        fused = is_fused(optim, world.device, sharded=config.parallel == "fsdp2")
         self.optimizers = build_optimizers(model, optim, fused=fused)
+        self.scaler = LossScale(world.device) if config.precision == "fp16" else None
         model.train()
 
     # --- wrapping ---------------------------------------------------------------------------------------------
@@ -94,9 +95,20 @@ class AccelerateEngine:
         ensure_group(self.world)
         self.module.to(self.device)
         make_contiguous(self.module)
-        mesh = init_device_mesh(self.device.type, (self.world.world_size,))
+        ranks, size = self.world.world_size, self.config.shard_size or self.world.world_size
+        if ranks % size:
+            raise ConfigError(f"engine.shard_size: {ranks} ranks cannot be parted into groups of {size}; use a divisor")
+        if size == ranks:
+            mesh = init_device_mesh(self.device.type, (ranks,))
+        else:
+            mesh = init_device_mesh(self.device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
+        policy = _policy(self.config)
         for block in repeated(self.module):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        if policy != MixedPrecisionPolicy():
+            # Towers apart from the temperature, which stays fp32 on every way.
+            for tower in dict(self.module.named_children())["towers"].children():
+                fully_shard(tower, mesh=mesh, mp_policy=policy)
         return cast(nn.Module, fully_shard(self.module, mesh=mesh))
 
     # --- the step ---------------------------------------------------------------------------------------------
@@ -110,7 +122,7 @@ class AccelerateEngine:
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.config.precision])
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -128,20 +140,24 @@ class AccelerateEngine:
             self._wrapped.require_backward_grad_sync = on
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        """Add the gradient of ``loss``; in fp16 times the loss scale, which :meth:`step` takes out."""
+        (loss if self.scaler is None else self.scaler.scaled(loss)).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> Stepped:
         """Clip, update unless the gradient norm is not finite, clear the gradients."""
         for p in self.parameters.values():
             if p.grad is None:  # used by no forward: DeepSpeed gives it zeros, so weight decay acts on it; alike here
                 p.grad = torch.zeros_like(p)
+        if self.scaler is not None:
+            self.scaler.unscale([shards.local(p.grad) for p in self.parameters.values() if p.grad is not None])
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if self.optim.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), self.optim.clip_grad_norm, norm)
         finite = torch.isfinite(norm)
+        if self.scaler is not None:
+            self.scaler.update(finite)
         with stepping_if(finite, self.optimizers) as step:
             if step:
                 for optimizer in self.optimizers:
@@ -201,7 +217,8 @@ class AccelerateEngine:
         def whole(p: Tensor, value: Tensor) -> Tensor:
             return value.full_tensor() if isinstance(value, DTensor) else value
 
-        return state.collect(self.optim.name, self.parameters, self._state_of(), whole, self.world.rank == 0)
+        found = state.collect(self.optim.name, self.parameters, self._state_of(), whole, self.world.rank == 0)
+        return found[0], self._with_scale(found[1])
 
     def optimizer_pieces(self) -> tuple[list[Piece], dict[str, Any]]:
         """The part of the optimizer state that this rank writes; nothing is collected."""
@@ -210,13 +227,21 @@ class AccelerateEngine:
             return shards.piece(name, p, shards.local(value))
 
         dealt = None if self.config.parallel == "fsdp2" else (self.world.rank, self.world.world_size)
-        return state.cut(self.optim.name, self.parameters, self._state_of(), piece, dealt)
+        pieces, info = state.cut(self.optim.name, self.parameters, self._state_of(), piece, dealt)
+        return pieces, self._with_scale(info)
+
+    def _with_scale(self, info: dict[str, Any]) -> dict[str, Any]:
+        if self.scaler is not None:
+            info["scalars"][LossScale.KEY] = self.scaler.state()
+        return info
 
     def load_optimizer_state(self, saved: Stored, info: Mapping[str, Any]) -> None:
         """Set the optimizer state that any engine saved; only this rank's part is read."""
         shapes = {k: shards.shape(p) for k, p in self.parameters.items()}
         fields = state.check(self.optim.name, shapes, saved, info)
         owner = self._owners()
+        if self.scaler is not None:
+            self.scaler.load(state.scalars_of(LossScale.KEY, info))
         for key, p in self.parameters.items():
             tensors, scalars = fields.get(key, {}), state.scalars_of(key, info)
             optimizer, group = owner[p]
@@ -234,6 +259,19 @@ class AccelerateEngine:
         return {p: (o, g) for o in self.optimizers for g in o.param_groups for p in g["params"]}
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _policy(config: EngineConfig) -> MixedPrecisionPolicy:
+    if config.gather_dtype == config.reduce_dtype == "fp32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(
+        param_dtype=None if config.gather_dtype == "fp32" else DTYPES[config.gather_dtype],
+        reduce_dtype=DTYPES[config.reduce_dtype],
+        cast_forward_inputs=False,  # autocast does that where an operator needs it
+    )
+
+
 def _like(p: Tensor, part: Tensor) -> Tensor:
     """``part`` placed like ``p``, of which it is this rank's part."""
     piece = part.to(device=p.device, dtype=p.dtype, copy=True)
@@ -245,6 +283,12 @@ def _like(p: Tensor, part: Tensor) -> Tensor:
 def _refuse(config: EngineConfig) -> None:
     if config.offload_optimizer or config.offload_params:
         raise ConfigError("engine.offload_optimizer and engine.offload_params need engine.kind: deepspeed")
+    if config.parallel != "fsdp2":
+        for key, value in {"gather_dtype": "fp32", "reduce_dtype": "fp32", "shard_size": None}.items():
+            if (found := config.model_dump()[key]) != value:
+                raise ConfigError(f"engine.{key}: {found} needs engine.parallel: fsdp2")
+    if config.gather_dtype == "bf16" and config.precision != "bf16":
+        raise ConfigError("engine.gather_dtype: bf16 needs engine.precision: bf16")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ConfigError(
             "accelerate launch is configured for DeepSpeed; set engine.kind: deepspeed in the recipe instead"

@@ -31,7 +31,7 @@ from dualenc.config import EngineConfig, Optim
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import held as shards
 from dualenc.engine import state
-from dualenc.engine.optim import build_optimizers, set_lr_factor, stepping_if
+from dualenc.engine.optim import build_optimizers, is_fused, set_lr_factor, stepping_if
 from dualenc.engine.protocol import (
     Outputs,
     Stepped,
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         model.to(world.device)
         make_contiguous(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        fused = world.device.type == "cuda" and not config.offload_optimizer
+        fused = is_fused(optim, world.device, offloaded=config.offload_optimizer)
         (optimizer,) = build_optimizers(model, optim, fused=fused)
         self._engine: Any = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_json(config, optim, world.world_size)
@@ -329,6 +329,8 @@ def _refuse(config: EngineConfig, optim: Optim) -> None:
         raise ConfigError(f"engine.offload_params needs zero_stage: 3, got {config.zero_stage}")
     if config.offload_optimizer and config.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer needs zero_stage 1, 2 or 3, got 0")
+    if config.precision == "fp16":
+        raise ConfigError("engine.precision: fp16 needs engine.kind: accelerate; with deepspeed use bf16 or fp32")
     if config.parallel != "auto":
         raise ConfigError(
             f"engine.parallel: {config.parallel} needs engine.kind: accelerate; for deepspeed set engine.zero_stage"

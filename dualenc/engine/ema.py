@@ -33,14 +33,20 @@ class Average:
 
     @torch.no_grad()
     def _move(self, model: nn.Module, share: float, skipped: Tensor | None = None) -> None:
-        """average ← average + share · (weights − average); unchanged where ``skipped``."""
+        """average ← average + share · (weights − average); unchanged where ``skipped``. Buffers and frozen weights are
+        copied."""
         self._model = model
+        averages, weights = [], []
         for name, x in _tensors(model).items():
-            average = self._average[name]
-            now = shards.local(x).to(average.device)
+            average, now = self._average[name], shards.local(x)
             if x.requires_grad and now.is_floating_point():
-                now = average.lerp(now, share)
-            average.copy_(now if skipped is None else torch.where(skipped.to(average.device), average, now))
+                averages.append(average)
+                weights.append(now.to(average.device))
+            else:
+                now = now.to(average.device)
+                average.copy_(now if skipped is None else torch.where(skipped.to(average.device), average, now))
+        if averages:
+            blend(averages, weights, share, skipped)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole averaged tensors by name, on the CPU. All ranks must call it: sharded weights are collected."""
@@ -105,6 +111,22 @@ class Trajectory(Average):
 
     def _log(self, seen: int) -> float:
         return -((seen / self.total - self.mean) ** 2) / (2 * self.std**2)
+
+
+@torch.no_grad()
+def blend(averages: list[Tensor], weights: list[Tensor], share: float, skipped: Tensor | None = None) -> None:
+    """averages ← averages + share · (weights − averages), in place; unchanged where ``skipped``, which is not read.
+
+    On the CPU one pass for each tensor; elsewhere three kernels for all tensors together.
+    """
+    factor = torch.full((), share, device=averages[0].device)
+    if skipped is not None:
+        factor = factor.masked_fill(skipped.to(factor.device), 0.0)
+    if factor.device.type == "cpu":
+        for average, now in zip(averages, weights, strict=True):
+            average.lerp_(now, factor.to(average.dtype))
+        return
+    torch._foreach_add_(averages, torch._foreach_mul(torch._foreach_sub(weights, averages), factor))
 
 
 def _log_sum(logs: list[float]) -> float:

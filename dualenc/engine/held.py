@@ -77,13 +77,14 @@ def is_cut(p: Tensor) -> bool:
 def extent(p: Tensor) -> tuple[int, int]:
     """[start, end) of this rank's local part in the flattened whole tensor; ZeRO-3's padding is left out."""
     if (data := _dtensor(p.detach())) is not None:
-        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor import Replicate, Shard
 
-        if data.device_mesh.ndim != 1 or data.placements != (Shard(0),):
+        mesh = data.device_mesh
+        if data.placements != (*[Replicate()] * (mesh.ndim - 1), Shard(0)):
             raise RuntimeError(f"shards are cut along the first dimension, got {data.placements}")
         rows, row = data.shape[0], data.shape[1:].numel()
-        each = -(-rows // data.device_mesh.size())  # as torch.chunk
-        start = min(data.device_mesh.get_local_rank() * each, rows)
+        each = -(-rows // mesh.size(mesh.ndim - 1))  # as torch.chunk
+        start = min(mesh.get_local_rank(mesh.ndim - 1) * each, rows)
         end = min(start + each, rows)
         if (end - start) * row != data.to_local().numel():
             raise RuntimeError(f"expected rows {start} to {end} of {rows} here, got {data.to_local().shape}")
@@ -96,12 +97,20 @@ def extent(p: Tensor) -> tuple[int, int]:
     return start, min(start + each, whole)
 
 
+def _writes(p: Tensor) -> bool:
+    """Whether this rank writes its part of ``p``: of the ranks that hold the same shard (HSDP), the first does."""
+    data = _dtensor(p.detach())
+    if data is None or data.device_mesh.ndim == 1:
+        return True
+    return data.device_mesh.get_local_rank(0) == 0
+
+
 def piece(name: str, p: Tensor, part: Tensor) -> Piece:
     """``part``, cut like ``p``, as a flat range of the whole."""
     (start, end), flat = extent(p), part.detach().flatten()
     if len(flat) != local(p).numel():
         raise RuntimeError(f"{name}: {len(flat)} elements, but this rank holds {local(p).numel()} of the parameter")
-    return Piece(name, tuple(shape(p)), start, flat[: end - start])
+    return Piece(name, tuple(shape(p)), start, flat[: end - start if _writes(p) else 0])
 
 
 def own(parts: Mapping[str, tuple[Tensor, Tensor]], rank: int, world_size: int) -> list[Piece]:

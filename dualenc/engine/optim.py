@@ -112,6 +112,24 @@ def _plain_optimizer(optim: Optim, groups: list[dict[str, Any]], fused: bool) ->
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
 
 
+def is_fused(optim: Optim, device: torch.device, offloaded: bool = False, sharded: bool = False) -> bool:
+    """Whether AdamW or SGD is torch's fused one: ``optim.fused``, and what ``auto`` means.
+
+    Args:
+        offloaded: DeepSpeed keeps the optimizer on the host.
+        sharded: FSDP2 holds the parameters, for which torch has no fused SGD.
+
+    Raises:
+        ConfigError: the recipe asks for what does not exist.
+    """
+    lacking = sharded and optim.name == "sgd"
+    if optim.fused is True and lacking:
+        raise ConfigError("optim.fused: torch has no fused SGD for engine.parallel: fsdp2; use auto or false")
+    if optim.fused != "auto":
+        return optim.fused
+    return device.type == "cuda" and not offloaded and not lacking
+
+
 def moments(optim: Optim, trained: int, matrices: int) -> int:
     """Elements (or bytes) of what the optimizer keeps of ``trained`` parameters, of which Muon updates ``matrices``:
     two moments for AdamW, one momentum for SGD (none without) and for Muon."""
@@ -131,8 +149,8 @@ def stepping_if(finite: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> 
     """Context around ``optimizer.step()``; yields whether to call it at all.
 
     Fused optimizers are always to be called: they are told on the device to change nothing where ``finite`` (a scalar
-    bool tensor) is false, as ``torch.amp.GradScaler`` tells them, so the host waits for nothing. The others (on the
-    CPU, where nothing is waited for, and Muon, which has no fused form) ask for the value.
+    bool tensor) is false, as ``torch.amp.GradScaler`` tells them, so the host waits for nothing. The others (the
+    default on the CPU, where nothing is waited for, and Muon, which has no fused form) ask for the value.
     """
     if not all(group.get("fused") for o in optimizers for group in o.param_groups):
         yield bool(finite)

@@ -40,8 +40,8 @@ class Switchable(Protocol):
         """Keep fewer activations and recompute them in the backward."""
         ...
 
-    def compile_towers(self) -> None:
-        """Run each tower through ``torch.compile``."""
+    def compile_towers(self, blocks: bool = False) -> None:
+        """Run each tower, or each of its repeated ``blocks``, through ``torch.compile``."""
         ...
 
 
@@ -155,6 +155,6 @@ def apply_memory_and_compile(model: nn.Module, config: EngineConfig) -> None:
         if not isinstance(model, Switchable):
             raise ConfigError(f"engine.{key}: {type(model).__name__} does not support it; use false")
         if key == "compile":
-            model.compile_towers()
+            model.compile_towers(blocks=config.compile == "blocks")
         else:
             model.set_grad_checkpointing()

@@ -22,7 +22,7 @@ from dualenc.data.batch import ABSENT
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError, did_you_mean
-from dualenc.losses.blockwise.row_loss import RowLoss, Side, Tile, reduce_whole
+from dualenc.losses.blockwise.row_loss import RowLoss, Side, Tile, only, reduce_whole
 from dualenc.losses.blockwise.row_sums import NO_PAIR, FurtherColumns, SumPlan, tiled_sums
 from dualenc.losses.blockwise.sweeps import How, Valid
 from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig
@@ -89,9 +89,11 @@ def contrast(
     of_sides = ((ab, found.of_a, found.hits_a, "ab"), (ba, found.of_b, found.hits_b, "ba"))
     for row_loss, sums, hits, name in of_sides:
         if row_loss is not None:
-            total = total + row_loss.loss(sums.unbind(0), found.rows, logit_scale).sum()
+            of_rows = row_loss.loss(sums.unbind(0), found.rows, logit_scale)
+            total = total + torch.where(found.valid, of_rows, 0.0).sum()
             shown = row_loss.metrics(sums.detach().unbind(0), found.rows, logit_scale.detach())
-            metrics |= {f"{k}_{name}": x.detach().sum() / share for k, x in shown.items()}
+            masked = {k: torch.where(found.valid, x.detach(), 0.0).sum() for k, x in shown.items()}
+            metrics |= {f"{k}_{name}": x / share for k, x in masked.items()}
             metrics[f"top1_{name}"] = hits / share
     return LossOutput(total / (share if ba is None else 2 * share), metrics)
 
@@ -101,9 +103,12 @@ class Summed:
     """Sums over all columns, before they become a loss.
 
     Attributes:
-        of_a, of_b: [K, n] of this rank's n valid rows of either side, as the row losses order them; hits_a, hits_b: how
-            many of these rows have a positive above every negative.
-        rows: ids and values of these rows; share: valid rows of the global batch / W.
+        of_a, of_b: [K, n] of this rank's rows of either side, as the row losses order them; hits_a, hits_b: how many of
+            the valid rows have a positive above every negative.
+        rows: ids and values of these rows.
+        valid: [n], which of them count: the whole matrix has rows of absent slots too, as leaving them out would wait
+            for the device.
+        share: valid rows of the global batch / W.
     """
 
     of_a: Tensor
@@ -111,7 +116,16 @@ class Summed:
     hits_a: Tensor
     hits_b: Tensor
     rows: Side
+    valid: Tensor
     share: Tensor
+
+    def chosen(self, where: Valid) -> Summed:
+        """The same of valid rows only; ``where`` they are among this rank's slots."""
+        if where.all or len(self.valid) == len(where.index):  # tiles have left the others out
+            return self
+        rows = Side(where.of(self.rows.ids), {k: where.of(x) for k, x in self.rows.values.items()})
+        of_a, of_b = (where.of(x, 1) if x.numel() else x for x in (self.of_a, self.of_b))
+        return replace(self, of_a=of_a, of_b=of_b, rows=rows, valid=where.of(self.valid))
 
     @property
     def path(self) -> Tensor:
@@ -145,14 +159,17 @@ def summed(
     all_ids = gather_ids(ids)
     share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
     if how is None:
-        everywhere = Side(all_ids, {k: gather_ids(x) for k, x in values.items()})
-        of_a, hits_a = _whole(a, b, logit_scale, plan, "b", everywhere)
-        of_b, hits_b = _whole(b, a, logit_scale, plan, "a", everywhere)
+        valid = ids >= 0
+        first = _StandIn.of(all_ids, {k: gather_ids(x) for k, x in values.items()})
+        of_a, hits_a = _whole(a, b, logit_scale, plan, "b", first)
+        of_b, hits_b = _whole(b, a, logit_scale, plan, "a", first)
+        rows = first.rows(valid, plan)
     else:
         of_a, of_b, hits_a, hits_b = tiled_sums(a, b, logit_scale, plan, how, further)
-    valid = Valid(ids)
-    rows = Side(valid.of(ids), {k: valid.of(x) for k, x in {**values, **row_values}.items()})
-    return Summed(of_a, of_b, hits_a, hits_b, rows, share)
+        chosen = Valid(ids)
+        rows = Side(chosen.of(ids), {k: chosen.of(x) for k, x in {**values, **row_values}.items()})
+        valid = rows.ids >= 0
+    return Summed(of_a, of_b, hits_a, hits_b, rows, valid, share)
 
 
 class Contrastive(Loss):
@@ -276,30 +293,68 @@ def frozen_features(extras: Extras | None, what: str) -> dict[str, Tensor]:
     return out
 
 
-def _whole(x: Tensor, y: Tensor, scale: Tensor, plan: SumPlan, side: str, everywhere: Side) -> tuple[Tensor, Tensor]:
-    """The sums [K, n] of rows of ``x`` against all columns of ``side``, at once and by autograd, and the hits.
+@dataclass(frozen=True, slots=True)
+class _StandIn:
+    """All ranks' slots, and the first that takes part: it stands in for those that do not, whose sums are then masked.
 
-    ``everywhere``: the slots of all ranks.
+    So the sizes of all tensors are known without waiting for the device, and no number made of an absent slot can be
+    infinite or NaN. In a batch without any slot that takes part, slot 0 stands in.
+
+    Attributes:
+        ids: [N]; values: name → [N, …]; at: [1] the slot; own: name → [1, …] its values.
     """
+
+    ids: Tensor
+    values: Mapping[str, Tensor]
+    at: Tensor
+    own: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, ids: Tensor, values: Mapping[str, Tensor]) -> _StandIn:
+        at = (ids >= 0).to(torch.uint8).argmax(0, keepdim=True)
+        found = (ids >= 0)[at]
+        # Of no value where nothing takes part: a label of slot 0 may then be NaN.
+        own = {k: torch.where(_like(found, x), x[at], torch.zeros_like(x[at])) for k, x in values.items()}
+        return cls(ids, values, at, own)
+
+    def rows(self, valid: Tensor, plan: SumPlan) -> Side:
+        """This rank's slots."""
+        ids = torch.where(valid, plan.ids, self.ids[self.at].clamp(min=0))
+        own = {k: torch.where(_like(valid, x), x, self.own[k]) for k, x in plan.values.items()}
+        return Side(ids, own | {k: x.masked_fill(_like(~valid, x), 0) for k, x in plan.row_values.items()})
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask [n] in the shape of x [n, …]."""
+    return mask.view(-1, *[1] * (x.ndim - 1))
+
+
+def _whole(x: Tensor, y: Tensor, scale: Tensor, plan: SumPlan, side: str, slots: _StandIn) -> tuple[Tensor, Tensor]:
+    """The sums [K, B] of rows of ``x`` against all columns of ``side``, at once and by autograd, and the hits. The sums
+    of rows that take no part are those of some other row."""
     row_loss = plan.ab if side == "b" else plan.ba
-    features, ids = [gather(y)], [everywhere.ids]
-    values = {k: [v] for k, v in everywhere.values.items()}
+    features, ids = [gather(y)], [slots.ids]
+    values = {k: [v] for k, v in slots.values.items()}
     for extra in plan.columns:
         if extra.side == side:
             features.append(extra.x.detach() if extra.shared else gather(extra.x))
             ids.append(extra.ids if extra.shared else gather_ids(extra.ids))
             for k, parts in values.items():
                 parts.append(extra.values[k] if extra.shared else gather_ids(extra.values[k]))
-    valid, there = Valid(plan.ids), Valid(torch.cat(ids))
-    logits = scale * (valid.of(x) @ there.of(torch.cat(features)).T)
-    if row_loss is None or not logits.numel():
-        return logits.new_zeros(0 if row_loss is None else len(row_loss.kinds), len(logits)) + 0 * logits.sum(), (
-            logits.new_zeros(())
-        )
-    rows = Side(valid.of(plan.ids), {k: valid.of(v) for k, v in {**plan.values, **plan.row_values}.items()})
-    columns = Side(there.of(torch.cat(ids)), {k: there.of(torch.cat(v)) for k, v in values.items()})
-    tile = Tile(logits, scale, rows, columns)
-    sums = torch.stack([reduce_whole(r) for r in row_loss.sums(tile) if r is not None])
+    valid, every, all_ids = plan.ids >= 0, torch.cat(features), torch.cat(ids)
+    if row_loss is None:
+        return x.new_zeros(0, len(x)) + 0 * every[:0].sum(), x.new_zeros(())
+    number = torch.arange(len(all_ids), device=all_ids.device)
+    there = (all_ids >= 0) | (number == slots.at)
+    pick = torch.where(there, number, slots.at)
+    rows = torch.where(valid[:, None], x, every.detach()[slots.at])
+    logits = scale * (rows @ every.index_select(0, pick).T)
+    taken = {
+        k: torch.where(_like(there & (all_ids >= 0), x := torch.cat(v)), x, slots.own[k]) for k, v in values.items()
+    }
+    columns = Side(all_ids.clamp(min=0)[pick], taken)
+    tile = Tile(logits, scale, slots.rows(valid, plan), columns)
+    sums = torch.stack([reduce_whole(only(r, there)) for r in row_loss.sums(tile) if r is not None])
     seen = logits.detach()
-    best = [seen.masked_fill(m, -float("inf")).amax(1) for m in (~tile.positive, tile.positive)]
-    return sums, (best[0] > best[1]).sum().to(seen.dtype)
+    best = [seen.masked_fill(m | ~there, -float("inf")).amax(1) for m in (~tile.positive, tile.positive)]
+    return sums, ((best[0] > best[1]) & valid).sum().to(seen.dtype)

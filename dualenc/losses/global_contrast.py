@@ -170,9 +170,9 @@ class GlobalContrast(Loss):
             replace(x, values={k: nothing(v, len(x.ids)) for k, v in values.items()})
             for x in hard_negatives(extras, ids)
         ]
-        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how)
-        gamma = self.gamma(extras.step * len(ids) * world_size())
-        valid, total = Valid(ids), found.path
+        valid = Valid(ids)
+        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how).chosen(valid)
+        gamma, total = self.gamma(extras.step * len(ids) * world_size()), found.path
         new: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for s, sums, name in (("a", found.of_a, "ab"), ("b", found.of_b, "ba")):

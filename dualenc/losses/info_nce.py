@@ -62,15 +62,17 @@ def info_nce_rows(
         rows: [B, D]; columns: [N, D]; row_ids: [B]; column_ids: [N]. Every valid row's id occurs among the columns.
     """
     valid, present = row_ids >= 0, column_ids >= 0
-    logits = logit_scale * (rows[valid] @ columns[present].T)
-    positive = row_ids[valid, None] == column_ids[None, present]
-    target = positive.to(logits.dtype) / positive.sum(1, keepdim=True)
+    # Masks and no selection, whose size the host would have to wait for; on a complete batch they change no bit.
+    rows, columns = torch.where(valid[:, None], rows, 0.0), torch.where(present[:, None], columns, 0.0)
+    logits = logit_scale * (rows @ columns.T)
+    logits = logits.masked_fill_(~present, torch.finfo(logits.dtype).min)  # not −inf: a row may have no column at all
+    positive = (row_ids[:, None] == column_ids) & valid[:, None]
+    target = positive.to(logits.dtype) / positive.sum(1, keepdim=True).clamp(min=1)
     if label_smoothing:
-        target = (1 - label_smoothing) * target + label_smoothing / max(logits.shape[1], 1)
-    if not len(logits):  # no row here is valid: a zero that still runs the gather's backward with the other ranks
-        return logit_scale[:0].sum() + rows[:0].sum() + columns[:0].sum(), logits.new_zeros(())
+        share = (label_smoothing / present.sum().clamp(min=1).double()).to(target.dtype)
+        target = (1 - label_smoothing) * target + share * present
     per_row = torch.logsumexp(logits, dim=1) - (target * logits).sum(1)
-    return per_row.sum(), hits(logits, positive)
+    return torch.where(valid, per_row, 0.0).sum(), hits(logits, positive)
 
 
 def hits(logits: Tensor, positive: Tensor) -> Tensor:

@@ -39,9 +39,11 @@ from dualenc.losses.loss import losses
 
 @dataclass(frozen=True, slots=True)
 class WithMixtures(RowLoss):
-    """InfoNCE with further negatives of each row alone: ``own`` [n, S] logits of this rank's valid rows, −inf: none."""
+    """InfoNCE with further negatives of each row alone: ``own`` [B, S] logits of this rank's rows, −inf: none; ``ids``
+    [B] their pair ids."""
 
     own: Tensor
+    ids: Tensor
 
     kinds = (LogSumExp, Sum, Sum)
 
@@ -55,7 +57,8 @@ class WithMixtures(RowLoss):
 
     def loss(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> Tensor:
         """See the base class."""
-        return torch.logsumexp(torch.cat([sums[0][:, None], self.own], 1), 1) - sums[1] / sums[2]
+        own = self.own if len(self.own) == len(sums[0]) else self.own[self.ids >= 0]  # tiles leave absent rows out
+        return torch.logsumexp(torch.cat([sums[0][:, None], own], 1), 1) - sums[1] / sums[2]
 
 
 def mixtures(
@@ -72,7 +75,7 @@ def mixtures(
     Holds the N_h hardest negatives of each row, [n, N_h, D].
 
     Args:
-        rows: [n, D] valid rows; row_ids: [n]; columns: [N, D]; column_ids: [N].
+        rows: [n, D]; row_ids: [n]; columns: [N, D]; column_ids: [N].
         salt: a scalar int64, another one for every step and direction.
         sizes: N_h, ``between``, ``towards``; strip_mb: MiB of cosines held in the search.
     """
@@ -120,10 +123,11 @@ class MoCHi(Contrastive):
     def directions(self, inputs: RowInputs) -> tuple[RowLoss, RowLoss]:
         """See the base class."""
         c, x = self.config, inputs
-        all_ids, valid = gather_ids(x.ids), torch.nonzero(x.ids >= 0).flatten()
+        all_ids, valid = gather_ids(x.ids), (x.ids >= 0)[:, None]
         out = []
         for k, (rows, others) in enumerate(((x.a, x.b), (x.b, x.a))):
             columns, sizes = gather_ids(others.detach()), (c.hardest, c.between, c.towards)
-            own = mixtures(rows[valid], x.ids[valid], columns, all_ids, all_ids.sum() + k, sizes, c.tile_mb or 8.0)
-            out.append(WithMixtures(x.logit_scale * own))
+            rows = torch.where(valid, rows, 0.0)
+            own = mixtures(rows, x.ids, columns, all_ids, all_ids.sum() + k, sizes, c.tile_mb or 8.0)
+            out.append(WithMixtures(x.logit_scale * own, x.ids))
         return out[0], out[1]

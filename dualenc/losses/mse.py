@@ -9,6 +9,7 @@ D times that, on directions alone. One tower has to be locked: otherwise both co
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dualenc.config import Section
@@ -31,8 +32,7 @@ def mse(a: Tensor, b: Tensor, ids: Tensor) -> LossOutput:
     check_equal_shapes(a)
     all_ids = gather_ids(ids)
     share = (all_ids >= 0).sum().clamp(min=1).to(a.dtype) / world_size()
-    valid = ids >= 0
-    x, y = a[valid], b[valid]
+    x, y = (torch.where((ids >= 0)[:, None], side, 0.0) for side in (a, b))
     return LossOutput((x - y).square().sum() / share, {"cosine": (x * y).sum().detach() / share})
 
 

@@ -76,7 +76,8 @@ class SiamLIP(Loss):
         """See the module; scale and bias are not used."""
         assert extras is not None
         _, share = shared_out(ids, a.dtype)
-        (za, ha), (zb, hb) = (x["predicted"][ids >= 0].chunk(2, 1) for x in (extras.a, extras.b))
+        (za, ha), (zb, hb) = (x["predicted"].chunk(2, 1) for x in (extras.a, extras.b))
         cos = nn.functional.cosine_similarity
-        found = 0.5 * (cos(ha, zb.detach(), dim=1).sum() + cos(hb, za.detach(), dim=1).sum()) / share
+        both = [torch.where(ids >= 0, cos(h, z.detach(), dim=1), 0.0).sum() for h, z in ((ha, zb), (hb, za))]
+        found = 0.5 * (both[0] + both[1]) / share
         return LossOutput(-found, {"prediction": found.detach()})

@@ -7,6 +7,7 @@ over the global batch of n valid rows.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
@@ -61,18 +62,19 @@ def plain_sigmoid(
         rows: [B, D]; columns: [W·B, D], those of all ranks; row_ids: [B]; column_ids: [W·B].
     """
     valid, present = row_ids >= 0, column_ids >= 0
-    logits = logit_scale * (rows[valid] @ columns[present].T)
+    # Masks and no selection, whose size the host would have to wait for; on a complete batch they change no bit.
+    rows, columns = torch.where(valid[:, None], rows, 0.0), torch.where(present[:, None], columns, 0.0)
+    logits = logit_scale * (rows @ columns.T)
     if logit_bias is not None:
         logits = logits + logit_bias
-    positive = row_ids[valid, None] == column_ids[None, present]
-    total = -nn.functional.logsigmoid((2 * positive.to(logits.dtype) - 1) * logits).sum()
+    there = valid[:, None] & present
+    positive = (row_ids[:, None] == column_ids) & there
+    terms = nn.functional.logsigmoid((2 * positive.to(logits.dtype) - 1) * logits)
     of_columns = Stats.empty(len(columns), columns.detach())
-    if len(logits):
-        seen = logits.detach()
-        of_columns.pos[present] = seen.amax(0)  # of all: above every negative only if it is a positive's
-        of_columns.neg[present] = seen.masked_fill(positive, -float("inf")).amax(0)
-    hits_ab = hits(logits, positive) if len(logits) else logits.new_zeros(())
-    return total, hits_ab, Stats(merge_stats(of_columns.data)).hits()
+    seen = logits.detach().masked_fill(~there, -float("inf"))
+    of_columns.pos.copy_(seen.amax(0))  # of all: above every negative only if it is a positive's
+    of_columns.neg.copy_(seen.masked_fill(positive, -float("inf")).amax(0))
+    return -torch.where(there, terms, 0.0).sum(), hits(seen, positive), Stats(merge_stats(of_columns.data)).hits()
 
 
 @losses.register("sigmoid")

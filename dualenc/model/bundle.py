@@ -126,6 +126,7 @@ class Bundle:
         state: Mapping[str, Tensor] | None = None,
         provenance: Mapping[str, Any] | None = None,
         pieces: Mapping[str, str] | None = None,
+        ready: Mapping[str, Tensor] | None = None,
     ) -> Path:
         """Write the bundle into ``folder`` (created; an earlier bundle in it is overwritten) and return the folder.
 
@@ -138,6 +139,7 @@ class Bundle:
             provenance: added to the bundle's own.
             pieces: file → sha256 of weights that the ranks of a run have written into ``folder``, see
                 :mod:`dualenc.checkpoint.ranges`; no weights are written then.
+            ready: what :meth:`for_use` gave. The model is not touched then, so another thread may train it.
 
         Raises:
             CheckpointError: if ``state`` does not have exactly the model's tensors.
@@ -149,7 +151,10 @@ class Bundle:
         if pieces is not None:
             weights = {"files": dict(sorted(pieces.items())), "sha256": pieces_digest(pieces)}
         else:
-            self._save_weights(folder / WEIGHTS, state)
+            tensors = self.for_use(state) if ready is None else ready
+            # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
+            flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+            write_tensors(folder / WEIGHTS, flat, record(self))
             weights = {"file": WEIGHTS, "sha256": file_digest(folder / WEIGHTS)}
         description = self.describe()
         for m, x in self.inputs.items():
@@ -164,7 +169,12 @@ class Bundle:
         (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         return folder
 
-    def _save_weights(self, path: Path, state: Mapping[str, Tensor] | None) -> None:
+    def for_use(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights that :meth:`save` writes, of ``state`` or of the model: adapters merged, without heads of a loss.
+
+        Raises:
+            CheckpointError: if ``state`` does not have exactly the model's tensors.
+        """
         own = self.model.state_dict()
         tensors = self.model.plain(state if state is not None else own)
         wrong = set(tensors) ^ set(self.model.plain(own))
@@ -172,9 +182,7 @@ class Bundle:
             raise CheckpointError(
                 f"save: tensor {sorted(wrong)[0]!r} must be both in the model and in the weights to save"
             )
-        # clone: safetensors refuses tensors that share memory, such as views into a flat buffer
-        flat = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        write_tensors(path, flat, record(self))
+        return tensors
 
 
 # --- building ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
 from dualenc.model.carry import Carried, Kept
+from dualenc.train.flops import FlopCount
 from dualenc.train.memory import Memory, goes_on, slow_models
 from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
@@ -49,6 +50,7 @@ class Parts:
         span: the phase of the run that these parts are for; ``recipe`` is its recipe, ``whole`` that of the run.
         parameter_count: of the whole model, also where a rank holds a part of it.
         sharded: whether every rank writes its own part of a checkpoint.
+        flops: operations of a step, counted on the first batch.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Parts:
     total_steps: int
     parameter_count: int
     sharded: bool
+    flops: FlopCount
     span: Span
     whole: Recipe
 
@@ -111,6 +114,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     counts = [(p.numel(), p.requires_grad) for p in bundle.model.parameters()]  # before ZeRO 3 empties them
     size = sum(n for n, _ in counts)
     sharded = ckpt.is_sharded(recipe, size, sum(n for n, trained in counts if trained), world.world_size)
+    flops = FlopCount(bundle.model)
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     slow = slow_models(loss, bundle.model, world.device)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
@@ -163,6 +167,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
         total_steps=total,
         parameter_count=size,
         sharded=sharded and not bundle.model.adapters,  # rank 0 merges adapters, from whole tensors
+        flops=flops,
         span=span,
         whole=whole,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from dualenc.distributed.world import all_reduce_sum
 from dualenc.errors import DivergenceError, Interrupted
 from dualenc.train.build import Parts
+from dualenc.train.flops import peak_memory, speed
 from dualenc.train.step import StepResult
 from dualenc.train.stop import StopFlag
 from dualenc.train.tracking import metrics_at
@@ -36,6 +37,7 @@ class Moment:
         looking: after this step the device is read and the ranks agree.
         stopping: a rank was asked to stop.
         save_due: by the clock, a checkpoint is due.
+        written: no rank still writes a checkpoint in the background; known at a look.
         fallen: the guard stops the run.
         ends_phase: another phase begins after it, or the run ends.
     """
@@ -46,6 +48,7 @@ class Moment:
     looking: bool = False
     stopping: bool = False
     save_due: bool = False
+    written: bool = False
     fallen: bool = False
     ends_phase: bool = False
 
@@ -93,9 +96,14 @@ class Agree:
     pauses = False
 
     def __init__(
-        self, parts: Parts, stop: StopFlag, save_due: Callable[[], bool], also: Callable[[Moment], bool]
+        self,
+        parts: Parts,
+        stop: StopFlag,
+        save_due: Callable[[], bool],
+        written: Callable[[], bool],
+        also: Callable[[Moment], bool],
     ) -> None:
-        self._parts, self._stop, self._save_due, self._also = parts, stop, save_due, also
+        self._parts, self._stop, self._save_due, self._written, self._also = parts, stop, save_due, written, also
         self._next = self._step = parts.state.step + 1
         self._since = time.perf_counter()
 
@@ -107,9 +115,9 @@ class Agree:
         seconds = (time.perf_counter() - self._since) / max(now.step - self._step, 1)
         self._since, self._step = time.perf_counter(), now.step
         world = self._parts.world
-        mine = torch.tensor([self._stop.raised, self._save_due(), seconds], dtype=torch.float64)
-        stop, save, total = all_reduce_sum(mine, world).tolist()
-        now.looking, now.stopping, now.save_due = True, stop > 0, save > 0
+        flags = [self._stop.raised, self._save_due(), not self._written(), seconds]
+        stop, save, writing, total = all_reduce_sum(torch.tensor(flags, dtype=torch.float64), world).tolist()
+        now.looking, now.stopping, now.save_due, now.written = True, stop > 0, save > 0, writing == 0
         fit = int(PROMPT_S * world.world_size / max(total, 1e-9))
         self._next = now.step + min(max(fit, 1), MOST_STEPS)
 
@@ -235,6 +243,8 @@ class Log:
             "loss": sum(numbers[:steps]) / steps,
             "lr": p.engine.lr,
             "samples_per_s": steps * p.recipe.batch.size / seconds,
+            **speed(p.flops.per_sample, steps * p.recipe.batch.size / seconds, p.world.world_size, p.engine.device),
+            "peak_memory": peak_memory(p.engine.device),
             "data_wait_share": self._wait / seconds,
             "grad_norm": numbers[steps],
             **dict(zip(now.result.metrics, numbers[steps + 1 :], strict=True)),

@@ -35,6 +35,7 @@ from dualenc.train.resume import keep_old_recipe
 from dualenc.train.saving import Save
 from dualenc.train.shared_memory import check_shared_memory
 from dualenc.train.step import train_step
+from dualenc.train.step_profile import Profile
 from dualenc.train.stop import StopFlag
 from dualenc.train.tracking import environment
 
@@ -62,9 +63,11 @@ class Run:
         evaluation: Evaluation | None = None,
         guard: Evaluation | None = None,
         stop: StopFlag | None = None,
+        profile: int | None = None,
         save: Path | None = None,
     ) -> None:
         self.parts: Parts = build(recipe, run_dir, world, save)
+        self.profile = None if profile is None else Profile(self.parts, profile)
         self.stop = stop or StopFlag()
         self.save = Save(self.parts)
         self.log = Log(self.parts)
@@ -73,7 +76,7 @@ class Run:
         self.finite = self.save.finite = Finite(self.parts, self.save.set_aside)
         self.hooks: list[Hook] = [
             KeepAverage(self.parts),
-            Agree(self.parts, self.stop, self.save.by_clock, also=self._reads),
+            Agree(self.parts, self.stop, self.save.by_clock, self.save.is_written, also=self._reads),
             self.finite,  # may end the run, so before anything is written
             self.log,
             self.guard,  # before the save, which holds what it found
@@ -101,13 +104,21 @@ class Run:
         self.log.begin_phase()
         self.log.begin()
         for batch in self.parts.loader:
+            if self.profile is not None:
+                self.profile.begin(self.parts.loader.last_wait_s)
             now = self._step(batch)
+            if self.profile is not None:
+                self.profile.hooked()
             for hook in self.hooks:
                 if hook.due(now):
                     began = time.perf_counter()
+                    if hook is self.guard or hook is self.evaluate:
+                        self.save.settle()  # they may start processes, which is safe only without a writing thread
                     hook.run(now)
                     if hook.pauses:
                         self.log.exclude(time.perf_counter() - began)
+            if self.profile is not None:
+                self.profile.end()
 
     def steps(self, count: int) -> Iterator[Moment]:
         """The next steps and nothing else: no hook logs, saves or evaluates. As with training, all ranks together."""
@@ -130,6 +141,7 @@ class Run:
         # Dropout and patch dropout draw from here: resuming needs no RNG state. Ranks must differ.
         torch.manual_seed(derive_seed(p.recipe.seed, p.state.step, p.world.rank))
         p.ledger.add(batch)
+        p.flops.note(batch)
         size = p.recipe.batch.size
         p.engine.set_lr_factor(p.lr_factor)
         batch = p.memory.recall(batch.to(p.engine.device))
@@ -153,14 +165,22 @@ class Run:
         return reads or now.ends_phase
 
     def close(self) -> None:
-        """Stop the workers and close the files."""
-        self.parts.close()
+        """Let a checkpoint that is being written end; stop the workers and close the files."""
+        try:
+            self.save.end()
+        finally:
+            self.parts.close()
 
 
-def train(recipe: Recipe, evaluation: Evaluation | None = None, guard: Evaluation | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    evaluation: Evaluation | None = None,
+    guard: Evaluation | None = None,
+    profile: int | None = None,
+) -> Path:
     """Train ``recipe`` on this rank (all ranks of a launcher call it alike); return the run folder.
 
-    ``guard`` evaluates the tasks of ``eval.guard``.
+    ``guard`` evaluates the tasks of ``eval.guard``; ``profile``: of how many steps a profile is written.
     """
     run_dir = run_folder(recipe)
     stop = StopFlag()
@@ -169,7 +189,7 @@ def train(recipe: Recipe, evaluation: Evaluation | None = None, guard: Evaluatio
         clean = False
         try:
             with naming_missing_ranks(world):
-                _train(recipe, run_dir, world, evaluation, guard, stop)
+                _train(recipe, run_dir, world, evaluation, guard, stop, profile)
             clean = True
         finally:
             close_world(world, clean=clean)
@@ -183,9 +203,10 @@ def _train(
     evaluation: Evaluation | None,
     guard: Evaluation | None,
     stop: StopFlag,
+    profile: int | None,
 ) -> None:
     with _folder(run_dir, world):
-        run_phases(recipe, run_dir, world, evaluation, guard, stop)
+        run_phases(recipe, run_dir, world, evaluation, guard, stop, profile)
 
 
 def run_phases(
@@ -195,11 +216,16 @@ def run_phases(
     evaluation: Evaluation | None = None,
     guard: Evaluation | None = None,
     stop: StopFlag | None = None,
+    profile: int | None = None,
 ) -> None:
-    """Train phase after phase to the end, each built anew from the checkpoint that the one before ends with."""
+    """Train phase after phase to the end, each built anew from the checkpoint that the one before ends with.
+
+    ``profile`` is of the first phase.
+    """
     save: Path | None = None
     while True:
-        run = Run(recipe, run_dir, world, evaluation, guard, stop, save)
+        run = Run(recipe, run_dir, world, evaluation, guard, stop, profile, save)
+        profile = None
         _carry_out(run)
         step = run.parts.state.step
         if step >= run.parts.total_steps:

@@ -42,7 +42,8 @@ def standing_bytes(model: nn.Module, recipe: Recipe, ranks: int) -> dict[str, in
         states += gradients  # ZeRO steps on a copy of the weights
     sharded = _sharded(recipe.engine, ranks)
     parts = {"weights": weights, "gradients": gradients, "optimizer states": states}
-    return {k: n // ranks if k in sharded else n for k, n in parts.items()}
+    share = ranks if recipe.engine.shard_size is None else min(recipe.engine.shard_size, ranks)
+    return {k: n // share if k in sharded else n for k, n in parts.items()}
 
 
 def _sharded(engine: EngineConfig, ranks: int) -> tuple[str, ...]:

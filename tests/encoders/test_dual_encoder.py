@@ -170,3 +170,7 @@ def test_compile_towers_compiles_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
     model.compile_towers()
     assert compiled == list(model.towers.values())
+    compiled.clear()
+    model.compile_towers(blocks=True)
+    assert compiled == [part for t in model.towers.values() for part in t.blocks() or [t]]
+    assert len(compiled) > len(model.towers)

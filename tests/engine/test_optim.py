@@ -14,8 +14,8 @@ from dualenc.distributed.world import World
 from dualenc.engine import build_engine
 from dualenc.engine.accelerate_engine import AccelerateEngine
 from dualenc.engine.deepspeed_engine import deepspeed_json
-from dualenc.engine.ema import EMA
-from dualenc.engine.optim import build_optimizers, parameters_by_role, set_lr_factor
+from dualenc.engine.ema import EMA, blend
+from dualenc.engine.optim import build_optimizers, is_fused, parameters_by_role, set_lr_factor
 from dualenc.engine.protocol import repeated
 from dualenc.errors import CheckpointError, ConfigError
 from dualenc.losses import build_loss
@@ -210,3 +210,36 @@ def test_fused_optimizers_leave_a_step_out_on_the_device(name: str, parallel: st
     for k, x in asked.model_state().items():
         assert torch.allclose(told.model_state()[k], x, atol=1e-5), k
     assert told.optimizer_state()[0].keys() == asked.optimizer_state()[0].keys()
+
+
+def test_a_fused_optimizer_on_the_cpu_is_the_plain_one_up_to_rounding() -> None:
+    """And it leaves a step out where it is told to, without being asked for its value."""
+    found = {}
+    for fused in (False, True):
+        done = _jobs.train(World(), {}, 0, 12, {"lr": 0.01, "weight_decay": 0.2, "fused": fused})
+        found[fused] = torch.tensor([r[0] for r in done["results"]])
+    assert (found[True] - found[False]).abs().max() < 1e-5
+    assert found[True][-1] < found[True][0]
+    engine = AccelerateEngine(EngineConfig(), Optim(fused=True), tiny(), World())
+    assert all(g["fused"] for o in engine.optimizers for g in o.param_groups)
+    before = {k: p.detach().clone() for k, p in engine.parameters.items()}
+    for bad in (True, False):
+        for p in engine.parameters.values():
+            p.grad = torch.full_like(p, float("nan") if bad else 1.0)
+        assert bool(engine.step().skipped) is bad
+        changed = [not torch.equal(p, before[k]) for k, p in engine.parameters.items()]
+        assert not any(changed) if bad else all(changed)
+    with pytest.raises(ConfigError, match=r"optim\.fused: torch has no fused SGD"):
+        is_fused(Optim(name="sgd", fused=True), torch.device("cpu"), sharded=True)
+
+
+def test_the_average_moves_without_reading_whether_a_step_was_skipped() -> None:
+    torch.manual_seed(0)
+    old, now = [torch.randn(n) for n in (7, 1000)], [torch.randn(n) for n in (7, 1000)]
+    for share in (0.3, 0.7, 1e-4):
+        for skipped in (None, torch.tensor(False), torch.tensor(True)):
+            moved = [x.clone() for x in old]
+            blend(moved, now, share, skipped)
+            stays = skipped is not None and bool(skipped)
+            for x, a, b in zip(moved, old, now, strict=True):
+                assert torch.equal(x, a if stays else a.lerp(b, share))

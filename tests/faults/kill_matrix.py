@@ -54,7 +54,7 @@ SMALL = [
 MODULES = "modules.txt"
 """Where an unbroken run writes down what it imported on its way, for the parent to import before the next fork."""
 
-TIMED = ("samples_per_s", "data_wait_share")
+TIMED = ("samples_per_s", "data_wait_share", "tflops_per_s", "mfu", "peak_memory")
 """Numbers of a metrics line that say how fast the machine was."""
 
 

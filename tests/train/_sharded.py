@@ -67,6 +67,14 @@ def chained(world: World, parts: list[list[str]]) -> list[dict[str, Any]]:
     return out
 
 
+def plain(world: World, parts: list[list[str]]) -> None:
+    """Runs one after another."""
+    for overrides in parts:
+        run = build(world, overrides)
+        run.train()
+        run.close()
+
+
 def differences(run: Run, save: Path) -> dict[str, int]:
     """How many tensors of a save are not bit for bit what all ranks collect from the engine (rank 0 compares)."""
     weights, (optimizer, _) = run.parts.engine.model_state(), run.parts.engine.optimizer_state()

@@ -31,6 +31,29 @@ STEP = {
 """Of one pair, info_nce, DDP with one bucket, on two ranks."""
 
 
+WAITS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "repeat_interleave",
+    "_unique2",
+    "unique_consecutive",
+    "unique_dim",
+}
+"""Operators after which the host needs a value, or a size that depends on values: on a GPU it waits for them."""
+LOSSES = {
+    "info_nce": [],
+    "info_nce, EMA, micro-batches": [
+        "optim.ema_samples=100",
+        "batch.micro=8",
+        "loss={name: info_nce, label_smoothing: 0.1}",
+    ],
+    "sigmoid": ["loss=sigmoid", "logit_scale={init: 10, bias: -10}"],
+    **{name: [f"loss={name}"] for name in ("dcl", "siamlip")},
+}
+
+
 class Traffic(TorchDispatchMode):
     """Counts collectives, and readings of the device by the host."""
 
@@ -42,12 +65,19 @@ class Traffic(TorchDispatchMode):
         space, name = func._schema.name.split("::")
         if space == "c10d":
             self.calls[name] += 1
+        places = args[1] if "index" in name and len(args) > 1 and isinstance(args[1], list | tuple) else ()
+        by_mask = any(x is not None and x.dtype == torch.bool for x in places)
+        # DDP's map of used parameters is int32 in host memory, whatever the device
+        on_host = name == "_local_scalar_dense" and args[0].dtype == torch.int32
+        if space == "aten" and (by_mask or name in WAITS) and not on_host:
+            self.calls["waits"] += 1
         return func(*args, **(kwargs or {}))
 
 
-def count(world: World, out: str) -> list[dict[str, int]]:
-    """Collectives of each of 40 steps with their hooks, from the second on."""
-    run = build(world, ["budget.steps=40", "tracking.log_every=100", "checkpoint.every_minutes=null", f"out={out}"])
+def count(world: World, out: str, steps: int = 40, more: list[str] | None = None) -> list[dict[str, int]]:
+    """Collectives and host waits of each step with its hooks; the optimizer is fused, as on a GPU."""
+    fixed = [f"budget.steps={steps}", "tracking.log_every=100", "checkpoint.every_minutes=null", "optim.fused=true"]
+    run = build(world, [*fixed, *(more or []), f"out={out}"])
     found = []
     run.log.begin()
     for batch in run.parts.loader:
@@ -66,10 +96,44 @@ def test_collectives_of_a_step_are_those_documented(tmp_path: Path) -> None:
         later = steps[2:-1]
         quiet = [s for s in later if not s["looking"]]
         assert len(quiet) > len(later) / 2, steps
-        assert all({k: v for k, v in s.items() if k != "looking"} == STEP for s in quiet), quiet
+        assert all({k: v for k, v in s.items() if k not in ("looking", "waits")} == STEP for s in quiet), quiet
         looks = [s for s in later if s["looking"]]
         assert len(looks) >= len(later) // MOST_STEPS
         assert all(s["allreduce_"] == STEP["allreduce_"] + 1 for s in looks), looks  # the flags
+
+
+def every_loss(world: World, out: str) -> dict[str, list[dict[str, int]]]:
+    return {name: count(world, f"{out}/{k}", 9, more) for k, (name, more) in enumerate(LOSSES.items())}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_quiet_step_waits_for_nothing(ranks: int, tmp_path: Path) -> None:
+    arguments = {"out": str(tmp_path)}
+    for found in [every_loss(World(), **arguments)] if ranks == 1 else spawn(HERE, "every_loss", ranks, arguments):
+        for name, steps in found.items():
+            quiet = [s for s in steps[2:-1] if not s["looking"]]
+            assert quiet, name
+            assert all(s.get("waits", 0) == 0 for s in quiet), (name, quiet)
+
+
+def test_the_counter_of_waits_counts() -> None:
+    x, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+    ways = [
+        lambda: x[0].item(),
+        lambda: bool(x[0] > 1),
+        lambda: x[mask],
+        lambda: torch.nonzero(mask),
+        lambda: float(x[0]),
+    ]
+    for way in ways:
+        with Traffic() as seen:
+            way()
+        assert seen.calls["waits"] == 1
+    with Traffic() as seen:
+        x[mask] = 0
+        x.masked_fill_(mask, 1.0)
+        torch.where(mask, x, 0.0).sum()
+    assert seen.calls["waits"] <= 1
 
 
 READS = ("item", "tolist", "__float__", "__bool__", "__int__", "numpy")

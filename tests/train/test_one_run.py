@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _runs import RECIPE, SMALL, build, environment, newest, rows
+from _runs import RECIPE, SMALL, build, environment, losses, newest, rows
 
 from dualenc.checkpoint import save as ckpt
 from dualenc.config import Recipe, load_recipe
@@ -113,13 +113,66 @@ def test_an_odd_out_is_one_sentence(tmp_path: Path, kind: str) -> None:
         train(recipe)
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_the_old_save(tmp_path: Path) -> None:
+def test_a_checkpoint_written_in_the_background_is_the_same(tmp_path: Path) -> None:
+    """Bit for bit, at the same steps, and the last one is complete when the run ends."""
+    every = ["budget.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9", "optim.ema_samples=64"]
+    for name in ("plain", "background"):
+        here(*every, f"checkpoint.background={name == 'background'}", f"out={tmp_path}/{name}")
+    want = ["step-0000000002", "step-0000000004", "step-0000000006"]
+    for step in want:
+        a, b = (tmp_path / name / "checkpoints" / step for name in ("plain", "background"))
+        assert ckpt.damaged(b) is None
+        for file in a.rglob("*.safetensors"):
+            assert file.read_bytes() == (b / file.relative_to(a)).read_bytes(), file.name
+        assert json.loads((a / "state.json").read_text()) == json.loads((b / "state.json").read_text())
+    assert saves(tmp_path / "background") == saves(tmp_path / "plain") == want
+
+
+def test_a_kill_while_the_background_writes_loses_only_that_checkpoint(tmp_path: Path) -> None:
+    """The writing of step 4 hangs, the process is killed a step later, and the next start goes on from step 2."""
+    args = [*QUICK, "checkpoint.every_steps=2", "checkpoint.background=true", f"out={tmp_path}/run"]
+    code = f"""
+import os, signal, sys, time
+sys.argv = ["dualenc", "train", {str(RECIPE)!r}, *{args!r}, "budget.steps=40"]
+from dualenc.checkpoint import save as ckpt
+from dualenc.cli import main
+write = ckpt.write_tensors
+def stuck(path, *more):
+    write(path, *more)
+    if "step-0000000004" in str(path):
+        time.sleep(600)
+ckpt.write_tensors = stuck
+from dualenc.train import loop
+step = loop.Run._step
+def until(self, batch):
+    if batch.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch)
+loop.Run._step = until
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == -9, done.stderr[-2000:]
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert [n for n in names if n.startswith("step-")] == ["step-0000000002"], names
+    assert any(n.startswith(".writing-step-0000000004") for n in names), names
+    here("budget.steps=8", "checkpoint.every_steps=2", "checkpoint.background=true", f"out={tmp_path}/run")
+    here("budget.steps=8", "checkpoint.every_steps=2", f"out={tmp_path}/unbroken")
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+    assert not any(n.name.startswith(".writing") for n in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_save(background: bool, tmp_path: Path) -> None:
     """RLIMIT_FSIZE in a process of its own: a file cannot grow past it, as on a disk without room."""
+    more = ["checkpoint.every_steps=2", f"checkpoint.background={background}"]
     here("budget.steps=1", f"out={tmp_path}/run")
     code = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-sys.argv = ["dualenc", "train", {str(RECIPE)!r}, *{QUICK!r}, "budget.steps=3", "out={tmp_path}/run"]
+sys.argv = ["dualenc", "train", {str(RECIPE)!r}, *{QUICK!r}, *{more!r}, "budget.steps=3", "out={tmp_path}/run"]
 import dualenc.train.loop
 from dualenc.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))

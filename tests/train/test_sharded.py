@@ -217,3 +217,26 @@ def test_a_rank_that_fails_or_dies_while_writing_leaves_no_save(always: list[str
     (found,) = _runs.segments(World(), [[*args, "budget.steps=3"]])
     assert (found["began"], found["ended"]) == (1, 3)
     assert not [p for p in folder.iterdir() if p.name.startswith(".writing")]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ranks_write_in_the_background_what_they_write_otherwise(tmp_path: Path) -> None:
+    """Sharded and whole, two engines: bit for bit the same files."""
+    ways = {
+        f"{e} {s}": [*ENGINES[e], f"checkpoint.sharded={s}"] for e in ("FSDP2", "ZeRO 2") for s in ("true", "false")
+    }
+    every = ["budget.steps=4", "checkpoint.every_steps=2", "checkpoint.keep=9"]
+    parts = [
+        [*every, *more, f"checkpoint.background={b}", f"out={tmp_path}/{name}/{b}"]
+        for name, more in ways.items()
+        for b in ("false", "true")
+    ]
+    spawn(JOBS, "plain", 2, {"parts": parts})
+    for name in ways:
+        a, b = (tmp_path / name / how / "checkpoints" for how in ("false", "true"))
+        files = sorted(p.relative_to(a) for p in a.rglob("*.safetensors"))
+        assert len(files) >= 4, name
+        assert files == sorted(p.relative_to(b) for p in b.rglob("*.safetensors"))
+        assert all((a / f).read_bytes() == (b / f).read_bytes() for f in files), name
+        assert all(ckpt.damaged(p) is None for p in b.iterdir())

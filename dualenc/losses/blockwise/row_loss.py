@@ -204,6 +204,15 @@ def maxima(kinds: Sequence[Kind]) -> list[int]:
     return out
 
 
+def only(reduction: Reduction, there: Tensor) -> Reduction:
+    """The same sum over the columns ``there`` [w] alone."""
+    if isinstance(reduction, Sum):
+        return Sum(torch.where(there, reduction.of, 0))
+    if isinstance(reduction, LogSumExp):
+        return LogSumExp(reduction.of.masked_fill(~there, -INF))
+    return Mean(reduction.of, reduction.by.masked_fill(~there, -INF))
+
+
 def reduce_whole(reduction: Reduction) -> Tensor:
     """A sum [n] over all columns at once, by autograd; for a matrix that is small."""
     if isinstance(reduction, Sum):

@@ -309,7 +309,8 @@ def guard_view(rows: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> 
 def small_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Learning rate, temperature, gradient norm, speed, each part of a summed loss: what explains a run."""
     names = {"lr": "Learning rate", "grad_norm": "Gradient norm", "samples_per_s": "Samples / s"}
-    names |= {"data_wait_share": "Waiting for data"}
+    names |= {"data_wait_share": "Waiting for data", "mfu": "MFU", "tflops_per_s": "TFLOP / s"}
+    names |= {"peak_memory": "Peak memory, bytes a rank"}
     keys = [k for r in rows for k in r if k.startswith(("logit_scale/", "logit_bias/", "acc/", *DISTILL))]
     keys += [k for r in rows for k in r if k.startswith("loss/") and k.count("/") == 2]  # the parts of a weighted sum
     for k in dict.fromkeys(keys):
@@ -319,7 +320,7 @@ def small_curves(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for key, title in names.items():
         x, y = column(rows, key)
         if x:
-            percent = key == "data_wait_share" or key.startswith("acc/")
+            percent = key in ("data_wait_share", "mfu") or key.startswith("acc/")
             show = (lambda v: f"{100 * v:.3g} %") if percent else compact
             chart = Chart([Series(title, x, y, 1)], "", show, 300, 130, zero=percent, small=True)
             out.append({"title": title, "svg": Markup(line_chart(chart)), "last": show(y[-1])})
