@@ -33,7 +33,7 @@ TEXTS = ["a cat", "two dogs on a sofa", "a red bicycle leaning on a wall in the 
 
 
 @dataclass
-class Row:
+class FamilyRow:
     """One family: how it loads, the largest difference of features, and which exports are possible."""
 
     name: str
@@ -172,7 +172,7 @@ def exports_of(bundle: Bundle, folder: Path) -> tuple[str, ...]:
     return tuple(done)
 
 
-def measure(name: str, build: Callable[[], Any], folder: Path) -> Row:
+def measure(name: str, build: Callable[[], Any], folder: Path) -> FamilyRow:
     """One family of transformers."""
     torch.manual_seed(0)
     model = build()
@@ -181,7 +181,7 @@ def measure(name: str, build: Callable[[], Any], folder: Path) -> Row:
     try:
         bundle = load_model(f"hf:{folder / 'm'}")
     except DualencError as e:
-        return Row(name, str(e).partition(": ")[2] or str(e))
+        return FamilyRow(name, str(e).partition(": ")[2] or str(e))
     expected, embedder = by_library(folder / "m", model, images), bundle.embedder()
     got = {"image": embedder.embed("image", images), "text": embedder.embed("text", TEXTS)}
     worst = max(float((got[m] - expected[m]).abs().max()) for m in expected)
@@ -190,10 +190,10 @@ def measure(name: str, build: Callable[[], Any], folder: Path) -> Row:
         again = load_model(str(folder / "out" / "hf")).embedder()
         worst = max(worst, float((again.embed("image", images) - got["image"]).abs().max()))
         worst = max(worst, float((again.embed("text", TEXTS) - got["text"]).abs().max()))
-    return Row(name, "whole", worst, exports)
+    return FamilyRow(name, "whole", worst, exports)
 
 
-def open_clip_rows(names: list[str] | None = None) -> list[Row]:
+def open_clip_rows(names: list[str] | None = None) -> list[FamilyRow]:
     """open_clip's configurations by the kinds of their towers: one of each is built on no device and read."""
     import open_clip
 
@@ -217,11 +217,11 @@ def open_clip_rows(names: list[str] | None = None) -> list[Row]:
             says = "whole"
         except DualencError as e:
             says = str(e)
-        rows.append(Row(f"{kind} ({len(members)}, as {first})", says))
+        rows.append(FamilyRow(f"{kind} ({len(members)}, as {first})", says))
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[FamilyRow]) -> str:
     """Markdown."""
     head = "| family | loads | largest difference | exports |\n|---|---|---|---|\n"
     lines = []
@@ -231,7 +231,7 @@ def table(rows: list[Row]) -> str:
     return head + "\n".join(lines)
 
 
-def rows_of_transformers(only: str = "") -> list[Row]:
+def rows_of_transformers(only: str = "") -> list[FamilyRow]:
     """Every family with a small model here, then those that are refused by name."""
     built = architectures()
     rows = []
@@ -241,7 +241,7 @@ def rows_of_transformers(only: str = "") -> list[Row]:
                 rows.append(measure(name, build, Path(folder)))
     others = {f: "whole; see tests/model/test_released_clap.py, test_naflex.py" for f in FAMILIES if f not in built}
     others |= {name: f"refused: {why}" for name, why in sorted(REFUSED.items())}
-    return rows + [Row(name, says) for name, says in others.items() if only in ("", name)]
+    return rows + [FamilyRow(name, says) for name, says in others.items() if only in ("", name)]
 
 
 def main() -> None:

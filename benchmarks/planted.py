@@ -31,7 +31,7 @@ from dualenc.data.shards.index import build_index
 from dualenc.data.shards.selection import read_scores
 from dualenc_data_tools.choose.duplicates import contamination, duplicates
 from dualenc_data_tools.choose.filter import Opened, run_filters
-from dualenc_data_tools.choose.fingerprints import NEAR_BITS, Groups, Prints
+from dualenc_data_tools.choose.fingerprints import NEAR_BITS, EqualGroups, Prints
 from dualenc_data_tools.writer import ShardWriter
 
 SHARES = {"corrupt": 0.01, "no caption": 0.01, "repeated": 0.01, "re-encoded": 0.01, "in an evaluation": 0.005}
@@ -162,7 +162,7 @@ def million(n: int = 1_000_000) -> Iterator[str]:
         flips |= np.uint64(1) << rng.integers(0, 64, len(flips)).astype(np.uint64)
     prints.fine[near[1]] = prints.fine[near[0]]
     prints.fine[near[1], 0] ^= flips
-    begin, groups = time.perf_counter(), Groups(n)
+    begin, groups = time.perf_counter(), EqualGroups(n)
     groups.join(prints.near_pairs())
     first = groups.first()
     took = time.perf_counter() - begin

@@ -23,7 +23,7 @@ _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Ranges:
+class DimRanges:
     """What int8 and binary codes are made with, [D] each: lowest and highest value, the median, and the mean distance
     from it, by which a bit is read back.
 
@@ -36,7 +36,7 @@ class Ranges:
     spread: Tensor
 
     @classmethod
-    def calibrate(cls, x: Tensor, clip: float = 0.0005) -> Ranges:
+    def calibrate(cls, x: Tensor, clip: float = 0.0005) -> DimRanges:
         """Ranges from the features [n, D] of a calibration set, those of the gallery itself for one.
 
         Args:
@@ -92,7 +92,7 @@ class Gallery:
 
     codes: Tensor
     precision: Precision
-    ranges: Ranges | None
+    ranges: DimRanges | None
     dim: int
 
     @classmethod
@@ -114,7 +114,7 @@ class Gallery:
         y = prefix(x, dim)
         if precision == "float":
             return cls(y, "float", None, y.shape[1])
-        ranges = Ranges.calibrate(y if calibration is None else prefix(calibration, dim))
+        ranges = DimRanges.calibrate(y if calibration is None else prefix(calibration, dim))
         if precision == "int8":
             return cls(ranges.int8(y), "int8", ranges, y.shape[1])
         return cls(ranges.binary(y), "binary", ranges, y.shape[1])

@@ -21,7 +21,7 @@ from torch import Tensor
 from dualenc.checkpoint.ranges import write_tensors
 from dualenc.encoders.dual_encoder import prefix
 from dualenc.errors import ConfigError, DataError, did_you_mean
-from dualenc.features.compress import Gallery, Ranges
+from dualenc.features.compress import DimRanges, Gallery
 from dualenc.features.store import FeatureStore, read_json
 from dualenc.files import write_atomically
 
@@ -135,7 +135,7 @@ def load_index(folder: Path) -> DiskIndex:
         tensors = load_file(str(folder / _CODES))
     except (OSError, SafetensorError) as e:
         raise DataError(f"{folder / _CODES} cannot be read ({e}); build the index again") from e
-    ranges = Ranges(**{k: tensors[k] for k in ("low", "high", "middle", "spread")}) if "low" in tensors else None
+    ranges = DimRanges(**{k: tensors[k] for k in ("low", "high", "middle", "spread")}) if "low" in tensors else None
     gallery = Gallery(tensors["codes"], about["precision"], ranges, int(about["dim"]))
     if len(items) != len(gallery.codes):
         raise DataError(f"{folder} has {len(gallery.codes)} codes for {len(items)} items; build the index again")

@@ -58,16 +58,19 @@ class AgainstKeys(SoftTarget):
     """The loss of the module for one direction.
 
     Attributes:
-        own: [n, S] logits of further negatives of each of this rank's valid rows, −inf: none; None: no such.
+        own: [B, S] logits of further negatives of each of this rank's rows, −inf: none; None: no such.
+        ids: [B], the rows' pair ids, with ``own``.
     """
 
     own: Tensor | None = None
+    ids: Tensor | None = None
 
     def loss(self, sums: Sequence[Tensor], rows: Side, scale: Tensor) -> Tensor:
         """See the base class."""
-        if self.own is None:
+        if self.own is None or self.ids is None:
             return SoftTarget.loss(self, sums, rows, scale)
-        denominator = torch.logsumexp(torch.cat([sums[0][:, None], self.own], 1), 1)
+        own = self.own if len(self.own) == len(sums[0]) else self.own[self.ids >= 0]  # tiles leave absent rows out
+        denominator = torch.logsumexp(torch.cat([sums[0][:, None], own], 1), 1)
         return SoftTarget.loss(self, [denominator, *sums[1:]], rows, scale)
 
 
@@ -192,21 +195,21 @@ class MoCo(Loss):
         columns = [*wrong, *([] if queue is None else [columns_of(queue, lanes=lane is not None)])]
         own = None if c.mix is None else scale * self.mixed(rows, keys, ids, queue, salt)
         push = against(c.in_batch, lane is not None)
-        row_loss = AgainstKeys(BatchPair(), push=push, smoothing=c.label_smoothing, own=own)
+        row_loss = AgainstKeys(BatchPair(), push=push, smoothing=c.label_smoothing, own=own, ids=ids)
         how = c.choose(len(rows) * world_size(), rows.device)
         return contrast(rows, keys, ids, scale, row_loss, None, values=values, columns=columns, how=how)
 
     def mixed(self, rows: Tensor, keys: Tensor, ids: Tensor, queue: KeyQueue | None, salt: int) -> Tensor:
-        """Cosines of this rank's valid rows with mixtures of their hardest keys."""
+        """Cosines [B, S] of this rank's rows with mixtures of their hardest keys."""
         mix, all_ids = self.config.mix, gather_ids(ids)
         assert mix is not None
         found = [(gather_ids(keys), all_ids)] if self.config.in_batch or queue is None else []
         if queue is not None:
             found.append((queue.keys.to(rows.dtype), queue.ids))
         columns, column_ids = (torch.cat(x) for x in zip(*found, strict=True))
-        valid, sizes = torch.nonzero(ids >= 0).flatten(), (mix.hardest, mix.between, mix.towards)
+        rows, sizes = torch.where((ids >= 0)[:, None], rows, 0.0), (mix.hardest, mix.between, mix.towards)
         strip = self.config.tile_mb or 8.0
-        return mixtures(rows[valid], ids[valid], columns, column_ids, all_ids.sum() + salt, sizes, strip)
+        return mixtures(rows, ids, columns, column_ids, all_ids.sum() + salt, sizes, strip)
 
     def lanes(self, extras: Extras) -> Tensor:
         """[B]: which of the domains each slot is of, −1 for none of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dualenc.data.loader import Loader
 from dualenc.data.order import Plan, Refs
 from dualenc.data.selected_order import COPY, Chosen, SelectedOrder
 from dualenc.data.shards.index import ShardSet, build_index, open_source, samples_per_pass
+from dualenc.data.shards.listing import Texts
 from dualenc.data.shards.reader import Reader
 from dualenc.data.shards.selection import (
     read_chosen,
@@ -214,7 +216,7 @@ def test_other_shards_are_refused(shards: ShardSet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not cover the shard s-003\.tar of source 's'"):
         read_chosen("good", open_source(Source(name="s", shards=f"{tmp_path}/s-*.tar")))
     with pytest.raises(ConfigError, match="have no folder"):
-        read_chosen("good", ShardSet("p", ["pipe:cat x.tar"], ["x.tar"], [], [], {}))
+        read_chosen("good", replace(shards, urls=Texts(["pipe:cat x.tar"]), names=Texts(["x.tar"])))
 
 
 def test_the_loader_sees_the_selection(shards: ShardSet, tmp_path: Path) -> None:

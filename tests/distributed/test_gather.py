@@ -22,6 +22,8 @@ JOBS = Path(__file__).with_name("_jobs.py")
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(key, raising=False)
+    if torch.distributed.is_initialized():  # a group of one that a test with FSDP2 left in this process
+        torch.distributed.destroy_process_group()
     world = init_world("cpu")
     assert (world.rank, world.world_size, world.backend) == (0, 1, None)
     assert not torch.distributed.is_initialized()

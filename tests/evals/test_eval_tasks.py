@@ -66,7 +66,7 @@ def test_every_shipped_task_reads(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_definitions_that_older_results_hold_are_still_those_of_the_shipped_tasks() -> None:
     """``--resume`` compares them. The hash is of the 145 tasks as they were when all kinds shared one set of keys; a
     task that is changed on purpose gets a new ``version`` and this line a new hash."""
-    since = ("photos_held_out",)
+    since = ("photos_held_out", "series_motions", "series_vowels")
     every = {t.name: definition(t) for t in list_tasks() if t.name not in since}
     assert len(every) == 145
     digest = hashlib.sha256(json.dumps(every, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from dualenc.errors import ConfigError, DataError
 from dualenc.features import FeatureStore
 from dualenc.features.arrow import write_npy
-from dualenc.features.compress import Gallery, Ranges
+from dualenc.features.compress import DimRanges, Gallery
 from dualenc.features.disk_index import build_index, load_index
 from dualenc.features.store import Description
 from dualenc.features.writer import FeatureWriter
@@ -42,12 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_codes_give_back_what_they_hold() -> None:
     x = clustered(500)
-    ranges = Ranges.calibrate(x, clip=0.0)
+    ranges = DimRanges.calibrate(x, clip=0.0)
     step = (ranges.high - ranges.low) / 254
     assert ((ranges.from_int8(ranges.int8(x)) - x).abs() <= step / 2 + 1e-6).all()
     assert (ranges.int8(2 * x.abs() + 1) == 127).all()  # clipped, not wrapped
     odd = x[:, :13]
-    bits = Ranges.calibrate(odd)
+    bits = DimRanges.calibrate(odd)
     codes = bits.binary(odd)
     assert codes.shape == (500, 2)
     assert torch.equal(bits.signs(codes) > 0, odd > bits.middle)

@@ -12,7 +12,7 @@ from dualenc.data.order import Ints
 from dualenc.data.shards.selection import SCORES, file_of, starts, write_scores
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc_data_tools.choose.filter import AUDIO, IMAGE, TEXT, Opened
-from dualenc_data_tools.choose.fingerprints import PRINTS, Groups, Prints
+from dualenc_data_tools.choose.fingerprints import PRINTS, EqualGroups, Prints
 from dualenc_data_tools.choose.select import keep
 
 READS = {"image": IMAGE, "audio": AUDIO, "text": TEXT}
@@ -67,7 +67,7 @@ def prints_of(opened: Opened, of: str | None) -> tuple[str, Prints, Ints]:
 
 def find(prints: Prints, has: Ints, of: str) -> Duplicates:
     """The groups of equal and of near items."""
-    groups = Groups(len(prints))
+    groups = EqualGroups(len(prints))
     groups.join(prints.equal_pairs())
     equal = groups.first().copy()
     groups.join(prints.near_pairs())

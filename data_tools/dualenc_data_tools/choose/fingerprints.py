@@ -166,7 +166,7 @@ def popcount(x: Bits) -> Ints:
     return out
 
 
-class Groups:
+class EqualGroups:
     """Items joined by pairs; the first of a group, in stored order, stands for it."""
 
     def __init__(self, n: int) -> None:
