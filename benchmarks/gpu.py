@@ -4,7 +4,7 @@
 
 **Towers**: CLIP B/32 and L/14 with random weights in bf16, without and with torch.compile: the training step of
 ``dualenc train`` (encode, loss, backward, fused AdamW) on a batch that is on the device already, halved until it fits.
-Samples a second, MFU and peak memory. FLOPs are counted by torch's ``FlopCounterMode`` on the forward and backward of
+Samples a second, MFU and peak memory. FLOPs are counted by torch's counter on the forward and backward of
 one batch (matrix products and attention; nothing is added for recomputation), and divided by the dense bf16 rate.
 
 **Losses**: info_nce and sigmoid, plain, tiled and triton, N = 8,192 … 131,072, D = 512: milliseconds and memory of a
@@ -31,13 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
-from torch.utils.flop_counter import FlopCounterMode
 
 from dualenc.config import Component, load_recipe
 from dualenc.data.batch import Batch, map_tensors
 from dualenc.distributed.world import World
 from dualenc.errors import DualencError
 from dualenc.files import write_atomically
+from dualenc.flop_counter import counting
 from dualenc.shipped import find_recipe
 
 DIM = 512
@@ -126,7 +126,7 @@ def tower_cell(device: Device, model: str, compiled: bool, batch: int, steps: in
     rows = {m: torch.arange(batch, device=device.torch) for m in inputs}
     given = Batch(batch, inputs, rows, torch.arange(batch, device=device.torch), [""] * batch)
     bundle.model.to(device.torch).train()
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         out = bundle.model(inputs)["features"]
         sum(x.float().sum() for x in out.values()).backward()
     flops = counter.get_total_flops()

@@ -21,6 +21,7 @@ LAYERS = {
     "dualenc.versions": 0,
     "dualenc.seeds": 0,
     "dualenc.terminal": 0,
+    "dualenc.flop_counter": 0,
     "dualenc.config": 0,
     "dualenc": 0,
     "dualenc.distributed": 1,

@@ -267,7 +267,7 @@ def test_export_and_interpolation(place: Place, runs: dict[str, Path]) -> None:
     for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "only image and text towers")):
         said = place.run("entry", "export", "run_entry", "--format", layout, "--out", f"as_{layout}", code=2)
         assert "safetensors" in said
-        assert why in said or "has no series" in said
+        assert why in said or "has no gauge" in said
     place.run("entry", "interpolate", "run_entry/checkpoints/step-0000000003", "run_entry", "--out", "between",
               "--keep", "0.5")  # fmt: skip
     made = load_file(next((place.folder / "between").rglob("model.safetensors")))
@@ -285,7 +285,7 @@ def test_embeddings(place: Place, runs: dict[str, Path]) -> None:
         ("losses", "hinge", "dualenc_series.hinge"),
         ("terms", "same_cosines", "dualenc_series.same_cosines"),
         ("sources", "series_csv", "dualenc_series.series_csv"),
-        ("encoders", "series_cnn", "dualenc_series.series"),
+        ("encoders", "gauge_cnn", "dualenc_series.series"),
         ("tasks", "two_choices", "dualenc_series.two_choices"),
     ],
 )

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dualenc.data.batch import Batch, map_tensors
 from dualenc.encoders import DualEncoder
+from dualenc.flop_counter import counting
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def _count(model: DualEncoder, batch: Batch) -> float | None:
     try:
         for m, rows in batch.inputs.items():
             tower = model.tower(m)
-            with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            with torch.no_grad(), counting() as counted:
                 tower(map_tensors(rows, lambda x: x.to("meta")))
             trained = any(p.requires_grad for p in tower.parameters())
             total += counted.get_total_flops() * (3 if trained else 1)

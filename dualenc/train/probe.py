@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dualenc.config import EngineConfig, Recipe
 from dualenc.distributed.world import World, all_gather_object, close_world, init_world
 from dualenc.engine.optim import moments, parameters_by_role
+from dualenc.flop_counter import counting
 from dualenc.train.loop import Run
 
 STEPS = 2
@@ -116,7 +116,7 @@ def _measure(recipe: Recipe, folder: Path, world: World) -> TwoSteps:
     seconds = 0.0
     try:
         steps = run.steps(STEPS)
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             next(steps)
         began = time.perf_counter()
         for _ in steps:

@@ -70,7 +70,7 @@ def steps(page: str) -> list[list[Block]]:
     return out
 
 
-FIRST = ("README.md", "docs/start.md", "docs/python.md", "docs/finetune.md")
+FIRST = ("README.md", "docs/start.md", "docs/python.md")
 """Pages that ``make test`` runs; the others, a quarter of an hour together, are run by ``make test-all``."""
 
 

@@ -32,7 +32,7 @@ def test_one_rank_in_micro_batches() -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.extra)])
 def test_ranks_give_what_one_process_gives(ranks: int) -> None:
     found = spawn(_term_jobs.__file__, "sweep", ranks, {"engines": ["DDP"]}, timeout_s=400)[0]
     check(found, 2 * len(_term_jobs.names()))

@@ -88,6 +88,7 @@ def test_a_save_goes_on_under_any_engine_and_number_of_ranks(tmp_path: Path) -> 
     assert order(tmp_path / "run") == order(tmp_path / "one")
 
 
+@pytest.mark.extra
 def test_bf16_never_passes_the_bound_of_the_temperature(tmp_path: Path) -> None:
     """50 steps from a scale so low that the loss drives it into its bound within a few of them."""
     args = ["engine.precision=bf16", "optim.lr=0.002", "budget.steps=50", "logit_scale={init: 1.0, max: 1.02}"]

@@ -20,6 +20,7 @@ from dualenc.data.batch import map_tensors
 from dualenc.data.modalities.text import TextInput
 from dualenc.errors import ConfigError
 from dualenc.files import write_atomically
+from dualenc.flop_counter import counting
 from dualenc.model import Bundle, load_model
 from dualenc.pages import write_page
 from dualenc_evals.harness import environment, evaluate
@@ -121,10 +122,8 @@ def cost(bundle: Bundle, repeats: int, threads: int) -> dict[str, dict[str, Any]
 
 
 def _cost_of(bundle: Bundle, m: str, repeats: int) -> dict[str, Any]:
-    from torch.utils.flop_counter import FlopCounterMode
-
     one = full_length(bundle, m)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counting() as counter:
         bundle.model.encode(m, one)
     ms = {}
     for b in BATCHES:
