@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -16,7 +14,7 @@ class _NoModules:
     def __enter__(self) -> _NoModules:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
 

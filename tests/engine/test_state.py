@@ -56,8 +56,8 @@ def test_every_engine_saves_the_same_state(halves: dict[str, Path]) -> None:
         got = torch.load(path, weights_only=True)
         close(got["model"], want["model"])
         close(got["ema"], want["ema"])
-        # 2.8e-8 of moments up to 2e-3: Adam's first step makes ± lr of gradients at the level of rounding, so those of
-        # the second step, of 2 ranks and 1 process, differ by a little more than rounding. All engines on 2 ranks agree.
+        # 2.8e-8 of moments up to 2e-3: Adam's first step makes ± lr of gradients at the level of rounding, so those
+        # of the second step differ, between 2 ranks and 1 process, by a little more. All engines on 2 ranks agree.
         close(got["tensors"], want["tensors"], atol=5e-8)
         assert got["info"] == want["info"]
         assert got["lr"] == want["lr"]
