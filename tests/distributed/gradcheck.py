@@ -19,6 +19,7 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,15 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
+def engines_on(world_size: int, engines: Iterable[str]) -> list[str]:
+    """Those that a world size can have: ``single`` is a world of one, HSDP shards over two."""
+    return [e for e in engines if (e != "single" or world_size == 1) and (e != "HSDP" or world_size % 2 == 0)]
+
+
 def cases(world_size: int, engines: list[str]) -> list[dict[str, Any]]:
-    """All combinations for a world size; ``single`` is a world of one only."""
-    return [
-        {"engine": e, "loss": loss, "chunks": chunks, "dropout": dropout}
-        for e, loss, chunks, dropout in itertools.product(engines, ["info_nce", "sigmoid"], [1, 4], [0.0, 0.3])
-        if (e != "single" or world_size == 1) and (e != "HSDP" or world_size % 2 == 0)
-    ]
+    """All combinations for a world size."""
+    kinds = itertools.product(engines_on(world_size, engines), ["info_nce", "sigmoid"], [1, 4], [0.0, 0.3])
+    return [{"engine": e, "loss": loss, "chunks": chunks, "dropout": dropout} for e, loss, chunks, dropout in kinds]
 
 
 def key(case: dict[str, Any]) -> str:
@@ -136,7 +139,7 @@ def toy_table(arguments: argparse.Namespace, console: Console) -> list[float]:
     for world_size in ranks_of(arguments):
         given = {"engines": list(ENGINES), "columns": arguments.columns}
         found = spawn(Path(__file__), "sweep", world_size, given, timeout_s=900)[0]
-        for engine in ENGINES if world_size == 1 else list(ENGINES)[1:]:
+        for engine in engines_on(world_size, ENGINES):
             row = [found[f"{engine}/{loss}/{chunks}/{dropout}"][0] for loss, chunks, dropout in kinds]
             cells += row
             table.add_row(engine, str(world_size), *map(shown, row))
