@@ -194,7 +194,8 @@ def _array(raw: bytes, time_first: bool) -> F32:
         x = x.T if time_first else x
     else:
         x = _csv(raw).T
-    return np.ascontiguousarray(x, np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, which is refused
+        return np.ascontiguousarray(x, np.float32)
 
 
 def _csv(raw: bytes) -> NDArray[Any]:
