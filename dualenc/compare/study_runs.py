@@ -196,10 +196,11 @@ def _train(
     if before is not None and before["state"] == "done":
         if before["digest"] == digest:
             return
-        raise ConfigError(
-            f"{name} is not what was trained in {run}: its recipe or overrides changed; remove that folder's method "
-            f"from {study.folder / LEDGER}, or choose another --out"
-        )
+        if run.exists():
+            raise ConfigError(
+                f"{run} was trained with another recipe or other overrides of {name}; delete it to train {name} again, "
+                "or choose another --out"
+            )
     say(f"{name}, seed {seed} ({progress})")
     arguments = study.comparison.command(name, seed, study.folder) + extra
     launch = ["launch", "--nproc", str(study.comparison.ranks)] if study.comparison.ranks > 1 else []
@@ -225,7 +226,7 @@ def _train(
         error = lines[-1].removeprefix("error: ") if lines else ""
         kept |= {"state": "failed", "error": f"{error or 'no message'} (exit code {code}; {log})"}
     else:
-        cpu = used.ru_utime + used.ru_stime + (before or {}).get("cpu_seconds", 0.0)
+        cpu = used.ru_utime + used.ru_stime
         kept |= {"state": "done", "cpu_seconds": round(cpu, 1), **measured(run)}
     table.setdefault(name, {})[seed] = kept
     study.save()

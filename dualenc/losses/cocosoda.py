@@ -19,7 +19,6 @@ Queued keys of a row's own pair id are neither positive nor negative.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -30,14 +29,13 @@ from torch import Tensor
 from dualenc.config import pair_name
 from dualenc.distributed.world import world_size
 from dualenc.losses.contrast import ContrastConfig, FurtherColumns, contrast
-from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.losses.moco import KEYS, QUEUED, BatchPair, against, by_side, columns_of, keys_of, queues_of, wrong_items
+from dualenc.losses.loss import Extras, LossOutput, losses
+from dualenc.losses.moco import QUEUED, AgainstSlowTowers, BatchPair, against, columns_of, keys_of, wrong_items
 from dualenc.losses.targets import SoftTarget
-from dualenc.memory import KeyQueue, LossState, RunShape, SlowTowers
 
 
 @losses.register("cocosoda")
-class CoCoSoDa(Loss):
+class CoCoSoDa(AgainstSlowTowers):
     """InfoNCE between towers, against slow towers and, if asked for, within each modality, with queues.
 
     Formula: mean of NCE(x,y), NCE(y,x), NCE(x,ỹ), NCE(y,x̃) [, NCE(x,x̃), NCE(y,ỹ)], each over batch and queue
@@ -45,31 +43,12 @@ class CoCoSoDa(Loss):
     Needs: nothing
     """
 
-    takes_extras = True
-
     class Config(ContrastConfig):
         """Settings."""
 
         queue: Annotated[int, Field(ge=0)] = Field(1024, description="keys kept of each side; 0: none")
         decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="of the slow towers, of a step")
         within: bool = Field(False, description="also contrast each side with its own slow tower")
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.queues: dict[str, tuple[KeyQueue, KeyQueue]] = {}
-
-    def memory(self, run: RunShape) -> Mapping[str, LossState]:
-        """A queue for each side of each pair."""
-        if not self.config.queue:
-            return {}
-        self.queues = queues_of(run, self.config.queue)
-        return by_side(self.queues)
-
-    def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
-        """One of the towers of the pairs."""
-        modalities = tuple(dict.fromkeys(m for pair in pairs for m in pair))
-        return {KEYS: SlowTowers(self.config.decay, {KEYS: "features"}, modalities)}
 
     def forward(
         self,

@@ -103,16 +103,45 @@ class Mix(Section):
     towards: Annotated[int, Field(ge=0)] = Field(0, description="mixtures of a key with the row itself")
 
 
+class AgainstSlowTowers(Loss):
+    """What losses against keys of slow towers keep: the towers, and queues of their keys."""
+
+    takes_extras = True
+
+    config: Any
+    """With ``queue``, keys of each side, and ``decay`` of the slow towers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.queues: dict[str, tuple[KeyQueue, KeyQueue]] = {}
+
+    @property
+    def queue_lanes(self) -> int:
+        """Queues of each side."""
+        return 1
+
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
+        """A queue for each side of each pair."""
+        if not self.config.queue:
+            return {}
+        self.queues = queues_of(run, self.config.queue, self.queue_lanes)
+        return by_side(self.queues)
+
+    def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
+        """One of the towers of the pairs."""
+        modalities = tuple(dict.fromkeys(m for pair in pairs for m in pair))
+        return {KEYS: SlowTowers(self.config.decay, {KEYS: "features"}, modalities)}
+
+
 @losses.register("moco")
-class MoCo(Loss):
+class MoCo(AgainstSlowTowers):
     """InfoNCE against keys of slow towers and a queue of earlier ones.
 
     Formula: −s·a_i·k_i + log Σ_{j in batch and queue} exp(s·a_i·k_j), k from towers φ ← d·φ + (1−d)·θ
     Paper: MoCo, arXiv 1911.05722; Contriever, arXiv 2112.09118; CCP; MoCHi, arXiv 2010.01028
     Needs: a value with the domain, if domains are listed
     """
-
-    takes_extras = True
 
     class Config(ContrastConfig):
         """Settings."""
@@ -136,22 +165,13 @@ class MoCo(Loss):
             return self
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.needs = (config.label,) if config.domains else ()
-        self.queues: dict[str, tuple[KeyQueue, KeyQueue]] = {}
 
-    def memory(self, run: RunShape) -> Mapping[str, LossState]:
-        """A queue for each side of each pair."""
-        if not self.config.queue:
-            return {}
-        self.queues = queues_of(run, self.config.queue, max(len(self.config.domains), 1))
-        return by_side(self.queues)
-
-    def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
-        """One of the towers of the pairs."""
-        modalities = tuple(dict.fromkeys(m for pair in pairs for m in pair))
-        return {KEYS: SlowTowers(self.config.decay, {KEYS: "features"}, modalities)}
+    @property
+    def queue_lanes(self) -> int:
+        """A queue for each domain."""
+        return max(len(self.config.domains), 1)
 
     def forward(
         self,
