@@ -22,7 +22,8 @@ def test_a_family_loads_with_the_library_s_features(tmp_path: Path, family: str)
     assert row.loads == "whole", row
     # TIPS has no Pillow processor in transformers: its resize by torchvision gives other pixels
     assert row.difference <= (1e-3 if family == "tipsv2" else 1e-5), row
-    assert set(row.exports) >= {"hf", "sentence-transformers", "onnx", "safetensors"}
+    graphs = set() if family == "siglip2" else {"onnx"}  # NaFlex
+    assert set(row.exports) >= {"hf", "sentence-transformers", "safetensors"} | graphs
 
 
 @pytest.mark.parametrize("family", ["blip", "owlvit", "pe_audio"])
