@@ -84,7 +84,7 @@ class Towers(InputModule):
         kind = str(features["modality"])
         given = {k: v for k, v in features.items() if k not in ("modality", "task", "prompt_length")}
         tower = self.bundle.model.tower(self._names[kind])
-        features["sentence_embedding"] = normalised(tower(given.get(_ROWS, given)))
+        features["sentence_embedding"] = normalised(tower.encode(given.get(_ROWS, given)))
         return features
 
     def get_embedding_dimension(self) -> int:
@@ -125,7 +125,9 @@ def load(folder: str | Path, device: torch.device | str | None = None) -> Senten
     try:
         listed = json.loads((root / "modules.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{folder} has no modules.json that can be read ({e}); export a model to it first") from e
+        raise ConfigError(
+            f"the modules.json of {folder} cannot be read ({e}); export a model to this folder first"
+        ) from e
     modules = [_router(root) if _short(m["type"]) == "Router" else _module(root, m["path"], m["type"]) for m in listed]
     return SentenceTransformer(modules=modules, device=None if device is None else str(device))
 

@@ -20,6 +20,7 @@ from dualenc.errors import ConfigError, DataError
 from dualenc.files import write_atomically
 from dualenc_data_tools import images, sounds
 from dualenc_data_tools.sources import BadMedia, Dropped, Keys, Record, SourceConfig, sources
+from dualenc_data_tools.sources.source import OfOneSplit
 from dualenc_data_tools.writer import ShardWriter
 
 MAX_SPLITS = 32
@@ -92,7 +93,7 @@ def build(
     report = BuildReport(source_kind, folder)
     start = time.monotonic()
     writers: dict[str, ShardWriter] = {}
-    label = getattr(cfg, "split", None) or cfg.name
+    label = (cfg.split if isinstance(cfg, OfOneSplit) else None) or cfg.name
     dropped_file = folder / f"dropped-{label}.jsonl"
     try:
         drops = _pack(kind.records(cfg), cfg, folder, writers, report, progress)

@@ -141,7 +141,8 @@ class Loader:
             self._watchdog.stop()
             self._watchdog = None
         iterator, self._iterator = self._iterator, None
-        # Releasing torch's iterator stops its workers, but the traceback of a pending exception may still hold it.
+        # Releasing torch's iterator stops its workers, but the traceback of a pending exception may still hold it. The
+        # iterator of data.workers: 0 has none to stop, and there may be no iterator.
         shutdown = getattr(iterator, "_shutdown_workers", None)
         if shutdown is not None:
             try:

@@ -95,7 +95,7 @@ class DualEncoder(nn.Module):
             everything, k = joined(x)
             if m in self.hidden:
                 self.hidden[m].begin()
-            said = self.tower(m)(everything, whole=True)
+            said = self.tower(m)(everything)
             if m in self.hidden:
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
@@ -160,7 +160,7 @@ class DualEncoder(nn.Module):
 
         Under FSDP2 or ZeRO-3 call ``forward({modality: x})`` of the wrapped model instead.
         """
-        return normalised(self.tower(modality)(x))
+        return normalised(self.tower(modality).encode(x))
 
     def add_adapters(self, m: str, config: Lora) -> None:
         """Train low-rank adapters in the tower of ``m`` instead of its weights; :meth:`plain` merges them.

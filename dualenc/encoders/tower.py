@@ -48,10 +48,14 @@ class Tower(nn.Module):
         y = self.pooled(x)
         return {"features": self.head(y), "pooled": y}
 
-    def forward(self, x: Any, whole: bool = False) -> Any:
-        """The collated rows of one modality → [n, D]; with ``whole`` all :meth:`outputs`."""
-        out = self.outputs(x)
-        return out if whole else out["features"]
+    def forward(self, x: Any) -> dict[str, Tensor]:
+        """The collated rows of one modality → all :meth:`outputs`."""
+        return self.outputs(x)
+
+    def encode(self, x: Any) -> Tensor:
+        """The collated rows of one modality → features [n, D], not normalised."""
+        features: Tensor = self(x)["features"]
+        return features
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; frozen batch norms stay in eval mode."""

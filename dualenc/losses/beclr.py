@@ -55,10 +55,10 @@ class BECLR(BYOLIP):
     class Config(BYOLIP.Config):
         """Settings."""
 
-        memory: Positive = Field(default=4096, description="M, slow projections kept of each side")
-        clusters: Positive = Field(default=128, description="K, centroids of each side")
-        neighbours: Annotated[int, Field(ge=0)] = Field(3, description="k, further positives of each row")
-        momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="m of the centroids, of a step")
+        memory: Positive = Field(default=4096, description="M: slow projections kept for each side")
+        clusters: Positive = Field(default=128, description="K: centroids for each side")
+        neighbours: Annotated[int, Field(ge=0)] = Field(3, description="k: further positives of each row")
+        momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="m: momentum of the centroids per step")
         epsilon: Annotated[float, Field(ge=0.02)] = Field(default=0.05, description="ε of the Sinkhorn assignments")
         warmup_samples: Annotated[int, Field(ge=0)] = Field(
             default=0, description="samples seen before neighbours become positives"

@@ -127,8 +127,8 @@ def check_sampling(data: Data) -> None:
 
 
 def prepare(data: Data, size: int, seed: int) -> Composed:
-    """Compose the batches of a recipe outside a loader: to write the files that they are read from once, before the
-    ranks look for them, and to say what they are.
+    """Compose the batches of a recipe outside a loader: to describe them, and so that the files they are read from are
+    written once, before the ranks look for them.
 
     Raises:
         ConfigError, DataError: as :func:`compose`.

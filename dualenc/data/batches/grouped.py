@@ -137,7 +137,9 @@ class Clusters(Grouped):
     class Config(Section):
         """Settings of clusters."""
 
-        files: str | list[str] = Field(description="from dualenc mine clusters; several: one for each stage")
+        files: str | list[str] = Field(
+            description="what dualenc mine clusters writes; several files: one for each stage"
+        )
         remainder: Remainder = remainder_field()
 
     def labels(self, facts: Facts) -> Ints:

@@ -116,7 +116,7 @@ class HardNegatives(Mined):
         """Settings of hard_negatives."""
 
         files: str | dict[str, str] = Field(
-            description="from dualenc mine neighbors; {SOURCE: FILE} for several sources"
+            description="the file that dualenc mine neighbors writes; {SOURCE: FILE} for several sources"
         )
 
     def bag(self, epoch: int) -> int:
@@ -131,18 +131,18 @@ class GrowingBags(Mined):
         """Settings of bags."""
 
         files: str | dict[str, str] = Field(
-            description="from dualenc mine neighbors; {SOURCE: FILE} for several sources"
+            description="the file that dualenc mine neighbors writes; {SOURCE: FILE} for several sources"
         )
         sizes: dict[Epoch, Positive] = Field(
             default={0: 2, 1: 4, 2: 8},
-            description="epoch → samples of a bag from then on; each divides batch.size; 1: a random order",
+            description="epoch → size of the bags from that epoch on, a divisor of batch.size; 1: a random order",
         )
 
         @field_validator("sizes")
         @classmethod
         def _from_zero(cls, sizes: dict[int, int]) -> dict[int, int]:
             if 0 not in sizes:
-                raise ValueError("the first size must be that of epoch 0, such as {0: 2, 2: 4}")
+                raise ValueError("the first size must be that of epoch 0, for example {0: 2, 2: 4}")
             return dict(sorted(sizes.items()))
 
     def __init__(self, config: Any, order: SourceOrder, size: int, facts: Facts, which: int) -> None:
