@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses.blockwise.row_loss import RowLoss, Side, Tile, only, reduce_whole
 from dualenc.losses.blockwise.row_sums import NO_PAIR, FurtherColumns, SumPlan, tiled_sums
 from dualenc.losses.blockwise.sweeps import How, Valid
-from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig
+from dualenc.losses.loss import Extras, Loss, LossOutput, SideName, TiledConfig
 
 __all__ = [
     "NO_PAIR",
@@ -184,6 +184,11 @@ class Contrastive(Loss):
     def __init__(self, config: ContrastConfig) -> None:
         super().__init__()
         self.config = config
+
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """As ``impl`` and ``columns`` say."""
+        found: Collection[SideName] = self.config.gathers(global_batch, device)
+        return found
 
     @abstractmethod
     def directions(self, inputs: RowInputs) -> tuple[RowLoss, RowLoss | None]:
