@@ -119,14 +119,6 @@ class Summed:
     valid: Tensor
     share: Tensor
 
-    def chosen(self, where: Valid) -> Summed:
-        """The same of valid rows only; ``where`` they are among this rank's slots."""
-        if where.all or len(self.valid) == len(where.index):  # tiles have left the others out
-            return self
-        rows = Side(where.of(self.rows.ids), {k: where.of(x) for k, x in self.rows.values.items()})
-        of_a, of_b = (where.of(x, 1) if x.numel() else x for x in (self.of_a, self.of_b))
-        return replace(self, of_a=of_a, of_b=of_b, rows=rows, valid=where.of(self.valid))
-
     @property
     def path(self) -> Tensor:
         """A zero that runs the backward's collectives on a rank without rows, too."""
