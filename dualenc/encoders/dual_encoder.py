@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class DualEncoder(nn.Module):
             locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
         self.hidden: dict[str, Hidden] = {}
+        self.watcher: Callable[[str, Tensor], None] | None = None
+        """Called in the forward with each modality's name and features, before the next tower runs."""
 
     @property
     def modalities(self) -> list[str]:
@@ -100,6 +102,8 @@ class DualEncoder(nn.Module):
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
+            if self.watcher is not None:
+                self.watcher(m, features[m])
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
             for name, value in said.items():

@@ -102,17 +102,17 @@ class BECLR(BYOLIP):
         warm = extras.step * len(ids) * world_size() >= c.warmup_samples
         value, used = a.new_zeros(()), a.new_zeros(())
         for own, other, side in ((extras.a, extras.b, "b"), (extras.b, extras.a, "a")):
-            guess = normalize(own[PREDICTED][there].chunk(2, 1)[1], dim=1)
-            target = normalize(other[TARGET].detach().chunk(2, 1)[0], dim=1)
+            guess = normalize(torch.where(there[:, None], own[PREDICTED].chunk(2, 1)[1], 1.0), dim=1)
+            target = normalize(torch.where(there[:, None], other[TARGET].detach().chunk(2, 1)[0], 1.0), dim=1)
             queue, clusters = self.kept[f"{pair_name(extras.pair)}/{side}"]
             centroids = clusters.now[CENTROIDS].to(target.dtype)
-            total, count = (guess * target[there]).sum(1), torch.ones_like(guess[:, 0])
+            total, count = (guess * target).sum(1), torch.ones_like(guess[:, 0])
             if c.neighbours and warm:
-                near, found = nearest(target[there], queue, centroids, c.neighbours, c.strip_mb)
+                near, found = nearest(target, queue, centroids, c.neighbours, c.strip_mb)
                 total = total + (torch.einsum("ne,nke->nk", guess, near) * found).sum(1)
                 count = count + found.sum(1)
-            value = value - 0.5 * (total / count).sum() / share
-            used = used + 0.5 * (count - 1).sum() / share
+            value = value - 0.5 * torch.where(there, total / count, 0.0).sum() / share
+            used = used + 0.5 * torch.where(there, count - 1, 0.0).sum() / share
             queue.propose(target, ids)
             clusters.propose({CENTROIDS: moved(target, ids, centroids, c.momentum, c.epsilon)})
         return LossOutput(value, {"prediction": -value.detach(), "neighbours": used.detach()})

@@ -170,20 +170,22 @@ class GlobalContrast(Loss):
             replace(x, values={k: nothing(v, len(x.ids)) for k, v in values.items()})
             for x in hard_negatives(extras, ids)
         ]
-        valid = Valid(ids)
-        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how).chosen(valid)
+        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how)
+        tiled = None if how is None else Valid(ids)  # tiles leave absent slots out; the whole matrix has a row for each
         gamma, total = self.gamma(extras.step * len(ids) * world_size()), found.path
         new: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for s, sums, name in (("a", found.of_a, "ab"), ("b", found.of_b, "ba")):
             side = SideRows(
-                {k: valid.of(kept[f"{k}_{s}"]) for k in self._fields()}, found.rows.values.get(f"inverse_{s}")
+                {k: x if tiled is None else tiled.of(x) for k in self._fields() for x in (kept[f"{k}_{s}"],)},
+                found.rows.values.get(f"inverse_{s}"),
             )
             log_g = of[s].loss(sums.unbind(0), found.rows, scale)
             value, update, shown = self.rows(log_g, sums.detach(), scale, side, gamma)
-            total = total + value.sum()
-            new |= {f"{k}_{s}": valid.spread(x, len(ids)) for k, x in update.items()}
-            metrics |= {f"{k}_{name}": x.detach().sum() / found.share for k, x in shown.items()}
+            total = total + torch.where(found.valid, value, 0.0).sum()
+            new |= {f"{k}_{s}": x if tiled is None else tiled.spread(x, len(ids)) for k, x in update.items()}
+            masked = {k: torch.where(found.valid, x.detach(), 0.0).sum() for k, x in shown.items()}
+            metrics |= {f"{k}_{name}": x / found.share for k, x in masked.items()}
         metrics |= {"top1_ab": found.hits_a / found.share, "top1_ba": found.hits_b / found.share}
         self.samples[pair].propose(extras.numbers, there, new)
         return LossOutput(total / (2 * found.share), metrics)

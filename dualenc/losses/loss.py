@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -18,6 +18,9 @@ from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
 from dualenc.memory import LossState, RunShape, SlowTowers
 from dualenc.registry import Registry
+
+SideName = Literal["a", "b"]
+"""Which of the two sets of features that a loss compares."""
 
 
 @dataclass(slots=True)
@@ -107,6 +110,14 @@ class Loss(nn.Module):
         """
         return {}
 
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """The sides whose features ``forward`` gathers just as it is given them, so that this may begin as soon as
+        their tower is done, while the next one runs. It changes when features are sent and no number.
+
+        A side named here that ``forward`` does not gather is sent for nothing.
+        """
+        return ()
+
     def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
         """The slow copies of towers that it wants; what they say of the batch is in its extras.
 
@@ -141,6 +152,11 @@ class TiledConfig(Section):
                 "impl: plain needs all columns at once, which columns: ring does not gather; write impl: auto"
             )
         return self
+
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """See :meth:`Loss.gathers`: of a loss whose plain form gathers both sides. Tiles need one, the ring none."""
+        how = self.choose(global_batch, device)
+        return ("a", "b") if how is None else () if how.ring else ("b",)
 
     def choose(self, global_batch: int, device: torch.device) -> How | None:
         """How to compute a batch of this size on this device, or None for the plain matrix.

@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section, settings_as
 from dualenc.distributed.world import world_size
-from dualenc.losses.loss import Extras, Loss, LossOutput, losses
+from dualenc.losses.loss import Extras, Loss, LossOutput, SideName, losses
 from dualenc.memory import LossState, RunShape, SlowTowers
 
 JOINT = "__"
@@ -95,6 +96,15 @@ class WeightedSum(Loss):
             f"{name}{JOINT}{key}": inside(name, asked)
             for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
             for key, asked in part.slow(pairs_of(term.pairs, pairs)).items()
+        }
+
+    def gathers(self, global_batch: int, device: torch.device) -> set[SideName]:
+        """What any of the losses for all pairs gathers."""
+        return {
+            side
+            for term, part in zip(self.config.terms, self._losses(), strict=True)
+            if term.pairs is None
+            for side in part.gathers(global_batch, device)
         }
 
     def forward(
