@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -72,16 +72,16 @@ class Memory:
         for state in self.states.values():
             state.commit(skipped)
         if self.slow:
-            weights = module.state_dict(keep_vars=True)
+            weights = whole_weights(module)
             for copied in self.slow.values():
-                copied.follow(lambda name: held.full(weights[name], held.local(weights[name])), skipped)
+                copied.follow(weights, skipped)
 
     def begin(self, module: nn.Module) -> None:
         """Start slow copies from the weights that an engine's module has now."""
         if self.slow:
-            weights = module.state_dict(keep_vars=True)
+            weights = whole_weights(module)
             for copied in self.slow.values():
-                copied.start(lambda name: held.full(weights[name], held.local(weights[name])))
+                copied.start(weights)
 
     def pieces(self, rank: int, ranks: int) -> list[Piece]:
         """What this rank writes."""
@@ -102,6 +102,13 @@ class Memory:
     def bytes(self) -> dict[str, int]:
         """On this rank, by name."""
         return {name: x.bytes() for name, x in self._all().items()}
+
+
+def whole_weights(module: nn.Module) -> Callable[[str], Tensor]:
+    """A name of an engine's module → the whole tensor, however the engine cut it. All ranks ask for the same ones in
+    turn."""
+    weights = module.state_dict(keep_vars=True)
+    return lambda name: held.full(weights[name], held.local(weights[name]))
 
 
 def goes_on(before: Recipe, now: Recipe) -> bool:

@@ -13,7 +13,7 @@ from dualenc.distributed.world import World, all_reduce_sum
 from dualenc.engine import Engine
 from dualenc.engine.protocol import Outputs
 from dualenc.losses import Loss, LossOutput, objective
-from dualenc.train.grad_cache import cached_backward
+from dualenc.losses.grad_cache import cached_backward
 
 Pairs = Sequence[tuple[str, str]]
 
