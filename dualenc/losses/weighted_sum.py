@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dualenc.config import Component, Section, settings_as
 from dualenc.distributed.world import world_size
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.memory import LossState, RunShape, SlowTowers
+from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 
 JOINT = "__"
 """Between a loss's name and the name of a head of it."""
@@ -95,6 +95,14 @@ class WeightedSum(Loss):
             f"{name}{JOINT}{key}": inside(name, asked)
             for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
             for key, asked in part.slow(pairs_of(term.pairs, pairs)).items()
+        }
+
+    def views(self, pairs: Sequence[tuple[str, str]]) -> dict[str, LearnedView]:
+        """Those of every loss, under its name."""
+        return {
+            f"{name}/{key}": asked
+            for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
+            for key, asked in part.views(pairs_of(term.pairs, pairs)).items()
         }
 
     def forward(

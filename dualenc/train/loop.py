@@ -145,7 +145,7 @@ class Run:
         p.flops.note(batch)
         size = p.recipe.batch.size
         p.engine.set_lr_factor(p.lr_factor)
-        batch = p.memory.recall(batch.to(p.engine.device))
+        batch = p.memory.recall(batch.to(p.engine.device), p.engine.module)
         if p.distiller is not None:
             batch = p.distiller.prepare(batch, whole_weights(p.engine.module), p.loss)
         result = train_step(p.engine, batch, p.recipe.pairs, p.loss, micro=p.recipe.batch.micro)
