@@ -148,7 +148,7 @@ def print_plan(recipe: Recipe) -> None:
     check_data(recipe, bundle)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     console.print(standing_memory(bundle.model, recipe, ranks), highlight=False, markup=False)
-    for line in memory_lines(loss, bundle.model, per_pass, recipe.embed_dim, ranks):
+    for line in memory_lines(loss, bundle, per_pass, ranks):
         console.print(line, highlight=False, markup=False)
     check_values(recipe.data, sets)
     for note in glance(recipe, sets):

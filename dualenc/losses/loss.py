@@ -16,7 +16,7 @@ from dualenc.config import Section
 from dualenc.data.batch import TeacherRows
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.memory import LossState, RunShape, SlowTowers
+from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 from dualenc.registry import Registry
 
 SideName = Literal["a", "b"]
@@ -120,6 +120,14 @@ class Loss(nn.Module):
 
     def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
         """The slow copies of towers that it wants; what they say of the batch is in its extras.
+
+        Args:
+            pairs: those that it is for.
+        """
+        return {}
+
+    def views(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, LearnedView]:
+        """The views that a network of its own makes; they are rows of a modality, made before the towers run.
 
         Args:
             pairs: those that it is for.

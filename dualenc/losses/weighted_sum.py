@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dualenc.config import Component, Section, settings_as
 from dualenc.distributed.world import world_size
 from dualenc.losses.loss import Extras, Loss, LossOutput, SideName, losses
-from dualenc.memory import LossState, RunShape, SlowTowers
+from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 
 JOINT = "__"
 """Between a loss's name and the name of a head of it."""
@@ -105,6 +105,14 @@ class WeightedSum(Loss):
             for term, part in zip(self.config.terms, self._losses(), strict=True)
             if term.pairs is None
             for side in part.gathers(global_batch, device)
+        }
+
+    def views(self, pairs: Sequence[tuple[str, str]]) -> dict[str, LearnedView]:
+        """Those of every loss, under its name."""
+        return {
+            f"{name}/{key}": asked
+            for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
+            for key, asked in part.views(pairs_of(term.pairs, pairs)).items()
         }
 
     def forward(

@@ -216,7 +216,8 @@ def _notes(recipe: Recipe, when: Timeline) -> list[str]:
     if recipe.distill is not None and recipe.distill.teachers:
         out.append("Teachers are not in these numbers: an online teacher adds its own weights and activations.")
     loss = build_loss(recipe.loss)
-    if loss.slow(recipe.pairs) or loss.memory(RunShape(recipe.embed_dim, recipe.pairs, 1, device="meta")):
+    run = RunShape(recipe.embed_dim, recipe.pairs, 1, device="meta")
+    if loss.slow(recipe.pairs) or loss.views(recipe.pairs) or loss.memory(run):
         out.append("What the loss keeps from step to step is not in these numbers: train --dry-run prints its size.")
     if recipe.engine.compile:
         out.append("Planned without torch.compile, which keeps fewer activations than the operators do one by one.")

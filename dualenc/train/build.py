@@ -28,7 +28,7 @@ from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
 from dualenc.model.carry import Carried, Kept
 from dualenc.train.flops import FlopCount
-from dualenc.train.memory import Memory, goes_on, slow_models
+from dualenc.train.memory import Memory, goes_on, slow_models, view_learners
 from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
@@ -117,6 +117,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     flops = FlopCount(bundle.model)
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     slow = slow_models(loss, bundle.model, world.device)
+    views = view_learners(loss, bundle, world.device, recipe.seed)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
     if saved is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(saved.weights)
@@ -136,7 +137,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     loader.stop_step = span.stop
     samples = sum(n for s in loader.sets for n in s.counts)
     shape = RunShape(bundle.embed_dim, recipe.pairs, samples, world.rank, world.world_size, engine.device)
-    memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16")
+    memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16", views)
     before = spans[span.number - 1].recipe if crossing and spans is not None else recipe
     if memory and save is not None and goes_on(before, recipe):
         memory.load(ckpt.loss_memory(save))

@@ -31,6 +31,7 @@ from dualenc.train.build import Parts, build, build_loader
 from dualenc.train.hooks import Agree, Finite, Hook, KeepAverage, Log, Moment, Stop
 from dualenc.train.lock import RunLock
 from dualenc.train.measure import CheckGuard, Evaluate, Evaluation, Refuse
+from dualenc.train.memory import whole_weights
 from dualenc.train.resume import keep_old_recipe
 from dualenc.train.saving import Save
 from dualenc.train.shared_memory import check_shared_memory
@@ -144,9 +145,9 @@ class Run:
         p.flops.note(batch)
         size = p.recipe.batch.size
         p.engine.set_lr_factor(p.lr_factor)
-        batch = p.memory.recall(batch.to(p.engine.device))
+        batch = p.memory.recall(batch.to(p.engine.device), p.engine.module)
         if p.distiller is not None:
-            batch = p.distiller.prepare(batch, p.engine.module, p.loss)
+            batch = p.distiller.prepare(batch, whole_weights(p.engine.module), p.loss)
         result = train_step(p.engine, batch, p.recipe.pairs, p.loss, micro=p.recipe.batch.micro)
         p.memory.keep(p.engine.module, result.skipped)
         p.state.step += 1
