@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from torch import Tensor
 
 from dualenc.config import Positive, Section
 from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.rewording import Rewording, TextAugment
 from dualenc.data.modalities.tokenizing import FORMS, HFTokenizer, build_tokenizer
 from dualenc.errors import ConfigError
 
@@ -48,12 +49,22 @@ class TextConfig(Section):
         description="training only: one is drawn and the text is put into its {}, such as 'a photo of a {}.'",
     )
 
+    augment: TextAugment | None = Field(
+        default=None,
+        description="training only: stop words left out, words replaced by synonyms, swapped, left out; null: none",
+    )
     negatives: str | None = Field(
         default=None,
         description="training only: a member with texts that are wrong for the item (json:negatives); they become "
         "further columns of the loss",
     )
     max_negatives: Positive = Field(default=4, description="wrong texts used of a sample; drawn if it has more")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``augment`` where there is none: descriptions are those that were saved before it existed."""
+        out: dict[str, Any] = write(self)
+        return {k: v for k, v in out.items() if k != "augment" or v is not None}
 
     @field_validator("templates")
     @classmethod
@@ -94,6 +105,7 @@ class TextInput:
 
     def __init__(self, config: TextConfig, base_dir: str | Path | None = None) -> None:
         self.config, self.base_dir = config, base_dir
+        self._reworded = None if config.augment is None else Rewording(config.augment, base_dir)
         self.tokenizer = build_tokenizer(config.tokenizer, config.context_length, config.lower, base_dir)
         self.context_length = self.tokenizer.context_length
         self.vocab_size = self.tokenizer.vocab_size
@@ -135,8 +147,11 @@ class TextInput:
         return texts
 
     def train(self, x: list[str], rng: np.random.Generator) -> Tensor | TextRow:
-        """Ids of one caption, drawn by ``rng`` where there are several, in a template that is drawn too."""
+        """Ids of one caption, drawn by ``rng`` where there are several, changed as ``augment`` says, in a template that
+        is drawn too."""
         text = x[int(rng.integers(len(x)))] if len(x) > 1 else x[0]
+        if self._reworded is not None:
+            text = self._reworded(text, rng)
         templates = self.config.templates
         template = templates[int(rng.integers(len(templates)))] if templates else "{}"
         row = self._row(template.replace("{}", text))
@@ -197,8 +212,9 @@ class TextInput:
         return x if isinstance(x, str | list | tuple) else None
 
     def describe(self) -> dict[str, Any]:
-        """Settings with the context resolved, and the tokenizer's identity. Wrong texts are for training only."""
-        config = self.config.model_dump(mode="json", exclude={"negatives", "max_negatives"})
+        """Settings with the context resolved, and the tokenizer's identity; without wrong texts and ``augment``, which
+        are for training only."""
+        config = self.config.model_dump(mode="json", exclude={"negatives", "max_negatives", "augment"})
         config["context_length"] = self.context_length
         return {
             "kind": "text",
