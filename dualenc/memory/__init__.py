@@ -4,7 +4,8 @@ A loss names what it remembers (``Loss.memory``, ``Loss.slow``); training builds
 step, and saves it with every checkpoint (``dualenc.train.memory``).
 """
 
+from dualenc.memory.class_matrix import ClassMatrix
 from dualenc.memory.slow import SlowModel, SlowTowers
 from dualenc.memory.state import KeyQueue, LossState, Replicated, RunShape, SampleBuffer
 
-__all__ = ["KeyQueue", "LossState", "Replicated", "RunShape", "SampleBuffer", "SlowModel", "SlowTowers"]
+__all__ = ["ClassMatrix", "KeyQueue", "LossState", "Replicated", "RunShape", "SampleBuffer", "SlowModel", "SlowTowers"]

@@ -15,7 +15,7 @@ from dualenc.encoders import DualEncoder
 from dualenc.engine import held
 from dualenc.losses import Loss
 from dualenc.losses.objective import to_slots
-from dualenc.memory import LossState, RunShape, SampleBuffer, SlowModel
+from dualenc.memory import LossState, RunShape, SlowModel
 
 SLOW = "slow"
 
@@ -119,7 +119,7 @@ def goes_on(before: Recipe, now: Recipe) -> bool:
 def memory_lines(loss: Loss, model: DualEncoder, samples: int, dim: int, ranks: int) -> Sequence[str]:
     """For a person: what a loss remembers and how many bytes of it each of ``ranks`` ranks holds; nothing is built."""
     states = loss.memory(RunShape(dim, model.pairs, samples, 0, ranks, "meta"))
-    sizes = {name: (x.bytes(), isinstance(x, SampleBuffer)) for name, x in states.items()}
+    sizes = {name: (x.bytes(), x.cut) for name, x in states.items()}
     sizes |= {f"{SLOW}/{k}": (x.bytes(), False) for k, x in slow_models(loss, model, "meta").items()}
     return [
         f"the loss keeps {name} in every checkpoint: {_size(size)} on each of {ranks} rank(s), "
