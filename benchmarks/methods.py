@@ -68,6 +68,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "supremix": {"weight": 0.5, "label": "length", "window": 8},
     "private_space": {"weight": 0.1},
     "layers": {"weight": 0.1},
+    "entity_classifier": {"weight": 0.2, "classes": 4096},
     "byolip": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95},
     "beclr": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95, "clusters": 32, "warmup_samples": 3840},
 }

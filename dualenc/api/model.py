@@ -153,7 +153,7 @@ class Model:
         """
         if self.source is None:
             raise ConfigError("recipe: training starts from a saved model; save this one and load it from there")
-        kept = ("kind", "input", "encoder", "lock", "shares")
+        kept = ("kind", "input", "encoder", "lock", "shares", "stream")
         given = [shards] if isinstance(shards, str) else list(shards)
         raw: dict[str, Any] = {
             "name": name,

@@ -29,6 +29,8 @@ class Tower(nn.Module):
             :func:`dualenc.encoders.length_groups.in_length_groups`). In evaluation and embedding they do; in training
             only if the recipe says so: how many calls that makes depends on a rank's captions, so engines that gather
             weights at each call cannot, and the others then round differently from these.
+        fresh: names of parts whose weights are new where the rest may be released: adapters leave them out, and they
+            are trained whole.
     """
 
     component: Component
@@ -37,6 +39,7 @@ class Tower(nn.Module):
     freeze_bn: bool = True
     channels_last: bool = False
     length_groups: bool = False
+    fresh: tuple[str, ...] = ()
 
     def pooled(self, x: Any) -> Tensor:
         """The collated rows of one modality → [n, W]: the encoder's own output, before the head."""

@@ -16,7 +16,7 @@ from dualenc.engine import held
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses import Loss
 from dualenc.losses.objective import to_slots
-from dualenc.memory import LossState, RunShape, SampleBuffer, SlowModel
+from dualenc.memory import LossState, RunShape, SlowModel
 from dualenc.model import Bundle
 from dualenc.model.bundle import seeded
 from dualenc.train.learned_views import ViewLearner
@@ -170,7 +170,7 @@ def memory_lines(loss: Loss, bundle: Bundle, samples: int, ranks: int) -> Sequen
     """For a person: what a loss remembers and how many bytes of it each of ``ranks`` ranks holds; nothing is built."""
     model = bundle.model
     states = loss.memory(RunShape(bundle.embed_dim, model.pairs, samples, 0, ranks, "meta"))
-    sizes = {name: (x.bytes(), isinstance(x, SampleBuffer)) for name, x in states.items()}
+    sizes = {name: (x.bytes(), x.cut) for name, x in states.items()}
     sizes |= {f"{SLOW}/{k}": (x.bytes(), False) for k, x in slow_models(loss, model, "meta").items()}
     sizes |= {f"{VIEWS}/{k}": (x.bytes(), False) for k, x in view_learners(loss, bundle, "meta", 0).items()}
     return [

@@ -47,6 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "cocosoda": {"name": "cocosoda", "decay": 0.8, "queue": 20, "within": True},
     "byolip": {"name": "byolip", "project": 6, "hidden": 8, "decay": 0.8},
     "beclr": {"name": "beclr", "project": 6, "hidden": 8, "decay": 0.8, "memory": 20, "clusters": 3, "neighbours": 2},
+    "entities": {"name": "entity_classifier", "classes": 5, "scale": 4.0, "side": "both", "strip_mb": 1e-6},
+    "entities sampled": {"name": "entity_classifier", "classes": 11, "sampled": 6, "scale": 4.0, "lr": 0.5},
     "list": {
         "name": "sum",
         "terms": [

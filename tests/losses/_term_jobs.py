@@ -27,7 +27,7 @@ from dualenc.train.step import train_step
 
 SIZE, K, STEPS, WIDTH, DIM = 16, 4, 2, 16, 8
 PAIR = ("image", "audio")
-REMEMBERING = {"sogclr", "isogclr", "fastclip", "moco", "cocosoda", "byolip", "beclr"}
+REMEMBERING = {"sogclr", "isogclr", "fastclip", "moco", "cocosoda", "byolip", "beclr", "entity_classifier"}
 """Losses with a memory: ``_memory_jobs``."""
 ELSEWHERE = {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contrast", "rad"} | REMEMBERING
 """Losses that have tables of their own: contrasts on the soft-target core, losses on regions, and these."""
