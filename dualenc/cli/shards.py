@@ -95,16 +95,21 @@ def shards_build(
     options: Annotated[
         list[str] | None, typer.Argument(help="Settings of the source, key=value: path=captions.jsonl split=train")
     ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray: on a Ray cluster.")] = "local",
+    address: Annotated[
+        str,
+        typer.Option("--address", help="Of the Ray cluster; auto: a running one, else one is started on this machine."),
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Pack a data set into webdataset shards with an index."""
+    """Pack a data set into webdataset shards with an index. A stopped build goes on with the same command."""
     from dualenc_data_tools.build import build, of_file, print_report
 
     given = key_values(options or [])
     if source.endswith((".yaml", ".yml")):
         source, settings = of_file(source)
         given = {**settings, **given}
-    print_report(build(source, out, given))
+    print_report(build(source, out, given, engine=engine, address=address))
 
 
 @shards_app.command("index")

@@ -53,6 +53,8 @@ class Filter:
 
     Config: ClassVar[type[Section]] = Section
     reads: Mapping[str, Sequence[str]] = {"text": TEXT}
+    neighbours: ClassVar[bool] = False
+    """Whether a sample's score depends on the samples that it is scored with."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

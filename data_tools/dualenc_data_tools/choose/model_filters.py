@@ -90,6 +90,8 @@ class ModelLoss(OfModel):
     """The contrastive loss of each sample under a model, among the 256 samples around it (self-filtering by a model's
     own loss): the mean of both directions at the model's temperature; score ``model_loss``."""
 
+    neighbours = True
+
     def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         (a, of_a), (b, of_b) = (self.features(side, rows) for side in self.sides)
         first_a, first_b = ({r: k for k, r in reversed(list(enumerate(of)))} for of in (of_a, of_b))
