@@ -66,7 +66,7 @@ def eval_(
     from dualenc_evals.harness import evaluate, print_table
     from dualenc_evals.overlap import training_sources
 
-    asked = [*(n.strip() for n in tasks.split(",")), *map(str, task or [])]
+    asked = [*_names(tasks), *map(str, task or [])]
     elsewhere = [n for n in asked if n.startswith("mteb:")]
     chosen = resolve_tasks([n for n in asked if n not in elsewhere])
     if not chosen and not elsewhere:
@@ -99,6 +99,18 @@ def eval_(
                 PatientConsole().print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
+
+
+def _names(listed: str) -> list[str]:
+    """Names that commas separate, except those in parentheses: ``mteb:MTEB(eng, v2)`` is one."""
+    names, depth = [""], 0
+    for c in listed:
+        depth += (c == "(") - (c == ")")
+        if c == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += c
+    return [n.strip() for n in names]
 
 
 def _mteb(
