@@ -193,6 +193,7 @@ def embed(
     reads it: dualenc embed MODEL folder path=photos, dualenc embed MODEL jsonl path=captions.jsonl.
     """
     from dualenc.data.shards.index import refuse_pipes
+    from dualenc.distill.teachers.cache import write_cache
     from dualenc.distributed.world import close_world, init_world
     from dualenc.features.of_shards import embed_shards
     from dualenc.features.of_source import embed_source
@@ -202,20 +203,8 @@ def embed(
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
-        chosen = words(modalities)
-        if settings:
-            given, stored = key_values(settings), dtype or "fp32"
-            done = embed_source(
-                bundle, shards, given, out, chosen, batch_size, stored, world, overwrite, dim, precision
-            )
-        elif recipe is None:
-            refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            done = embed_shards(
-                bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite, dim, precision
-            )
-        else:
-            from dualenc.distill.teachers.cache import write_cache
-
+        how = (batch_size, dtype or "fp32", world, overwrite, dim, precision)
+        if recipe is not None:
             done = write_cache(
                 bundle,
                 load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
@@ -228,6 +217,11 @@ def embed(
                 overwrite=overwrite,
                 precision=precision,
             )
+        elif settings:
+            done = embed_source(bundle, shards, key_values(settings), out, words(modalities), *how)
+        else:
+            refuse_pipes(shards, allow_pipe, "--allow-pipe")
+            done = embed_shards(bundle, shards, out, words(modalities), *how)
         _also(layout, out, world)
         if world.rank == 0:
             say(json.dumps(done, indent=1))

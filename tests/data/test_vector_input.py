@@ -71,8 +71,8 @@ def test_a_tower_on_vectors_starts_as_a_linear_map_and_keeps_rows_apart() -> Non
     rows = [np.random.default_rng(i).normal(size=8).astype(np.float32) for i in range(3)]
     batch = part.collate(rows)
     want = tower.head(torch.nn.functional.layer_norm(batch["values"], (8,)))
-    assert torch.allclose(tower(batch), want, atol=1e-6)
-    assert torch.allclose(tower(batch)[1:2], tower(part.collate(rows[1:2])), atol=1e-6)
+    assert torch.allclose(tower.encode(batch), want, atol=1e-6)
+    assert torch.allclose(tower.encode(batch)[1:2], tower.encode(part.collate(rows[1:2])), atol=1e-6)
     assert len(tower.blocks()) == 2
     with pytest.raises(ConfigError, match="embed_dim"):
         build_tower("vector", Component(name="own/mlp", head="none"), part.describe(), 4)
