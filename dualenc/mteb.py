@@ -143,6 +143,7 @@ def evaluate_mteb(
     cache_dir: Path | None = None,
     batch_size: int = 64,
     data: Path | None = None,
+    precision: str = "fp32",
 ) -> dict[str, dict[str, float]]:
     """Run mteb's tasks; every rank of ``world`` must call this.
 
@@ -161,7 +162,7 @@ def evaluate_mteb(
         ConfigError: mteb is not installed, or has no such task.
     """
     ranks = ranks_of(world)
-    embedder = bundle.embedder()
+    embedder = bundle.embedder(precision=precision)
     store = Store(embedder, ranks, Checker(embedder), batch_size, cache_dir)
     model = MtebEncoder(bundle.name, bundle=bundle, store=store)
     meta = model.mteb_model_meta

@@ -246,7 +246,9 @@ class EngineConfig(Section):
     grad_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward instead of keeping them"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is a GPU")
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        default="auto", description="auto: CUDA where there is a GPU; mps, xpu: where torch has it, one rank"
+    )
     threads: Positive | None = Field(
         default=None, description="CPU threads per process; default: torch's own, shared among local ranks"
     )

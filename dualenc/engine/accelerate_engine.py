@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dualenc.checkpoint.ranges import Piece, Stored
 from dualenc.config import EngineConfig, Optim
+from dualenc.distributed.devices import DTYPES, autocast
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import held as shards
 from dualenc.engine import state
@@ -120,9 +121,7 @@ class AccelerateEngine:
             return cast(Outputs, (self.module if unwrap else self._wrapped)(inputs))
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.config.precision])
+        return autocast(self.device, self.config.precision)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -257,9 +256,6 @@ class AccelerateEngine:
 
     def _owners(self) -> dict[Tensor, tuple[torch.optim.Optimizer, dict[str, Any]]]:
         return {p: (o, g) for o in self.optimizers for g in o.param_groups for p in g["params"]}
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _policy(config: EngineConfig) -> MixedPrecisionPolicy:

@@ -8,7 +8,7 @@ from dualenc.config import Recipe, phase_recipes
 from dualenc.data.batches import chosen_batches
 from dualenc.data.batches.composed import check_sampling
 from dualenc.data.plans import chosen
-from dualenc.distributed.world import check_device
+from dualenc.distributed.devices import check_device
 from dualenc.encoders.released.find_released import FORMS, find_released
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
 from dualenc.losses import build_loss, check_loss
