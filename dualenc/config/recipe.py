@@ -255,6 +255,10 @@ class EngineConfig(Section):
     timeout_s: Positive = Field(
         default=600, description="seconds that a rank waits for the others before the run ends with an error"
     )
+    find_unused: Literal["auto", True, False] = Field(
+        default="auto",
+        description="DDP: search for parameters without gradient in every step; auto: if a trial run finds any",
+    )
     max_nonfinite: Positive = Field(default=10, description="stop after this many non-finite steps in a row")
 
 

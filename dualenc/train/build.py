@@ -18,6 +18,7 @@ from dualenc.data.loader import Loader
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World, agree, all_gather_object
+from dualenc.encoders import unused_parameters
 from dualenc.encoders.dual_encoder import DualEncoder
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
@@ -27,6 +28,7 @@ from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
 from dualenc.model.carry import Carried, Kept
+from dualenc.model.mixing import two_rows
 from dualenc.train.flops import FlopCount
 from dualenc.train.memory import Memory, goes_on, slow_models
 from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
@@ -117,7 +119,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     flops = FlopCount(bundle.model)
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     slow = slow_models(loss, bundle.model, world.device)
-    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
+    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world, may_be_unused(recipe, bundle, world))
     if saved is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(saved.weights)
         engine.load_optimizer_state(saved.optimizer, saved.scalars)
@@ -198,6 +200,24 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
         if loss.hidden:
             rows = {m: x.collate([x.dummy(), x.dummy()]) for m, x in bundle.inputs.items()}
             bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
+
+
+def may_be_unused(recipe: Recipe, bundle: Bundle, world: World) -> bool:
+    """Whether DDP has to look for parameters without gradient in every step: ``engine.find_unused: auto``."""
+    engine = recipe.engine
+    if (
+        world.world_size == 1
+        or engine.kind != "accelerate"
+        or engine.parallel == "fsdp2"
+        or engine.find_unused != "auto"
+    ):
+        return False
+    # Rows with something in them, and those that stand in for a modality that a rank's batch lacks.
+    trials = (
+        {m: two_rows(x) for m, x in bundle.inputs.items()},
+        {m: x.collate([x.dummy()]) for m, x in bundle.inputs.items()},
+    )
+    return any(unused_parameters(bundle.model, inputs) for inputs in trials)
 
 
 def init_weights(bundle: Bundle, spec: str) -> None:
