@@ -62,7 +62,7 @@ class AccelerateEngine:
         self.config, self.optim = config, optim
         self._find_unused = find_unused if config.find_unused == "auto" else config.find_unused
         self.lr = optim.lr
-        apply_memory_and_compile(model, config)
+        apply_memory_and_compile(model, config, world.device)
         self._wrapped = self._shard() if config.parallel == "fsdp2" else self._prepare()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fused = is_fused(optim, world.device, sharded=config.parallel == "fsdp2")
