@@ -15,6 +15,7 @@ from dualenc.checkpoint.ranges import Stored
 from dualenc.config import Recipe
 from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
+from dualenc.data.modalities.modality import FewShapes
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World, agree, all_gather_object
@@ -119,6 +120,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     flops = FlopCount(bundle.model)
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     slow = slow_models(loss, bundle.model, world.device)
+    pad_for_compile(recipe, bundle)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world, may_be_unused(recipe, bundle, world))
     if saved is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(saved.weights)
@@ -202,6 +204,13 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
             bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
 
 
+def pad_for_compile(recipe: Recipe, bundle: Bundle) -> None:
+    """Let inputs give their towers few shapes if these are compiled."""
+    for source in bundle.inputs.values():
+        if recipe.engine.compile and isinstance(source, FewShapes):
+            source.few_shapes(COMPILED_LENGTHS)
+
+
 def may_be_unused(recipe: Recipe, bundle: Bundle, world: World) -> bool:
     """Whether DDP has to look for parameters without gradient in every step: ``engine.find_unused: auto``."""
     engine = recipe.engine
@@ -261,6 +270,10 @@ def _check(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, 
 
 
 # --- the other parts ---------------------------------------------------------------------------------------------
+
+
+COMPILED_LENGTHS = 4
+"""To how many lengths captions are padded under ``engine.compile``: each new one may be compiled anew."""
 
 
 @dataclass(frozen=True, slots=True)
