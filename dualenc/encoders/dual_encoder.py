@@ -15,9 +15,10 @@ from dualenc.config.stream import Stream
 from dualenc.encoders.hidden import Hidden
 from dualenc.encoders.negatives import joined, parted
 from dualenc.encoders.streams import BlockNoise, build_projector
-from dualenc.encoders.tower import Tower
+from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
+from dualenc.encoders.trainable.recompute import recompute_every
 from dualenc.errors import ConfigError
 
 
@@ -238,8 +239,8 @@ class DualEncoder(nn.Module):
             self.tower(m).eval()
         return self
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in every tower that is trained.
+    def set_grad_checkpointing(self, enable: bool | int = True) -> None:
+        """Trade time for memory in every tower that is trained; a number N: in every N-th block of it.
 
         Raises:
             ConfigError: a stream has dropout or drop path, which a recomputed block would not draw again.
@@ -250,7 +251,16 @@ class DualEncoder(nn.Module):
                 "of modalities.NAME.stream; set these to 0, or use batch.micro to save memory"
             )
         for tower in self.trained_towers().values():
-            tower.set_grad_checkpointing(enable)
+            if isinstance(enable, bool):
+                tower.set_grad_checkpointing(enable)
+            else:
+                recompute_every(tower, enable)
+
+    def set_channels_last(self) -> None:
+        """Put the convolutional image towers in channels-last layout."""
+        for tower in self.towers.values():
+            if isinstance(tower, ImageTower):
+                tower.set_channels_last()
 
     def group_lengths(self) -> None:
         """Let text towers encode captions of like length apart, see :attr:`Tower.length_groups`."""

@@ -164,7 +164,9 @@ class TiledConfig(Section):
     def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
         """See :meth:`Loss.gathers`: of a loss whose plain form gathers both sides. Tiles need one, the ring none."""
         how = self.choose(global_batch, device)
-        return ("a", "b") if how is None else () if how.ring else ("b",)
+        if how is None:
+            return "a", "b"
+        return () if how.ring else ("b",)
 
     def choose(self, global_batch: int, device: torch.device) -> How | None:
         """How to compute a batch of this size on this device, or None for the plain matrix.

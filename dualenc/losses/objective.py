@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dualenc.config import pair_name
 from dualenc.data.batch import ABSENT, WHOLE, Batch
-from dualenc.losses.early import EarlyGathers, to_slots
+from dualenc.losses.early import EarlyGathers
+from dualenc.losses.early import to_slots as to_slots
 from dualenc.losses.loss import Extras, Loss, LossOutput
 
 

@@ -15,9 +15,11 @@ from dualenc.checkpoint.ranges import Stored
 from dualenc.config import Recipe
 from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
+from dualenc.data.modalities.modality import FewShapes
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World, agree, all_gather_object
+from dualenc.encoders import unused_parameters
 from dualenc.encoders.dual_encoder import DualEncoder
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
@@ -27,6 +29,7 @@ from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
 from dualenc.model.carry import Carried, Kept
+from dualenc.model.mixing import two_rows
 from dualenc.train.flops import FlopCount
 from dualenc.train.memory import Memory, goes_on, slow_models, view_learners
 from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
@@ -118,7 +121,8 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     slow = slow_models(loss, bundle.model, world.device)
     views = view_learners(loss, bundle, world.device, recipe.seed)
-    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
+    pad_for_compile(recipe, bundle)
+    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world, may_be_unused(recipe, bundle, world))
     if saved is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(saved.weights)
         engine.load_optimizer_state(saved.optimizer, saved.scalars)
@@ -201,6 +205,31 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
             bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
 
 
+def pad_for_compile(recipe: Recipe, bundle: Bundle) -> None:
+    """Let inputs give their towers few shapes if these are compiled."""
+    for source in bundle.inputs.values():
+        if recipe.engine.compile and isinstance(source, FewShapes):
+            source.few_shapes(COMPILED_LENGTHS)
+
+
+def may_be_unused(recipe: Recipe, bundle: Bundle, world: World) -> bool:
+    """Whether DDP has to look for parameters without gradient in every step: ``engine.find_unused: auto``."""
+    engine = recipe.engine
+    if (
+        world.world_size == 1
+        or engine.kind != "accelerate"
+        or engine.parallel == "fsdp2"
+        or engine.find_unused != "auto"
+    ):
+        return False
+    # Rows with something in them, and those that stand in for a modality that a rank's batch lacks.
+    trials = (
+        {m: two_rows(x) for m, x in bundle.inputs.items()},
+        {m: x.collate([x.dummy()]) for m, x in bundle.inputs.items()},
+    )
+    return any(unused_parameters(bundle.model, inputs) for inputs in trials)
+
+
 def init_weights(bundle: Bundle, spec: str) -> None:
     """Load the weights of another model; an error names the first tensor that does not fit."""
     source = load_model(spec).model.state_dict()
@@ -242,6 +271,10 @@ def _check(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, 
 
 
 # --- the other parts ---------------------------------------------------------------------------------------------
+
+
+COMPILED_LENGTHS = 4
+"""To how many lengths captions are padded under ``engine.compile``: each new one may be compiled anew."""
 
 
 @dataclass(frozen=True, slots=True)
