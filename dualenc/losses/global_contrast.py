@@ -172,7 +172,7 @@ class GlobalContrast(Loss):
         ]
         valid = Valid(ids)
         found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how).chosen(valid)
-        gamma, total = self.gamma(extras.step * len(ids) * world_size()), found.path
+        gamma, total = self.gamma(extras.samples_seen(len(ids))), found.path
         new: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for s, sums, name in (("a", found.of_a, "ab"), ("b", found.of_b, "ba")):

@@ -20,7 +20,6 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section, settings_as
-from dualenc.distributed.world import world_size
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 
@@ -117,7 +116,7 @@ class WeightedSum(Loss):
         """See the module."""
         value, metrics = logit_scale.new_zeros(()), {}
         given = extras or Extras(("a", "b"), {}, {})
-        seen = given.step * len(ids) * world_size()
+        seen = given.samples_seen(len(ids))
         for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True):
             share = share_of_pair(term.pairs, given)
             if not share:
