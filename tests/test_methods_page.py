@@ -6,7 +6,7 @@ import re
 
 from _shared import ROOT
 
-from dualenc.cli.listing import LINES, docstrings, said
+from dualenc.cli.listing import LINES, OF_PLANS, docstrings, said
 from dualenc.config import load_recipe
 
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -33,6 +33,13 @@ def test_every_loss_and_term_says_formula_paper_and_needs() -> None:
                 continue
             assert set(said(doc)) == set(LINES), f"{registry} {name}: {sorted(said(doc))}"
             assert all(said(doc).values()), name
+
+
+def test_every_batch_plan_says_what_it_keeps_and_needs() -> None:
+    plans = docstrings("batch_plans", ROOT / "dualenc" / "data" / "batches")
+    assert set(plans) == {"bags", "by_source", "by_value", "clusters", "groups", "hard_negatives"}
+    for name, doc in plans.items():
+        assert set(said(doc)) == set(OF_PLANS), name
 
 
 def test_all_papers_are_there_once() -> None:
