@@ -1,6 +1,6 @@
 """Batch plans against a plain order on the quickstart's data: R@10 of held-out emoji, as it comes out.
 
-    python -m benchmarks.batch_plans [--steps 100] [--seeds 0 1] [--out runs/batch_plans] [--table]
+    python -m benchmarks.batch_plans [--steps 100] [--seeds 0 1] [--only WORD …] [--out FOLDER] [--table]
     python -m benchmarks.batch_plans --arrange 1000000
 
 A model is trained for ``steps`` steps in the plain order; its features give the clusters and the neighbours. Every row
@@ -34,19 +34,24 @@ from dualenc.data.order import Plan
 from dualenc.files import write_atomically
 
 START = "start"
+SOURCES = {"first": "000000..000001", "second": "000002..000003"}
+"""Halves of the training shards, as two sources."""
 
 
-def plans(out: Path) -> dict[str, str | None]:
-    """Row → what it writes as data.batches."""
+def plans(out: Path) -> dict[str, list[str]]:
+    """Row → what it changes of the recipe."""
     near, clusters = json.dumps(str(out / "neighbors.safetensors")), json.dumps(str(out / "clusters.safetensors"))
-    return {
-        "plain order": None,
+    halves = [{"name": n, "shards": str(out / "data" / f"train-{{{s}}}.tar")} for n, s in SOURCES.items()]
+    batches = {
         "by_value (group)": "{name: by_value, value: label}",
         "groups (group, 8 each)": "{name: groups, value: label, per_group: 8}",
         "clusters (10)": f"{{name: clusters, files: {clusters}}}",
         "hard_negatives": f"{{name: hard_negatives, files: {near}}}",
         "bags (2, 4, 8)": f"{{name: bags, files: {near}, sizes: {{0: 2, 1: 4, 2: 8}}}}",
     }
+    two = f"data.sources={json.dumps(halves)}"
+    rows: dict[str, list[str]] = {"plain order": [], **{k: [f"data.batches={v}"] for k, v in batches.items()}}
+    return {**rows, "by_source (2 sources)": [two, "data.batches=by_source"]}
 
 
 def main() -> int:
@@ -54,6 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Batch plans on the quickstart, for a few steps.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--only", nargs="*", default=[""], help="rows that begin with one of these words")
     parser.add_argument("--out", type=Path, default=Path("runs/batch_plans"))
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
     parser.add_argument("--arrange", type=int, metavar="N", help="only time the arithmetic, on N made-up samples")
@@ -76,11 +82,12 @@ def main() -> int:
     if not arguments.table:
         shards = labelled(out / "data")
         run(START, [])
-        mine(out, shards)
+        if not (out / "neighbors.safetensors").is_file():
+            mine(out, shards)
         for seed in arguments.seeds:
-            for name, batches in plans(out).items():
-                more = [] if batches is None else [f"data.batches={batches}"]
-                run(f"{name}, seed {seed}", [f"seed={seed}", f"checkpoint.init_from={out / START}", *more])
+            for name, more in plans(out).items():
+                if name.startswith(tuple(arguments.only)):
+                    run(f"{name}, seed {seed}", [f"seed={seed}", f"checkpoint.init_from={out / START}", *more])
     print(table(found, list(plans(out)), arguments.seeds))
     return 0
 
