@@ -10,6 +10,7 @@ import torch
 
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError
+from dualenc.losses import build_loss
 from dualenc.plan.activations import Timeline, timeline
 from dualenc.plan.engine_memory import DDP, FP32, FSDP2, KINDS, ONE, ZERO, EngineKind, holding
 from dualenc.plan.loss_memory import bytes_per_sample, loss_bytes, remembered

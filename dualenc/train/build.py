@@ -32,7 +32,7 @@ from dualenc.model.carry import Carried, Kept
 from dualenc.model.mixing import two_rows
 from dualenc.train.flops import FlopCount
 from dualenc.train.memory import Memory, goes_on, slow_models, view_learners
-from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
+from dualenc.train.phases import Span, refuse_newcomers, refuse_ranks, span_at, timeline
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
 
@@ -81,8 +81,8 @@ class Parts:
     @property
     def lr_factor(self) -> float:
         """The factor on every base learning rate for the next step."""
-        (start, stop), size = self.span.schedule, self.recipe.batch.size
-        return lr_factor(self.state.samples_seen - start * size, (stop - start) * size, self.recipe.schedule)
+        start, stop = self.span.rates
+        return lr_factor(self.state.samples_seen - start, stop - start, self.recipe.schedule)
 
     def close(self) -> None:
         """Stop the workers and close the files."""
@@ -104,6 +104,8 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     """
     save = find_save(whole, run_dir, world) if save is None else save
     spans = timeline(whole) if whole.phases else None
+    if spans is not None:
+        refuse_ranks(spans, world.world_size)
     step = 0 if save is None else ckpt.load_state(save).step
     span = span_at(spans, step) if spans is not None else None
     recipe = whole if span is None else span.recipe
@@ -136,7 +138,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     check_data(state, loader.plan.digest(), save, 0 if span is None else span.data_phase)
     if span is None:
         total = total_steps(recipe, loader.plan.samples_per_pass)
-        span = Span(0, recipe, 0, total, total, 0, 0, (0, total))
+        span = Span.whole(recipe, total)
     total = span.total
     loader.stop_step = span.stop
     samples = sum(n for s in loader.sets for n in s.counts)
@@ -348,6 +350,7 @@ def build_loader(
         views=distiller.views if distiller else None,
         redraw=distiller.redraw if distiller else None,
         order_from=0 if span is None else span.data_from,
+        order_offset=0 if span is None else span.data_offset,
     )
     if recipe.data.batches is not None and len(set(all_gather_object(loader.plan.digest(), world))) > 1:
         raise DataError(
