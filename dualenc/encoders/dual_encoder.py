@@ -104,7 +104,7 @@ class DualEncoder(nn.Module):
             everything, k = joined(x)
             if m in self.hidden:
                 self.hidden[m].begin()
-            said = self._said(m, everything)
+            said = self.outputs_of(m, everything)
             if m in self.hidden:
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
@@ -171,10 +171,11 @@ class DualEncoder(nn.Module):
 
         Under FSDP2 or ZeRO-3 call ``forward({modality: x})`` of the wrapped model instead.
         """
-        return normalised(self._said(modality, x)["features"])
+        return normalised(self.outputs_of(modality, x)["features"])
 
-    def _said(self, m: str, x: Any) -> dict[str, Tensor]:
-        """The outputs of a modality's tower; features of one with a stream come from its projector."""
+    def outputs_of(self, m: str, x: Any) -> dict[str, Tensor]:
+        """What a modality's tower says of collated rows (``Tower.outputs``), not normalised; the features of one with a
+        stream come from its projector."""
         if m not in self.streams:
             said: dict[str, Tensor] = self.tower(m)(x)
             return said
