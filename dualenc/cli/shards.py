@@ -1,4 +1,4 @@
-"""dualenc shards build, index, check, filter, select, view."""
+"""dualenc shards build, index, check, filter, select, report, view."""
 
 from __future__ import annotations
 
@@ -247,6 +247,22 @@ def shards_contamination(
     if report is not None:
         write_hits(report, hits)
     print_hits(hits, items, selection, total)
+
+
+@shards_app.command("report")
+def shards_report(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("shards-report.html"),
+    looked: Annotated[int, typer.Option("--looked-at", min=1, help="How many samples are measured.")] = 2000,
+    sheet: Annotated[int, typer.Option("--sheet", min=0, help="Samples on the contact sheet.")] = 36,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choice of samples.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write an HTML page about shards: contact sheet, distributions, scores at their quantiles, duplicates, filters."""
+    from dualenc_data_tools.shard_report import shard_report
+
+    page = shard_report(shards, out, looked, sheet, seed)
+    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @shards_app.command("view")
