@@ -85,7 +85,9 @@ class VectorInput:
 
     def dummy(self) -> F32:
         """The first unit vector."""
-        return np.eye(1, self.config.dim, dtype=np.float32)[0]
+        row = np.zeros(self.config.dim, np.float32)
+        row[0] = 1
+        return row
 
     def describe(self) -> dict[str, Any]:
         """Kind and settings."""
