@@ -31,7 +31,7 @@ def model() -> Bundle:
     import torch
 
     torch.manual_seed(0)
-    return built(24, image=OWN, text=WORDS, audio={**SOUND, "input": {"max_s": 2}})
+    return built(24, image=OWN, text=WORDS, audio=SOUND)
 
 
 class Plain:

@@ -19,7 +19,6 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from dualenc.api.items import RawItems
-from dualenc.encoders.dual_encoder import normalised
 from dualenc.errors import ConfigError, DataError
 from dualenc.model import Bundle
 from dualenc.model.bundle import kind_of
@@ -84,8 +83,7 @@ class Towers(InputModule):
         """Adds ``sentence_embedding``."""
         kind = str(features["modality"])
         given = {k: v for k, v in features.items() if k not in ("modality", "task", "prompt_length")}
-        tower = self.bundle.model.tower(self._names[kind])
-        features["sentence_embedding"] = normalised(tower.encode(given.get(_ROWS, given)))
+        features["sentence_embedding"] = self.bundle.model.encode(self._names[kind], given.get(_ROWS, given))
         return features
 
     def get_embedding_dimension(self) -> int:

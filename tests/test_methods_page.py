@@ -9,7 +9,7 @@ import pytest
 from _shared import ROOT
 
 from benchmarks.methods import MAKERS
-from dualenc.cli.listing import LINES, docstrings, said
+from dualenc.cli.listing import LINES, OF_PLANS, docstrings, said
 from dualenc.compare.study import is_comparison, read_comparison
 from dualenc.config import load_recipe
 from dualenc.model.start_from import completed
@@ -67,6 +67,13 @@ def test_every_method_of_a_study_is_a_recipe_that_can_be_trained(path: Path, tmp
         recipe, *overrides = study.command(name, 0, tmp_path)
         if "run:" not in " ".join(study.methods[name].overrides):  # those need the run that they start from
             load_recipe(recipe, overrides, completed)
+
+
+def test_every_batch_plan_says_what_it_keeps_and_needs() -> None:
+    plans = docstrings("batch_plans", ROOT / "dualenc" / "data" / "batches")
+    assert set(plans) == {"bags", "by_source", "by_value", "clusters", "groups", "hard_negatives"}
+    for name, doc in plans.items():
+        assert set(said(doc)) == set(OF_PLANS), name
 
 
 def test_all_papers_are_there_once() -> None:

@@ -81,7 +81,7 @@ def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: i
     cache = None if all(is_local(u) for u in opened.urls) else ShardCache.temporary(50.0, 3)
     reader = Reader([opened], cache, 3)
     try:
-        cards = [_show(reader, opened, *_place(opened.counts, i)) for i in picked]
+        cards = [show(reader, opened, *_place(opened.counts, i)) for i in picked]
     finally:
         reader.close()
         if cache is not None:
@@ -103,7 +103,8 @@ def _place(counts: Sequence[int], i: int) -> tuple[int, int]:
     raise IndexError(i)
 
 
-def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
+def show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
+    """The card of one sample; what cannot be read or decoded is told on it."""
     name = opened.names[shard]
     card = Card(f"{name}/#{place}", "", "", False, [], {}, [])
     try:

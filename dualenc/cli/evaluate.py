@@ -379,6 +379,28 @@ def robustness(
         close_world(world)
 
 
+_CALIBRATION = 256
+"""Files of a modality that int8 graphs are calibrated with."""
+
+
+def calibration_items(bundle: Bundle, folder: Path) -> dict[str, list[bytes]]:
+    """Modality → the first files of a folder that are of it, by their extensions; texts are lines of .txt files.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    from dualenc.api.items import endings
+
+    if not folder.is_dir():
+        raise ConfigError(f"--int8: there is no folder {folder}")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    found: dict[str, list[bytes]] = {}
+    for m, source in bundle.inputs.items():
+        mine = tuple(f".{e}" for e in endings(source))
+        found[m] = [p.read_bytes() for p in files if p.name.lower().endswith(mine)][:_CALIBRATION]
+    return found
+
+
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
@@ -391,6 +413,10 @@ def export_(
         str | None, typer.Option("--push", help="ORG/NAME on the Hugging Face Hub: upload the folder there.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: create the repository as private.")] = False,
+    int8: Annotated[
+        Path | None,
+        typer.Option("--int8", help="With --format onnx: int8 graphs too, calibrated on the files of this folder."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Export a model for other libraries, with a model card; --push uploads it."""
@@ -400,7 +426,16 @@ def export_(
 
     if push is not None:
         check_repository(push)
-    folder = export(load_model(model), layout, out, model, results)
+    if int8 is not None and layout != "onnx":
+        raise ConfigError(f"--int8 {int8}: only --format onnx has int8 graphs")
+    bundle = load_model(model)
+    calibration = {} if int8 is None else calibration_items(bundle, int8)
+    folder = export(bundle, layout, out, model, results)
     PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
+    if int8 is not None:
+        from dualenc.model.export.onnx_int8 import write_int8
+
+        for m, cosine in write_int8(bundle, folder, calibration).items():
+            say(f"{m}.int8.onnx: mean cosine {cosine:.4f} with the features of {m}.onnx on the files of {int8}")
     if push is not None:
         PatientConsole().print(push_folder(folder, push, private), highlight=False, soft_wrap=True)

@@ -15,9 +15,10 @@ from dualenc.config.stream import Stream
 from dualenc.encoders.hidden import Hidden
 from dualenc.encoders.negatives import joined, parted
 from dualenc.encoders.streams import BlockNoise, build_projector
-from dualenc.encoders.tower import Tower
+from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
+from dualenc.encoders.trainable.recompute import recompute_every
 from dualenc.errors import ConfigError
 
 
@@ -103,7 +104,7 @@ class DualEncoder(nn.Module):
             everything, k = joined(x)
             if m in self.hidden:
                 self.hidden[m].begin()
-            said = self._said(m, everything)
+            said = self.outputs_of(m, everything)
             if m in self.hidden:
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
@@ -170,10 +171,11 @@ class DualEncoder(nn.Module):
 
         Under FSDP2 or ZeRO-3 call ``forward({modality: x})`` of the wrapped model instead.
         """
-        return normalised(self._said(modality, x)["features"])
+        return normalised(self.outputs_of(modality, x)["features"])
 
-    def _said(self, m: str, x: Any) -> dict[str, Tensor]:
-        """The outputs of a modality's tower; features of one with a stream come from its projector."""
+    def outputs_of(self, m: str, x: Any) -> dict[str, Tensor]:
+        """What a modality's tower says of collated rows (``Tower.outputs``), not normalised; the features of one with a
+        stream come from its projector."""
         if m not in self.streams:
             said: dict[str, Tensor] = self.tower(m)(x)
             return said
@@ -238,8 +240,8 @@ class DualEncoder(nn.Module):
             self.tower(m).eval()
         return self
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in every tower that is trained.
+    def set_grad_checkpointing(self, enable: bool | int = True) -> None:
+        """Trade time for memory in every tower that is trained; a number N: in every N-th block of it.
 
         Raises:
             ConfigError: a stream has dropout or drop path, which a recomputed block would not draw again.
@@ -250,7 +252,16 @@ class DualEncoder(nn.Module):
                 "of modalities.NAME.stream; set these to 0, or use batch.micro to save memory"
             )
         for tower in self.trained_towers().values():
-            tower.set_grad_checkpointing(enable)
+            if isinstance(enable, bool):
+                tower.set_grad_checkpointing(enable)
+            else:
+                recompute_every(tower, enable)
+
+    def set_channels_last(self) -> None:
+        """Put the convolutional image towers in channels-last layout."""
+        for tower in self.towers.values():
+            if isinstance(tower, ImageTower):
+                tower.set_channels_last()
 
     def group_lengths(self) -> None:
         """Let text towers encode captions of like length apart, see :attr:`Tower.length_groups`."""

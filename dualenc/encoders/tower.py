@@ -125,6 +125,12 @@ class ImageTower(Tower):
         out: Tensor = self.trunk(y)
         return out
 
+    def set_channels_last(self) -> None:
+        """Weights and images in channels-last layout, if it convolves more than once; a ViT only cuts patches so."""
+        if sum(isinstance(m, nn.Conv2d) for m in self.trunk.modules()) > 1:
+            self.channels_last = True
+            self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Passed on to trunks that have the switch (open_clip, timm, own ViT)."""
         if isinstance(self.trunk, Recomputing):

@@ -172,7 +172,7 @@ class GlobalContrast(Loss):
         ]
         found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how)
         tiled = None if how is None else Valid(ids)  # tiles leave absent slots out; the whole matrix has a row for each
-        gamma, total = self.gamma(extras.step * len(ids) * world_size()), found.path
+        gamma, total = self.gamma(extras.samples_seen(len(ids))), found.path
         new: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for s, sums, name in (("a", found.of_a, "ab"), ("b", found.of_b, "ba")):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dualenc.config import pair_name
 from dualenc.data.batch import ABSENT, WHOLE, Batch
-from dualenc.losses.early import EarlyGathers, to_slots
+from dualenc.losses.early import EarlyGathers
+from dualenc.losses.early import to_slots as to_slots
 from dualenc.losses.loss import Extras, Loss, LossOutput
 
 
@@ -82,6 +83,7 @@ def extras_of(
 ) -> Extras:
     """What the batch and the model's further outputs hold for a pair, one of ``pairs``."""
     out = Extras(pair, {}, {}, teachers=batch.teachers, pairs=pairs, step=batch.step, numbers=batch.numbers)
+    out.seen = batch.seen
     for group, rows in outputs.items():
         for side, m in zip((out.a, out.b), pair, strict=True):
             if group not in SHARED and m in rows:

@@ -98,7 +98,7 @@ class Sigmoid(Loss):
 
     def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
         """Rows are those of ``a``."""
-        return {"b"} & set(self.config.gathers(global_batch, device))
+        return [side for side in self.config.gathers(global_batch, device) if side == "b"]
 
     def forward(
         self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None

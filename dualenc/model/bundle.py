@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -340,6 +340,30 @@ def add_streams(
     if streams := streams_of(parts):
         with seeded(seed, "streams"):
             model.add_streams(streams, {m: two_rows(inputs[m]) for m in streams})
+
+
+def without_streams(bundle: Bundle) -> Bundle:
+    """The model without the views that have a stream of their own, which only training uses; itself if it has none.
+
+    Raises:
+        ConfigError: no pair is left.
+    """
+    model = bundle.model
+    if not model.streams:
+        return bundle
+    parts = {m: part for m, part in bundle.parts.items() if m not in model.streams}
+    pairs = [pair for pair in model.pairs if set(pair) <= parts.keys()]
+    if not pairs:
+        raise ConfigError(
+            f"{bundle.name}: every pair has a modality with a stream of its own ({', '.join(model.streams)}), which "
+            "other layouts cannot express; use --format safetensors"
+        )
+    towers = {m: model.tower(m) for m, part in parts.items() if part.shares is None}
+    plain = DualEncoder(towers, pairs, bundle.scale, shared=shared_of(parts))
+    left = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(left)
+    inputs = {m: bundle.inputs[m] for m in parts}
+    return replace(bundle, model=plain.train(model.training), inputs=inputs, parts=parts)
 
 
 def part_of(

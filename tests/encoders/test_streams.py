@@ -18,6 +18,7 @@ from _runs import few_samples, losses, newest, rows, segments
 from _shared import ROOT
 from _spawn import spawn
 
+from dualenc.api.model import Model
 from dualenc.config import LogitScale, load_recipe
 from dualenc.config.stream import Stream
 from dualenc.distributed.world import World
@@ -25,6 +26,7 @@ from dualenc.encoders import DualEncoder
 from dualenc.encoders.streams import BlockNoise, build_projector, dropped
 from dualenc.errors import ConfigError
 from dualenc.model import load_model
+from dualenc.model.bundle import without_streams
 
 torch.set_num_threads(1)
 PAIRS = "pairs=[[image, text], [image_strong, text_strong]]"
@@ -152,6 +154,15 @@ def test_a_strong_stream_is_saved_and_resumed(tmp_path: Path) -> None:
     ]
     want = torch.nn.functional.normalize(bundle.model.projectors["text_strong"](pooled), dim=1)
     torch.testing.assert_close(strong, want.detach())
+    plain = without_streams(bundle)
+    assert plain.modalities == ["image", "text"]
+    assert plain.model.pairs == [("image", "text")]
+    assert not any(k.startswith("projectors.") for k in plain.for_use())
+    assert torch.equal(plain.embedder().embed("text", ["a red star"]), weak)
+    assert plain.embedder().logit_scale("image-text") == embedder.logit_scale("image-text")
+    raw = Model(bundle).encode(text_strong=["a red star"], normalize=False)
+    assert float(raw.norm()) != pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(torch.nn.functional.normalize(raw, dim=1), strong)
     again = bundle.save(tmp_path / "again")
     torch.testing.assert_close(load_model(str(again)).embedder().embed("text_strong", ["a red star"]), strong)
 

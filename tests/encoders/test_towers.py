@@ -53,7 +53,7 @@ def small_open_clip(**text: Any) -> dict[str, Any]:
         ("image", "timm/efficientnet_light0", {}, "Did you mean 'efficientnet_lite0'?"),
         ("image", "timm/resnet18.a1_in1", {}, "Did you mean 'a1_in1k'?"),
         ("image", "own/convnett", {}, "Did you mean 'own/convnet'?"),
-        ("text", "own/convnet", {}, "Use own/transformer"),
+        ("text", "own/convnet", {}, "Use own/moe_transformer or own/transformer"),
         ("image", "convnet", {}, "Did you mean 'own/convnet'?"),
         ("image", "tim/resnet18", {}, "Did you mean 'timm'?"),
         ("image", "own/vit", {"widht": 3}, "enc.widht: unknown key (in enc). Did you mean 'width'?"),

@@ -121,7 +121,7 @@ def test_input_and_features_and_the_way_back(folder: Path, turned: Photos, tmp_p
     assert torch.equal(text, texts)
     with pytest.raises(ConfigError, match=r"open_clip has no Siglip2Model"):
         export(ours, "open_clip", tmp_path / "oc")
-    with pytest.raises(ConfigError, match=r"modalities.image.*NaFlex towers"):
+    with pytest.raises(ConfigError, match=r"modalities.image.*NaFlex tower"):
         export(ours, "onnx", tmp_path / "onnx")
 
 

@@ -24,10 +24,10 @@ pytestmark = [pytest.mark.dist]
 STEP = {
     "_allgather_base_": 3,  # features of both modalities, and pair ids
     "_reduce_scatter_base_": 2,  # their gradients
-    "allreduce_": 4,  # rows that are there; loss and metrics; DDP's gradients, one bucket, and unused parameters
+    "allreduce_": 3,  # rows that are there; loss and metrics; DDP's gradients, one bucket
     "broadcast_": 1,  # DDP's buffers (running statistics)
 }
-"""Of one pair, info_nce, DDP with one bucket, on two ranks."""
+"""Of one pair, info_nce, DDP with one bucket, on two ranks, where every parameter has a gradient."""
 
 
 LOSSES = {
@@ -68,6 +68,17 @@ def test_collectives_of_a_step_are_those_documented(tmp_path: Path) -> None:
         looks = [s for s in later if s["looking"]]
         assert len(looks) >= len(later) // MOST_STEPS
         assert all(s["allreduce_"] == STEP["allreduce_"] + 1 for s in looks), looks  # the flags
+
+
+def searching(world: World, out: str) -> list[dict[str, int]]:
+    return count(world, out, 9, ["engine.find_unused=true"])
+
+
+def test_looking_for_unused_parameters_costs_a_collective(tmp_path: Path) -> None:
+    for steps in spawn(HERE, "searching", 2, {"out": str(tmp_path)}):
+        quiet = [s for s in steps[2:-1] if not s["looking"]]
+        assert quiet
+        assert all(s["allreduce_"] == STEP["allreduce_"] + 1 for s in quiet), quiet
 
 
 def every_loss(world: World, out: str) -> dict[str, list[dict[str, int]]]:

@@ -110,7 +110,12 @@ def bags_in_order(neighbors: Any, bag: int, key: int) -> tuple[Ints, int]:
 
 @batch_plans.register("hard_negatives")
 class HardNegatives(Mined):
-    """Every batch is neighbours, and neighbours of these: the global hard negatives of a feature store."""
+    """Every batch is neighbours, and neighbours of these: the global hard negatives of a feature store.
+
+    Keeps: every sample once an epoch; one order on any number of ranks
+    Paper: none; what sentence-transformers and GritLM mine for each query, for batches
+    Needs: a file of neighbours, dualenc mine neighbors
+    """
 
     class Config(Section):
         """Settings of hard_negatives."""
@@ -125,7 +130,12 @@ class HardNegatives(Mined):
 
 @batch_plans.register("bags")
 class GrowingBags(Mined):
-    """Batches of hard bags whose size grows with the epochs: BagCurri (S05)."""
+    """Batches of hard bags whose size grows with the epochs: BagCurri (S05).
+
+    Keeps: every sample once an epoch; one order on any number of ranks
+    Paper: No Detail Left Behind (S05)
+    Needs: a file of neighbours, dualenc mine neighbors
+    """
 
     class Config(Section):
         """Settings of bags."""

@@ -64,7 +64,7 @@ def mixing_module(tower: Tower, batch: Any) -> str | None:
     Two things are tried: in the mode the tower is in, whether the gradient of the first row's features reaches the
     second row (dropout does not matter for that); in eval mode, whether the first row alone has the same features.
     """
-    with _untouched(tower):
+    with untouched(tower):
         if not _reaches(tower, batch) and _same_alone(tower, batch):
             return None
         return _first_that_mixes(tower, batch) or "its forward"
@@ -154,9 +154,9 @@ def _first_that_mixes(tower: Tower, batch: Any) -> str | None:
 
 
 @contextmanager
-def _untouched(tower: Tower) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Restore buffers (running statistics) and torch's generator after a forward."""
-    kept = [(x, x.clone()) for x in tower.buffers()]
+    kept = [(x, x.clone()) for x in model.buffers()]
     with torch.random.fork_rng(devices=[]):
         yield
     with torch.no_grad():
