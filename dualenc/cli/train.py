@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -56,6 +57,7 @@ def train(
         if profile is not None and dry_run:
             raise ConfigError("--profile measures real steps: leave out --dry-run")
         if dry_run:
+            atexit.register(gc.freeze)  # or Python would look at all of torch's objects once more when it ends: 0.6 s
             _checked(loaded)
             if os.environ.get("RANK", "0") == "0":
                 print_plan(loaded)
