@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ def of_audio(out: Path, sets: Path) -> None:
 def of_series(out: Path, sets: Path) -> None:
     """The shards of recipes/series_text, as their heads say; ``sets`` holds aeon's files."""
     acts = {"Standing": "standing still", "Running": "running", "Walking": "walking", "Badminton": "playing badminton"}
-    said = {
+    said: dict[str, tuple[str, dict[str, Any]]] = {
         "BasicMotions": ("motions", {"names": acts, "caption": "a person who is {class}"}),
         "JapaneseVowels": ("vowels", {"caption": "speaker {class}"}),
     }

@@ -173,7 +173,8 @@ class TiledConfig(Section):
         how = self.choose(global_batch, device)
         if how is None:
             return "a", "b"
-        return () if how.ring else ("b",)
+        tiles: tuple[SideName, ...] = () if how.ring else ("b",)
+        return tiles
 
     def choose(self, global_batch: int, device: torch.device) -> How | None:
         """How to compute a batch of this size on this device, or None for the plain matrix.

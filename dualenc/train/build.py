@@ -144,11 +144,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     samples = sum(n for s in loader.sets for n in s.counts)
     shape = RunShape(bundle.embed_dim, recipe.pairs, samples, world.rank, world.world_size, engine.device)
     memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16", views)
-    before = spans[span.number - 1].recipe if crossing and spans is not None else recipe
-    if memory and save is not None and goes_on(before, recipe):
-        memory.load(ckpt.loss_memory(save))
-    else:
-        memory.begin(engine.module)
+    begin_memory(memory, engine, save, goes_on(spans[span.number - 1].recipe, recipe) if crossing and spans else True)
     average = build_average(recipe, engine, state.samples_seen, total, saved)
     ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, [s.name for s in recipe.data.sources])
     ledger.load_state_dict(state.ledger)
@@ -178,6 +174,18 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
         span=span,
         whole=whole,
     )
+
+
+def begin_memory(memory: Memory, engine: Engine, save: Path | None, continues: bool) -> None:
+    """What the loss keeps from step to step: read from the checkpoint, or begun with the weights as they are.
+
+    Args:
+        continues: the checkpoint's loss keeps the same things; not so where a phase begins that changes them.
+    """
+    if memory and save is not None and continues:
+        memory.load(ckpt.loss_memory(save))
+    else:
+        memory.begin(engine.module)
 
 
 # --- the model and its first weights -----------------------------------------------------------------------------

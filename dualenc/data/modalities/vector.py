@@ -70,10 +70,10 @@ class VectorInput:
     def train(self, x: F32, rng: np.random.Generator) -> F32:
         """The vector, with noise if asked for."""
         y = self._unit(x)
-        if self.config.noise:
-            deviation = self.config.noise / self.config.dim**0.5
-            y = self._unit(y + rng.normal(0.0, deviation, y.shape).astype(np.float32))
-        return y
+        if not self.config.noise:
+            return y
+        noise: F32 = rng.normal(0.0, self.config.noise / self.config.dim**0.5, y.shape).astype(np.float32)
+        return self._unit(y + noise)
 
     def eval(self, x: F32) -> F32:
         """The vector."""
@@ -85,7 +85,9 @@ class VectorInput:
 
     def dummy(self) -> F32:
         """The first unit vector."""
-        return np.eye(1, self.config.dim, dtype=np.float32)[0]
+        row = np.zeros(self.config.dim, np.float32)
+        row[0] = 1
+        return row
 
     def describe(self) -> dict[str, Any]:
         """Kind and settings."""
@@ -110,6 +112,6 @@ class VectorInput:
     def _unit(self, x: F32) -> F32:
         if not self.config.normalize:
             return x
-        top = np.abs(x).max()  # first, so that no square overflows
+        top = float(np.abs(x).max())  # first, so that no square overflows
         y = x / top
-        return np.asarray(y / np.sqrt((y * y).sum()), np.float32)
+        return np.ascontiguousarray(y / np.sqrt((y * y).sum()), np.float32)
