@@ -32,7 +32,7 @@ from dualenc.model.carry import Carried, Kept
 from dualenc.model.mixing import two_rows
 from dualenc.train.flops import FlopCount
 from dualenc.train.memory import Memory, goes_on, slow_models, view_learners
-from dualenc.train.phases import Span, refuse_newcomers, refuse_ranks, span_at, timeline
+from dualenc.train.phases import Span, refuse_newcomers, span_at, spans_on
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
 
@@ -103,9 +103,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
         ConfigError, DataError, CheckpointError: the recipe asks for something that does not exist or cannot be built.
     """
     save = find_save(whole, run_dir, world) if save is None else save
-    spans = timeline(whole) if whole.phases else None
-    if spans is not None:
-        refuse_ranks(spans, world.world_size)
+    spans = spans_on(whole, world.world_size)
     step = 0 if save is None else ckpt.load_state(save).step
     span = span_at(spans, step) if spans is not None else None
     recipe = whole if span is None else span.recipe

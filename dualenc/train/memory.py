@@ -75,15 +75,17 @@ class Memory:
     def __bool__(self) -> bool:
         return bool(self.states or self.slow or self.views)
 
-    def recall(self, batch: Batch, module: nn.Module) -> Batch:
+    def recall(self, batch: Batch, module: nn.Module | None = None) -> Batch:
         """The batch with the views that are made of it, and what the slow copies say of it, by slot, among its extras;
         call it before a step.
 
         Args:
-            module: the engine's.
+            module: the engine's; learned views need it.
         """
         for view in self.views.values():
             if view.due(batch.step, held_back=False):
+                if module is None:
+                    raise RuntimeError("learned views are trained with the engine's module; give it to recall")
                 view.train(batch, whole_weights(module), self.micro, self.bf16)
             batch = view.make(batch, self.micro)
         self._batch = batch if self.views else None

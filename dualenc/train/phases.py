@@ -149,15 +149,19 @@ def span_at(spans: list[Span], step: int) -> Span:
     return next((s for s in spans if step < s.stop), spans[-1])
 
 
-def refuse_ranks(spans: list[Span], ranks: int) -> None:
-    """Refuse a phase whose batch does not divide among the ranks, before the first step.
+def spans_on(recipe: Recipe, ranks: int) -> list[Span] | None:
+    """:func:`timeline` of a recipe with phases, whose batches must all divide among the ranks; None without phases.
 
     Raises:
-        ConfigError: naming the phase.
+        ConfigError: naming the phase; and as :func:`timeline`.
     """
+    if not recipe.phases:
+        return None
+    spans = timeline(recipe)
     for span in spans[1:]:
         if (size := span.recipe.batch.size) % ranks:
             raise ConfigError(f"phases.{span.number - 1}.batch.size: {size} must be a multiple of the {ranks} ranks")
+    return spans
 
 
 def refuse_engine(recipe: Recipe) -> None:

@@ -177,7 +177,7 @@ def reference(order: str) -> dict[str, Tensor]:
 
     def encode(m: str, values: Tensor) -> Tensor:
         one = {"values": values[None].double(), "length": torch.tensor([values.shape[1]])}
-        return normalize(net.tower(m)(one)[0], dim=0)
+        return normalize(net.tower(m).encode(one)[0], dim=0)
 
     for step in range(STEPS):
         batch = batch_of(step)
