@@ -243,15 +243,28 @@ class EngineConfig(Section):
     compile: Literal[False, True, "blocks"] = Field(
         default=False, description="torch.compile each tower; blocks: each of its repeated blocks, which starts faster"
     )
-    grad_checkpointing: bool = Field(
-        default=False, description="recompute activations in the backward instead of keeping them"
+    grad_checkpointing: bool | Positive = Field(
+        default=False,
+        description="recompute activations in the backward instead of keeping them; N: those of every N-th block only",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is a GPU")
+    channels_last: Literal["auto", True, False] = Field(
+        default="auto", description="convolutional image towers in channels-last layout; auto: on CUDA"
+    )
+    float8: bool = Field(
+        default=False, description="linear layers of the towers multiply in float8, with torchao on an H100 or newer"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        default="auto", description="auto: CUDA where there is a GPU; mps, xpu: where torch has it, one rank"
+    )
     threads: Positive | None = Field(
         default=None, description="CPU threads per process; default: torch's own, shared among local ranks"
     )
     timeout_s: Positive = Field(
         default=600, description="seconds that a rank waits for the others before the run ends with an error"
+    )
+    find_unused: Literal["auto", True, False] = Field(
+        default="auto",
+        description="DDP: search for parameters without gradient in every step; auto: if a trial run finds any",
     )
     max_nonfinite: Positive = Field(default=10, description="stop after this many non-finite steps in a row")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,9 +15,10 @@ from dualenc.config.stream import Stream
 from dualenc.encoders.hidden import Hidden
 from dualenc.encoders.negatives import joined, parted
 from dualenc.encoders.streams import BlockNoise, build_projector
-from dualenc.encoders.tower import Tower
+from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
+from dualenc.encoders.trainable.recompute import recompute_every
 from dualenc.errors import ConfigError
 
 
@@ -72,6 +73,8 @@ class DualEncoder(nn.Module):
             locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
         self.hidden: dict[str, Hidden] = {}
+        self.watcher: Callable[[str, Tensor], None] | None = None
+        """Called in the forward with each modality's name and features, before the next tower runs."""
         self.streams: dict[str, tuple[str, Stream]] = {}
         self.noise: dict[str, BlockNoise] = {}
         self.projectors = nn.ModuleDict()
@@ -106,6 +109,8 @@ class DualEncoder(nn.Module):
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
+            if self.watcher is not None:
+                self.watcher(m, features[m])
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
             for name, value in said.items():
@@ -172,11 +177,11 @@ class DualEncoder(nn.Module):
         """What a modality's tower says of collated rows (``Tower.outputs``), not normalised; the features of one with a
         stream come from its projector."""
         if m not in self.streams:
-            said: dict[str, Tensor] = self.tower(m)(x, whole=True)
+            said: dict[str, Tensor] = self.tower(m)(x)
             return said
         projector, stream = self.streams[m]
         with self.noise[self.shared[m]].active(stream) if self.shared[m] in self.noise else nullcontext():
-            said = self.tower(m)(x, whole=True)
+            said = self.tower(m)(x)
         return said | {"features": self.projectors[projector](said["pooled"])} if projector in self.projectors else said
 
     def add_streams(self, streams: Mapping[str, tuple[str, Stream]], rows: Mapping[str, Any]) -> None:
@@ -197,7 +202,7 @@ class DualEncoder(nn.Module):
                 self.noise[self.shared[m]] = BlockNoise(tower, f"modalities.{m}.stream")
             if owner == m:
                 with torch.no_grad():
-                    width = tower(rows[m], whole=True)["pooled"].shape[1]
+                    width = tower(rows[m])["pooled"].shape[1]
                 if (projector := build_projector(stream, width, tower.embed_dim)) is not None:
                     self.projectors[m] = projector
         self.streams = dict(streams)
@@ -235,8 +240,8 @@ class DualEncoder(nn.Module):
             self.tower(m).eval()
         return self
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in every tower that is trained.
+    def set_grad_checkpointing(self, enable: bool | int = True) -> None:
+        """Trade time for memory in every tower that is trained; a number N: in every N-th block of it.
 
         Raises:
             ConfigError: a stream has dropout or drop path, which a recomputed block would not draw again.
@@ -247,7 +252,16 @@ class DualEncoder(nn.Module):
                 "of modalities.NAME.stream; set these to 0, or use batch.micro to save memory"
             )
         for tower in self.trained_towers().values():
-            tower.set_grad_checkpointing(enable)
+            if isinstance(enable, bool):
+                tower.set_grad_checkpointing(enable)
+            else:
+                recompute_every(tower, enable)
+
+    def set_channels_last(self) -> None:
+        """Put the convolutional image towers in channels-last layout."""
+        for tower in self.towers.values():
+            if isinstance(tower, ImageTower):
+                tower.set_channels_last()
 
     def group_lengths(self) -> None:
         """Let text towers encode captions of like length apart, see :attr:`Tower.length_groups`."""

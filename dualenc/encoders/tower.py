@@ -51,10 +51,14 @@ class Tower(nn.Module):
         y = self.pooled(x)
         return {"features": self.head(y), "pooled": y}
 
-    def forward(self, x: Any, whole: bool = False) -> Any:
-        """The collated rows of one modality → [n, D]; with ``whole`` all :meth:`outputs`."""
-        out = self.outputs(x)
-        return out if whole else out["features"]
+    def forward(self, x: Any) -> dict[str, Tensor]:
+        """The collated rows of one modality → all :meth:`outputs`."""
+        return self.outputs(x)
+
+    def encode(self, x: Any) -> Tensor:
+        """The collated rows of one modality → features [n, D], not normalised."""
+        features: Tensor = self(x)["features"]
+        return features
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; frozen batch norms stay in eval mode."""
@@ -120,6 +124,12 @@ class ImageTower(Tower):
             y = y.contiguous(memory_format=torch.channels_last)
         out: Tensor = self.trunk(y)
         return out
+
+    def set_channels_last(self) -> None:
+        """Weights and images in channels-last layout, if it convolves more than once; a ViT only cuts patches so."""
+        if sum(isinstance(m, nn.Conv2d) for m in self.trunk.modules()) > 1:
+            self.channels_last = True
+            self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Passed on to trunks that have the switch (open_clip, timm, own ViT)."""

@@ -24,6 +24,7 @@ from dualenc.config.modality import streams_of
 from dualenc.config.stream import Stream
 from dualenc.data.modalities import ModalityInput, modalities, rows_of
 from dualenc.data.modalities.modality import SavesFiles
+from dualenc.distributed.devices import resolve_device
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, encoder_origin, input_defaults
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
@@ -84,11 +85,11 @@ class Bundle:
         self.model.to(self.device)
         return self
 
-    def embedder(self, dim: int | None = None) -> Embedder:
-        """A way to embed raw items with this model; ``dim``: see :meth:`Embedder.from_bundle`."""
+    def embedder(self, dim: int | None = None, precision: str = "fp32") -> Embedder:
+        """A way to embed raw items with this model; ``dim``, ``precision``: see :meth:`Embedder.from_bundle`."""
         from dualenc.model.embedder import Embedder
 
-        return Embedder.from_bundle(self, dim=dim)
+        return Embedder.from_bundle(self, dim=dim, precision=precision)
 
     def describe(self) -> dict[str, Any]:
         """What dualenc.json holds, weights aside."""
@@ -378,23 +379,6 @@ def part_of(
 
 
 # --- small things ------------------------------------------------------------------------------------------------
-
-
-def resolve_device(device: torch.device | str) -> torch.device:
-    """``auto`` → CUDA if there is a device, else the CPU.
-
-    Raises:
-        ConfigError: if CUDA is asked for and there is none.
-    """
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        out = torch.device(device)
-    except RuntimeError as e:
-        raise ConfigError(f"unknown device {device!r}; use auto, cpu or cuda") from e
-    if out.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {str(device)!r}: there is no CUDA device on this machine; use auto or cpu")
-    return out
 
 
 def file_digest(path: Path) -> str:

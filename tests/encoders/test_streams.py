@@ -86,18 +86,18 @@ def test_noise_is_that_of_a_loop_over_blocks(name: str) -> None:
     def after(_: Any, given: Any, out: Any) -> None:
         seen.append((given[0], out[0] if isinstance(out, tuple) else out))
 
-    plain = tower(x)
+    plain = tower.encode(x)
     for block in tower.blocks():
         block.register_forward_hook(look)
     noise = BlockNoise(tower, "test")
     for block in tower.blocks():
         block.register_forward_hook(after)
-    assert torch.equal(tower(x), plain)
+    assert torch.equal(tower.encode(x), plain)
     seen.clear()
     clean.clear()
     torch.manual_seed(3)
     with noise.active(Stream(dropout=0.25, drop_path=0.5)):
-        noisy = tower(x)
+        noisy = tower.encode(x)
     assert not torch.equal(noisy, plain)
     torch.manual_seed(3)
     n, changed = len(clean), 0
@@ -112,7 +112,7 @@ def test_noise_is_that_of_a_loop_over_blocks(name: str) -> None:
     assert changed >= 1
     with noise.active(Stream(dropout=0.25, drop_path=0.5)):
         tower.eval()
-        assert torch.equal(tower(x), plain)
+        assert torch.equal(tower.encode(x), plain)
 
 
 def test_a_stream_without_anything_of_its_own_is_the_tower(tmp_path: Path) -> None:
@@ -149,9 +149,9 @@ def test_a_strong_stream_is_saved_and_resumed(tmp_path: Path) -> None:
     embedder = bundle.embedder()
     weak, strong = (embedder.embed(m, ["a red star"]) for m in ("text", "text_strong"))
     assert not torch.allclose(weak, strong)
-    pooled = bundle.model.tower("text")(
-        bundle.inputs["text"].collate([bundle.inputs["text"].eval(["a red star"])]), whole=True
-    )["pooled"]
+    pooled = bundle.model.tower("text")(bundle.inputs["text"].collate([bundle.inputs["text"].eval(["a red star"])]))[
+        "pooled"
+    ]
     want = torch.nn.functional.normalize(bundle.model.projectors["text_strong"](pooled), dim=1)
     torch.testing.assert_close(strong, want.detach())
     plain = without_streams(bundle)

@@ -104,7 +104,7 @@ def trained(
         built.load_optimizer_state(InMemory(saved["optimizer"]), saved["info"])
         memory.load(stored(Path(begin), "memory"))
     for step in range(0 if saved is None else MIDDLE, STEPS):
-        batch = memory.recall(batch_of(step, world.rank, world.world_size))
+        batch = memory.recall(batch_of(step, world.rank, world.world_size), built.module)
         done = train_step(built, batch, [PAIR], loss, micro=micro)
         memory.keep(built.module, done.skipped)
         assert bool(done.skipped) == (step == NOT_FINITE)

@@ -34,6 +34,7 @@ ELSEWHERE = {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contra
 SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"terms": ["info_nce", {"name": "koleo", "weight": 0.3}, {"name": "siamlip", "project": 4, "hidden": 5}]},
     "matryoshka": {"dims": [2, 8]},
+    "autotcl": {"of": "image", "into": "audio"},
     "layers": {"depths": [0.5, 1.0]},
     "barlip": {"project": 6, "hidden": 8, "scale": 1.0},
     "siamlip": {"project": 6, "hidden": 8},

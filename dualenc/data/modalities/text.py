@@ -147,10 +147,11 @@ class TextInput:
         # Cleaning and merging dominate the cost of a caption, and those of small data sets and prompts repeat.
         self._row = lru_cache(maxsize=_REMEMBERED)(self._encode)
         self._full = config.pad == "context" or (config.pad is None and self.tokenizer.pad_full)
+        self._lengths: tuple[int, ...] = ()
 
-    def __reduce__(self) -> tuple[type[TextInput], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[TextInput], tuple[Any, ...], dict[str, Any]]:
         # Tokenizers do not all pickle; a worker that is spawned builds its own.
-        return TextInput, (self.config, self.base_dir)
+        return TextInput, (self.config, self.base_dir), {"_lengths": self._lengths}
 
     # --- the protocol -----------------------------------------------------------------------------------------
 
@@ -250,9 +251,17 @@ class TextInput:
             "labels": {"negatives_there": there.long()},
         }
 
+    def few_shapes(self, count: int) -> None:
+        """Pad to ``count`` lengths, equal steps of the context in multiples of 8; not where ``bucket`` is set."""
+        if self.config.bucket == 1 and not self._full:
+            steps = (-(-self.context_length * k // (count * 8)) * 8 for k in range(1, count + 1))
+            self._lengths = tuple(sorted({min(n, self.context_length) for n in steps}))
+
     def _padded(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         bucket = self.config.bucket
         longest = max(len(r) for r in rows)
+        if self._lengths:
+            longest = next(n for n in self._lengths if n >= longest)
         length = self.context_length if self._full else min(-(-longest // bucket) * bucket, self.context_length)
         ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
         mask = torch.full((len(rows), length), self._full, dtype=torch.bool)

@@ -58,7 +58,7 @@ def export(
         if layout not in _NAMES:
             raise
         kinds = {p.kind or m for m, p in bundle.parts.items()}
-        others = "onnx or safetensors" if kinds <= {"image", "text"} else "safetensors"
+        others = "onnx or safetensors" if kinds <= {"image", "text", "audio", "series"} else "safetensors"
         if layout != "sentence-transformers" and kinds <= set(MODALITIES):
             others += ", or sentence-transformers"
         raise ConfigError(

@@ -76,6 +76,8 @@ def _crops_like_transformers(bundle: Bundle) -> bool:
         config = x.describe()["config"]
         if config.get("resize") == "shortest" and config.get("centre") != "floor":
             return False
+        if config.get("resize") == "naflex":  # sentence-transformers reads the processor with another size of patch
+            return False
     return True
 
 
