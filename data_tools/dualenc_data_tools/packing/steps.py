@@ -70,7 +70,7 @@ class _Step:
                 said = ", ".join(
                     f"{n} {v if isinstance(v, str) else f'{v:.6g}'}" for n, v in mine.items() if v is not None
                 )
-                out.append(Dropped(row.record.name, self._reason(mine), said or "no score"))
+                out.append(Dropped(row.record.name, self._reason(mine), said or "no score", True))
             elif self.config.note:
                 fields = {**row.record.fields, **{n: v for n, v in mine.items() if v is not None}}
                 out.append(Row(replace(row.record, fields=fields), row.media))
@@ -93,7 +93,9 @@ class _Step:
             elif why[i] == "no caption":
                 why[i] = self._reason({n: v[k] for n, v in scores.items()})
         return [
-            Row(replace(r.record, captions=tuple(c)), r.media) if c else Dropped(r.record.name, w, "every caption")
+            Row(replace(r.record, captions=tuple(c)), r.media)
+            if c
+            else Dropped(r.record.name, w, "every caption", True)
             for r, c, w in zip(rows, left, why, strict=True)
         ]
 
