@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from dualenc_data_tools.build import build
-from dualenc_data_tools.sources import from_tables
+from dualenc_data_tools.sources import from_tables, sources
 
 SIZE, QUALITY, SHARD = 96, 90, 1000
 _IMG2DATASET = """
@@ -122,7 +122,7 @@ def million(rows: int) -> None:
                     print(f"{number:,} rows: {rss():,.0f} MB, {time.perf_counter() - began:,.0f} s", flush=True)
                 yield record
 
-        kind = from_tables.sources["parquet"]
+        kind = sources["parquet"]
         object.__setattr__(kind, "records", lambda cfg: told("parquet", cfg))
         report = build(
             "parquet", folder / "out", path=str(folder / "rows.parquet"), verify=False, shard_samples=10_000,

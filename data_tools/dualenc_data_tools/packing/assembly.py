@@ -213,4 +213,4 @@ class Assembly:
 
     def _sort_drops(self) -> None:
         self._dropped.sort(key=lambda d: d[0])
-        self.drops = [Dropped(*rest) for _, *rest in self._dropped]
+        self.drops = [Dropped(name, reason, detail, asked) for _, name, reason, detail, asked in self._dropped]
