@@ -20,6 +20,7 @@ from dualenc.files import write_atomically
 from dualenc_data_tools.packing.assembly import Assembly, engine_of
 from dualenc_data_tools.packing.journal import Journal
 from dualenc_data_tools.sources import Dropped, SourceConfig, sources
+from dualenc_data_tools.sources.source import OfOneSplit
 
 HOW = {"threads", "processes"}
 """Settings that change no byte of what is built."""
@@ -99,7 +100,7 @@ def build(
     folder = Path(out)
     report = BuildReport(source_kind, folder)
     start = time.monotonic()
-    label = getattr(cfg, "split", None) or cfg.name
+    label = (cfg.split if isinstance(cfg, OfOneSplit) else None) or cfg.name
     dropped_file = folder / f"dropped-{label}.jsonl"
     said = {"source": source_kind, **cfg.model_dump(mode="json", exclude_defaults=True, exclude=HOW)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -216,7 +216,7 @@ class _Parser:
             return top(of, score, share, how == "top", self.where)
         weight = np.nan_to_num(score, nan=0.0)
         if (weight < 0).any():
-            raise ConfigError(f"{self.where}: {name} has negative values, which are no weights")
+            raise ConfigError(f"{self.where}: {name} has negative values, which cannot be weights")
         out: Floats = of * weight
         return out
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dualenc.errors import ConfigError, DataError, did_you_mean
-from dualenc_data_tools.packing.engines import Engine, Local
+from dualenc_data_tools.packing.engines import Local, PackingEngine
 from dualenc_data_tools.packing.journal import Journal, ShardLine
 from dualenc_data_tools.packing.pack import Chunk, Numbered, Outcome, Packed, chunks
 from dualenc_data_tools.sources import Dropped, Record, SourceConfig
@@ -18,7 +18,7 @@ from dualenc_data_tools.writer import ShardWriter, partial
 MAX_SPLITS = 32
 
 
-def engine_of(name: str, cfg: SourceConfig, address: str) -> Engine:
+def engine_of(name: str, cfg: SourceConfig, address: str) -> PackingEngine:
     """The engine of a name.
 
     Raises:
@@ -54,7 +54,7 @@ class Assembly:
     cfg: SourceConfig
     folder: Path
     journal: Journal
-    engine: Engine
+    engine: PackingEngine
     drops: list[Dropped] = field(default_factory=list)
     resumed: int = 0
     _splits: dict[str, _Split] = field(default_factory=dict)

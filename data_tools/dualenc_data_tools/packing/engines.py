@@ -23,7 +23,7 @@ from dualenc_data_tools.writer import ShardWriter
 F = TypeVar("F")
 
 
-class Engine(Protocol):
+class PackingEngine(Protocol):
     """Packs chunks and makes the writers of shards."""
 
     def pack(self, chunks: Iterable[Chunk], needed: Callable[[Chunk], bool]) -> Iterator[tuple[Chunk, list[Outcome]]]:
@@ -77,7 +77,7 @@ class Local:
         self._pool.shutdown(cancel_futures=True)
 
     def pack(self, chunks: Iterable[Chunk], needed: Callable[[Chunk], bool]) -> Iterator[tuple[Chunk, list[Outcome]]]:
-        """As :meth:`Engine.pack`, with few chunks in memory.
+        """As :meth:`PackingEngine.pack`, with few chunks in memory.
 
         Raises:
             DataError: a process was killed.

@@ -156,7 +156,7 @@ class OnRay:
         )
 
     def pack(self, chunks: Iterable[Chunk], needed: Callable[[Chunk], bool]) -> Iterator[tuple[Chunk, list[Outcome]]]:
-        """As :meth:`dualenc_data_tools.packing.engines.Engine.pack`.
+        """As :meth:`dualenc_data_tools.packing.engines.PackingEngine.pack`.
 
         Raises:
             DataError: an actor died.

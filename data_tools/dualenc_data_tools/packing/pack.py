@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dualenc_data_tools import images, sounds
-from dualenc_data_tools.packing.steps import Row, Steps
+from dualenc_data_tools.packing.steps import LoadedRecord, Steps
 from dualenc_data_tools.sources import BadMedia, Dropped, Keys, Record, SourceConfig
 
 CHUNK = 32
@@ -80,7 +80,7 @@ class Packer:
     def pack(self, chunk: Chunk) -> list[Outcome]:
         """The outcome of every record of a chunk."""
         out: list[Outcome | None] = [None] * len(chunk)
-        rows: list[tuple[int, Row]] = []
+        rows: list[tuple[int, LoadedRecord]] = []
         for i, item in enumerate(chunk):
             got = _read(item.record)
             if isinstance(got, Dropped):
@@ -91,7 +91,7 @@ class Packer:
             out[i] = judged if isinstance(judged, Dropped) else self._store(judged, chunk[i].key)
         return [o for o in out if o is not None]
 
-    def _store(self, row: Row, key: str) -> Outcome:
+    def _store(self, row: LoadedRecord, key: str) -> Outcome:
         record, members = row.record, dict[str, bytes]()
         digest = ""
         for what, raw in row.media.items():
@@ -121,7 +121,7 @@ def digest_of(what: str, raw: Any) -> str:
     return f"{PRINTS[what](raw).exact:016x}"
 
 
-def _read(record: Record | Dropped) -> Row | Dropped:
+def _read(record: Record | Dropped) -> LoadedRecord | Dropped:
     if isinstance(record, Dropped):
         return record
     media: dict[str, bytes] = {}
@@ -132,7 +132,7 @@ def _read(record: Record | Dropped) -> Row | Dropped:
             return Dropped(record.name, f"{what} file missing", str(value))
         except OSError as e:
             return Dropped(record.name, f"{what} file unreadable", str(e))
-    return Row(replace(record, media={}), media)
+    return LoadedRecord(replace(record, media={}), media)
 
 
 def text_members(record: Record, cfg: SourceConfig) -> dict[str, bytes] | Dropped:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LoadedRecord:
     """A record whose media have been read."""
 
     record: Record
@@ -31,11 +31,11 @@ class Steps:
     def __init__(self, configs: Sequence[StepConfig]) -> None:
         self.steps = [_Step(c, f"steps.{i}") for i, c in enumerate(configs)]
 
-    def run(self, rows: Sequence[Row]) -> list[Row | Dropped]:
+    def run(self, rows: Sequence[LoadedRecord]) -> list[LoadedRecord | Dropped]:
         """Every row as the steps leave it, or why it is dropped."""
-        out: list[Row | Dropped] = list(rows)
+        out: list[LoadedRecord | Dropped] = list(rows)
         for step in self.steps:
-            left = [(i, r) for i, r in enumerate(out) if isinstance(r, Row)]
+            left = [(i, r) for i, r in enumerate(out) if isinstance(r, LoadedRecord)]
             for (i, _), judged in zip(left, step.run([r for _, r in left]), strict=True):
                 out[i] = judged
         return out
@@ -54,7 +54,7 @@ class _Step:
                 f"build without it, then run: dualenc shards filter SHARDS --with {config.filter}"
             )
 
-    def run(self, rows: Sequence[Row]) -> list[Row | Dropped]:
+    def run(self, rows: Sequence[LoadedRecord]) -> list[LoadedRecord | Dropped]:
         from dualenc_data_tools.choose.filter import Candidate
 
         if not rows:
@@ -63,7 +63,7 @@ class _Step:
             return self._captions(rows)
         candidates = [Candidate(r.record.name, {**r.media, "text": list(r.record.captions)}) for r in rows]
         scores, kept = self._judge(candidates)
-        out: list[Row | Dropped] = []
+        out: list[LoadedRecord | Dropped] = []
         for i, row in enumerate(rows):
             mine = {n: v[i] for n, v in scores.items()}
             if not kept[i]:
@@ -73,12 +73,12 @@ class _Step:
                 out.append(Dropped(row.record.name, self._reason(mine), said or "no score", True))
             elif self.config.note:
                 fields = {**row.record.fields, **{n: v for n, v in mine.items() if v is not None}}
-                out.append(Row(replace(row.record, fields=fields), row.media))
+                out.append(LoadedRecord(replace(row.record, fields=fields), row.media))
             else:
                 out.append(row)
         return out
 
-    def _captions(self, rows: Sequence[Row]) -> list[Row | Dropped]:
+    def _captions(self, rows: Sequence[LoadedRecord]) -> list[LoadedRecord | Dropped]:
         """Each caption alone, with its sample's media; a sample is dropped once it has no caption left."""
         from dualenc_data_tools.choose.filter import Candidate
 
@@ -93,7 +93,7 @@ class _Step:
             elif why[i] == "no caption":
                 why[i] = self._reason({n: v[k] for n, v in scores.items()})
         return [
-            Row(replace(r.record, captions=tuple(c)), r.media)
+            LoadedRecord(replace(r.record, captions=tuple(c)), r.media)
             if c
             else Dropped(r.record.name, w, "every caption", True)
             for r, c, w in zip(rows, left, why, strict=True)

@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import Field
 
@@ -24,6 +24,13 @@ MAX_KEY = 80
 
 C = TypeVar("C", bound="SourceConfig")
 T = TypeVar("T")
+
+
+@runtime_checkable
+class OfOneSplit(Protocol):
+    """Settings that may choose one split of a data set."""
+
+    split: str | None
 
 
 class StepConfig(Section):
