@@ -68,6 +68,8 @@ ONLY_IN = {
     "mteb": ("dualenc/mteb.py", "benchmarks"),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
     "jinja2": ("dualenc/pages", "evals/dualenc_evals/pages"),
+    "ray": ("data_tools/dualenc_data_tools/packing/on_ray.py",),
+    "datasketch": ("data_tools/dualenc_data_tools/choose/sketches.py",),
     "typer": ("dualenc/cli",),
     "argparse": ("dualenc/cli", "benchmarks"),
     "pickle": (),

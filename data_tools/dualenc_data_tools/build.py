@@ -175,9 +175,11 @@ def _judge(drops: list[Dropped], path: Path, cfg: SourceConfig, report: BuildRep
     if not report.samples:
         first = f"; the first: {drops[0].name}: {drops[0].detail or drops[0].reason}" if drops else ""
         raise DroppedError(f"{report.source}: no sample could be written ({said or 'the source is empty'}){first}")
-    if len(drops) > cfg.max_dropped_share * total:
+    faults = [d for d in drops if not d.asked]
+    if len(faults) > cfg.max_dropped_share * total:
+        said = ", ".join(f"{n:,} × {reason}" for reason, n in Counter(d.reason for d in faults).most_common())
         raise DroppedError(
-            f"{report.source}: {len(drops):,} of {total:,} records were dropped ({said}), more than max_dropped_share="
+            f"{report.source}: {len(faults):,} of {total:,} records were dropped ({said}), more than max_dropped_share="
             f"{cfg.max_dropped_share:g}. {path} lists them. No shard was written; raise the share if that is fine."
         )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import json
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from typer.testing import CliRunner
 from dualenc.cli import app
 from dualenc.data.shards.selection import read_scores, read_weights
 from dualenc.errors import DataError
+from dualenc_data_tools.build import build
 from dualenc_data_tools.choose.duplicates import ByFeatures, Items, contamination, duplicates, empty_prints
 from dualenc_data_tools.choose.filter import Opened, build_filter, filters, run_filters
 from dualenc_data_tools.choose.pairs import close_features
@@ -151,6 +155,30 @@ def test_swapped_captions_have_the_lowest_clip_scores_and_highest_losses(model: 
     shard(tmp_path / "other.tar", {"x": {"png": encoded(picture(1)), "txt": b"x"}})
     with pytest.raises(DataError, match="no feature is of a sample of these shards"):
         duplicates(str(tmp_path / "other.tar"), features=ByFeatures(tmp_path / "features"), of="image")
+
+
+@pytest.mark.slow
+def test_a_build_drops_by_clip_score_whichever_engine_holds_the_model(model: Path, tmp_path: Path) -> None:
+    """Local with one and two processes; on Ray where it is installed."""
+    source = colours(tmp_path / "s.tar", range(200, 264), {203, 211, 222, 230, 239, 247})
+    (tmp_path / "in").mkdir()
+    with tarfile.open(source) as tar:
+        for member in tar:
+            raw = tar.extractfile(member)
+            assert raw is not None
+            (tmp_path / "in" / member.name).write_bytes(raw.read())
+    step = {"filter": "clip_score", "set": {"model": str(model)}, "keep": "clip_score > 0.4", "note": True}
+    runs = [("local", 1), ("local", 2)] + [("ray", 2)] * (importlib.util.find_spec("ray") is not None)
+    made = []
+    for k, (engine, processes) in enumerate(runs):
+        out = tmp_path / f"out{k}"
+        settings = {"path": str(tmp_path / "in"), "steps": [step], "shard_samples": 20}
+        report = build("folder", out, settings, processes=processes, engine=engine, progress=False)
+        assert 0 < report.dropped["not clip_score > 0.4"] < 40
+        made.append({p.name: p.read_bytes() for p in out.iterdir()})
+    assert all(m == made[0] for m in made)
+    wrong = [json.loads(x)["name"] for x in (tmp_path / "out0" / "dropped-train.jsonl").read_text().splitlines()]
+    assert {f"k{i}.png" for i in (203, 211, 222, 230, 239, 247)} & set(wrong)
 
 
 def test_a_stopped_filter_resumes_after_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

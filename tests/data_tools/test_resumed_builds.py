@@ -43,7 +43,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def make(table: Path, out: Path, **more: Any) -> BuildReport:
-    options = {"path": str(table), "encode": "webp", "shard_samples": 4, "max_dropped_share": 0.9}
+    options = {"path": str(table), "encode": "webp", "shard_samples": 4}
     return build("jsonl", out, {**options, **more}, progress=False)
 
 

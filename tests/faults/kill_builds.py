@@ -52,7 +52,6 @@ def settings(inputs: Path, samples: int, processes: int) -> dict[str, Any]:
     """Of every build of these inputs."""
     return {
         "path": str(inputs),
-        "encode": "png",
         "size": 40,
         "val_every": 9,
         "distinct": "image",

@@ -60,7 +60,7 @@ class Assembly:
     _splits: dict[str, _Split] = field(default_factory=dict)
     _through: dict[str, int] = field(default_factory=dict)
     _first: dict[str, int] = field(default_factory=dict)
-    _dropped: list[tuple[int, str, str, str]] = field(default_factory=list)
+    _dropped: list[tuple[int, str, str, str, bool]] = field(default_factory=list)
     _checks: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,11 +68,11 @@ class Assembly:
         for line in self.journal.shards:
             self._through[line.split] = line.through
             self._checks[line.through] = line.names
-            self._dropped += [(n, a, b, c) for n, a, b, c in line.drops]
+            self._dropped += [(n, a, b, c, d) for n, a, b, c, d in line.drops]
             for number, digest in line.digests:
                 self._first[digest] = min(number, self._first.get(digest, number))
         if self.journal.published is not None:
-            self._dropped = [(n, a, b, c) for n, a, b, c in self.journal.published["publish"]]
+            self._dropped = [(n, a, b, c, d) for n, a, b, c, d in self.journal.published["publish"]]
             self._sort_drops()
 
     def pack(self, records: Iterable[Record | Dropped], count: Callable[[], None]) -> None:
@@ -161,10 +161,10 @@ class Assembly:
             and outcome.digest
             and self._first.setdefault(outcome.digest, item.number) < item.number
         ):
-            outcome = Dropped(item.record.name, f"repeated {self.cfg.distinct}", outcome.digest)
+            outcome = Dropped(item.record.name, f"repeated {self.cfg.distinct}", outcome.digest, True)
         split = self._split(item) if item.split else None
         if isinstance(outcome, Dropped):
-            drop = (item.number, outcome.name, outcome.reason, outcome.detail)
+            drop = (item.number, outcome.name, outcome.reason, outcome.detail, outcome.asked)
             self._dropped.append(drop)
             if split is not None:
                 split.line.drops.append(drop)
@@ -213,4 +213,4 @@ class Assembly:
 
     def _sort_drops(self) -> None:
         self._dropped.sort(key=lambda d: d[0])
-        self.drops = [Dropped(name, reason, detail) for _, name, reason, detail in self._dropped]
+        self.drops = [Dropped(name, reason, detail, asked) for _, name, reason, detail, asked in self._dropped]

@@ -24,7 +24,7 @@ class ShardLine:
         first: number of its first record.
         through: every record of its split up to this number is in a complete shard or dropped.
         names: digest of the records up to ``through`` (:class:`dualenc_data_tools.packing.pack.Numbered`).
-        drops: number, name, reason, detail of the split's records that were dropped since the shard before.
+        drops: number, name, reason, detail, asked of the split's records that were dropped since the shard before.
         digests: number and digest of its samples, where repeats are left out.
     """
 
@@ -36,7 +36,7 @@ class ShardLine:
     samples: int = 0
     captions: int = 0
     bytes: int = 0
-    drops: list[tuple[int, str, str, str]] = field(default_factory=list)
+    drops: list[tuple[int, str, str, str, bool]] = field(default_factory=list)
     digests: list[tuple[int, str]] = field(default_factory=list)
 
     @property
@@ -84,7 +84,7 @@ class Journal:
         self._append(asdict(shard))
         self.shards.append(shard)
 
-    def publish(self, drops: list[tuple[int, str, str, str]]) -> None:
+    def publish(self, drops: list[tuple[int, str, str, str, bool]]) -> None:
         """Every shard is complete; from here on only names change."""
         self.published = {"publish": drops}
         self._append(self.published)

@@ -147,6 +147,7 @@ def text_members(record: Record, cfg: SourceConfig) -> dict[str, bytes] | Droppe
         if len(record.captions) != 1:
             return Dropped(record.name, "several captions", f"text=txt holds one caption, not {len(record.captions)}")
         return {"txt": record.captions[0].encode()}
+    short = {"txt": record.captions[0].encode()} if layout == "both" and record.captions else {}
     doc: dict[str, Any] = {"captions": list(record.captions)} if record.captions or record.many else {}
     doc |= {k: v for k, v in fields.items() if k != "captions"}
-    return {"json": json.dumps(doc, ensure_ascii=False).encode()}
+    return short | {"json": json.dumps(doc, ensure_ascii=False).encode()}

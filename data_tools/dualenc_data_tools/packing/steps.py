@@ -70,7 +70,7 @@ class _Step:
                 said = ", ".join(
                     f"{n} {v if isinstance(v, str) else f'{v:.6g}'}" for n, v in mine.items() if v is not None
                 )
-                out.append(Dropped(row.record.name, self._reason(mine), said or "no score"))
+                out.append(Dropped(row.record.name, self._reason(mine), said or "no score", True))
             elif self.config.note:
                 fields = {**row.record.fields, **{n: v for n, v in mine.items() if v is not None}}
                 out.append(LoadedRecord(replace(row.record, fields=fields), row.media))
@@ -95,7 +95,7 @@ class _Step:
         return [
             LoadedRecord(replace(r.record, captions=tuple(c)), r.media)
             if c
-            else Dropped(r.record.name, w, "every caption")
+            else Dropped(r.record.name, w, "every caption", True)
             for r, c, w in zip(rows, left, why, strict=True)
         ]
 

@@ -70,8 +70,10 @@ class SourceConfig(Section):
         "keep", description="write audio in this format, as mono (opus: at 48 kHz); keep: the original bytes"
     )
     verify: bool = Field(True, description="decode every image and audio clip once and drop broken ones")
-    text: Literal["auto", "txt", "json"] = Field(
-        "auto", description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields"
+    text: Literal["auto", "txt", "json", "both"] = Field(
+        "auto",
+        description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields; both: the first "
+        "caption as .txt too, for open_clip and others that read only that",
     )
     shuffle_seed: int | None = Field(None, description="shuffle the samples; default: the source's own order")
     limit: Positive | None = Field(None, description="stop after this many records")
@@ -82,7 +84,8 @@ class SourceConfig(Section):
     )
     overwrite: bool = Field(False, description="replace shards of the same name")
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="fail if more than this share of the records is dropped"
+        0.05,
+        description="fail if more than this share of the records is broken; what steps and distinct leave out is not",
     )
     steps: list[StepConfig] = Field(
         default_factory=list, description="filters each sample passes before it is stored: '[{filter: caption_rules}]'"
@@ -126,11 +129,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A record that is not packed: its name, why ("broken image"), and the details."""
+    """A record that is not packed: its name, why ("broken image"), and the details. ``asked``: a step or ``distinct``
+    left it out, which is no fault."""
 
     name: str
     reason: str
     detail: str = ""
+    asked: bool = False
 
 
 class BadMedia(Exception):
