@@ -156,9 +156,8 @@ class TiledConfig(Section):
     def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
         """See :meth:`Loss.gathers`: of a loss whose plain form gathers both sides. Tiles need one, the ring none."""
         how = self.choose(global_batch, device)
-        if how is None:
-            return "a", "b"
-        return () if how.ring else ("b",)
+        sides: list[SideName] = ["a", "b"] if how is None else [] if how.ring else ["b"]
+        return sides
 
     def choose(self, global_batch: int, device: torch.device) -> How | None:
         """How to compute a batch of this size on this device, or None for the plain matrix.
