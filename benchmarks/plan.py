@@ -102,7 +102,7 @@ def _steps_of(recipe: Recipe, world: World, steps: int) -> None:
     ids = torch.arange(size) + size * world.rank
     batch = Batch(size, inputs, rows, ids, [""] * size)
     for _ in range(steps):
-        done = train_step(engine, memory.recall(batch), recipe.pairs, loss, micro=recipe.batch.micro)
+        done = train_step(engine, memory.recall(batch, engine.module), recipe.pairs, loss, micro=recipe.batch.micro)
         if memory:
             memory.keep(engine.module, done.skipped)
 

@@ -66,7 +66,7 @@ def eval_(
     from dualenc_evals.harness import evaluate, print_table
     from dualenc_evals.overlap import training_sources
 
-    asked = [*(n.strip() for n in tasks.split(",")), *map(str, task or [])]
+    asked = [*_names(tasks), *map(str, task or [])]
     elsewhere = [n for n in asked if n.startswith("mteb:")]
     chosen = resolve_tasks([n for n in asked if n not in elsewhere])
     if not chosen and not elsewhere:
@@ -99,6 +99,18 @@ def eval_(
                 PatientConsole().print(f"written: {out}", highlight=False, soft_wrap=True)
     finally:
         close_world(world)
+
+
+def _names(listed: str) -> list[str]:
+    """Names that commas separate, except those in parentheses: ``mteb:MTEB(eng, v2)`` is one."""
+    names, depth = [""], 0
+    for c in listed:
+        depth += (c == "(") - (c == ")")
+        if c == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += c
+    return [n.strip() for n in names]
 
 
 def _mteb(
@@ -181,6 +193,7 @@ def embed(
     reads it: dualenc embed MODEL folder path=photos, dualenc embed MODEL jsonl path=captions.jsonl.
     """
     from dualenc.data.shards.index import refuse_pipes
+    from dualenc.distill.teachers.cache import write_cache
     from dualenc.distributed.world import close_world, init_world
     from dualenc.features.of_shards import embed_shards
     from dualenc.features.of_source import embed_source
@@ -190,15 +203,8 @@ def embed(
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
-        chosen, how = words(modalities), (batch_size, dtype or "fp32", world, overwrite, dim, precision)
-        if settings:
-            done = embed_source(bundle, shards, key_values(settings), out, chosen, *how)
-        elif recipe is None:
-            refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            done = embed_shards(bundle, shards, out, chosen, *how)
-        else:
-            from dualenc.distill.teachers.cache import write_cache
-
+        how = (batch_size, dtype or "fp32", world, overwrite, dim, precision)
+        if recipe is not None:
             done = write_cache(
                 bundle,
                 load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
@@ -211,6 +217,11 @@ def embed(
                 overwrite=overwrite,
                 precision=precision,
             )
+        elif settings:
+            done = embed_source(bundle, shards, key_values(settings), out, words(modalities), *how)
+        else:
+            refuse_pipes(shards, allow_pipe, "--allow-pipe")
+            done = embed_shards(bundle, shards, out, words(modalities), *how)
         _also(layout, out, world)
         if world.rank == 0:
             say(json.dumps(done, indent=1))
@@ -368,6 +379,28 @@ def robustness(
         close_world(world)
 
 
+_CALIBRATION = 256
+"""Files of a modality that int8 graphs are calibrated with."""
+
+
+def calibration_items(bundle: Bundle, folder: Path) -> dict[str, list[bytes]]:
+    """Modality → the first files of a folder that are of it, by their extensions; texts are lines of .txt files.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    from dualenc.api.items import endings
+
+    if not folder.is_dir():
+        raise ConfigError(f"--int8: there is no folder {folder}")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    found: dict[str, list[bytes]] = {}
+    for m, source in bundle.inputs.items():
+        mine = tuple(f".{e}" for e in endings(source))
+        found[m] = [p.read_bytes() for p in files if p.name.lower().endswith(mine)][:_CALIBRATION]
+    return found
+
+
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
@@ -380,6 +413,10 @@ def export_(
         str | None, typer.Option("--push", help="ORG/NAME on the Hugging Face Hub: upload the folder there.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: create the repository as private.")] = False,
+    int8: Annotated[
+        Path | None,
+        typer.Option("--int8", help="With --format onnx: int8 graphs too, calibrated on the files of this folder."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Export a model for other libraries, with a model card; --push uploads it."""
@@ -389,7 +426,16 @@ def export_(
 
     if push is not None:
         check_repository(push)
-    folder = export(load_model(model), layout, out, model, results)
+    if int8 is not None and layout != "onnx":
+        raise ConfigError(f"--int8 {int8}: only --format onnx has int8 graphs")
+    bundle = load_model(model)
+    calibration = {} if int8 is None else calibration_items(bundle, int8)
+    folder = export(bundle, layout, out, model, results)
     PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
+    if int8 is not None:
+        from dualenc.model.export.onnx_int8 import write_int8
+
+        for m, cosine in write_int8(bundle, folder, calibration).items():
+            say(f"{m}.int8.onnx: mean cosine {cosine:.4f} with the features of {m}.onnx on the files of {int8}")
     if push is not None:
         PatientConsole().print(push_folder(folder, push, private), highlight=False, soft_wrap=True)

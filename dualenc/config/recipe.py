@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from dualenc.config.distill import Distill, with_anchor
-from dualenc.config.modality import Modality, with_shared
+from dualenc.config.modality import Modality, streams_of, with_shared
 from dualenc.config.phases import Phase, check_kept
 from dualenc.config.reading import apply_override, merge, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
@@ -419,6 +419,7 @@ class Recipe(Section):
                     raise ValueError(f"pairs: there is no modality {m!r}. {did_you_mean(m, self.modalities)}")
             if pair[0] == pair[1]:
                 raise ValueError(f"pairs: {pair[0]!r} cannot be paired with itself")
+        streams_of(self.modalities)
         scale = self.logit_scale
         if scale.init > scale.max:
             raise ValueError(

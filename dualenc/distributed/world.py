@@ -10,7 +10,7 @@ import datetime
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -205,6 +205,16 @@ def _silence_renamed_collectives() -> None:
 def world_size() -> int:
     """Number of ranks in the process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_of_ranks(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The mean over ranks of each tensor, in one reduction; without gradient."""
+    if world_size() == 1:
+        return list(tensors)
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    return [x.view_as(t) for x, t in zip(torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def rank() -> int:

@@ -29,6 +29,8 @@ class Tower(nn.Module):
             :func:`dualenc.encoders.length_groups.in_length_groups`). In evaluation and embedding they do; in training
             only if the recipe says so: how many calls that makes depends on a rank's captions, so engines that gather
             weights at each call cannot, and the others then round differently from these.
+        fresh: names of parts whose weights are new where the rest may be released: adapters leave them out, and they
+            are trained whole.
     """
 
     component: Component
@@ -37,6 +39,7 @@ class Tower(nn.Module):
     freeze_bn: bool = True
     channels_last: bool = False
     length_groups: bool = False
+    fresh: tuple[str, ...] = ()
 
     def pooled(self, x: Any) -> Tensor:
         """The collated rows of one modality → [n, W]: the encoder's own output, before the head."""
@@ -48,10 +51,14 @@ class Tower(nn.Module):
         y = self.pooled(x)
         return {"features": self.head(y), "pooled": y}
 
-    def forward(self, x: Any, whole: bool = False) -> Any:
-        """The collated rows of one modality → [n, D]; with ``whole`` all :meth:`outputs`."""
-        out = self.outputs(x)
-        return out if whole else out["features"]
+    def forward(self, x: Any) -> dict[str, Tensor]:
+        """The collated rows of one modality → all :meth:`outputs`."""
+        return self.outputs(x)
+
+    def encode(self, x: Any) -> Tensor:
+        """The collated rows of one modality → features [n, D], not normalised."""
+        features: Tensor = self(x)["features"]
+        return features
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; frozen batch norms stay in eval mode."""

@@ -39,12 +39,12 @@ class BYOLIP(SiamLIP):
     class Config(SiamLIP.Config):
         """Settings."""
 
-        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the slow towers, of a step")
+        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the slow towers per step")
 
     config: Config
 
     def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
-        """One of towers and projectors."""
+        """One slow copy of the pairs' towers and projectors."""
         modalities = tuple(dict.fromkeys(m for pair in pairs for m in pair))
         return {TARGET: SlowTowers(self.config.decay, {TARGET: PREDICTED}, modalities)}
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dualenc.config import Section
 from dualenc.data.batch import TeacherRows
+from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.memory import LossState, RunShape, SlowTowers
+from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 from dualenc.registry import Registry
 
 SideName = Literal["a", "b"]
@@ -52,6 +53,7 @@ class Extras:
         step: of the run, counted from 0.
         numbers: [B] int64: the number of each slot's sample among all samples of the data, the same in every epoch, on
             any number of ranks; None where the loss is called by itself.
+        seen: samples that the run has seen before this step; None: ``step`` batches of this size.
     """
 
     pair: tuple[str, str]
@@ -62,6 +64,11 @@ class Extras:
     pairs: Sequence[tuple[str, str]] = ()
     step: int = 0
     numbers: Tensor | None = None
+    seen: int | None = None
+
+    def samples_seen(self, slots: int) -> int:
+        """Samples that the run has seen before this step; ``slots``: B of this rank's batch."""
+        return self.step * slots * world_size() if self.seen is None else self.seen
 
 
 class Loss(nn.Module):
@@ -126,6 +133,14 @@ class Loss(nn.Module):
         """
         return {}
 
+    def views(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, LearnedView]:
+        """The views that a network of its own makes; they are rows of a modality, made before the towers run.
+
+        Args:
+            pairs: those that it is for.
+        """
+        return {}
+
     if TYPE_CHECKING:
 
         def __call__(self, *args: Any, **kwargs: Any) -> LossOutput: ...
@@ -156,8 +171,10 @@ class TiledConfig(Section):
     def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
         """See :meth:`Loss.gathers`: of a loss whose plain form gathers both sides. Tiles need one, the ring none."""
         how = self.choose(global_batch, device)
-        sides: list[SideName] = ["a", "b"] if how is None else [] if how.ring else ["b"]
-        return sides
+        if how is None:
+            return "a", "b"
+        tiles: tuple[SideName, ...] = () if how.ring else ("b",)
+        return tiles
 
     def choose(self, global_batch: int, device: torch.device) -> How | None:
         """How to compute a batch of this size on this device, or None for the plain matrix.

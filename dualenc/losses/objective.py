@@ -83,6 +83,7 @@ def extras_of(
 ) -> Extras:
     """What the batch and the model's further outputs hold for a pair, one of ``pairs``."""
     out = Extras(pair, {}, {}, teachers=batch.teachers, pairs=pairs, step=batch.step, numbers=batch.numbers)
+    out.seen = batch.seen
     for group, rows in outputs.items():
         for side, m in zip((out.a, out.b), pair, strict=True):
             if group not in SHARED and m in rows:

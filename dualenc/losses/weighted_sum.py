@@ -21,9 +21,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section, settings_as
-from dualenc.distributed.world import world_size
 from dualenc.losses.loss import Extras, Loss, LossOutput, SideName, losses
-from dualenc.memory import LossState, RunShape, SlowTowers
+from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 
 JOINT = "__"
 """Between a loss's name and the name of a head of it."""
@@ -107,6 +106,14 @@ class WeightedSum(Loss):
             for side in part.gathers(global_batch, device)
         }
 
+    def views(self, pairs: Sequence[tuple[str, str]]) -> dict[str, LearnedView]:
+        """Those of every loss, under its name."""
+        return {
+            f"{name}/{key}": asked
+            for name, term, part in zip(self.names, self.config.terms, self.children_losses(), strict=True)
+            for key, asked in part.views(pairs_of(term.pairs, pairs)).items()
+        }
+
     def forward(
         self,
         a: Tensor,
@@ -119,7 +126,7 @@ class WeightedSum(Loss):
         """See the module."""
         value, metrics = logit_scale.new_zeros(()), {}
         given = extras or Extras(("a", "b"), {}, {})
-        seen = given.step * len(ids) * world_size()
+        seen = given.samples_seen(len(ids))
         for name, term, part in zip(self.names, self.config.terms, self.children_losses(), strict=True):
             share = share_of_pair(term.pairs, given)
             if not share:

@@ -10,6 +10,7 @@ import torch
 
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError
+from dualenc.losses import build_loss
 from dualenc.plan.activations import Timeline, timeline
 from dualenc.plan.engine_memory import DDP, FP32, FSDP2, KINDS, ONE, ZERO, EngineKind, holding
 from dualenc.plan.loss_memory import bytes_per_sample, loss_bytes, remembered
@@ -237,6 +238,8 @@ def _notes(recipe: Recipe, when: Timeline) -> list[str]:
             f"The loss keeps {each:,.0f} bytes for every sample of the data, divided among the ranks. They are not in "
             "these numbers; train --dry-run, which reads how many samples there are, prints them."
         )
+    if build_loss(recipe.loss).views(recipe.pairs):
+        out.append("Networks that learn to make views are not in these numbers: train --dry-run prints their size.")
     if recipe.engine.compile:
         out.append("Planned without torch.compile, which keeps fewer activations than the operators do one by one.")
     if when.real:

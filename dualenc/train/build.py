@@ -31,8 +31,8 @@ from dualenc.model.bundle import seeded
 from dualenc.model.carry import Carried, Kept
 from dualenc.model.mixing import two_rows
 from dualenc.train.flops import FlopCount
-from dualenc.train.memory import Memory, goes_on, slow_models
-from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
+from dualenc.train.memory import Memory, goes_on, slow_models, view_learners
+from dualenc.train.phases import Span, refuse_newcomers, refuse_ranks, span_at, timeline
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
 
@@ -81,8 +81,8 @@ class Parts:
     @property
     def lr_factor(self) -> float:
         """The factor on every base learning rate for the next step."""
-        (start, stop), size = self.span.schedule, self.recipe.batch.size
-        return lr_factor(self.state.samples_seen - start * size, (stop - start) * size, self.recipe.schedule)
+        start, stop = self.span.rates
+        return lr_factor(self.state.samples_seen - start, stop - start, self.recipe.schedule)
 
     def close(self) -> None:
         """Stop the workers and close the files."""
@@ -104,6 +104,8 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     """
     save = find_save(whole, run_dir, world) if save is None else save
     spans = timeline(whole) if whole.phases else None
+    if spans is not None:
+        refuse_ranks(spans, world.world_size)
     step = 0 if save is None else ckpt.load_state(save).step
     span = span_at(spans, step) if spans is not None else None
     recipe = whole if span is None else span.recipe
@@ -120,6 +122,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     flops = FlopCount(bundle.model)
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     slow = slow_models(loss, bundle.model, world.device)
+    views = view_learners(loss, bundle, world.device, recipe.seed)
     pad_for_compile(recipe, bundle)
     engine = build_engine(recipe.engine, recipe.optim, bundle.model, world, may_be_unused(recipe, bundle, world))
     if saved is not None:  # after the engine has cut the model: a rank reads its own part
@@ -135,17 +138,13 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     check_data(state, loader.plan.digest(), save, 0 if span is None else span.data_phase)
     if span is None:
         total = total_steps(recipe, loader.plan.samples_per_pass)
-        span = Span(0, recipe, 0, total, total, 0, 0, (0, total))
+        span = Span.whole(recipe, total)
     total = span.total
     loader.stop_step = span.stop
     samples = sum(n for s in loader.sets for n in s.counts)
     shape = RunShape(bundle.embed_dim, recipe.pairs, samples, world.rank, world.world_size, engine.device)
-    memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16")
-    before = spans[span.number - 1].recipe if crossing and spans is not None else recipe
-    if memory and save is not None and goes_on(before, recipe):
-        memory.load(ckpt.loss_memory(save))
-    else:
-        memory.begin(engine.module)
+    memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16", views)
+    begin_memory(memory, engine, save, goes_on(spans[span.number - 1].recipe, recipe) if crossing and spans else True)
     average = build_average(recipe, engine, state.samples_seen, total, saved)
     ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, [s.name for s in recipe.data.sources])
     ledger.load_state_dict(state.ledger)
@@ -175,6 +174,18 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
         span=span,
         whole=whole,
     )
+
+
+def begin_memory(memory: Memory, engine: Engine, save: Path | None, continues: bool) -> None:
+    """What the loss keeps from step to step: read from the checkpoint, or begun with the weights as they are.
+
+    Args:
+        continues: the checkpoint's loss keeps the same things; not so where a phase begins that changes them.
+    """
+    if memory and save is not None and continues:
+        memory.load(ckpt.loss_memory(save))
+    else:
+        memory.begin(engine.module)
 
 
 # --- the model and its first weights -----------------------------------------------------------------------------
@@ -347,6 +358,7 @@ def build_loader(
         views=distiller.views if distiller else None,
         redraw=distiller.redraw if distiller else None,
         order_from=0 if span is None else span.data_from,
+        order_offset=0 if span is None else span.data_offset,
     )
     if recipe.data.batches is not None and len(set(all_gather_object(loader.plan.digest(), world))) > 1:
         raise DataError(

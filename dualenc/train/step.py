@@ -14,7 +14,7 @@ from dualenc.engine import Engine
 from dualenc.engine.protocol import Outputs
 from dualenc.losses import Loss, LossOutput, objective
 from dualenc.losses.early import EarlyGathers
-from dualenc.train.grad_cache import cached_backward
+from dualenc.losses.grad_cache import cached_backward
 
 Pairs = Sequence[tuple[str, str]]
 

@@ -56,7 +56,7 @@ def _remembering(case: str) -> Step:
     memory = Memory(
         loss, slow_models(loss, net, torch.device("cpu")), RunShape(8, [_term_jobs.PAIR], _memory_jobs.SAMPLES, 0, 1)
     )
-    batch = memory.recall(_memory_jobs.batch_of(0, 0, 1))
+    batch = memory.recall(_memory_jobs.batch_of(0, 0, 1), net)
     outputs = net(batch.inputs)
 
     def run() -> None:

@@ -74,7 +74,7 @@ def _reaches(tower: Tower, batch: Any) -> bool:
     leaves: list[Tensor] = []
     hooks = [m.register_forward_hook(_collector(leaves)) for m in tower.modules() if isinstance(m, nn.Embedding)]
     try:
-        features = tower(_with_leaves(batch, leaves))
+        features = tower.encode(_with_leaves(batch, leaves))
     finally:
         for hook in hooks:
             hook.remove()
@@ -116,7 +116,7 @@ def _same_alone(tower: Tower, batch: Any) -> bool:
     modes = [(m, m.training) for m in tower.modules()]
     tower.eval()
     with torch.no_grad():
-        together, alone = tower(batch)[0], tower(_first_row(batch))[0]
+        together, alone = tower.encode(batch)[0], tower.encode(_first_row(batch))[0]
     for m, mode in modes:
         m.training = mode
     return bool((together - alone).abs().max() <= TOLERANCE * together.abs().max())
