@@ -13,7 +13,7 @@ from dualenc.losses.loss import TiledConfig
 from dualenc.losses.rowwise import StripConfig
 from dualenc.losses.weighted_sum import WeightedSum, pairs_of
 from dualenc.losses.wrapper import Wrapper
-from dualenc.memory import LossState, RunShape
+from dualenc.memory import KeyQueue, LossState, RunShape
 from dualenc.memory.slow import SlowModel
 from dualenc.plan.live import LiveBytes
 from dualenc.plan.weights import build_on
@@ -30,7 +30,10 @@ def loss_bytes(recipe: Recipe, local: int, ranks: int, device: torch.device) -> 
     Args:
         local: B, slots on a rank; the columns are those of ``ranks`` · B slots.
     """
-    return _of(build_loss(recipe.loss), recipe.pairs, recipe.embed_dim, local, ranks, device)
+    loss = build_loss(recipe.loss)
+    # Queued keys are columns: joined to the batch's, kept for the backward, and a gradient of that size flows to them.
+    queued = sum(x.bytes() for x in _states(loss, recipe, 0, ranks) if isinstance(x, KeyQueue))
+    return _of(loss, recipe.pairs, recipe.embed_dim, local, ranks, device) + 2 * queued
 
 
 def _of(loss: Loss, pairs: Sequence[tuple[str, str]], dim: int, local: int, ranks: int, device: torch.device) -> float:
