@@ -55,10 +55,12 @@ class Modality(Section):
         default=None, description="start from the same tower of a trained MODEL; MODEL#NAME: from its modality NAME"
     )
     lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
-    length_groups: bool = Field(
-        default=False,
-        description="text towers: encode captions of like length apart in training, too, so that a batch is not padded "
-        "to its longest (on a CPU, one process or DDP); the same gradients but for rounding",
+    length_groups: bool | Literal["auto"] = Field(
+        default="auto",
+        description="text towers: do not pad a batch to its longest caption in training either; the same gradients "
+        "but for rounding. Causal towers run on the real tokens alone, others on captions of like length apart (on a "
+        "CPU, one process or DDP). auto: causal towers on a CPU, unless compiled or with dropout; true: wherever "
+        "possible, on a GPU with one wait for the lengths a step",
     )
 
     @model_validator(mode="after")

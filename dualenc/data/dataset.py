@@ -32,13 +32,14 @@ from dualenc.data.selected_order import SelectedOrder
 from dualenc.data.shards.index import ShardSet, window_of
 from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
-from dualenc.data.shards.tar import Sample
+from dualenc.data.shards.tar import Sample, TarIndex
 from dualenc.data.values import PREFIX, ValueKind, labels_of, stable_id
 from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 _HOPELESS = 16
+_SHARED_INDEXES = 64
 _AHEAD = 4
 """Steps of this process whose remote bytes are fetched while another is decoded."""
 _ZEROS = np.zeros(4, np.uint64)
@@ -109,6 +110,7 @@ class StepDataset(Dataset[Any]):
         self._reader: Reader | None = None
         self._owner = 0
         self._planned: dict[int, Refs] = {}
+        self._indexes: dict[tuple[int, int], TarIndex] = {}
         self._used = [0] * len(sets)
         self._lost = [0] * len(sets)
 
@@ -126,6 +128,18 @@ class StepDataset(Dataset[Any]):
             return Failure(e)
         batch.load_s = time.perf_counter() - begin
         return batch
+
+    def share_indexes(self, first: int, workers: int) -> None:
+        """Read the indexes that the first step of each of some workers needs, before they are forked: else each of
+        them would ask the server for all of them. Where there are many the workers' shards are different ones."""
+        if self.cache is None or _AHEAD < 0 or workers < 2:
+            return
+        refs = [self.planned(s) for s in range(first, first + workers)]
+        shards = sorted({at for r in refs for at in zip(r.source.tolist(), r.shard.tolist(), strict=True)})
+        if len(shards) <= _SHARED_INDEXES:
+            reader = self._open()
+            self._indexes = reader.indexes_of(shards)
+            self.close()
 
     def planned(self, step: int) -> Refs:
         """The samples of this rank in a step."""
@@ -327,7 +341,8 @@ class StepDataset(Dataset[Any]):
             span = window_of(self.data, self.sets) * self.data.lanes
             if isinstance(self.plan, Composed) and self.plan.scattered:
                 span = self.plan.total
-            self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
+            bounds, workers = Bounds.of(self.data), self.data.workers
+            self._reader = Reader(self.sets, self.cache, self.data.retries, span, bounds, self._indexes, workers)
             self._owner = os.getpid()
             self._planned = {}
         return self._reader

@@ -180,6 +180,7 @@ class Loader:
             )
 
         if workers and method == "fork":
+            self._steps.share_indexes(start, workers)
             return start_workers(workers, build)
         with sigterm_blocked():
             return build(init_worker)

@@ -147,7 +147,8 @@ class DualEncoder(nn.Module):
             if owner not in self.hidden:
                 self.hidden[owner] = Hidden(self.tower(m), depths, owner)
             kept = self.hidden[m] = self.hidden[owner]
-            self.tower(m).length_groups = False  # its blocks may run only once for a batch
+            # Its blocks may run only once for a batch, on its rows in their order.
+            self.tower(m).keeps_shape, self.tower(m).length_groups = True, False
             with torch.no_grad():
                 self.tower(m)(x)
             for depth, y in kept.take(x).items():
@@ -264,16 +265,17 @@ class DualEncoder(nn.Module):
                 tower.set_channels_last()
 
     def group_lengths(self) -> None:
-        """Let text towers encode captions of like length apart, see :attr:`Tower.length_groups`."""
+        """Let text towers leave padding out, see :attr:`Tower.length_groups`."""
         for tower in self.towers.values():
             assert isinstance(tower, Tower)
-            tower.length_groups = not self.hidden  # hidden states are those of one call, in the order of its rows
+            tower.length_groups = not tower.keeps_shape
 
     def compile_towers(self, blocks: bool = False) -> None:
         """torch.compile each tower in place, or each of its repeated ``blocks``; names in the state dict stay as they
         are. A tower without blocks is compiled whole."""
         for tower in self.towers.values():
             assert isinstance(tower, Tower)
+            tower.keeps_shape, tower.length_groups = True, False  # every new size is compiled again
             for part in (tower.blocks() if blocks else []) or [tower]:
                 part.compile()
 

@@ -25,10 +25,13 @@ class Tower(nn.Module):
             Statistics of the batch would make a gradient depend on how the global batch is cut into ranks and
             micro-batches, and a released tower has good ones already.
         channels_last: its weights and pictures lie in that order in memory.
-        length_groups: a text tower may encode captions of like length apart (see
-            :func:`dualenc.encoders.length_groups.in_length_groups`). In evaluation and embedding they do; in training
-            only if the recipe says so: how many calls that makes depends on a rank's captions, so engines that gather
-            weights at each call cannot, and the others then round differently from these.
+        length_groups: a text tower need not pad captions to the batch's longest. One that ``packs`` runs on their real
+            tokens alone (see :mod:`dualenc.encoders.packing`), one call for a batch. Others encode captions of like
+            length apart (:func:`dualenc.encoders.length_groups.in_length_groups`): how many calls that makes depends on
+            a rank's captions, so under engines that gather weights at each call they cannot.
+        packs: the tower can run on packed tokens.
+        packs_on_device: it does so on a GPU as well, where the lengths are read back from it once a batch.
+        keeps_shape: its blocks have to see the batch as it was padded, once: they are compiled, or their outputs kept.
         fresh: names of parts whose weights are new where the rest may be released: adapters leave them out, and they
             are trained whole.
     """
@@ -39,6 +42,9 @@ class Tower(nn.Module):
     freeze_bn: bool = True
     channels_last: bool = False
     length_groups: bool = False
+    packs: bool = False
+    packs_on_device: bool = False
+    keeps_shape: bool = False
     fresh: tuple[str, ...] = ()
 
     def pooled(self, x: Any) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualenc.checkpoint.ranges import write_tensors
 from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
@@ -191,29 +191,39 @@ class Bundle:
 
 
 def group_lengths(recipe: Recipe, model: DualEncoder) -> None:
-    """Let the text towers that ``length_groups`` names encode captions of like length apart in training.
+    """Let text towers leave padding out in training, as ``length_groups`` says.
 
-    A tower's groups are within its forward, so DDP sees one. How many there are depends on a rank's captions: engines
-    that gather weights at each call of a block would wait for each other for ever.
+    Packed captions are one call of every block. Groups by length are within a tower's forward, so DDP sees one call,
+    but how many calls of a block that makes depends on a rank's captions: engines that gather weights at each would
+    wait for each other for ever.
 
     Raises:
-        ConfigError: another modality than text, or an engine that shards weights.
+        ConfigError: another modality than text, or groups under an engine that shards weights.
     """
+    engine = recipe.engine
     for m, part in recipe.modalities.items():
+        if part.length_groups == "auto":
+            if part.shares is None:
+                # With dropout the draws would be others than those of the padded batch.
+                tower = model.tower(m)
+                dropout = any(isinstance(x, nn.Dropout) and x.p > 0 for x in tower.modules())
+                tower.length_groups = tower.packs and not dropout
+            continue
         if not part.length_groups:
             continue
         where = f"modalities.{m}.length_groups"
         if rows_of(kind_of(m, part)) != "text":
             raise ConfigError(f"{where}: only captions have a length to be grouped by; leave it out")
-        engine = recipe.engine
+        tower = model.tower(m)
+        if tower.packs:
+            tower.length_groups = tower.packs_on_device = True
+            continue
         if engine.kind != "accelerate" or engine.parallel == "fsdp2":
             name = f"kind={engine.kind}" if engine.kind != "accelerate" else f"parallel={engine.parallel}"
             raise ConfigError(
                 f"{where}: engine.{name} gathers weights at each call, and ranks differ in how many calls "
                 "their captions take; use engine.kind=accelerate engine.parallel=ddp, or leave it out"
             )
-        tower = model.tower(m)
-        assert isinstance(tower, Tower)
         tower.length_groups = True
 
 
