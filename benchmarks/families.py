@@ -220,7 +220,7 @@ def by_library(
         if "image" in modalities:
             out["image"] = model.get_image_features(**(pixels or pixels_of(folder)))
         if "audio" in modalities:
-            extractor: Any = AutoFeatureExtractor.from_pretrained(folder)
+            extractor: Any = AutoFeatureExtractor.from_pretrained(folder)  # type: ignore[no-untyped-call]
             heard = extractor(waves(), sampling_rate=RATE, return_tensors="pt")
             out["audio"] = model.get_audio_features(**heard)
         out["text"] = model.get_text_features(**given)

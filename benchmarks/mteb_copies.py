@@ -83,14 +83,14 @@ def retrieval(path: Path, corpus: Rows, queries: Rows, pairs: Sequence[tuple[int
         n = len(next(iter(rows.values())))
         here = {k: v for k, v in kinds.items() if k in rows}
         write(path, "test", {"id": [f"{config[0]}{i}" for i in range(n)], **rows}, config, **here)
-    qrels = {"query-id": [f"q{q}" for q, _ in pairs], "corpus-id": [f"c{d}" for _, d in pairs]}
+    qrels: Rows = {"query-id": [f"q{q}" for q, _ in pairs], "corpus-id": [f"c{d}" for _, d in pairs]}
     write(path, "test", {**qrels, "score": [1] * len(pairs)}, "qrels")
     describe(path, {"corpus": ["test"], "queries": ["test"], "qrels": ["test"]})
 
 
 def ranked(path: Path, lists: dict[int, list[int]]) -> None:
     """Candidates of each query, for reranking."""
-    rows = {"query-id": [f"q{q}" for q in lists], "corpus-ids": [[f"c{d}" for d in ds] for ds in lists.values()]}
+    rows: Rows = {"query-id": [f"q{q}" for q in lists], "corpus-ids": [[f"c{d}" for d in ds] for ds in lists.values()]}
     write(path, "test", rows, "top_ranked")
     describe(path, {c: ["test"] for c in ("corpus", "queries", "qrels", "top_ranked")})
 

@@ -147,6 +147,7 @@ def evaluate_mteb(
     cache_dir: Path | None = None,
     batch_size: int = 64,
     data: Path | None = None,
+    precision: str = "fp32",
 ) -> dict[str, dict[str, float]]:
     """Run mteb's tasks; every rank of ``world`` must call this.
 
@@ -167,7 +168,7 @@ def evaluate_mteb(
         DataError: the data of a task cannot be loaded.
     """
     ranks = ranks_of(world)
-    embedder = bundle.embedder()
+    embedder = bundle.embedder(precision=precision)
     store = Store(embedder, ranks, Checker(embedder), batch_size, cache_dir)
     model = MtebEncoder(bundle.name, bundle=bundle, store=store)
     meta = model.mteb_model_meta

@@ -11,7 +11,7 @@ import typer
 
 from dualenc.api.runs import resolve_tasks
 from dualenc.cli import names
-from dualenc.cli.app import AllowPipe, Debug, app, key_values
+from dualenc.cli.app import AllowPipe, Debug, DeviceOption, Precision, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.terminal import PatientConsole, say
@@ -52,7 +52,8 @@ def eval_(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume: take finished tasks from --out as they are.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: Precision = "fp32",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap intervals and of the examples shown.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -77,11 +78,11 @@ def eval_(
         bundle = load_model(model, device=str(world.device))
         kept = None if no_cache else cache or feature_cache()
         if elsewhere:
-            _mteb(bundle, elsewhere, out, world, kept, batch_size)
+            _mteb(bundle, elsewhere, out, world, kept, batch_size, precision)
         if not chosen:
             return
         results = evaluate(
-            bundle.embedder(),
+            bundle.embedder(precision=precision),
             chosen,
             world=world,
             out=out,
@@ -113,7 +114,13 @@ def _names(listed: str) -> list[str]:
 
 
 def _mteb(
-    bundle: Bundle, tasks: list[str], out: Path | None, world: World, cache: Path | None, batch_size: int
+    bundle: Bundle,
+    tasks: list[str],
+    out: Path | None,
+    world: World,
+    cache: Path | None,
+    batch_size: int,
+    precision: str,
 ) -> None:
     """mteb's tasks: its own JSON files go to a folder ``mteb`` beside ``out``."""
     from dualenc.mteb import evaluate_mteb
@@ -121,7 +128,7 @@ def _mteb(
     folder = Path("mteb") if out is None else out.parent / "mteb"
     root = os.environ.get("DUALENC_DATA")
     data = None if root is None else Path(root) / "mteb"
-    scores = evaluate_mteb(bundle, tasks, folder, world, cache, batch_size, data)
+    scores = evaluate_mteb(bundle, tasks, folder, world, cache, batch_size, data, precision)
     if world.rank == 0:
         rows = [(t, split, f"{100 * v:.2f}") for t, by in scores.items() for split, v in by.items()]
         say("| mteb task | split | main score, % |\n|---|---|---|\n" + "\n".join(f"| {' | '.join(r)} |" for r in rows))
@@ -174,7 +181,8 @@ def embed(
         typer.Option("--dim", min=1, help="Keep the first dimensions only, of a model trained with loss matryoshka."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features in --out.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: Precision = "fp32",
     allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
@@ -185,6 +193,7 @@ def embed(
     reads it: dualenc embed MODEL folder path=photos, dualenc embed MODEL jsonl path=captions.jsonl.
     """
     from dualenc.data.shards.index import refuse_pipes
+    from dualenc.distill.teachers.cache import write_cache
     from dualenc.distributed.world import close_world, init_world
     from dualenc.features.of_shards import embed_shards
     from dualenc.features.of_source import embed_source
@@ -194,16 +203,8 @@ def embed(
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
-        chosen = words(modalities)
-        if settings:
-            given, stored = key_values(settings), dtype or "fp32"
-            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite, dim)
-        elif recipe is None:
-            refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite, dim)
-        else:
-            from dualenc.distill.teachers.cache import write_cache
-
+        how = (batch_size, dtype or "fp32", world, overwrite, dim, precision)
+        if recipe is not None:
             done = write_cache(
                 bundle,
                 load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
@@ -214,7 +215,13 @@ def embed(
                 batch_size=batch_size,
                 world=world,
                 overwrite=overwrite,
+                precision=precision,
             )
+        elif settings:
+            done = embed_source(bundle, shards, key_values(settings), out, words(modalities), *how)
+        else:
+            refuse_pipes(shards, allow_pipe, "--allow-pipe")
+            done = embed_shards(bundle, shards, out, words(modalities), *how)
         _also(layout, out, world)
         if world.rank == 0:
             say(json.dumps(done, indent=1))
@@ -270,7 +277,8 @@ def interpolate(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not read or write the feature cache.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: Precision = "fp32",
     debug: Debug = False,
 ) -> None:
     """Evaluate weights between two models, (1 - alpha) A + alpha B (WiSE-FT)."""
@@ -290,7 +298,7 @@ def interpolate(
     world = init_world(device, 600, None)
     try:
         cache = None if no_cache else feature_cache()
-        done = run(a, b, shares, chosen, out, keep, world, str(world.device), batch_size, cache)
+        done = run(a, b, shares, chosen, out, keep, world, str(world.device), batch_size, cache, precision)
         if world.rank == 0:
             if chosen:
                 say(markdown(done))
@@ -312,7 +320,7 @@ def regions(
     ] = None,
     labels: Annotated[bool, typer.Option("--labels", help="Train probes on the skipped keyframes.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the views, and of an untrained model.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     debug: Debug = False,
 ) -> None:
     """Evaluate a bird's-eye-view map: region retrieval, object matching over time, and probes on the frozen map."""
@@ -350,7 +358,7 @@ def robustness(
         str, typer.Option("--kinds", help="Sensor failures to test, comma-separated.")
     ] = "beams,pictures,turned_deg,fog",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     debug: Debug = False,
 ) -> None:
     """Evaluate tasks with missing LiDAR beams, black images, a wrong calibration, and fog."""

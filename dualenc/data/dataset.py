@@ -32,13 +32,14 @@ from dualenc.data.selected_order import SelectedOrder
 from dualenc.data.shards.index import ShardSet, window_of
 from dualenc.data.shards.reader import Found, Reader, SampleError, check_members
 from dualenc.data.shards.remote import Bounds, ShardCache
-from dualenc.data.shards.tar import Sample
+from dualenc.data.shards.tar import Sample, TarIndex
 from dualenc.data.values import PREFIX, ValueKind, labels_of, stable_id
 from dualenc.errors import ConfigError, DataError, DualencError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 _HOPELESS = 16
+_SHARED_INDEXES = 64
 _AHEAD = 4
 """Steps of this process whose remote bytes are fetched while another is decoded."""
 _ZEROS = np.zeros(4, np.uint64)
@@ -88,9 +89,10 @@ class StepDataset(Dataset[Any]):
         redraw: Mapping[str, tuple[int, int]] | None = None,
         kinds: Mapping[str, ValueKind] | None = None,
         order_from: int = 0,
+        order_offset: int = 0,
     ) -> None:
         self.views, self.redraw, self.kinds = dict(views or {}), dict(redraw or {}), dict(kinds or {})
-        self.order_from = order_from
+        self.order_from, self.order_offset = order_from, order_offset
         self.labels = [labels_of(data, i) for i in range(len(data.sources))]
         self.plan, self.sets, self.inputs, self.pairs, self.wanted = plan, sets, inputs, list(pairs), wanted
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
@@ -108,6 +110,7 @@ class StepDataset(Dataset[Any]):
         self._reader: Reader | None = None
         self._owner = 0
         self._planned: dict[int, Refs] = {}
+        self._indexes: dict[tuple[int, int], TarIndex] = {}
         self._used = [0] * len(sets)
         self._lost = [0] * len(sets)
 
@@ -126,9 +129,21 @@ class StepDataset(Dataset[Any]):
         batch.load_s = time.perf_counter() - begin
         return batch
 
+    def share_indexes(self, first: int, workers: int) -> None:
+        """Read the indexes that the first step of each of some workers needs, before they are forked: else each of
+        them would ask the server for all of them. Where there are many the workers' shards are different ones."""
+        if self.cache is None or _AHEAD < 0 or workers < 2:
+            return
+        refs = [self.planned(s) for s in range(first, first + workers)]
+        shards = sorted({at for r in refs for at in zip(r.source.tolist(), r.shard.tolist(), strict=True)})
+        if len(shards) <= _SHARED_INDEXES:
+            reader = self._open()
+            self._indexes = reader.indexes_of(shards)
+            self.close()
+
     def planned(self, step: int) -> Refs:
         """The samples of this rank in a step."""
-        return self.plan.local(step - self.order_from, self.rank, self.world, self.batch_size)
+        return self.plan.local(step - self.order_from, self.rank, self.world, self.batch_size, self.order_offset)
 
     def _refs(self, step: int) -> Refs:
         """The samples of a step. Of remote shards, what this process's next steps read is asked for, too."""
@@ -326,7 +341,8 @@ class StepDataset(Dataset[Any]):
             span = window_of(self.data, self.sets) * self.data.lanes
             if isinstance(self.plan, Composed) and self.plan.scattered:
                 span = self.plan.total
-            self._reader = Reader(self.sets, self.cache, self.data.retries, span, Bounds.of(self.data))
+            bounds, workers = Bounds.of(self.data), self.data.workers
+            self._reader = Reader(self.sets, self.cache, self.data.retries, span, bounds, self._indexes, workers)
             self._owner = os.getpid()
             self._planned = {}
         return self._reader

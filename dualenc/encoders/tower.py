@@ -25,10 +25,15 @@ class Tower(nn.Module):
             Statistics of the batch would make a gradient depend on how the global batch is cut into ranks and
             micro-batches, and a released tower has good ones already.
         channels_last: its weights and pictures lie in that order in memory.
-        length_groups: a text tower may encode captions of like length apart (see
-            :func:`dualenc.encoders.length_groups.in_length_groups`). In evaluation and embedding they do; in training
-            only if the recipe says so: how many calls that makes depends on a rank's captions, so engines that gather
-            weights at each call cannot, and the others then round differently from these.
+        length_groups: a text tower need not pad captions to the batch's longest. One that ``packs`` runs on their real
+            tokens alone (see :mod:`dualenc.encoders.packing`), one call for a batch. Others encode captions of like
+            length apart (:func:`dualenc.encoders.length_groups.in_length_groups`): how many calls that makes depends on
+            a rank's captions, so under engines that gather weights at each call they cannot.
+        packs: the tower can run on packed tokens.
+        packs_on_device: it does so on a GPU as well, where the lengths are read back from it once a batch.
+        keeps_shape: its blocks have to see the batch as it was padded, once: they are compiled, or their outputs kept.
+        fresh: names of parts whose weights are new where the rest may be released: adapters leave them out, and they
+            are trained whole.
     """
 
     component: Component
@@ -37,6 +42,10 @@ class Tower(nn.Module):
     freeze_bn: bool = True
     channels_last: bool = False
     length_groups: bool = False
+    packs: bool = False
+    packs_on_device: bool = False
+    keeps_shape: bool = False
+    fresh: tuple[str, ...] = ()
 
     def pooled(self, x: Any) -> Tensor:
         """The collated rows of one modality → [n, W]: the encoder's own output, before the head."""
@@ -48,10 +57,14 @@ class Tower(nn.Module):
         y = self.pooled(x)
         return {"features": self.head(y), "pooled": y}
 
-    def forward(self, x: Any, whole: bool = False) -> Any:
-        """The collated rows of one modality → [n, D]; with ``whole`` all :meth:`outputs`."""
-        out = self.outputs(x)
-        return out if whole else out["features"]
+    def forward(self, x: Any) -> dict[str, Tensor]:
+        """The collated rows of one modality → all :meth:`outputs`."""
+        return self.outputs(x)
+
+    def encode(self, x: Any) -> Tensor:
+        """The collated rows of one modality → features [n, D], not normalised."""
+        features: Tensor = self(x)["features"]
+        return features
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; frozen batch norms stay in eval mode."""
@@ -117,6 +130,12 @@ class ImageTower(Tower):
             y = y.contiguous(memory_format=torch.channels_last)
         out: Tensor = self.trunk(y)
         return out
+
+    def set_channels_last(self) -> None:
+        """Weights and images in channels-last layout, if it convolves more than once; a ViT only cuts patches so."""
+        if sum(isinstance(m, nn.Conv2d) for m in self.trunk.modules()) > 1:
+            self.channels_last = True
+            self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Passed on to trunks that have the switch (open_clip, timm, own ViT)."""

@@ -68,7 +68,7 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path,
 
     Of the phases those count that have begun; later ones may still be changed.
     """
-    plain = json.loads(json.dumps(dict(now)))
+    plain, saved = (_without_layout(json.loads(json.dumps(dict(x)))) for x in (now, saved))
     phases = begun([plain.pop("phases", []), saved.get("phases", [])], step)
     plain |= {f"phases.{k}": phases[0][k] if k < len(phases[0]) else None for k in range(max(map(len, phases)))}
     saved = {**saved, **{f"phases.{k}": x for k, x in enumerate(phases[1])}}
@@ -79,6 +79,13 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], save: Path,
                 f"{save} was written with {where} = {old!r}, but the recipe now has {new!r}. Change it back, or start "
                 "from scratch with checkpoint.resume=none, or from its weights with checkpoint.init_from=CHECKPOINT."
             )
+
+
+def _without_layout(said: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint without ``length_groups``, which changes nothing but rounding."""
+    for part in said.get("modalities", {}).values():
+        part.pop("length_groups", None)
+    return said
 
 
 def check_data(state: ckpt.TrainState, digest: str, save: Path | None, phase: int = 0) -> None:

@@ -224,7 +224,7 @@ def test_a_server_that_falls_silent_is_given_up(tmp_path: Path, no_pauses: list[
 
     class Silent(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(206 if self.headers.get("Range") else 200)
             self.send_header("Content-Length", "100000")
             self.end_headers()
             self.wfile.write(b"x" * 1000)

@@ -1,4 +1,4 @@
-"""Training with captions in length groups: the run of one process and of two is the plain run but for rounding."""
+"""Training without padding, the default on a CPU: on one rank and on two it is the padded run but for rounding."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ STEPS = ["budget.steps=6", "batch.size=256", "batch.micro=128"]
 @pytest.mark.timeout(240)
 def test_groups_change_rounding_only(tmp_path: Path) -> None:
     outs = {name: tmp_path / name for name in ("plain", "grouped", "two")}
-    grouped_text = {"plain": "false", "grouped": "true", "two": "true"}
+    grouped_text = {"plain": "false", "grouped": "auto", "two": "auto"}
     said = {n: [*STEPS, f"out={outs[n]}", f"modalities.text.length_groups={g}"] for n, g in grouped_text.items()}
     _runs.segments(World(), [said["plain"], said["grouped"]])
     spawn(_runs.__file__, "segments", 2, {"parts": [[*said["two"], "engine.parallel=ddp"]]})
     plain, grouped, two = (_runs.losses(out) for out in outs.values())
     assert len(plain) == 6
     assert plain[0] == pytest.approx(grouped[0], rel=1e-6)
-    assert plain == pytest.approx(grouped, rel=1e-4)
-    assert plain == pytest.approx(two, rel=1e-4)
-    assert plain != grouped  # groups were made
+    assert plain == pytest.approx(grouped, rel=1e-5)
+    assert plain == pytest.approx(two, rel=1e-5)
+    assert plain != grouped  # something was packed

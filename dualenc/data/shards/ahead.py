@@ -17,8 +17,8 @@ from typing import Any
 
 from dualenc.data.shards.remote import ReadFailed
 
-AT_ONCE = 32
-"""Requests in flight in one process: 30 ms each are then about 1,000 a second."""
+AT_ONCE = 128
+"""Requests in flight of all workers of a rank: 30 ms each are then about 4,000 a second."""
 GAP = 128 << 10
 """Bytes between two ranges up to which one request is cheaper than two (30 ms at 35 Mbit/s)."""
 LARGEST = 8 << 20
@@ -45,32 +45,41 @@ def merged(spans: Sequence[Span], gap: int = GAP, largest: int = LARGEST) -> lis
     return out
 
 
+def at_once(workers: int) -> int:
+    """Requests in flight of one of a rank's workers: from 16 to 64."""
+    return max(16, min(64, AT_ONCE // max(workers, 1)))
+
+
 class Pool:
     """Daemon threads: a request that hangs does not keep the process from ending, as an executor's would."""
 
     def __init__(self, threads: int, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._threads, self._name, self._started = threads, name, 0
+        self._limit, self._name = threads, name
+        self._threads: list[threading.Thread] = []
 
     def submit(self, do: Callable[[], Any]) -> Future[Any]:
         """Call it in a thread."""
         future: Future[Any] = Future()
         self._jobs.put((future, do))
-        if self._started < self._threads:
-            self._started += 1
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+        if len(self._threads) < self._limit:
+            self._threads.append(threading.Thread(target=self._work, name=self._name, daemon=True))
+            self._threads[-1].start()
         return future
 
-    def close(self) -> None:
-        """End the threads; calls that have not begun are cancelled."""
+    def close(self, wait_s: float = 0.0) -> None:
+        """End the threads, and wait for each to end; calls that have not begun are cancelled."""
         with contextlib.suppress(queue.Empty):
             while True:
                 job = self._jobs.get_nowait()
                 if job is not None:
                     job[0].cancel()
-        for _ in range(self._started):
+        for _ in self._threads:
             self._jobs.put(None)
-        self._started = 0
+        for thread in self._threads:
+            if wait_s > 0:
+                thread.join(wait_s)
+        self._threads = []
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -98,11 +107,12 @@ class Ranges:
 
     Args:
         fetch: (url, start, stop) → bytes, with its own retries.
+        requests: how many are in flight at once.
     """
 
-    def __init__(self, fetch: Callable[[str, int, int], bytes], at_once: int = AT_ONCE, held: int = HELD) -> None:
+    def __init__(self, fetch: Callable[[str, int, int], bytes], requests: int = 32, held: int = HELD) -> None:
         self._fetch, self._limit = fetch, held
-        self._pool = Pool(at_once, "dualenc-range")
+        self._pool = Pool(requests, "dualenc-range")
         self._shards: dict[str, list[_Wanted]] = {}
         self._waiting: deque[tuple[str, _Wanted]] = deque()
         self._held = 0

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualenc.config import Data, Source
-from dualenc.data.shards.ahead import Pool, Ranges, Span
+from dualenc.data.shards.ahead import Pool, Ranges, Span, at_once
 from dualenc.data.shards.index import ShardSet, fits, index_local, open_source, refuse_pipes
 from dualenc.data.shards.members import JOIN, JSON, JSON_KEY, Wanted, members_of, needed
 from dualenc.data.shards.members import REFUSED as REFUSED
 from dualenc.data.shards.members import is_joined as is_joined
+from dualenc.data.shards.open_file import OpenFile, read_whole
 from dualenc.data.shards.remote import (
     Bounds,
     NoRanges,
@@ -94,6 +95,8 @@ class Reader:
         retries: further attempts after a transient failure.
         window: samples read in random order together. If the shards they span do not fit into the cache, single
             samples are fetched by byte range instead of whole shards.
+        indexes: some that have been read already, by (source, shard).
+        workers: how many processes read at the same time.
     """
 
     def __init__(
@@ -103,6 +106,8 @@ class Reader:
         retries: int,
         window: int = 1,
         bounds: Bounds | None = None,
+        indexes: Mapping[tuple[int, int], TarIndex] | None = None,
+        workers: int = 1,
     ) -> None:
         self._bounds = bounds
         self.sets = sets
@@ -110,15 +115,15 @@ class Reader:
         self.retries = retries
         self._ranged = [not fits(s, window, cache.max_bytes if cache else 0) for s in sets]
         self._proven: set[int] = set()  # sources whose server has answered with a byte range: many may be asked for
-        self._indexes: OrderedDict[tuple[int, int], TarIndex] = OrderedDict()
-        self._index_bytes = 0
-        self._files: OrderedDict[tuple[int, int], _File] = OrderedDict()
+        self._indexes: OrderedDict[tuple[int, int], TarIndex] = OrderedDict(indexes or {})
+        self._index_bytes = sum(x.nbytes for x in self._indexes.values())
+        self._files: OrderedDict[tuple[int, int], OpenFile] = OrderedDict()
         self._failed: dict[tuple[int, int], tuple[int, float, str]] = {}
         self._kept = threading.Lock()
         self._planner = Pool(1, "dualenc-ahead")
         self._indexers = Pool(_INDEXES_AT_ONCE, "dualenc-index")
         self._fetchers = Pool(_SHARDS_AT_ONCE, "dualenc-shard")
-        self._ranges = Ranges(lambda url, start, stop: fetch_bytes(url, retries, start, stop, bounds))
+        self._ranges = Ranges(lambda url, start, stop: fetch_bytes(url, retries, start, stop, bounds), at_once(workers))
         self._coming: dict[tuple[int, int], Future[Any]] = {}
         self._expected: dict[int, Future[Any]] = {}
 
@@ -154,12 +159,10 @@ class Reader:
 
     def _fetch_ahead(self, step: int, places: Sequence[Place], wanted: Sequence[Sequence[Wanted]]) -> None:
         shards = list(dict.fromkeys(p[:2] for p in places))
-        without = [at for at in shards if at not in self._indexes and at[1] not in self.sets[at[0]].memory]
-        for loading in [self._indexers.submit(lambda at=at: self._index_ahead(at)) for at in without]:  # type: ignore[misc]
-            loading.result()
         for at in shards:
             if not self._ranged[at[0]]:
                 self._shard_ahead(at)
+        self._indexes_ahead(shards)
         spans: dict[tuple[int, int], list[Span]] = {}
         for source, shard, i in places:
             index = self._indexes.get((source, shard)) or self.sets[source].memory.get(shard)
@@ -193,6 +196,17 @@ class Reader:
         if self._ranged[source]:
             logger.warning("%s: the server does not support byte ranges; reading whole shards.", url)
         self._ranged[source] = False
+
+    def indexes_of(self, shards: Sequence[tuple[int, int]]) -> dict[tuple[int, int], TarIndex]:
+        """The sidecars of remote shards, read at once; what cannot be read is not there. No thread is left running."""
+        self._indexes_ahead([at for at in shards if self._is_remote(at)])
+        self._indexers.close(wait_s=5.0)
+        return dict(self._indexes)
+
+    def _indexes_ahead(self, shards: Sequence[tuple[int, int]]) -> None:
+        without = [at for at in shards if at not in self._indexes and at[1] not in self.sets[at[0]].memory]
+        for loading in [self._indexers.submit(lambda at=at: self._index_ahead(at)) for at in without]:  # type: ignore[misc]
+            loading.result()
 
     def _index_ahead(self, at: tuple[int, int]) -> None:
         try:
@@ -358,7 +372,7 @@ class Reader:
     def _pread(self, at: tuple[int, int], offset: int, size: int) -> bytes:
         file = self._files.get(at)
         if file is None:
-            file = self._files[at] = _File(self._path(at))
+            file = self._files[at] = OpenFile(self._path(at))
             while len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
         return os.pread(file.fd, size, offset)
@@ -425,7 +439,7 @@ class Reader:
         raw = None
         if sidecar is not None:
             with contextlib.suppress(FileNotFoundError):
-                raw = _read_whole(sidecar, self.retries, self._bounds)
+                raw = read_whole(sidecar, self.retries, self._bounds)
         index = None if raw is None else TarIndex.from_bytes(raw, str(sidecar))
         return index if index is not None and index.tar_bytes == info.bytes else None
 
@@ -449,24 +463,6 @@ class Reader:
             if time.monotonic() - when < _FAILED_S:
                 raise SampleError(member, f"could not be read: {why}")
             del self._failed[at]
-
-
-class _File:
-    """A file descriptor that is closed with its last user: a thread may still read it while another evicts it."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):
-            os.close(self.fd)
-
-
-def _read_whole(path: str, retries: int, bounds: Bounds | None) -> bytes:
-    if not is_local(path):
-        return fetch_bytes(path, retries, bounds=bounds)
-    with open(local_path(path), "rb") as f:
-        return f.read()
 
 
 def iter_samples(

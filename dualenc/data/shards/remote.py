@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from dualenc.config import Data
+from dualenc.data.shards.http_ranges import NotPlain, WholeFile, read_range
 from dualenc.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,9 @@ def fetch_bytes(
     """
 
     def read() -> bytes:
+        plain = _plain_range(url, start, stop, bounds or Bounds())
+        if plain is not None:
+            return plain
         fs, path = filesystem(url, bounds)
         raw: bytes = fs.cat_file(path, start=start, end=stop)
         if start is not None and stop is not None and len(raw) != stop - start:
@@ -167,6 +171,33 @@ def fetch_bytes(
         return raw
 
     return retry(read, f"Reading {url}", retries)
+
+
+def _plain_range(url: str, start: int | None, stop: int | None, bounds: Bounds) -> bytes | None:
+    """A byte range by the lighter client; None where fsspec's is needed."""
+    from fsspec.config import conf
+
+    scheme = url.split("://", 1)[0]
+    if start is None or stop is None or scheme not in ("http", "https") or conf.get(scheme) or _host(url) in _by_fsspec:
+        return None
+    try:
+        raw = read_range(url, start, stop, bounds.connect_s, bounds.idle_s)
+    except WholeFile as e:
+        raise NoRanges(url) from e
+    except NotPlain:
+        _by_fsspec.add(_host(url))
+        return None
+    if len(raw) != stop - start:
+        raise EOFError(f"received {len(raw)} bytes instead of {stop - start}")
+    return raw
+
+
+_by_fsspec: set[str] = set()
+"""Hosts that need more than a plain GET."""
+
+
+def _host(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
 
 
 async def _stream_http(fs: Any, url: str, target: Path, mark: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section
+from dualenc.encoders.adapters.open_clip_packed import take_packed
 from dualenc.encoders.families import families
 from dualenc.encoders.length_groups import in_length_groups
+from dualenc.encoders.packing import can_pack
 from dualenc.encoders.released.migrations import migrate_open_clip, resize_positions
 from dualenc.encoders.released.weights import load_exactly, no_scalars, read_weights, strip_prefix
 from dualenc.encoders.tower import ImageTower, Tower, build_head, with_batch_norms
@@ -112,7 +113,14 @@ class OpenClipText(Tower):
 
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"ids": int64 [n, L], …}`` → [n, W]."""
-        return in_length_groups(self._encode, x) if self.length_groups and not self.fixed else self._encode(x)
+        if not self.length_groups or self.fixed:
+            return self._encode(x)
+        if not self.packs:
+            return in_length_groups(self._encode, x)
+        if can_pack(x["ids"], self.packs_on_device):
+            out: Tensor = self.net(x["ids"], packed=True)
+            return out
+        return self._encode(x)
 
     def _encode(self, x: Mapping[str, Tensor]) -> Tensor:
         ids = x["ids"]
@@ -226,7 +234,7 @@ def build_text(
         ) from e
     from_hub = bool(text.get("hf_model_name"))
     context = int(describe["config"]["context_length"])
-    fixed = False
+    fixed, packs = False, False
     if not from_hub:
         if context > net.context_length:
             raise ConfigError(f"{label}: input.context_length ({context}) exceeds the tower's {net.context_length}.")
@@ -235,30 +243,18 @@ def build_text(
                 f"{label}: input.tokenizer has {describe['tokenizer']['vocab_size']} ids, the tower {net.vocab_size}."
             )
         fixed = net.attn_mask is None or net.cls_emb is not None or net.pool_type == "last"
-        net.__class__ = _cut_class()
+        packs = take_packed(net)
     kind, module = _head(head, int(cfg["embed_dim"]), embed_dim)
     length = context if from_hub else net.context_length
     # open_clip's own pad is 0; SigLIP's tokenizers pad with their own id, and the tower has seen that one.
     tower = OpenClipText(no_scalars(net), module, length, fixed, int(describe["tokenizer"]["pad_id"]))
+    tower.packs = packs and not fixed
     kept = {"embed_dim": cfg["embed_dim"], "quick_gelu": quick, "text_cfg": text}
     tower.component, tower.embed_dim = (
         Component.model_validate({"name": label, "head": kind, "config": kept}),
         embed_dim,
     )
     return tower
-
-
-@functools.cache
-def _cut_class() -> type[nn.Module]:
-    """open_clip's TextTransformer whose causal mask is cut to the batch's length (upstream adds it uncut)."""
-    from open_clip.transformer import TextTransformer
-
-    class CutTextTransformer(TextTransformer):  # type: ignore[misc]
-        def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-            x, mask = super()._embeds(text)
-            return x, mask if mask is None else mask[..., : x.shape[1], : x.shape[1]]
-
-    return CutTextTransformer
 
 
 def _head(kind: str, width: int, embed_dim: int) -> tuple[str, nn.Module]:

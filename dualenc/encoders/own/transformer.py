@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dualenc.config import Component, Positive, Section
 from dualenc.encoders.families import own_towers
-from dualenc.encoders.length_groups import in_length_groups
+from dualenc.encoders.packing import Packing, attend, attend_last, can_pack, pack
 from dualenc.encoders.tower import HeadKind, Tower, build_head
 from dualenc.errors import ConfigError
 
@@ -37,6 +37,14 @@ class Attention(nn.Module):
         out: Tensor = self.out(y.transpose(1, 2).reshape(n, length, width))
         return out
 
+    def packed(self, x: Tensor, packing: Packing) -> Tensor:
+        """Packed rows [T, W] → [T, W], in the last block [n, W]."""
+        dropout = self.dropout if self.training else 0.0
+        q, k, v = torch.unflatten(self.qkv(x), 1, (3, self.heads, -1)).unbind(1)
+        y = attend_last(q[packing.ends], k, v, packing, dropout) if packing.last else attend(q, k, v, packing, dropout)
+        out: Tensor = self.out(y)
+        return out
+
 
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
@@ -49,9 +57,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """[n, L, W] → [n, L, W]."""
-        x = x + self.drop(self.attention(self.norm1(x), causal))
+    def forward(self, x: Tensor, causal: bool, packing: Packing | None = None) -> Tensor:
+        """[n, L, W] → [n, L, W]; packed rows [T, W] → [T, W], in the last block [n, W]."""
+        if packing is not None:
+            y = self.attention.packed(self.norm1(x), packing)
+            x = (x[packing.ends] if packing.last else x) + self.drop(y)
+        else:
+            x = x + self.drop(self.attention(self.norm1(x), causal))
         out: Tensor = x + self.drop(self.mlp(self.norm2(x)))
         return out
 
@@ -71,13 +83,17 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp[0].weight, std=(2 * width) ** -0.5)  # type: ignore[arg-type]
             nn.init.normal_(block.mlp[2].weight, std=branch)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """[n, L, W] → [n, L, W]; ``causal``: a place sees only itself and those before it."""
-        for block in self.blocks:
+    def forward(self, x: Tensor, causal: bool, packing: Packing | None = None) -> Tensor:
+        """[n, L, W] → [n, L, W]; ``causal``: a place sees only itself and those before it.
+
+        Packed rows, which are causal, [T, W] → [n, W]: the last token of each, in the order of packing.
+        """
+        for i, block in enumerate(self.blocks, 1):
+            more = () if packing is None else (packing.in_last_block() if i == len(self.blocks) else packing,)
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, causal, use_reentrant=False)
+                x = checkpoint(block, x, causal, *more, use_reentrant=False)
             else:
-                x = block(x, causal)
+                x = block(x, causal, *more)
         return x
 
 
@@ -89,6 +105,7 @@ class TextTransformer(Tower):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("text",)
+    packs = True
 
     class Config(Section):
         """Settings of own/transformer."""
@@ -125,14 +142,15 @@ class TextTransformer(Tower):
 
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
-        return in_length_groups(self._encode, x) if self.length_groups else self._encode(x)
-
-    def _encode(self, x: Mapping[str, Tensor]) -> Tensor:
-        ids = x["ids"]
+        ids, ends = x["ids"], end_of_text(x["ids"], x["mask"], self.eot_id)
+        if self.length_groups and can_pack(ids, self.packs_on_device):
+            packing = pack(ends + 1, ids.shape[1])
+            y = self.drop(self.tokens(ids.reshape(-1)[packing.tokens]) + self.positions[packing.positions])
+            out: Tensor = self.norm(self.transformer(y, True, packing))
+            return out[packing.back]
         y = self.drop(self.tokens(ids) + self.positions[: ids.shape[1]])
         y = self.transformer(y, causal=True)
-        pooled = y[torch.arange(ids.shape[0], device=ids.device), end_of_text(ids, x["mask"], self.eot_id)]
-        out: Tensor = self.norm(pooled)
+        out = self.norm(y[torch.arange(ids.shape[0], device=ids.device), ends])
         return out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -51,7 +51,7 @@ class _Ids(nn.Module):
         self.tower = tower
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return nn.functional.normalize(self.tower({"ids": ids, "mask": mask}).float(), dim=-1)
+        return nn.functional.normalize(self.tower.encode({"ids": ids, "mask": mask}).float(), dim=-1)
 
 
 class _Clips(nn.Module):

@@ -150,7 +150,12 @@ def _text(bundle: Bundle, m: str, tower: HFText, folder: Path) -> dict[str, str]
     source = bundle.inputs[m]
     assert isinstance(source, TextInput)
     config = dict(tower.component.settings["config"])
-    if tower.pooling not in ("mean", "cls") or tower.pad_to or config.pop("dualenc_projection", False):
+    if (
+        tower.pooling not in ("mean", "cls")
+        or tower.bidirectional
+        or tower.pad_to
+        or config.pop("dualenc_projection", False)
+    ):
         return None
     place = folder / f"{m}_transformer"
     try:
