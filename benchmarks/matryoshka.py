@@ -20,8 +20,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.methods import SMALL, TASK
-
+TASK = "quickstart_val_style"
+SMALL = [
+    "modalities.image.encoder.widths=[24,48,96]",
+    "modalities.image.encoder.grid=2",
+    "modalities.text.encoder.width=96",
+    "batch.size=128",
+    "schedule.warmup_samples=1280",
+    f"eval.tasks=[{TASK}]",
+    "eval.every_steps=null",
+    "eval.at_start=false",
+    "checkpoint.every_steps=null",
+    "tracking.log_every=5",
+]
 DIMS = (32, 64, 128, 192)
 LOSSES: dict[str, dict[str, Any]] = {"info_nce": {"name": "info_nce"}, "matryoshka": {"name": "matryoshka"}}
 LOSSES["matryoshka"]["dims"] = list(DIMS)
