@@ -62,7 +62,7 @@ def throughput(flickr8k: Path, samples: int, ray: bool, python: str | None) -> N
 
     def ours(engine: str, processes: int) -> Callable[[Path, int], int]:
         how = {**settings, "processes": processes}
-        return lambda out, n: build("jsonl", out, how, limit=n, progress=False, engine=engine).samples
+        return lambda out, n: build("jsonl", out, how, limit=n, progress=False, engine=engine, address="local").samples
 
     runs = {f"local, {'4 threads' if n == 1 else f'{n} processes'}": ours("local", n) for n in (1, 2)}
     if ray:
