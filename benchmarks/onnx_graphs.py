@@ -75,7 +75,7 @@ def by_torch(bundle: Bundle, m: str) -> Run:
         rows = {k: torch.from_numpy(v) for k, v in feed.items()}
         x: Any = (rows["pixels"] * 255).to(torch.uint8) if "pixels" in rows else rows
         with torch.no_grad():
-            return torch.nn.functional.normalize(tower(x), dim=-1).numpy()
+            return torch.nn.functional.normalize(tower.encode(x), dim=-1).numpy()
 
     return run
 

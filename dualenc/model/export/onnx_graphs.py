@@ -62,7 +62,7 @@ class _Clips(nn.Module):
         self.tower = tower
 
     def forward(self, wave: Tensor, length: Tensor) -> Tensor:
-        return nn.functional.normalize(self.tower({"wave": wave, "length": length}).float(), dim=-1)
+        return nn.functional.normalize(self.tower.encode({"wave": wave, "length": length}).float(), dim=-1)
 
 
 class _Series(nn.Module):
@@ -73,7 +73,7 @@ class _Series(nn.Module):
         self.tower = tower
 
     def forward(self, values: Tensor, length: Tensor) -> Tensor:
-        return nn.functional.normalize(self.tower({"values": values, "length": length}).float(), dim=-1)
+        return nn.functional.normalize(self.tower.encode({"values": values, "length": length}).float(), dim=-1)
 
 
 @dataclass
