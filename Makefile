@@ -59,7 +59,7 @@ fuzz: $(STAMP) ## damaged bytes in front of every reader for SECONDS (3600): cas
 kills: $(STAMP) ## KILLS (220) kill -9 of train, save, build, embed, eval at random moments: differences from an unbroken run
 	PYTHONPATH=.:evals:data_tools:tests $(PY) tests/faults/kill_matrix.py --kills $(or $(KILLS),220)
 
-bench: $(STAMP) ## every part against open_clip, taking turns: docs/benchmarks.md, its plot and numbers (about an hour)
+bench: $(STAMP) ## every part against open_clip, taking turns: docs/benchmarks.md, its plot and numbers (about 40 minutes)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks --write
 
 bench-gpu: $(STAMP) ## on a machine with CUDA, unattended, 8 minutes: towers in bf16 and compiled, losses at 8k … 128k

@@ -55,12 +55,12 @@ def of_loader(given: argparse.Namespace, out: Path) -> list[Row]:
 
 def of_versus(part: str, given: argparse.Namespace, out: Path) -> list[Row]:
     """Parts that need models on both sides."""
-    quick = ["--quick"] if given.quick else ["--captions", *map(str, given.captions)]
-    models = dict.fromkeys([given.model, *(["ViT-S-32-alt"] if part == "step" else [])])
+    quick = ["--quick"] if given.quick else ["--install", "--captions", *map(str, given.captions)]
+    models = [[given.model], *([["small", "--batch", "64"]] if part == "step" and not given.quick else [])]
     return [
         r
         for model in models
-        for r in _module("versus", part, "--model", model, "--runs", str(given.runs), *quick, out=out)["rows"]
+        for r in _module("versus", part, "--model", *model, "--runs", str(given.runs), *quick, out=out)["rows"]
     ]
 
 
@@ -71,7 +71,7 @@ def of_loss(given: argparse.Namespace) -> list[Row]:
 
     rows = []
     for kind, peer in PEERS.items():
-        for size in [256] if given.quick else [2048, 8192, 16384]:
+        for size in [256] if given.quick else [2048, 16384]:
             found = [(cell(kind, size, "default", 1), cell(kind, size, "peer", 1)) for _ in range(given.runs)]
             what = f"{kind} and {peer}, N = {size:,}"
             rows.append(row("loss", what, "CPU s", [a[2] for a, _ in found], [b[2] for _, b in found], False))
@@ -115,7 +115,7 @@ def of_seek(given: argparse.Namespace, out: Path) -> list[Row]:
 def of_remote(given: argparse.Namespace, out: Path) -> list[Row]:
     """Shards behind a slow server, against webdataset's streaming."""
     small = ["--batches", "2", "--samples", "200", "--kb", "2", "--latency-ms", "1"] if given.quick else []
-    workers = ["1"] if given.quick else ["1", "4", "8"]
+    workers = ["1"] if given.quick else ["1", "2", "4", "8"]
     rows = []
     for found in _module("remote", "--workers", *workers, "--runs", str(given.runs), *small, out=out)["rows"]:
         for name in ("whole shards", "whole shards, full shuffle", "byte ranges"):
@@ -169,7 +169,7 @@ def _short(x: float) -> str:
 def plot(rows: list[Row]) -> str:
     """The ratios on a logarithmic axis: a dot each, a line over the rounds' range; an SVG that stands alone."""
     rows = [r for r in rows if "ratio" in r]
-    left, width, line, top = 420, 860, 20, 34
+    left, width, line, top = 440, 880, 20, 34
     low, high = 0.25, max(4.0, *(r["ratio"] for r in rows)) * 1.3
     height = top + line * len(rows) + 16
 
@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip")
     parser.add_argument("--runs", type=int, default=5, help="rounds")
-    parser.add_argument("--captions", type=int, nargs="+", default=[128, 1024], help="batches of the text part")
+    parser.add_argument("--captions", type=int, nargs="+", default=[128], help="batches of the text part")
     parser.add_argument("--quick", action="store_true", help="few and small items: to see that it runs")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help=argparse.SUPPRESS)
@@ -236,9 +236,10 @@ def main(arguments: list[str]) -> None:
         if kept.is_file():
             continue
         print(f"--- {part}", flush=True)
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         rows = of_part(part, given)
-        used = {"wall_s": time.perf_counter() - begin, "cpu_s": resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime}
+        cpu_s = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+        used = {"wall_s": time.perf_counter() - begin, "cpu_s": cpu_s}
         write_atomically(kept, json.dumps({"rows": rows, "used": used, "load": os.getloadavg()[0]}, indent=1))
     parts = [p for p in PARTS if (given.out / f"{p}.json").is_file()]
     rows = [r for p in parts for r in json.loads((given.out / f"{p}.json").read_text("utf-8"))["rows"]]

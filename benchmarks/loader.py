@@ -106,17 +106,17 @@ def write_shards(folder: Path, samples: int, shards: int = 8) -> None:
 # --- the two sides -------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, batch: int, decode: str) -> Iterator[Any]:
+def ours(folder: Path, batch: int, decode: str, size: int = SIZE) -> Iterator[Any]:
     """dualenc's batches, endlessly."""
     urls = str(folder / "train-*.tar")
     data = Data.model_validate({"sources": [{"name": "bench", "shards": urls}], "workers": 0})
     augment = {"scale": [0.9, 1.0]}
-    settings: dict[str, dict[str, Any]] = {"image": {"size": SIZE, "augment": augment, "decode": decode}, "text": {}}
+    settings: dict[str, dict[str, Any]] = {"image": {"size": size, "augment": augment, "decode": decode}, "text": {}}
     inputs = {m: modalities[m](settings_as(modalities[m].Config, s, m)) for m, s in settings.items()}
     return iter(Loader(data, inputs, [("image", "text")], seed=0, batch_size=batch))
 
 
-def theirs(folder: Path, batch: int) -> Iterator[Any]:
+def theirs(folder: Path, batch: int, size: int = SIZE) -> Iterator[Any]:
     """open_clip's batches, endlessly: shards drawn with replacement, its tokenizer, transform and shuffle."""
     import open_clip
     from open_clip.transform import AugmentationCfg, image_transform
@@ -125,7 +125,7 @@ def theirs(folder: Path, batch: int) -> Iterator[Any]:
     # webdataset 1.0 ends every shard with an empty record, which open_clip 3.3 does not expect.
     open_clip_data.tar_file_expander = partial(tariterators.tar_file_expander, eof_value=None)
     cut = AugmentationCfg(scale=(0.9, 1.0))
-    transform = image_transform(SIZE, is_train=True, aug_cfg=cut)
+    transform = image_transform(size, is_train=True, aug_cfg=cut)
     urls = sorted(str(p) for p in folder.glob("train-*.tar"))
     args = SimpleNamespace(
         train_data="::".join(urls),

@@ -1,20 +1,23 @@
 """dualenc against open_clip in one process, taking turns: text tower, training step from disk, evaluation, embedding.
 
     python -m benchmarks.versus [text] [step] [evaluation] [embed] [--model ViT-B-32] [--runs 5]
-        [--captions 128 1024] [--json FILE]
+        [--captions 128] [--install] [--json FILE]
 
 Both sides have the same architecture with random weights, one thread, and the same captions and photos, those of
 ``benchmarks.loader``. CPU seconds; a round is one turn of each side, ratios are taken within a round, medians over
-rounds. open_clip's side is its own model, tokenizer, transform, webdataset pipeline, loss and classifier builder, in
-the order of its training loop; dualenc's is the step, the loader and the embedder of ``dualenc train`` and ``eval``.
+rounds. open_clip's side is its own model, tokenizer, transform, webdataset pipeline and loss, in the order of its
+training loop; evaluation is clip-benchmark's, installed into ``build/clip-benchmark`` with ``--install``. dualenc's is
+the step, the loader and the embedder of ``dualenc train`` and ``eval``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from PIL import Image
@@ -43,17 +47,23 @@ Row = dict[str, Any]
 Side = Callable[[], None]
 
 
-def turns(part: str, what: str, items: int, ours: Side, theirs: Side, runs: int) -> Row:
-    """A row of the results: items per CPU second of either side, and the ratio."""
-    for side in (theirs, ours):
+def turns(part: str, what: str, items: int, ours: Side | dict[str, Side], theirs: Side, runs: int) -> list[Row]:
+    """A row of the results for each of our sides: items per CPU second of either, and the ratio.
+
+    Args:
+        ours: one, or several by what tells them apart.
+    """
+    several = ours if isinstance(ours, dict) else {"": ours}
+    sides = {"theirs": theirs, **{f"ours {k}": side for k, side in several.items()}}
+    for side in sides.values():
         side()
-    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(runs):
-        for name, side in (("theirs", theirs), ("ours", ours)):
+        for name, side in sides.items():
             begin = time.process_time()
             side()
             rates[name].append(items / (time.process_time() - begin))
-    return row(part, what, "per CPU s", rates["ours"], rates["theirs"])
+    return [row(part, f"{what}, {k}" if k else what, "per CPU s", rates[f"ours {k}"], rates["theirs"]) for k in several]
 
 
 def row(part: str, what: str, unit: str, ours: list[float], theirs: list[float], more_is_better: bool = True) -> Row:
@@ -99,37 +109,55 @@ class Pair:
         return of.collate([of.eval(of.decode(t.encode())) for t in texts])
 
 
+def web_like(count: int, of: int = 4096) -> list[str]:
+    """Captions with lengths as alt texts have: log-normal, median 10 words, a tail that the context cuts.
+
+    Every (``of`` / ``count``)-th of ``of`` captions in the order of their lengths: what a batch of ``of`` costs a
+    caption, in a batch that fits into memory. Packed, the cost is linear in tokens; padded to 77, in captions.
+    """
+    words = " ".join(loader.captions()).split()
+    rng = np.random.default_rng(0)
+    lengths = np.sort(np.clip(np.exp(rng.normal(np.log(10), 0.75, of)), 1, 120).astype(int))[
+        of // count // 2 :: of // count
+    ]
+    return [" ".join(words[(i * 131) % 5000 :][:n]) for i, n in enumerate(lengths)]
+
+
 def text(pair: Pair, batch: int, runs: int) -> Iterator[Row]:
     """Captions of one batch through the text towers, forward and backward, and forward alone."""
     every = loader.captions()
-    texts = [every[i * 11 % len(every)] for i in range(batch)]
-    rows, tokens = pair.text_rows(texts), pair.tokenizer(texts)
+    sets = {
+        f"{batch} captions": [every[i * 11 % len(every)] for i in range(batch)],
+        f"{batch} of 4,096 web-like": web_like(batch),
+    }
     tower: Any = pair.bundle.model.towers["text"]
+    for what, texts in sets.items():
+        rows, tokens = pair.text_rows(texts), pair.tokenizer(texts)
+        what += f" (mean {rows['mask'].sum(1).float().mean():.1f} tokens)"
 
-    def trained(encode: Callable[[], Tensor], module: torch.nn.Module) -> Side:
-        def run() -> None:
-            module.zero_grad(set_to_none=True)
-            encode().square().sum().backward()  # type: ignore[no-untyped-call]
+        def theirs(tokens: Tensor = tokens) -> Tensor:
+            out: Tensor = pair.peer.encode_text(tokens, normalize=True)
+            return out
 
-        return run
+        def ours(rows: Any = rows) -> Tensor:
+            out: Tensor = pair.bundle.model({"text": rows})["features"]["text"]
+            return out
 
-    def theirs() -> Tensor:
-        out: Tensor = pair.peer.encode_text(tokens, normalize=True)
-        return out
-
-    def ours() -> Tensor:
-        out: Tensor = pair.bundle.model({"text": rows})["features"]["text"]
-        return out
-
-    pair.mode(training=True)
-    what, sides = f"{batch} captions", (trained(ours, tower), trained(theirs, pair.peer))
-    yield turns("text tower, forward and backward", what, batch, *sides, runs)
-    pair.bundle.model.group_lengths()
-    yield turns("text tower, forward and backward (length groups)", what, batch, *sides, runs)
+        pair.mode(training=True)
+        yield from turns(
+            "text tower, forward and backward", what, batch, _trained(ours, tower), _trained(theirs, pair.peer), runs
+        )
     pair.mode(training=False)
     with torch.no_grad():
-        yield turns("text tower, forward (length groups)", what, batch, _only(ours), _only(theirs), runs)
-    tower.length_groups = False
+        yield from turns("text tower, forward", what, batch, _only(ours), _only(theirs), runs)
+
+
+def _trained(encode: Callable[[], Tensor], module: torch.nn.Module) -> Side:
+    def run() -> None:
+        module.zero_grad(set_to_none=True)
+        encode().square().sum().backward()  # type: ignore[no-untyped-call]
+
+    return run
 
 
 def _only(make: Callable[[], Tensor]) -> Side:
@@ -139,18 +167,25 @@ def _only(make: Callable[[], Tensor]) -> Side:
     return run
 
 
-def step(pair: Pair, folder: Path, batch: int, runs: int) -> Iterator[Row]:
+def step(pair: Pair, folder: Path, batch: int, runs: int) -> list[Row]:
     """Training from shards on disk: read, decode, augment, both towers, loss, backward, AdamW."""
-    data, peer_data = loader.ours(folder, batch, "fast"), loader.theirs(folder, batch)
-    engine = build_engine(pair.recipe.engine, pair.recipe.optim, pair.bundle.model.train(), World())
+    size = int(open_clip.get_model_config(pair.model)["vision_cfg"]["image_size"])
+    data, peer_data = loader.ours(folder, batch, "fast", size), loader.theirs(folder, batch, size)
     loss = build_loss(pair.recipe.loss)
+    model = pair.bundle.model.train()
     optimizer = torch.optim.AdamW(
         pair.peer.train().parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
     )
     peer_loss = open_clip.ClipLoss()
 
-    def ours() -> None:
-        train_step(engine, next(data), pair.recipe.pairs, loss)
+    def ours(fused: bool) -> Side:
+        optim = pair.recipe.optim.model_copy(update={"fused": fused})
+        engine = build_engine(pair.recipe.engine, optim, model, World())
+
+        def run() -> None:
+            train_step(engine, next(data), pair.recipe.pairs, loss)
+
+        return run
 
     def theirs() -> None:
         images, tokens = next(peer_data)
@@ -162,17 +197,62 @@ def step(pair: Pair, folder: Path, batch: int, runs: int) -> Iterator[Row]:
         with torch.no_grad():
             pair.peer.logit_scale.clamp_(0, 4.6052)
 
-    yield turns("training step from disk", f"{pair.model}, batch {batch}", batch, ours, theirs, runs)
+    sides = {"": ours(False), "optim.fused=true": ours(True)}
+    return turns("training step from disk", f"{pair.model}, batch {batch}", batch, sides, theirs, runs)
 
 
-def evaluation(pair: Pair, classes: int, templates: int, images: int, runs: int) -> Iterator[Row]:
-    """Zero-shot classification: class weights from templates, and photos scored against them."""
+def clip_benchmark(venv: Path, make: bool) -> tuple[Any, Any] | None:
+    """clip-benchmark's evaluations, from an environment of its own on top of this one's; None where it is not.
+
+    Args:
+        make: make the environment if it is not there (needs a package index).
+    """
+    python = venv / "bin" / "python"
+    if make and not python.is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", "clip-benchmark"], check=True)
+    # Only that package is there: the others, such as torch and open_clip, are those of this process.
+    found = sorted(venv.glob("lib/python*/site-packages"))
+    if not found or not any((f / "clip_benchmark").is_dir() for f in found):
+        return None
+    sys.path += [str(f) for f in found if str(f) not in sys.path]
+    classification: Any = importlib.import_module("clip_benchmark.metrics.zeroshot_classification")
+    retrieval: Any = importlib.import_module("clip_benchmark.metrics.zeroshot_retrieval")
+    classification.accuracy = _accuracy
+    classification.tqdm = retrieval.tqdm = iter  # no progress bars
+    return classification, retrieval
+
+
+def _accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """As clip-benchmark 1.6's, which numpy 2.4 refuses to turn into numbers."""
+    best = logits.topk(max(topk), 1).indices == target[:, None]
+    return [float(best[:, :k].any(1).float().mean()) for k in topk]
+
+
+def evaluation(pair: Pair, peers: tuple[Any, Any] | None, quick: bool, runs: int) -> Iterator[Row]:
+    """Zero-shot classification and retrieval as clip-benchmark does them, in fp32 on both sides.
+
+    Without clip-benchmark, classification by open_clip's own ``build_zero_shot_classifier``.
+    """
+    classes, templates, images = (2, 3, 4) if quick else (8, 40, 48)
     names = [f"{a} {b}" for a in ("red", "old", "small", "wooden") for b in loader.captions()[0].split()][:classes]
     forms = open_clip.OPENAI_IMAGENET_TEMPLATES[:templates]
-    raw = loader.photos(images)
+    raw, every = loader.photos(images), loader.captions()
     embedder = Embedder.from_bundle(pair.bundle)
     transform = open_clip.transform.image_transform(224, is_train=False)
     peer = pair.peer.eval()
+
+    def pictures(items: list[bytes], targets: list[Any], classes: list[str] | None = None) -> Any:
+        rows: Any = _Rows([(r, t) for r, t in zip(items, targets, strict=True)], transform)
+        rows.classes = classes
+
+        def collate(found: list[Any]) -> Any:
+            pixels, said = zip(*found, strict=True)
+            return torch.stack(pixels), torch.tensor(said) if classes is not None else list(said)
+
+        return torch.utils.data.DataLoader(rows, batch_size=64, collate_fn=collate)
+
+    labels = [i % len(names) for i in range(len(raw))]
 
     def ours() -> None:
         prompts = [f(n) for n in names for f in forms]
@@ -180,15 +260,51 @@ def evaluation(pair: Pair, classes: int, templates: int, images: int, runs: int)
         (embedder.embed("image", raw, 64) @ torch.nn.functional.normalize(weights, dim=1).T).argmax(1)
 
     def theirs() -> None:
+        if peers is not None:
+            said = [f("{c}") for f in forms]
+            rows = pictures(raw, labels, names)
+            peers[0].evaluate(peer, rows, pair.tokenizer, names, said, "cpu", amp=False)
+            return
         with torch.no_grad():
             weights = open_clip.build_zero_shot_classifier(peer, pair.tokenizer, names, forms, num_classes_per_batch=10)
-            for i in range(0, len(raw), 64):
-                rows = torch.stack([transform(Image.open(io.BytesIO(r))) for r in raw[i : i + 64]])
+            for rows, _ in pictures(raw, labels, names):
                 (peer.encode_image(rows, normalize=True) @ weights).argmax(1)
 
-    items = len(names) * len(forms) + len(raw)
-    what = f"{len(names)} classes × {len(forms)} templates, {len(raw)} photos"
-    yield turns("zero-shot evaluation", what, items, ours, theirs, runs)
+    by = "clip-benchmark" if peers is not None else "open_clip"
+    what = f"{by}: {len(names)} classes × {len(forms)} templates, {len(raw)} photos"
+    yield from turns("zero-shot evaluation", what, len(names) * len(forms) + len(raw), ours, theirs, runs)
+    if peers is None:
+        return
+    few = raw[: max(len(raw) // 2, 2)]
+    captions = [[every[(i * 5 + k) % len(every)] for k in range(5)] for i in range(len(few))]
+
+    def our_retrieval() -> None:
+        texts = embedder.embed("text", [c for own in captions for c in own], 256)
+        (texts @ embedder.embed("image", few, 64).T).topk(min(5, len(few)), dim=1)
+
+    def their_retrieval() -> None:
+        peers[1].evaluate(
+            peer, pictures(few, captions), pair.tokenizer, "cpu", amp=False, recall_k_list=[min(5, len(few))]
+        )
+
+    what = f"{by}: retrieval, {len(few)} photos, 5 captions each"
+    yield from turns("zero-shot evaluation", what, 6 * len(few), our_retrieval, their_retrieval, runs)
+
+
+class _Rows(torch.utils.data.Dataset[Any]):
+    """Encoded photos as a data set of torchvision's would give them, with what belongs to each."""
+
+    classes: list[str] | None = None
+
+    def __init__(self, items: list[tuple[bytes, Any]], transform: Any) -> None:
+        self.items, self.transform = items, transform
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
+        raw, target = self.items[i]
+        return self.transform(Image.open(io.BytesIO(raw))), target
 
 
 def embed(pair: Pair, images: int, texts: int, runs: int) -> Iterator[Row]:
@@ -213,45 +329,60 @@ def embed(pair: Pair, images: int, texts: int, runs: int) -> Iterator[Row]:
         def ours(m: str = m, items: Any = items, size: int = size) -> None:
             embedder.embed(m, items, size)
 
-        yield turns("embedding", f"{size} {m}s", size, ours, theirs, runs)
+        yield from turns("embedding", f"{size} {m}s", size, ours, theirs, runs)
 
 
-def measure(parts: list[str], model: str, runs: int, quick: bool, captions: list[int]) -> list[Row]:
+SMALL = {
+    "embed_dim": 192,
+    "vision_cfg": {"image_size": 64, "patch_size": 16, "layers": 6, "width": 192, "head_width": 64},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 6},
+}
+"""A CLIP of about the quickstart's size."""
+
+
+def measure(given: argparse.Namespace) -> Iterator[Row]:
     """The rows of some parts."""
     torch.set_num_threads(1)
-    batch = 4 if quick else 16
-    out: list[Row] = []
-    if {"text", "evaluation", "embed"} & set(parts):
-        pair = Pair(model, batch)
+    parts, quick, runs = given.parts, given.quick, given.runs
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "small.json"
+        small.write_text(json.dumps(SMALL), "utf-8")
+        open_clip.add_model_config(small)
+        batch = given.batch or (4 if quick else 16)
+        pair = Pair(given.model, batch)
         if "text" in parts:
-            for size in [8] if quick else captions:
-                out += text(pair, size, runs)
+            for size in [8] if quick else given.captions:
+                yield from text(pair, size, runs)
         if "evaluation" in parts:
-            out += evaluation(pair, *((2, 3, 4) if quick else (8, 40, 64)), runs)
+            yield from evaluation(pair, clip_benchmark(given.clip_benchmark, given.install), quick, runs)
         if "embed" in parts:
-            out += embed(pair, *((4, 8) if quick else (32, 256)), runs)
-    if "step" in parts:
-        with tempfile.TemporaryDirectory() as folder:
-            loader.write_shards(Path(folder), 128 if quick else 2048)
-            out += step(Pair(model, batch), Path(folder), batch, runs)
-    return out
+            yield from embed(pair, *((4, 8) if quick else (16, 128)), runs)
+        if "step" in parts:
+            loader.write_shards(Path(folder), 128 if quick else 1024)
+            yield from step(pair, Path(folder), batch, runs)
 
 
 def main(arguments: list[str]) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versus")
     parser.add_argument("parts", nargs="*", default=["text", "step", "evaluation", "embed"])
-    parser.add_argument("--model", default="ViT-B-32", help="of open_clip")
+    parser.add_argument("--model", default="ViT-B-32", help="of open_clip, or small")
     parser.add_argument("--runs", type=int, default=5, help="rounds")
-    parser.add_argument("--captions", type=int, nargs="+", default=[128, 1024], help="batches of the text part")
+    parser.add_argument("--captions", type=int, nargs="+", default=[128], help="batches of the text part")
+    parser.add_argument("--batch", type=int, help="of the step part")
+    venv = Path(__file__).parents[1] / "build" / "clip-benchmark"
+    parser.add_argument("--clip-benchmark", type=Path, default=venv, help="its environment")
+    parser.add_argument("--install", action="store_true", help="make that environment if it is not there")
     parser.add_argument("--quick", action="store_true", help="few items: to see that it runs")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     given = parser.parse_args(arguments)
-    rows = measure(given.parts, given.model, given.runs, given.quick, given.captions)
-    for r in rows:
+    rows = []
+    for r in measure(given):
+        rows.append(r)
         print(
             f"{r['part']:>38}  {r['what']:<40} {r['ours']:9.1f} {r['theirs']:9.1f} {r['unit']}  "
-            f"{r['ratio']:5.2f} ×  ({r['low']:.2f}–{r['high']:.2f})"
+            f"{r['ratio']:5.2f} ×  ({r['low']:.2f}–{r['high']:.2f})",
+            flush=True,
         )
     print(f"median of {given.runs} rounds, one thread, load {os.getloadavg()[0]:.1f}")
     if given.json is not None:
