@@ -2,8 +2,8 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# Two tests at a time: those of several processes wait more than they compute.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2
+# Two files at a time: tests of several processes wait more than they compute, and what a file's tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 export HF_HUB_OFFLINE ?= 1
 

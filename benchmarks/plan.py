@@ -82,20 +82,29 @@ def _peak(profiler: Any) -> int:
 def _steps_of(recipe: Recipe, world: World, steps: int) -> None:
     from dualenc.engine import build_engine
     from dualenc.losses import build_loss
+    from dualenc.memory import RunShape
     from dualenc.model import build_bundle
     from dualenc.plan.widest_rows import widest
+    from dualenc.train.build import add_heads
+    from dualenc.train.memory import Memory, slow_models
     from dualenc.train.step import train_step
 
     bundle = build_bundle(recipe)
-    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
     loss = build_loss(recipe.loss)
+    add_heads(loss, bundle, recipe.seed)
+    slow = slow_models(loss, bundle.model, world.device)
+    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
+    run = RunShape(recipe.embed_dim, recipe.pairs, recipe.batch.size, world.rank, world.world_size)
+    memory = Memory(loss, slow, run, recipe.batch.micro)
     size = recipe.batch.size // world.world_size
     inputs = {m: widest(x, size) for m, x in bundle.inputs.items()}
     rows = {m: torch.arange(size) for m in inputs}
     ids = torch.arange(size) + size * world.rank
     batch = Batch(size, inputs, rows, ids, [""] * size)
     for _ in range(steps):
-        train_step(engine, batch, recipe.pairs, loss, micro=recipe.batch.micro)
+        done = train_step(engine, memory.recall(batch, engine.module), recipe.pairs, loss, micro=recipe.batch.micro)
+        if memory:
+            memory.keep(engine.module, done.skipped)
 
 
 def measured(path: Path, overrides: list[str], ranks: int, steps: int) -> float:

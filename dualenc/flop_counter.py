@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch.utils.flop_counter import FlopCounterMode
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 class _NoModules:
@@ -21,6 +24,8 @@ class _NoModules:
 def counting() -> FlopCounterMode:
     """A context that counts matrix products, convolutions and attention, a multiplication and an addition as two;
     ``get_total_flops()`` has the sum."""
+    from torch.utils.flop_counter import FlopCounterMode  # Triton comes with it: not for runs that count nothing
+
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter

@@ -1,14 +1,16 @@
 """mteb, both ways: a model for ``mteb.evaluate``, and mteb's tasks on all ranks (``dualenc eval --tasks mteb:NAME``).
 
 mteb (Muennighoff et al. 2023, arXiv 2210.07316; images: MIEB, audio: MAEB) loads data and computes scores; features are
-made here, each content once, shared by the ranks and kept by content, so a run that is killed resumes.
+made here, each content once, shared by the ranks and kept by content, so a run that is killed resumes. Audio is handed
+over as the bytes of its files and decoded as everywhere here, so torchcodec is not needed.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,9 @@ class MtebEncoder:
             if kind == "text":
                 contents.append(Content(str(i), text=str(x)))
                 continue
-            raw = source.as_raw(_plain(x)) if isinstance(source, FromMemory) else x
+            raw = _file(x)
+            if raw is None:
+                raw = source.as_raw(_plain(x)) if isinstance(source, FromMemory) else x
             if raw is None:
                 raise DataError(f"{kind} item {i} is a {type(x).__name__}, which cannot be read")
             contents.append(Content(str(i), load=lambda raw=raw: raw))  # type: ignore[misc]
@@ -143,14 +147,16 @@ def evaluate_mteb(
     cache_dir: Path | None = None,
     batch_size: int = 64,
     data: Path | None = None,
+    precision: str = "fp32",
 ) -> dict[str, dict[str, float]]:
     """Run mteb's tasks; every rank of ``world`` must call this.
 
     Rank 0 writes mteb's own JSON, ``out``/MODEL/REVISION/TASK.json with model_meta.json beside; tasks that have theirs
-    are not run again.
+    are not run again. Times and dates are left out of it, so that the same command writes the same bytes.
 
     Args:
-        names: names of mteb's tasks, or ``pkg.mod:Class`` of a task from elsewhere, with or without ``mteb:``.
+        names: names of mteb's tasks or benchmarks (``MIEB(lite)``), or ``pkg.mod:Class`` of a task from elsewhere, with
+            or without ``mteb:``.
         cache_dir: features are kept here by content, so a killed run resumes within a task.
         data: a folder with local copies of data sets: ``data``/ORG/NAME stands in for ORG/NAME of the Hub.
 
@@ -159,19 +165,20 @@ def evaluate_mteb(
 
     Raises:
         ConfigError: mteb is not installed, or has no such task.
+        DataError: the data of a task cannot be loaded.
     """
     ranks = ranks_of(world)
-    embedder = bundle.embedder()
+    embedder = bundle.embedder(precision=precision)
     store = Store(embedder, ranks, Checker(embedder), batch_size, cache_dir)
     model = MtebEncoder(bundle.name, bundle=bundle, store=store)
     meta = model.mteb_model_meta
     folder = out / meta.name.replace("/", "__") / meta.revision
     scores: dict[str, dict[str, float]] = {}
-    for name in names:
-        task = find_task(name.removeprefix(PREFIX), data)
+    for task in find_tasks([n.removeprefix(PREFIX) for n in names], data):
         file = folder / f"{task.metadata.name}.json"
         kept = ranks.share(lambda file=file: file.read_text(encoding="utf-8") if file.is_file() else None)  # type: ignore[misc]
         if kept is None:
+            load_data(task)
             kept = _run(model, task, batch_size)
             if ranks.is_main:
                 write_atomically(folder / "model_meta.json", meta.model_dump_json(indent=1) + "\n")
@@ -191,7 +198,89 @@ def _run(model: MtebEncoder, task: Any, batch_size: int) -> str:
         model, task, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs=options, public_only=False
     )
     (result,) = done.task_results
-    return str(result.model_dump_json(indent=1)) + "\n"
+    timeless = result.model_copy(update={"date": None, "evaluation_time": None, "evaluation_phases": None})
+    return str(timeless.model_dump_json(indent=1)) + "\n"
+
+
+def find_tasks(names: Sequence[str], data: Path | None = None) -> list[Any]:
+    """Tasks by their names and those of the benchmarks that are named, each once.
+
+    Raises:
+        ConfigError: mteb is not installed, or there is no such task or benchmark.
+    """
+    found: dict[str, Any] = {}
+    known = [b.name for b in _mteb().get_benchmarks()]
+    for name in names:
+        tasks = _benchmark(name, known, data) if "(" in name or name in known else [find_task(name, data)]
+        for task in tasks:
+            found.setdefault(task.metadata.name, task)
+    return list(found.values())
+
+
+def _mteb() -> Any:
+    try:
+        return importlib.import_module("mteb")
+    except ImportError as e:
+        raise ConfigError(f"tasks of mteb need mteb: pip install 'dualenc[mteb]' ({e})") from e
+
+
+def _benchmark(name: str, known: Sequence[str], data: Path | None) -> list[Any]:
+    if name not in known:
+        raise ConfigError(f"mteb has no benchmark {name!r}. {did_you_mean(name, known)}")
+    return [_localised(task, data) for task in _mteb().get_benchmark(name).tasks]
+
+
+def load_data(task: Any) -> None:
+    """Load a task's data, audio as the bytes of its files.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    try:
+        with _clips_as_files():
+            task.load_data()
+    except (OSError, ValueError, ImportError, KeyError) as e:
+        path = str(task.metadata.dataset["path"])
+        advice = "" if Path(path).is_absolute() else f"; a copy may be put at $DUALENC_DATA/mteb/{path}"
+        raise DataError(f"the data of task {task.metadata.name} ({path}) cannot be loaded: {e}{advice}") from e
+    for name in _PARTS:
+        _as_files(vars(task).get(name))
+
+
+@contextmanager
+def _clips_as_files() -> Iterator[None]:
+    """Tasks that look at rows while they load get clips as files where datasets lacks torchcodec to decode them."""
+    from datasets import Audio, config
+
+    if config.TORCHCODEC_AVAILABLE:
+        yield
+        return
+    decode = Audio.decode_example
+    Audio.decode_example = lambda self, value, token_per_repo_id=None: value  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Audio.decode_example = decode  # type: ignore[method-assign]
+
+
+_PARTS = ("dataset", "corpus", "queries")
+"""Where a task keeps data: ``dataset`` by split (and subset), retrieval tasks of the old form the other two."""
+
+
+def _as_files(x: Any) -> None:
+    """Audio in a mapping of datasets, or of such mappings, is no longer decoded."""
+    from datasets import Audio, Dataset
+
+    if not isinstance(x, dict):
+        return
+    for key, value in x.items():
+        if isinstance(value, Dataset):
+            audio = [c for c, kind in value.features.items() if isinstance(kind, Audio) and kind.decode]
+            for column in audio:
+                value = value.cast_column(column, Audio(decode=False))
+            x[key] = value
+        else:
+            _as_files(value)
 
 
 def find_task(name: str, data: Path | None = None) -> Any:
@@ -200,26 +289,33 @@ def find_task(name: str, data: Path | None = None) -> Any:
     Raises:
         ConfigError: mteb is not installed, or there is no such task.
     """
-    try:
-        import mteb
-        from mteb import get_tasks as registry
-    except ImportError as e:
-        raise ConfigError(f"mteb:{name} needs mteb: pip install 'dualenc[mteb]' ({e})") from e
+    mteb = _mteb()
     module, colon, attribute = name.partition(":")
     if colon:
         try:
             task = vars(importlib.import_module(module))[attribute]()
         except (ImportError, KeyError) as e:
             raise ConfigError(f"mteb:{name}: there is no {attribute} in {module} ({e})") from e
-    elif name not in (known := importlib.import_module(registry.__module__)._TASKS_REGISTRY):
+    elif name not in (known := importlib.import_module(mteb.get_tasks.__module__)._TASKS_REGISTRY):
         raise ConfigError(f"mteb has no task {name!r}. {did_you_mean(name, list(known))}")
     else:
         task = mteb.get_task(name)
+    return _localised(task, data)
+
+
+def _localised(task: Any, data: Path | None) -> Any:
     place = None if data is None else data / str(task.metadata.dataset["path"])
     if place is not None and place.is_dir():
         local = {**task.metadata.dataset, "path": str(place)}
         task.metadata = task.metadata.model_copy(update={"dataset": local})
     return task
+
+
+def _file(x: Any) -> bytes | None:
+    """The bytes of a file that datasets did not decode; None for anything else."""
+    if not isinstance(x, Mapping) or not {"bytes", "path"} <= x.keys():
+        return None
+    return bytes(x["bytes"]) if x["bytes"] is not None else Path(x["path"]).read_bytes()
 
 
 def _plain(x: Any) -> Any:
@@ -236,4 +332,4 @@ def _unit(x: Any) -> Tensor:
     return normalize(y if y.ndim == 2 else y[None], dim=1)
 
 
-__all__ = ["MtebEncoder", "evaluate_mteb", "find_task", "wrap"]
+__all__ = ["MtebEncoder", "evaluate_mteb", "find_task", "find_tasks", "load_data", "wrap"]

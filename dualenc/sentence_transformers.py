@@ -8,7 +8,7 @@ too. The exported folder has no code in it; :func:`load` builds the same model w
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,6 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from dualenc.api.items import RawItems
-from dualenc.encoders.dual_encoder import normalised
 from dualenc.errors import ConfigError, DataError
 from dualenc.model import Bundle
 from dualenc.model.bundle import kind_of
@@ -56,7 +55,7 @@ class Towers(InputModule):
     def preprocess(  # type: ignore[override]
         self, inputs: Sequence[Any], prompt: str | None = None, modality: Any = None, **_: Any
     ) -> dict[str, Any]:
-        """Items of one modality → the tensors its tower takes.
+        """Items of one modality → the tensors its tower takes; an item may also be written ``{modality: item}``.
 
         Raises:
             DataError: naming the position of an item that cannot be used.
@@ -68,6 +67,7 @@ class Towers(InputModule):
         if kind not in self._names:
             raise ConfigError(f"this model encodes {', '.join(self._names)}, not {kind}")
         source = self.bundle.inputs[self._names[kind]]
+        inputs = [x[kind] if isinstance(x, Mapping) and set(x) == {kind} else x for x in inputs]
         given = [prompt + x if prompt and kind == "text" else x for x in inputs]
         items = RawItems(source, given)
         source.dummy()
@@ -83,8 +83,7 @@ class Towers(InputModule):
         """Adds ``sentence_embedding``."""
         kind = str(features["modality"])
         given = {k: v for k, v in features.items() if k not in ("modality", "task", "prompt_length")}
-        tower = self.bundle.model.tower(self._names[kind])
-        features["sentence_embedding"] = normalised(tower(given.get(_ROWS, given)))
+        features["sentence_embedding"] = self.bundle.model.encode(self._names[kind], given.get(_ROWS, given))
         return features
 
     def get_embedding_dimension(self) -> int:
@@ -125,7 +124,9 @@ def load(folder: str | Path, device: torch.device | str | None = None) -> Senten
     try:
         listed = json.loads((root / "modules.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{folder} has no modules.json that can be read ({e}); export a model to it first") from e
+        raise ConfigError(
+            f"the modules.json of {folder} cannot be read ({e}); export a model to this folder first"
+        ) from e
     modules = [_router(root) if _short(m["type"]) == "Router" else _module(root, m["path"], m["type"]) for m in listed]
     return SentenceTransformer(modules=modules, device=None if device is None else str(device))
 

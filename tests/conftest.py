@@ -19,6 +19,16 @@ from dualenc import plugins
 DATA = SHARED_DATA / "image_text"
 
 torch.set_num_threads(1)
+LONG = (
+    "docs/test_docs.py", "test_plugins.py", "train/test_elastic.py", "train/test_sharded.py", "train/test_engines.py",
+    "distributed/test_exact.py",
+)  # fmt: skip
+"""Files that take longest, which begin first: ``make test`` runs two files at a time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {Path(__file__).parent / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_a_file_names_methods(tmp_path: Path) -> None:
     [
         (("seeds: 2", "seeds: [1, 1]"), "names a seed twice"),
         (("run:plain", "run:plane"), "needs run:plane, which is not listed before it. Did you mean 'plain'"),
-        (("  plain:\n", "  a/b:\n"), "is to be a folder's name"),
+        (("  plain:\n", "  a/b:\n"), "cannot be the name of a folder"),
         (("recipe: quickstart\n", ""), "plain has no recipe"),
         (("overrides: [loss=dcl]", "override: [loss=dcl]"), "override"),
     ],

@@ -59,15 +59,17 @@ ONLY_IN = {
     "deepspeed": ("dualenc/engine",),
     "webdataset": ("dualenc/data", "data_tools", "benchmarks"),
     "PIL": ("dualenc/data", "data_tools", "benchmarks"),
-    "soundfile": ("dualenc/data", "data_tools"),
+    "soundfile": ("dualenc/data", "data_tools", "benchmarks"),
     "soxr": ("dualenc/data", "data_tools"),
     "open_clip": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
     "timm": ("dualenc/encoders",),
     "peft": ("dualenc/encoders",),
     "sentence_transformers": ("dualenc/sentence_transformers.py",),
-    "mteb": ("dualenc/mteb.py",),
+    "mteb": ("dualenc/mteb.py", "benchmarks"),
     "transformers": ("dualenc/encoders", "dualenc/data/modalities/tokenizing.py", "benchmarks"),
     "jinja2": ("dualenc/pages", "evals/dualenc_evals/pages"),
+    "ray": ("data_tools/dualenc_data_tools/packing/on_ray.py",),
+    "datasketch": ("data_tools/dualenc_data_tools/choose/sketches.py",),
     "typer": ("dualenc/cli",),
     "argparse": ("dualenc/cli", "benchmarks"),
     "pickle": (),
@@ -181,7 +183,6 @@ def test_attributes_are_declared_not_asked_for_by_name() -> None:
     asked = [
         f"{p.relative_to(ROOT)}:{n.lineno}"
         for p in FILES
-        if p.is_relative_to(ROOT / "dualenc")
         for n in ast.walk(ast.parse(p.read_text(encoding="utf-8")))
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "getattr"
         if len(n.args) > 1 and isinstance(n.args[1], ast.Constant)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
 from _shared import ROOT
 
-from dualenc.cli.listing import LINES, docstrings, said
+from benchmarks.methods import MAKERS
+from dualenc.cli.listing import LINES, OF_PLANS, docstrings, said
+from dualenc.compare.study import is_comparison, read_comparison
 from dualenc.config import load_recipe
+from dualenc.model.start_from import completed
+from dualenc_evals.catalog import load_task
 
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 CODE = re.findall(r"`([^`\n]+)`", TEXT)
@@ -33,6 +39,41 @@ def test_every_loss_and_term_says_formula_paper_and_needs() -> None:
                 continue
             assert set(said(doc)) == set(LINES), f"{registry} {name}: {sorted(said(doc))}"
             assert all(said(doc).values()), name
+
+
+STUDIES = ROOT / "benchmarks" / "studies"
+NEED_PLACES = {"prc", "point_contrast", "rad", "local_contrast"}
+"""Losses on maps of places, whose table is of camera and LiDAR."""
+
+
+def test_every_loss_and_term_is_compared_with_the_others() -> None:
+    studies = [read_comparison(path) for path in STUDIES.glob("*.yaml") if is_comparison(str(path))]
+    methods = {name: m for study in studies for name, m in study.methods.items()}
+    said = " ".join(item for m in methods.values() for item in [m.recipe, *m.overrides])
+    for registry, folder in HALVES:
+        names = set(docstrings(registry, ROOT / "dualenc" / folder)) - NEED_PLACES
+        missing = {n for n in names if n not in methods and n not in re.findall(r"\w+", said)}
+        assert missing == set(), f"benchmarks/studies lack {sorted(missing)}"
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_method_of_a_study_is_a_recipe_that_can_be_trained(path: Path, tmp_path: Path) -> None:
+    if not is_comparison(str(path)):
+        assert load_task(str(path)).kind == "retrieval"
+        return
+    study = read_comparison(path)
+    assert path.stem in MAKERS
+    for name in study.methods:
+        recipe, *overrides = study.command(name, 0, tmp_path)
+        if "run:" not in " ".join(study.methods[name].overrides):  # those need the run that they start from
+            load_recipe(recipe, overrides, completed)
+
+
+def test_every_batch_plan_says_what_it_keeps_and_needs() -> None:
+    plans = docstrings("batch_plans", ROOT / "dualenc" / "data" / "batches")
+    assert set(plans) == {"bags", "by_source", "by_value", "clusters", "groups", "hard_negatives"}
+    for name, doc in plans.items():
+        assert set(said(doc)) == set(OF_PLANS), name
 
 
 def test_all_papers_are_there_once() -> None:

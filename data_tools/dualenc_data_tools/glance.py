@@ -11,7 +11,7 @@ from dualenc.data.shards.index import ShardSet
 from dualenc.data.shards.reader import Reader, SampleError
 from dualenc.data.shards.remote import Bounds
 from dualenc.errors import DataError
-from dualenc_data_tools.check import ShardStats, advice, of_recipe
+from dualenc_data_tools.wanted import advice, of_recipe
 
 SHARDS = 16
 SAMPLES = 64
@@ -30,24 +30,24 @@ def glance(recipe: Recipe, sets: Sequence[ShardSet]) -> list[str]:
     notes = []
     for i, shards in enumerate(sets):
         wanted = of_recipe(recipe, i)
-        stats, found, paired = ShardStats(), Counter[str](), False
+        samples, endings, found, paired = 0, Counter[str](), Counter[str](), False
         for members in _members(shards, recipe.data):
-            stats.samples += 1
-            stats.members.update(members)
-            there = {m for m, endings in wanted.members.items() if any(_has(members, e) for e in endings)}
+            samples += 1
+            endings.update(members)
+            there = {m for m, entries in wanted.members.items() if any(_has(members, e) for e in entries)}
             found.update(there)
             paired = paired or wanted.paired(there)
-        if stats.samples and not paired:
+        if samples and not paired:
             raise DataError(
-                f"data.sources.{i}: training would use none of the {stats.samples:,} samples of {shards.source!r} that "
-                f"were looked at: {advice(stats, wanted)}"
+                f"data.sources.{i}: training would use none of the {samples:,} samples of {shards.source!r} that "
+                f"were looked at: {advice(endings, wanted)}"
             )
-        for m in recipe.data.sources[i].members if stats.samples else ():
+        for m in recipe.data.sources[i].members if samples else ():
             if not found[m]:
-                endings = ", ".join(f".{e}" for e, _ in stats.members.most_common(8))
+                common = ", ".join(f".{e}" for e, _ in endings.most_common(8))
                 notes.append(
-                    f"data.sources.{i}.members.{m}: none of the {stats.samples:,} samples looked at has "
-                    f"{' or '.join(wanted.members[m])}; there are {endings}"
+                    f"data.sources.{i}.members.{m}: none of the {samples:,} samples looked at has "
+                    f"{' or '.join(wanted.members[m])}; there are {common}"
                 )
     return notes
 

@@ -6,15 +6,13 @@ import io
 from typing import TYPE_CHECKING
 
 from dualenc.data.modalities import DecodeError
-from dualenc.data.modalities.image import ImageInput
 from dualenc.data.modalities.picture import Picture
 from dualenc_data_tools.sources.source import BadMedia, SourceConfig
+from dualenc_data_tools.wanted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS: int = ImageInput.Config.model_fields["max_pixels"].default
-"""What the trainer accepts by default; larger images are dropped, or resized where ``size`` is set."""
 _HARD_LIMIT = 8 * MAX_PIXELS
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "AVIF": "avif", "JPEG2000": "jp2"}
 _WHITE = (255, 255, 255)

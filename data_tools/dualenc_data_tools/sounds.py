@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,10 @@ _FORMATS: dict[str, dict[str, Any]] = {
     "flac": {"format": "FLAC", "subtype": "PCM_16"},
     "wav": {"format": "WAV", "subtype": "PCM_16"},
     "ogg": {"format": "OGG", "subtype": "VORBIS"},
+    "opus": {"format": "OGG", "subtype": "OPUS"},
 }
+_OPUS_RATE = 48_000
+_REVERSED = bytes(int(f"{i:08b}"[::-1], 2) for i in range(256))
 
 
 class BadSound(BadMedia):
@@ -92,7 +96,7 @@ def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
     seconds = min(sound.seconds, cfg.seconds or math.inf)
     if seconds > MAX_SECONDS:
         raise BadSound("too long", f"{seconds:,.0f} s are more than {MAX_SECONDS:,.0f}; set seconds to cut clips")
-    rate = cfg.rate or sound.rate
+    rate = cfg.rate or (_OPUS_RATE if cfg.encode_audio == "opus" else sound.rate)
     try:
         wave = sound.read(0, math.ceil(seconds * sound.rate), rate)
     except DecodeError as e:
@@ -102,7 +106,8 @@ def prepare(raw: bytes, cfg: SourceConfig) -> tuple[str, bytes]:
 
 
 def encode(wave: Any, rate: int, ending: str) -> bytes:
-    """Mono samples float32 [T] as FLAC or WAV (16 bits) or Ogg Vorbis. Samples beyond full scale are clipped.
+    """Mono samples float32 [T] as FLAC or WAV (16 bits), Ogg Vorbis or Opus. Samples beyond full scale are clipped; the
+    same samples give the same bytes.
 
     Raises:
         BadSound: the format does not support this rate.
@@ -115,4 +120,24 @@ def encode(wave: Any, rate: int, ending: str) -> bytes:
         soundfile.write(out, np.clip(wave, -1, 1), rate, **_FORMATS[ending])
     except (soundfile.SoundFileError, RuntimeError) as e:
         raise BadSound("cannot be written", f"{ending} at {rate:,} Hz: {e}") from e
-    return out.getvalue()
+    raw = out.getvalue()
+    return same_serial(raw) if _FORMATS[ending]["format"] == "OGG" else raw
+
+
+def same_serial(raw: bytes) -> bytes:
+    """An Ogg stream under serial number 1: libsndfile draws one at random, which would change the bytes of every build.
+
+    The header of a page (RFC 3533) has the serial number at byte 14, a CRC-32 over the page with the CRC's own bytes at
+    zero at byte 22, and the lengths of its segments from byte 27 on. The CRC is zlib's with the bits of every byte and
+    of the result in reverse order, without inversion.
+    """
+    out, at = bytearray(raw), 0
+    while at + 27 <= len(out):
+        segments = out[at + 26]
+        end = at + 27 + segments + sum(out[at + 27 : at + 27 + segments])
+        out[at + 14 : at + 18] = (1).to_bytes(4, "little")
+        out[at + 22 : at + 26] = bytes(4)
+        crc = zlib.crc32(bytes(out[at:end]).translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        out[at + 22 : at + 26] = int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
+        at = end
+    return bytes(out)

@@ -24,9 +24,9 @@ from dualenc.data.shards.tar import Sample
 from dualenc.data.show import Previews, preview, thumbnail_uri
 from dualenc.errors import DataError
 from dualenc.pages import environment, write_page
-from dualenc_data_tools.check import AUDIO, CAPTIONS, IMAGE
 from dualenc_data_tools.choose.expression import evaluate
 from dualenc_data_tools.overlay import overlay_uri, side_by_side
+from dualenc_data_tools.wanted import AUDIO, IMAGE
 
 THUMBNAIL_PX = 256
 MAX_SOUND = 2_000_000
@@ -81,7 +81,7 @@ def view(shards: str | Sequence[str], out_html: str | Path, n: int = 48, seed: i
     cache = None if all(is_local(u) for u in opened.urls) else ShardCache.temporary(50.0, 3)
     reader = Reader([opened], cache, 3)
     try:
-        cards = [_show(reader, opened, *_place(opened.counts, i)) for i in picked]
+        cards = [show(reader, opened, *_place(opened.counts, i)) for i in picked]
     finally:
         reader.close()
         if cache is not None:
@@ -103,7 +103,8 @@ def _place(counts: Sequence[int], i: int) -> tuple[int, int]:
     raise IndexError(i)
 
 
-def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
+def show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
+    """The card of one sample; what cannot be read or decoded is told on it."""
     name = opened.names[shard]
     card = Card(f"{name}/#{place}", "", "", False, [], {}, [])
     try:
@@ -141,7 +142,7 @@ def _show(reader: Reader, opened: ShardSet, shard: int, place: int) -> Card:
         card.problem = card.problem or f"text: {e}"
         return card
     if isinstance(doc, dict):
-        key = next((k for k in CAPTIONS if k in doc), None)
+        key = next((k for k in ("captions", "caption", "text") if k in doc), None)
         if key is not None and not card.captions:
             card.captions = [str(v) for v in doc[key]] if isinstance(doc[key], list) else [str(doc[key])]
         card.fields |= {k: _short(v) for k, v in doc.items() if k != key and v not in ("", None)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 from dualenc.data.shards.index import INDEX_NAME, SIDECAR, build_index, load_index
 from dualenc.data.shards.listing import ShardIndex, ShardTable
@@ -35,6 +35,7 @@ class ShardWriter:
         pattern: the shards' names, with ``{split}`` and ``{shard:06d}``.
         max_samples, max_bytes: a shard ends before it would hold more (a single sample may be larger).
         overwrite: replace existing shards of the same split.
+        complete: so many shards were completed by an earlier writer that was stopped; they keep their hidden names.
 
     Raises:
         ConfigError: a bad pattern, or shards of this split exist already.
@@ -48,6 +49,7 @@ class ShardWriter:
         max_bytes: float = 500e6,
         split: str = "train",
         overwrite: bool = False,
+        complete: int = 0,
     ) -> None:
         self.out = Path(out_dir)
         self.pattern, self.split = _checked(pattern), safe_split(split)
@@ -57,10 +59,11 @@ class ShardWriter:
         if self._replaced and not overwrite:
             first = self._replaced[0].name
             raise ConfigError(f"{self.out} already holds {first}: choose another folder, or pass overwrite=true")
+        self._paths: list[Path] = [self.out / self._name(i) for i in range(complete)]
         for left in self.out.glob("." + self._name("*") + _PARTIAL):
-            left.unlink()
+            if left not in {partial(p) for p in self._paths}:
+                left.unlink()
         self.samples = 0
-        self._paths: list[Path] = []
         self._file: IO[bytes] | None = None
         self._tar: Any = None
         self._in_shard = self._bytes = 0
@@ -76,24 +79,41 @@ class ShardWriter:
         if key == self._last:
             raise DataError(f"The key {key!r} is given twice in a row: readers would merge the two samples")
         self._last = key
-        added = sum(512 + -(-len(raw) // 512) * 512 for raw in members.values())
-        if self._in_shard >= self.max_samples or (self._in_shard and self._bytes + added > self.max_bytes):
-            self._end_shard()
-        if self._tar is None:
+        if self.is_full_for(members):
+            self.end_shard()
+        if not self._in_shard:
             self._begin_shard()
-        for ending, raw in members.items():
-            # One call per member: webdataset would sort a sample's endings, and their order is kept here.
-            self._tar.write({"__key__": key, ending: raw})
-        self._bytes += added
+        self._append(key, members)
+        self._bytes += stored(members)
         self._in_shard += 1
         self.samples += 1
 
-    def close(self, index: bool = True) -> list[Path]:
-        """Give the shards their names and (by default) write the folder's index; return their paths."""
-        self._end_shard()
+    def is_full_for(self, members: Mapping[str, bytes]) -> bool:
+        """Whether these members begin a new shard: a function of the samples before them alone."""
+        full = self._in_shard >= self.max_samples or self._bytes + stored(members) > self.max_bytes
+        return self._in_shard > 0 and full
+
+    @property
+    def shards(self) -> int:
+        """Shards begun."""
+        return len(self._paths)
+
+    def finished(self, wait: bool = False) -> int:
+        """How many shards, from the first, are complete; ``wait`` for those that are still being written."""
+        return len(self._paths) - (self._in_shard > 0)
+
+    def close(self, index: bool = True, published: bool = False) -> list[Path]:
+        """Give the shards their names and (by default) write the folder's index; return their paths.
+
+        ``published``: an earlier writer may have been stopped while it did so.
+        """
+        self.end_shard()
+        self.finished(wait=True)
         gone = {p.name for p in self._replaced} - {p.name for p in self._paths}
         for path in self._paths:
-            _partial(path).replace(path)
+            if published and path.is_file() and not partial(path).is_file():
+                continue
+            partial(path).replace(path)
         for path in self._replaced:
             Path(f"{path}{SIDECAR}").unlink(missing_ok=True)
             if path.name in gone:
@@ -105,9 +125,10 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Delete what was written; existing shards stay."""
-        self._end_shard()
+        self.end_shard()
+        self.finished(wait=True)
         for path in self._paths:
-            _partial(path).unlink(missing_ok=True)
+            partial(path).unlink(missing_ok=True)
         self._paths = []
 
     def __enter__(self) -> ShardWriter:
@@ -124,19 +145,30 @@ class ShardWriter:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _begin_shard(self) -> None:
-        from webdataset import TarWriter
-
         path = self.out / self._name(len(self._paths))
         self._paths.append(path)
-        self._file = _partial(path).open("wb")
-        self._tar = TarWriter(self._file, user="", group="", mode=0o644, encoder=False, keep_meta=True, mtime=0)
+        self._open(partial(path))
 
-    def _end_shard(self) -> None:
+    def end_shard(self) -> None:
+        """End the shard that is being written, if there is one; the next sample begins another."""
+        if self._in_shard:
+            self._close()
+        self._in_shard = self._bytes = 0
+
+    def _open(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._tar = tar_writer(self._file)
+
+    def _append(self, key: str, members: Mapping[str, bytes]) -> None:
+        for ending, raw in members.items():
+            # One call per member: webdataset would sort a sample's endings, and their order is kept here.
+            self._tar.write({"__key__": key, ending: raw})
+
+    def _close(self) -> None:
+        self._tar.close()
         if self._file is not None:
-            self._tar.close()
             self._file.close()
-            self._file = self._tar = None
-            self._in_shard = self._bytes = 0
+        self._file = self._tar = None
 
     def _name(self, shard: int | str) -> str:
         if isinstance(shard, int):
@@ -155,6 +187,28 @@ class ShardWriter:
         index = load_index(str(path))
         kept = ShardTable(asdict(s) for s in index.shards if s.url not in names)
         ShardIndex(kept).write(path)
+
+
+def tar_writer(file: IO[bytes]) -> Any:
+    """webdataset's writer, with headers free of anything that varies between runs."""
+    from webdataset import TarWriter
+
+    return TarWriter(file, user="", group="", mode=0o644, encoder=False, keep_meta=True, mtime=0)
+
+
+def stored(members: Mapping[str, bytes]) -> int:
+    """Bytes of a sample in a tar: each member has a header and is filled up to a multiple of 512."""
+    sizes = members.lengths() if isinstance(members, HasLengths) else map(len, members.values())
+    return sum(512 + -(-n // 512) * 512 for n in sizes)
+
+
+@runtime_checkable
+class HasLengths(Protocol):
+    """Members whose bytes are not here, but whose lengths are known."""
+
+    def lengths(self) -> Iterable[int]:
+        """Bytes of each member."""
+        ...
 
 
 def safe_split(split: str) -> str:
@@ -179,7 +233,8 @@ def _checked(pattern: str) -> str:
     return pattern
 
 
-def _partial(path: Path) -> Path:
+def partial(path: Path) -> Path:
+    """The hidden name of a shard until all are complete."""
     return path.with_name(f".{path.name}{_PARTIAL}")
 
 

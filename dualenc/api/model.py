@@ -153,7 +153,7 @@ class Model:
         """
         if self.source is None:
             raise ConfigError("recipe: training starts from a saved model; save this one and load it from there")
-        kept = ("kind", "input", "encoder", "lock", "shares")
+        kept = ("kind", "input", "encoder", "lock", "shares", "stream")
         given = [shards] if isinstance(shards, str) else list(shards)
         raw: dict[str, Any] = {
             "name": name,
@@ -440,7 +440,7 @@ class Model:
         return self.embedder.logit_scale(pair) * cosine + (self.embedder.logit_bias(pair) or 0.0)
 
     def _unnormalised(self, inputs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-        return {"features": {m: self.bundle.model.tower(m)(x) for m, x in inputs.items()}}
+        return {"features": {m: self.bundle.model.outputs_of(m, x)["features"] for m, x in inputs.items()}}
 
     def _autocast(self) -> torch.autocast:
         reduced = self._dtype != torch.float32

@@ -23,6 +23,11 @@ Overrides = Annotated[
         autocompletion=names.overrides,
     ),
 ]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps or xpu.")]
+Precision = Annotated[
+    str,
+    typer.Option("--precision", help="fp32, bf16, or fp16 on a GPU: what the model computes in; features stay fp32."),
+]
 AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Allow pipe:COMMAND shards to run their shell commands.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 

@@ -11,7 +11,7 @@ import typer
 
 from dualenc.api.runs import resolve_tasks
 from dualenc.cli import names
-from dualenc.cli.app import AllowPipe, Debug, app, key_values
+from dualenc.cli.app import AllowPipe, Debug, DeviceOption, Precision, app, key_values
 from dualenc.config import load_recipe
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.terminal import PatientConsole, say
@@ -52,7 +52,8 @@ def eval_(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume: take finished tasks from --out as they are.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: Precision = "fp32",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the bootstrap intervals and of the examples shown.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -65,7 +66,7 @@ def eval_(
     from dualenc_evals.harness import evaluate, print_table
     from dualenc_evals.overlap import training_sources
 
-    asked = [*(n.strip() for n in tasks.split(",")), *map(str, task or [])]
+    asked = [*_names(tasks), *map(str, task or [])]
     elsewhere = [n for n in asked if n.startswith("mteb:")]
     chosen = resolve_tasks([n for n in asked if n not in elsewhere])
     if not chosen and not elsewhere:
@@ -77,11 +78,11 @@ def eval_(
         bundle = load_model(model, device=str(world.device))
         kept = None if no_cache else cache or feature_cache()
         if elsewhere:
-            _mteb(bundle, elsewhere, out, world, kept, batch_size)
+            _mteb(bundle, elsewhere, out, world, kept, batch_size, precision)
         if not chosen:
             return
         results = evaluate(
-            bundle.embedder(),
+            bundle.embedder(precision=precision),
             chosen,
             world=world,
             out=out,
@@ -100,8 +101,26 @@ def eval_(
         close_world(world)
 
 
+def _names(listed: str) -> list[str]:
+    """Names that commas separate, except those in parentheses: ``mteb:MTEB(eng, v2)`` is one."""
+    names, depth = [""], 0
+    for c in listed:
+        depth += (c == "(") - (c == ")")
+        if c == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += c
+    return [n.strip() for n in names]
+
+
 def _mteb(
-    bundle: Bundle, tasks: list[str], out: Path | None, world: World, cache: Path | None, batch_size: int
+    bundle: Bundle,
+    tasks: list[str],
+    out: Path | None,
+    world: World,
+    cache: Path | None,
+    batch_size: int,
+    precision: str,
 ) -> None:
     """mteb's tasks: its own JSON files go to a folder ``mteb`` beside ``out``."""
     from dualenc.mteb import evaluate_mteb
@@ -109,7 +128,7 @@ def _mteb(
     folder = Path("mteb") if out is None else out.parent / "mteb"
     root = os.environ.get("DUALENC_DATA")
     data = None if root is None else Path(root) / "mteb"
-    scores = evaluate_mteb(bundle, tasks, folder, world, cache, batch_size, data)
+    scores = evaluate_mteb(bundle, tasks, folder, world, cache, batch_size, data, precision)
     if world.rank == 0:
         rows = [(t, split, f"{100 * v:.2f}") for t, by in scores.items() for split, v in by.items()]
         say("| mteb task | split | main score, % |\n|---|---|---|\n" + "\n".join(f"| {' | '.join(r)} |" for r in rows))
@@ -162,7 +181,8 @@ def embed(
         typer.Option("--dim", min=1, help="Keep the first dimensions only, of a model trained with loss matryoshka."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other features in --out.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: Precision = "fp32",
     allow_pipe: AllowPipe = False,
     debug: Debug = False,
 ) -> None:
@@ -173,6 +193,7 @@ def embed(
     reads it: dualenc embed MODEL folder path=photos, dualenc embed MODEL jsonl path=captions.jsonl.
     """
     from dualenc.data.shards.index import refuse_pipes
+    from dualenc.distill.teachers.cache import write_cache
     from dualenc.distributed.world import close_world, init_world
     from dualenc.features.of_shards import embed_shards
     from dualenc.features.of_source import embed_source
@@ -182,16 +203,8 @@ def embed(
     world = init_world(device, _PATIENCE_S, None)
     try:
         bundle = load_model(model, device=str(world.device))
-        chosen = words(modalities)
-        if settings:
-            given, stored = key_values(settings), dtype or "fp32"
-            done = embed_source(bundle, shards, given, out, chosen, batch_size, stored, world, overwrite, dim)
-        elif recipe is None:
-            refuse_pipes(shards, allow_pipe, "--allow-pipe")
-            done = embed_shards(bundle, shards, out, chosen, batch_size, dtype or "fp32", world, overwrite, dim)
-        else:
-            from dualenc.distill.teachers.cache import write_cache
-
+        how = (batch_size, dtype or "fp32", world, overwrite, dim, precision)
+        if recipe is not None:
             done = write_cache(
                 bundle,
                 load_recipe(recipe, ["data.allow_pipe=true"] if allow_pipe else []),
@@ -202,7 +215,13 @@ def embed(
                 batch_size=batch_size,
                 world=world,
                 overwrite=overwrite,
+                precision=precision,
             )
+        elif settings:
+            done = embed_source(bundle, shards, key_values(settings), out, words(modalities), *how)
+        else:
+            refuse_pipes(shards, allow_pipe, "--allow-pipe")
+            done = embed_shards(bundle, shards, out, words(modalities), *how)
         _also(layout, out, world)
         if world.rank == 0:
             say(json.dumps(done, indent=1))
@@ -258,7 +277,8 @@ def interpolate(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not read or write the feature cache.")] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
+    precision: Precision = "fp32",
     debug: Debug = False,
 ) -> None:
     """Evaluate weights between two models, (1 - alpha) A + alpha B (WiSE-FT)."""
@@ -278,7 +298,7 @@ def interpolate(
     world = init_world(device, 600, None)
     try:
         cache = None if no_cache else feature_cache()
-        done = run(a, b, shares, chosen, out, keep, world, str(world.device), batch_size, cache)
+        done = run(a, b, shares, chosen, out, keep, world, str(world.device), batch_size, cache, precision)
         if world.rank == 0:
             if chosen:
                 say(markdown(done))
@@ -300,7 +320,7 @@ def regions(
     ] = None,
     labels: Annotated[bool, typer.Option("--labels", help="Train probes on the skipped keyframes.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the views, and of an untrained model.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     debug: Debug = False,
 ) -> None:
     """Evaluate a bird's-eye-view map: region retrieval, object matching over time, and probes on the frozen map."""
@@ -338,7 +358,7 @@ def robustness(
         str, typer.Option("--kinds", help="Sensor failures to test, comma-separated.")
     ] = "beams,pictures,turned_deg,fog",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Number of items embedded at once.")] = 64,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     debug: Debug = False,
 ) -> None:
     """Evaluate tasks with missing LiDAR beams, black images, a wrong calibration, and fog."""
@@ -359,6 +379,28 @@ def robustness(
         close_world(world)
 
 
+_CALIBRATION = 256
+"""Files of a modality that int8 graphs are calibrated with."""
+
+
+def calibration_items(bundle: Bundle, folder: Path) -> dict[str, list[bytes]]:
+    """Modality → the first files of a folder that are of it, by their extensions; texts are lines of .txt files.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    from dualenc.api.items import endings
+
+    if not folder.is_dir():
+        raise ConfigError(f"--int8: there is no folder {folder}")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    found: dict[str, list[bytes]] = {}
+    for m, source in bundle.inputs.items():
+        mine = tuple(f".{e}" for e in endings(source))
+        found[m] = [p.read_bytes() for p in files if p.name.lower().endswith(mine)][:_CALIBRATION]
+    return found
+
+
 @app.command("export")
 def export_(
     model: Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.")],
@@ -371,6 +413,10 @@ def export_(
         str | None, typer.Option("--push", help="ORG/NAME on the Hugging Face Hub: upload the folder there.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: create the repository as private.")] = False,
+    int8: Annotated[
+        Path | None,
+        typer.Option("--int8", help="With --format onnx: int8 graphs too, calibrated on the files of this folder."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Export a model for other libraries, with a model card; --push uploads it."""
@@ -380,7 +426,16 @@ def export_(
 
     if push is not None:
         check_repository(push)
-    folder = export(load_model(model), layout, out, model, results)
+    if int8 is not None and layout != "onnx":
+        raise ConfigError(f"--int8 {int8}: only --format onnx has int8 graphs")
+    bundle = load_model(model)
+    calibration = {} if int8 is None else calibration_items(bundle, int8)
+    folder = export(bundle, layout, out, model, results)
     PatientConsole().print(f"written: {folder}", highlight=False, soft_wrap=True)
+    if int8 is not None:
+        from dualenc.model.export.onnx_int8 import write_int8
+
+        for m, cosine in write_int8(bundle, folder, calibration).items():
+            say(f"{m}.int8.onnx: mean cosine {cosine:.4f} with the features of {m}.onnx on the files of {int8}")
     if push is not None:
         PatientConsole().print(push_folder(folder, push, private), highlight=False, soft_wrap=True)

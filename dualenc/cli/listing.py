@@ -31,7 +31,8 @@ MOST_GROUPS = 60
 @app.command("list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="recipes, encoders, losses, terms, sources or tasks", autocompletion=names.lists)
+        str,
+        typer.Argument(help="recipes, encoders, losses, terms, plans, sources or tasks", autocompletion=names.lists),
     ],
     only: Annotated[
         str, typer.Argument(metavar="[FILTER]", help="Only names that contain this: dualenc list encoders vit_base")
@@ -44,6 +45,7 @@ def list_(
         "encoders": _encoders,
         "losses": _losses,
         "terms": _terms,
+        "plans": _plans,
         "sources": _sources,
         "tasks": _tasks,
     }
@@ -110,15 +112,23 @@ def _terms(only: str) -> None:
     _registered("distillation term", "terms", "dualenc.distill.terms", only)
 
 
-def _registered(what: str, registry: str, room: str, only: str) -> None:
-    """A list of ``registry`` in the package ``room``: nothing is imported but what ``--plugins`` names."""
+def _plans(only: str) -> None:
+    _registered("batch plan", "batch_plans", "dualenc.data.batches", only, home="dualenc.data.batches")
+
+
+def _registered(what: str, registry: str, room: str, only: str, home: str | None = None) -> None:
+    """A list of ``registry`` in the package ``room``: nothing is imported but what ``--plugins`` names.
+
+    Args:
+        home: the package that has the registry itself; default: the one below dualenc.
+    """
     package, *below = room.split(".")
     found = docstrings(registry, Path(__file__).parents[1].joinpath(*below))
     rows = {n: (summary(doc), "dualenc") for n, doc in found.items()}
     group = f"{package}.{registry}"
     rows |= {n: ("", ", ".join(e.module for e in same)) for n, same in plugins.entry_points(group).items()}
     if plugins.are_named():
-        entries: Registry[Any] = vars(import_module(".".join([package, below[0]])))[registry]
+        entries: Registry[Any] = vars(import_module(home or ".".join([package, below[0]])))[registry]
         outside = (n for n in entries if entries.source(n) != "dualenc")
         rows |= {n: (summary(entries.loaded()[n].__doc__ or ""), entries.source(n)) for n in outside}
     _print(what, ((n, *row) for n, row in sorted(rows.items())), only)
@@ -181,17 +191,21 @@ LINES = ("Formula", "Paper", "Needs")
 """What a loss or term says of itself in lines of its docstring that begin so."""
 
 
+OF_PLANS = ("Keeps", "Paper", "Needs")
+"""The same of a batch plan."""
+
+
 def said(doc: str) -> dict[str, str]:
-    """Formula, Paper and Needs of a docstring, those that it has."""
+    """Formula, Keeps, Paper and Needs of a docstring, those that it has."""
     found = (line.strip().partition(": ") for line in doc.split("\n"))
-    return {name: text for name, _, text in found if name in LINES}
+    return {name: text for name, _, text in found if name in (*LINES, *OF_PLANS)}
 
 
 def summary(doc: str) -> str:
-    """The first line of a docstring, then its formula, paper and needs, a line each."""
+    """The first line of a docstring, then its formula, what it keeps, paper and needs, a line each."""
     lines = said(doc)
     more = [lines["Formula"]] if "Formula" in lines else []
-    more += [f"{name.lower()}: {lines[name]}" for name in LINES[1:] if name in lines]
+    more += [f"{name.lower()}: {lines[name]}" for name in OF_PLANS if name in lines]
     return "\n".join([doc.strip().split("\n")[0], *more])
 
 

@@ -17,7 +17,10 @@ mine_app = typer.Typer(
 )
 app.add_typer(mine_app, name="mine")
 
-Features = Annotated[Path, typer.Argument(help="A folder that dualenc embed MODEL SHARDS wrote.")]
+Features = Annotated[
+    list[Path],
+    typer.Argument(help="Folders that dualenc embed MODEL SHARDS wrote; of several models, their features end to end."),
+]
 Modalities = Annotated[
     str,
     typer.Option("--modalities", help="Comma-separated; default: all that are stored, with the mean of their cosines."),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 SOURCES = ("folder", "jsonl", "json", "csv", "parquet", "hf", "kitti", "kitti_raw", "nuscenes", "quickstart")
-LISTS = ("recipes", "encoders", "losses", "terms", "sources", "tasks")
+LISTS = ("recipes", "encoders", "losses", "terms", "plans", "sources", "tasks")
 
 
 def recipes(incomplete: str) -> list[str]:

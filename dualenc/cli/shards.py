@@ -1,4 +1,4 @@
-"""dualenc shards build, index, check, filter, select, view."""
+"""dualenc shards build, index, check, filter, select, report, view."""
 
 from __future__ import annotations
 
@@ -95,16 +95,21 @@ def shards_build(
     options: Annotated[
         list[str] | None, typer.Argument(help="Settings of the source, key=value: path=captions.jsonl split=train")
     ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray: on a Ray cluster.")] = "local",
+    address: Annotated[
+        str,
+        typer.Option("--address", help="Of the Ray cluster; auto: a running one, else one is started on this machine."),
+    ] = "auto",
     debug: Debug = False,
 ) -> None:
-    """Pack a data set into webdataset shards with an index."""
+    """Pack a data set into webdataset shards with an index. A stopped build goes on with the same command."""
     from dualenc_data_tools.build import build, of_file, print_report
 
     given = key_values(options or [])
     if source.endswith((".yaml", ".yml")):
         source, settings = of_file(source)
         given = {**settings, **given}
-    print_report(build(source, out, given))
+    print_report(build(source, out, given, engine=engine, address=address))
 
 
 @shards_app.command("index")
@@ -211,13 +216,23 @@ def shards_duplicates(
     of: Annotated[
         str | None, typer.Option("--of", help="image, audio or text; default: the first that the samples have.")
     ] = None,
+    near: Annotated[
+        bool, typer.Option("--near", help="Find near texts (MinHash) and clips (spectral peaks), too; images always.")
+    ] = False,
+    features: Annotated[
+        Path | None, typer.Option("--features", help="Features of these shards (dualenc embed): close ones are near.")
+    ] = None,
+    min_cosine: Annotated[
+        float, typer.Option("--min-cosine", min=0, max=1, help="Cosine from which features are close.")
+    ] = 0.95,
     debug: Debug = False,
 ) -> None:
     """Find samples whose item is equal (decoded) or, for images, near; write a selection without the repeats."""
-    from dualenc_data_tools.choose.duplicates import duplicates
+    from dualenc_data_tools.choose.duplicates import ByFeatures, duplicates
     from dualenc_data_tools.choose.tables import print_duplicates
 
-    print_duplicates(duplicates(shards, out, of))
+    by = ByFeatures(features, min_cosine) if features is not None else None
+    print_duplicates(duplicates(shards, out, of, near, by))
 
 
 @shards_app.command("contamination")
@@ -230,6 +245,7 @@ def shards_contamination(
     report: Annotated[
         Path | None, typer.Option("--report", help="Write every hit as a JSON line: task, item, sample, kind.")
     ] = None,
+    near: Annotated[bool, typer.Option("--near", help="Compare texts and near clips, too.")] = False,
     debug: Debug = False,
 ) -> None:
     """Find samples that occur, equal or near, among the items of evaluation tasks; write a selection without them."""
@@ -237,11 +253,27 @@ def shards_contamination(
     from dualenc_data_tools.choose.duplicates import contamination
     from dualenc_data_tools.choose.tables import print_hits
 
-    items = items_of([t for t in tasks.split(",") if t])
+    items = items_of([t for t in tasks.split(",") if t], near)
     hits, selection, total = contamination(shards, items, out)
     if report is not None:
         write_hits(report, hits)
     print_hits(hits, items, selection, total)
+
+
+@shards_app.command("report")
+def shards_report(
+    shards: Annotated[list[str], typer.Argument(help="Shards: paths, brace patterns, URLs.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("shards-report.html"),
+    looked: Annotated[int, typer.Option("--looked-at", min=1, help="How many samples are measured.")] = 2000,
+    sheet: Annotated[int, typer.Option("--sheet", min=0, help="Samples on the contact sheet.")] = 36,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choice of samples.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write an HTML page about shards: contact sheet, distributions, scores at their quantiles, duplicates, filters."""
+    from dualenc_data_tools.shard_report import shard_report
+
+    page = shard_report(shards, out, looked, sheet, seed)
+    Console().print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @shards_app.command("view")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -19,7 +20,7 @@ from dualenc.api.runs import train as run
 from dualenc.cli import names
 from dualenc.cli.app import AllowPipe, Debug, Overrides, app
 from dualenc.cli.finished import print_finished
-from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name
+from dualenc.config import Recipe, dump_yaml, load_recipe, pair_name, phase_recipes
 from dualenc.errors import ConfigError
 
 
@@ -56,6 +57,7 @@ def train(
         if profile is not None and dry_run:
             raise ConfigError("--profile measures real steps: leave out --dry-run")
         if dry_run:
+            atexit.register(gc.freeze)  # or Python would look at all of torch's objects once more when it ends: 0.6 s
             _checked(loaded)
             if os.environ.get("RANK", "0") == "0":
                 print_plan(loaded)
@@ -104,6 +106,7 @@ def print_plan(recipe: Recipe) -> None:
     from dualenc.train.check import check_length
     from dualenc.train.loop import run_folder
     from dualenc.train.memory import memory_lines
+    from dualenc.train.phases import Span, timeline
     from dualenc.train.probe import standing_memory
     from dualenc_data_tools.glance import glance
 
@@ -138,17 +141,19 @@ def print_plan(recipe: Recipe) -> None:
             told = f"source {s.source}, {s.chosen.told(sum(s.counts))}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
     console.print(f"samples per epoch: {per_pass:,}", highlight=False)
-    steps = total_steps(recipe, per_pass)
-    seen = steps * recipe.batch.size
+    last = timeline(recipe)[-1] if recipe.phases else Span.whole(recipe, total_steps(recipe, per_pass))
+    steps, seen = last.total, last.total_samples
+    sizes = sorted({one.batch.size for one in phase_recipes(recipe)})
+    of = " or ".join(f"{size:,}" for size in sizes)
     passes = f" ({seen / per_pass:.2f} epochs)"
-    console.print(f"steps: {steps:,} of {recipe.batch.size:,} samples = {seen:,} samples{passes}", highlight=False)
+    console.print(f"steps: {steps:,} of {of} samples = {seen:,} samples{passes}", highlight=False)
     check_length(recipe, steps)
     if recipe.phases:
         print_phases(console, recipe)
     check_data(recipe, bundle)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     console.print(standing_memory(bundle.model, recipe, ranks), highlight=False, markup=False)
-    for line in memory_lines(loss, bundle.model, per_pass, recipe.embed_dim, ranks):
+    for line in memory_lines(loss, bundle, per_pass, ranks):
         console.print(line, highlight=False, markup=False)
     check_values(recipe.data, sets)
     for note in glance(recipe, sets):
@@ -169,12 +174,11 @@ def print_phases(console: Console, recipe: Recipe) -> None:
     for span, (parameters, trained) in zip(spans, check_models(recipe), strict=True):
         now = span.recipe.model_dump(mode="json")
         changes = [f"{k} = {new!r} (was {old!r})" for k, old, new in differences("", before, now)]
-        samples = span.start * recipe.batch.size
-        where = f"phase {span.number} from step {span.start:,} ({samples:,} samples) to {span.stop:,}"
+        where = f"phase {span.number} from step {span.start:,} ({span.samples:,} samples) to {span.stop:,}"
         said = f"{where}: trains {trained:,} of {parameters:,} parameters{'; ' if changes else ''}{'; '.join(changes)}"
         console.print(said, highlight=False, markup=False)
         if span.number and span.data_phase == span.number and span.recipe.data.batches is not None:
-            for line in prepare(span.recipe.data, recipe.batch.size, span.data_seed).describe():
+            for line in prepare(span.recipe.data, span.recipe.batch.size, span.data_seed).describe():
                 console.print(line, highlight=False, markup=False)
         before = now
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dualenc.cli.app import Debug, app
+from dualenc.cli.app import Debug, DeviceOption, app
 from dualenc.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ ModelArgument = Annotated[str, typer.Argument(help="A MODEL, as in dualenc eval.
 ModalityOption = Annotated[
     str | None, typer.Option("--modality", help="Modality of the files; default: by file extension.")
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Number of items encoded at once.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per line and result.")]
 

@@ -36,11 +36,11 @@ class Method(Section):
 class Comparison(Section):
     """Methods, of which the first is the control, and what they have in common."""
 
-    name: str = Field(description="of the study; its folder is runs/compare/NAME unless --out says another")
-    recipe: str = Field(default="", description="the recipe of methods that name none")
+    name: str = Field(description="name of the study; its folder is runs/compare/NAME unless --out names another")
+    recipe: str = Field(default="", description="recipe of the methods that name none of their own")
     overrides: list[str] = Field(default=[], description="key=value for every run: the budget, the size of the towers")
     seeds: Annotated[list[int], Field(min_length=1)] = Field(
-        default=[0, 1, 2], description="a number of seeds, 0, 1, …, or a list of them"
+        default=[0, 1, 2], description="how many seeds (3: 0, 1, 2), or a list of them"
     )
     tasks: list[str] = Field(default=[], description="tasks measured at the end; empty: each recipe's eval.tasks")
     ranks: Positive = Field(default=1, description="processes of each run, as in dualenc launch --nproc")
@@ -66,7 +66,7 @@ class Comparison(Section):
         before: list[str] = []
         for name, method in self.methods.items():
             if not _NAME.fullmatch(name):
-                raise ValueError(f"methods: {name!r} is to be a folder's name; use letters, digits and . _ + -")
+                raise ValueError(f"methods: {name!r} cannot be the name of a folder; use letters, digits and . _ + -")
             if not (method.recipe or self.recipe):
                 raise ValueError(f"methods: {name} has no recipe; give it one, or give one for the study")
             for needed in (n for item in method.overrides for n in _RUN.findall(item)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dualenc.config.section import Component, Positive, Section
-from dualenc.errors import did_you_mean
+from dualenc.config.stream import Stream
+from dualenc.errors import ConfigError, did_you_mean
 
 
 class Unlocked(Section):
@@ -46,6 +47,10 @@ class Modality(Section):
     shares: str | None = Field(
         default=None, description="another modality whose tower also encodes this one; then leave encoder out"
     )
+    stream: Stream | str | None = Field(
+        default=None,
+        description="with shares: a projector, dropout and drop path of its own; a name: those of that modality",
+    )
     init_from: str | None = Field(
         default=None, description="start from the same tower of a trained MODEL; MODEL#NAME: from its modality NAME"
     )
@@ -62,7 +67,15 @@ class Modality(Section):
     def _one_way(self) -> Modality:
         if self.lock and self.lora is not None:
             raise ValueError("lora already freezes the tower's own weights; leave lock out")
+        if self.stream is not None and self.shares is None:
+            raise ValueError("stream is for a modality that shares a tower; add shares, or leave stream out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_stream(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without streams are written, compared and resumed as they were before there were any."""
+        out: dict[str, Any] = write(self)
+        return out if self.stream is not None else {k: v for k, v in out.items() if k != "stream"}
 
 
 def with_shared(parts: Mapping[str, Any], name: str) -> Any:
@@ -84,3 +97,24 @@ def with_shared(parts: Mapping[str, Any], name: str) -> Any:
         if key in ("encoder", "lock", "lora", "init_from") and value != taken.get(key, value):
             raise ValueError(f"modalities.{name}.{key}: this modality shares the tower of {shares!r}; leave {key} out")
     return {**part, **taken, "shares": shares}
+
+
+def streams_of(parts: Mapping[str, Modality]) -> dict[str, tuple[str, Stream]]:
+    """Modality with a stream → the modality whose stream it is (itself, or the one it names) and its settings.
+
+    Raises:
+        ConfigError: it names a modality that has no stream of its own, or whose tower is another.
+    """
+    own = {m: p.stream for m, p in parts.items() if isinstance(p.stream, Stream)}
+    out = {m: (m, stream) for m, stream in own.items()}
+    for m, part in parts.items():
+        if not isinstance(part.stream, str):
+            continue
+        if part.stream not in own or parts[part.stream].shares != part.shares:
+            near = [o for o in own if parts[o].shares == part.shares]
+            raise ConfigError(
+                f"modalities.{m}.stream: {part.stream!r} is not a modality with a stream of its own that shares "
+                f"{part.shares!r}. {did_you_mean(part.stream, near)}"
+            )
+        out[m] = (part.stream, own[part.stream])
+    return out

@@ -67,19 +67,33 @@ class Phase(BaseModel):
         return number * each[found["unit"]]
 
     @property
+    def in_steps(self) -> bool:
+        """Whether it begins at a step of that number, whatever batches were before it."""
+        return isinstance(self.at, str) and self.at.strip().endswith("steps")
+
+    @property
+    def in_percent(self) -> bool:
+        """Whether it begins at a share of the run."""
+        return isinstance(self.at, str) and self.at.strip().endswith("%")
+
+    @property
     def in_epochs(self) -> bool:
         """Whether the data must be counted to say where it begins."""
         return isinstance(self.at, str) and self.at.strip().endswith(("epochs", "passes"))
 
 
 def check_kept(number: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Refuse a phase that changes what a run keeps: the architecture, the batch, the kind of optimizer.
+    """Refuse a phase that changes what a run keeps: the architecture, the kind of optimizer.
 
     Raises:
         ConfigError: naming the key.
     """
-    fixed = [("batch", "size"), *(("optim", k) for k in ("name", "ema_samples", "trajectory"))]
-    for section, key in fixed:
+    if after["optim"].get("trajectory") and before["batch"]["size"] != after["batch"]["size"]:
+        raise ConfigError(
+            f"phases.{number}.batch.size: {after['batch']['size']!r} differs from the {before['batch']['size']!r} that "
+            "the run begins with, and optim.trajectory weighs steps of one size; leave one of them out"
+        )
+    for section, key in (("optim", k) for k in ("name", "ema_samples", "trajectory")):
         if before[section].get(key) != after[section].get(key):
             raise ConfigError(
                 f"phases.{number}.{section}.{key}: {after[section].get(key)!r} differs from the "

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from dualenc.config.distill import Distill, with_anchor
-from dualenc.config.modality import Modality, with_shared
+from dualenc.config.modality import Modality, streams_of, with_shared
 from dualenc.config.phases import Phase, check_kept
 from dualenc.config.reading import apply_override, merge, parse, read_yaml
 from dualenc.config.section import Component, Positive, Section, Share
@@ -243,15 +243,28 @@ class EngineConfig(Section):
     compile: Literal[False, True, "blocks"] = Field(
         default=False, description="torch.compile each tower; blocks: each of its repeated blocks, which starts faster"
     )
-    grad_checkpointing: bool = Field(
-        default=False, description="recompute activations in the backward instead of keeping them"
+    grad_checkpointing: bool | Positive = Field(
+        default=False,
+        description="recompute activations in the backward instead of keeping them; N: those of every N-th block only",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is a GPU")
+    channels_last: Literal["auto", True, False] = Field(
+        default="auto", description="convolutional image towers in channels-last layout; auto: on CUDA"
+    )
+    float8: bool = Field(
+        default=False, description="linear layers of the towers multiply in float8, with torchao on an H100 or newer"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = Field(
+        default="auto", description="auto: CUDA where there is a GPU; mps, xpu: where torch has it, one rank"
+    )
     threads: Positive | None = Field(
         default=None, description="CPU threads per process; default: torch's own, shared among local ranks"
     )
     timeout_s: Positive = Field(
         default=600, description="seconds that a rank waits for the others before the run ends with an error"
+    )
+    find_unused: Literal["auto", True, False] = Field(
+        default="auto",
+        description="DDP: search for parameters without gradient in every step; auto: if a trial run finds any",
     )
     max_nonfinite: Positive = Field(default=10, description="stop after this many non-finite steps in a row")
 
@@ -406,6 +419,7 @@ class Recipe(Section):
                     raise ValueError(f"pairs: there is no modality {m!r}. {did_you_mean(m, self.modalities)}")
             if pair[0] == pair[1]:
                 raise ValueError(f"pairs: {pair[0]!r} cannot be paired with itself")
+        streams_of(self.modalities)
         scale = self.logit_scale
         if scale.init > scale.max:
             raise ValueError(

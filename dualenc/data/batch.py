@@ -62,6 +62,7 @@ class Batch:
         keys: the B sample ids ("source/shard/key") for reports, tests and NaN post-mortems.
         bad: samples lost while making this batch.
         step: the global step this batch belongs to.
+        seen: samples that the run has seen before this step; None where nobody counted: steps of one size.
         load_s: seconds the worker spent on it.
         passes: LongTensor [B]: the epoch of its source that each slot's sample is from; augmentation depends on it.
         numbers: LongTensor [B]: the number of each slot's sample among all samples of the sources, from 0, the same in
@@ -86,6 +87,7 @@ class Batch:
     views: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     teachers: dict[str, TeacherRows] = field(default_factory=dict)
+    seen: int | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to ``device`` (non-blocking where the memory is pinned)."""

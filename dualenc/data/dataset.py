@@ -89,9 +89,10 @@ class StepDataset(Dataset[Any]):
         redraw: Mapping[str, tuple[int, int]] | None = None,
         kinds: Mapping[str, ValueKind] | None = None,
         order_from: int = 0,
+        order_offset: int = 0,
     ) -> None:
         self.views, self.redraw, self.kinds = dict(views or {}), dict(redraw or {}), dict(kinds or {})
-        self.order_from = order_from
+        self.order_from, self.order_offset = order_from, order_offset
         self.labels = [labels_of(data, i) for i in range(len(data.sources))]
         self.plan, self.sets, self.inputs, self.pairs, self.wanted = plan, sets, inputs, list(pairs), wanted
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
@@ -142,7 +143,7 @@ class StepDataset(Dataset[Any]):
 
     def planned(self, step: int) -> Refs:
         """The samples of this rank in a step."""
-        return self.plan.local(step - self.order_from, self.rank, self.world, self.batch_size)
+        return self.plan.local(step - self.order_from, self.rank, self.world, self.batch_size, self.order_offset)
 
     def _refs(self, step: int) -> Refs:
         """The samples of a step. Of remote shards, what this process's next steps read is asked for, too."""

@@ -46,7 +46,8 @@ class Loader:
         views: name → a further version of a modality's items.
         redraw: modality → (seed, passes): its augmentation is drawn as in run ``seed``, with epoch p as epoch
             p % ``passes``, so that stored views are repeated.
-        order_from: the step at which the order begins; a phase with other data begins it anew.
+        order_from: the step from which on batches are counted, after the first ``order_offset`` positions of the order;
+            a phase with other data begins it anew, one with another batch goes on in it.
 
     Attributes:
         plan: the order.
@@ -75,6 +76,7 @@ class Loader:
         views: Mapping[str, TeacherView] | None = None,
         redraw: Mapping[str, tuple[int, int]] | None = None,
         order_from: int = 0,
+        order_offset: int = 0,
     ) -> None:
         if batch_size % world:
             raise ConfigError(f"batch.size ({batch_size}) must be a multiple of the {world} ranks.")
@@ -110,6 +112,7 @@ class Loader:
             redraw,
             _kinds(data, self.sets, self._cache),
             order_from,
+            order_offset,
         )
         self._iterator: Any = None
         self._lost_worker = False
@@ -141,7 +144,8 @@ class Loader:
             self._watchdog.stop()
             self._watchdog = None
         iterator, self._iterator = self._iterator, None
-        # Releasing torch's iterator stops its workers, but the traceback of a pending exception may still hold it.
+        # Releasing torch's iterator stops its workers, but the traceback of a pending exception may still hold it. The
+        # iterator of data.workers: 0 has none to stop, and there may be no iterator.
         shutdown = getattr(iterator, "_shutdown_workers", None)
         if shutdown is not None:
             try:

@@ -275,11 +275,15 @@ class Plan:
             shard[here], sample[here], passes[here] = self.sources[i].at(q[here])
         return Refs(source, shard, sample, passes)
 
-    def local(self, step: int, rank: int, world: int, batch_size: int) -> Refs:
-        """The samples of one rank: the slots j of step ``step`` with ``j % world == rank``; batch_size is global."""
+    def local(self, step: int, rank: int, world: int, batch_size: int, offset: int = 0) -> Refs:
+        """The samples of one rank: the slots j of step ``step`` with ``j % world == rank``; batch_size is global.
+
+        Args:
+            offset: positions before step 0, read in batches of another size.
+        """
         if batch_size % world:
             raise ConfigError(f"batch.size ({batch_size}) must be a multiple of the {world} ranks.")
-        return self.at(step * batch_size + np.arange(rank, batch_size, world, dtype=np.int64))
+        return self.at(offset + step * batch_size + np.arange(rank, batch_size, world, dtype=np.int64))
 
     def _apportion(self, P: Ints) -> tuple[Ints, Ints]:
         """Source and position within the source of every global position."""

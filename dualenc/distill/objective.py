@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from dualenc.config import Distill, settings_as
 from dualenc.data.batch import ABSENT
 from dualenc.distill.terms.term import Columns, PairInputs, TeacherSide, Term, terms
 from dualenc.losses import Extras, Loss, LossOutput
+from dualenc.losses.loss import SideName
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Distillation(Loss):
         super().__init__()
         self.weight, self.hard, self.teachers = config.hard, hard, list(teachers)
         self.terms = build_terms(config)
+
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """What the recipe's own loss gathers; terms that ask later gather by themselves."""
+        return self.hard.gathers(global_batch, device) if self.weight else ()
 
     def forward(
         self,

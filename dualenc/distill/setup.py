@@ -13,7 +13,7 @@ from dualenc.data.batch import Batch
 from dualenc.data.dataset import TeacherView
 from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import Distillation, build_terms, head_name
-from dualenc.distill.teachers.look_ahead import LookAheadTeacher
+from dualenc.distill.teachers.look_ahead import LookAheadTeacher, Weights
 from dualenc.distill.teachers.teacher import TeacherSource, build_teacher, with_teachers
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses import Loss
@@ -57,11 +57,12 @@ class Distiller:
         for t in self.teachers:
             t.covers(sets)
 
-    def prepare(self, batch: Batch, module: nn.Module, loss: Loss) -> Batch:
-        """The batch with every teacher's features. A teacher that follows the student looks at ``module`` first."""
+    def prepare(self, batch: Batch, weights: Weights, loss: Loss) -> Batch:
+        """The batch with every teacher's features. A teacher that follows the student asks for its ``weights`` first:
+        a name of its state dict → the whole tensor."""
         batch = with_teachers(batch, [t for t in self.teachers if t is not self.follower])
         if self.follower is not None:
-            self.follower.follow(module, batch, loss)
+            self.follower.follow(weights, batch, loss)
             batch = with_teachers(batch, [self.follower])
         return batch
 

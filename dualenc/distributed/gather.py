@@ -7,6 +7,7 @@ parameter gradients over ranks, so nothing else is scaled, for any world size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,10 +103,64 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Concatenate ``x [B, …]`` of all ranks → ``[W·B, …]``, without gradient and without a check of the shapes."""
-    out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
+    """Concatenate ``x [B, …]`` of all ranks → ``[W·B, …]``, without gradient and without a check of the shapes.
+
+    If a gather of ``x`` is under way (:func:`hand_over`), this waits for it and sends nothing.
+    """
+    if (started := _under_way.pop(id(x), None)) is not None:
+        return started.begun.wait()
+    return begin_all_gather(x, wait=True).out
+
+
+@dataclass(slots=True)
+class Begun:
+    """An all-gather that is under way.
+
+    Attributes:
+        sent: what this rank sends; nobody may free or change it before the end.
+        out: [W·B, …], to be read after :meth:`wait`.
+    """
+
+    sent: Tensor
+    out: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """``out`` when it is there. On CUDA the stream waits and the host does not."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.out
+
+
+def begin_all_gather(x: Tensor, wait: bool = False) -> Begun:
+    """Start :func:`all_gather` and return while it runs; with ``wait``, when it is done.
+
+    Collectives of one group run in the order in which they were begun, so every rank must begin them in the same order.
+    """
+    sent = x.detach().contiguous()
+    out = sent.new_empty((world_size() * sent.shape[0], *sent.shape[1:]))
+    return Begun(sent, out, dist.all_gather_into_tensor(out, sent, async_op=not wait))
+
+
+@dataclass(slots=True)
+class _Promised:
+    x: Tensor  # held, so that no other tensor has its id
+    begun: Begun
+
+
+_under_way: dict[int, _Promised] = {}
+"""Gathers that were begun before anyone asked for them, by the id of the tensor that will be asked for."""
+
+
+def hand_over(begun: Begun, x: Tensor) -> None:
+    """Let the next gather of ``x``, this very tensor, have what ``begun`` brings; it was begun with the same values."""
+    _under_way[id(x)] = _Promised(x, begun)
+
+
+def withdraw(x: Tensor) -> bool:
+    """Forget what was handed over for ``x``; whether nobody had asked for it."""
+    return _under_way.pop(id(x), None) is not None
 
 
 def reduce_scatter_sum(x: Tensor) -> Tensor:

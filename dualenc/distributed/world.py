@@ -10,7 +10,7 @@ import datetime
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from dualenc.distributed.devices import device_of_rank
 from dualenc.errors import ConfigError, DataError, DualencError
 
 T = TypeVar("T")
@@ -59,16 +60,16 @@ def init_world(device: str = "auto", timeout_s: float = 600.0, threads: int | No
     """Join the process group that the environment describes; without one, the world is this process alone.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        device: one of ``dualenc.distributed.devices.NAMES``.
         timeout_s: collectives that wait longer raise.
         threads: CPU threads of this process; default: torch's own, shared among the ranks of this machine.
 
     Raises:
-        ConfigError: if the environment is incomplete, or CUDA is asked for and absent.
+        ConfigError: if the environment is incomplete, or the device is not there.
     """
     place = _place(os.environ)
     _set_threads(threads, place.local_world_size)
-    where = _device(device, place.local_rank, _bound_by_slurm(os.environ))
+    where = device_of_rank(device, place.local_rank, place.world_size, _bound_by_slurm(os.environ))
     if place.world_size == 1:
         return World(device=where, timeout_s=timeout_s)
     for key, value in _launcher_variables(os.environ, place).items():
@@ -185,33 +186,6 @@ def _bound_by_slurm(env: Mapping[str, str]) -> bool:
     return by_srun and ("SLURM_GPUS_PER_TASK" in env or "SLURM_TRES_PER_TASK" in env)
 
 
-def check_device(name: str) -> None:
-    """Refuse ``engine.device: cuda`` on a machine without a CUDA device.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device is cuda, but torch sees no CUDA device; use auto or cpu")
-
-
-def _device(name: str, local_rank: int, bound: bool = False) -> torch.device:
-    """Of what is visible: the first device where each task sees only its own (``bound``), else that of the rank."""
-    check_device(name)
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if bound:
-        local_rank = 0
-    if local_rank >= count:
-        raise ConfigError(
-            f"Local rank {local_rank} has no GPU: this machine has {count}; start at most that many ranks on it"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 def _set_threads(threads: int | None, local_world_size: int) -> None:
     if threads is None and local_world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # torchrun sets OMP_NUM_THREADS=1 when nobody did: share the cores instead.
@@ -231,6 +205,16 @@ def _silence_renamed_collectives() -> None:
 def world_size() -> int:
     """Number of ranks in the process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_of_ranks(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The mean over ranks of each tensor, in one reduction; without gradient."""
+    if world_size() == 1:
+        return list(tensors)
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    return [x.view_as(t) for x, t in zip(torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True)]
 
 
 def rank() -> int:

@@ -12,6 +12,7 @@ from dualenc.encoders.dual_encoder import DualEncoder, decay_groups
 from dualenc.encoders.families import encoder_origin, families, find, own_towers
 from dualenc.encoders.tower import Tower, activations
 from dualenc.encoders.trainable.rows import batch_norm_notes, refuse_mixing, warn_of_untrained_norms
+from dualenc.encoders.trainable.unused import unused_parameters
 from dualenc.errors import ConfigError
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "list_encoders",
     "own_towers",
     "refuse_mixing",
+    "unused_parameters",
     "warn_of_untrained_norms",
 ]
 

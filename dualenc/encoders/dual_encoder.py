@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
+from dualenc.config.stream import Stream
 from dualenc.encoders.hidden import Hidden
 from dualenc.encoders.negatives import joined, parted
-from dualenc.encoders.tower import Tower
+from dualenc.encoders.streams import BlockNoise, build_projector
+from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
+from dualenc.encoders.trainable.recompute import recompute_every
 from dualenc.errors import ConfigError
 
 
@@ -69,6 +73,11 @@ class DualEncoder(nn.Module):
             locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
         self.hidden: dict[str, Hidden] = {}
+        self.watcher: Callable[[str, Tensor], None] | None = None
+        """Called in the forward with each modality's name and features, before the next tower runs."""
+        self.streams: dict[str, tuple[str, Stream]] = {}
+        self.noise: dict[str, BlockNoise] = {}
+        self.projectors = nn.ModuleDict()
 
     @property
     def modalities(self) -> list[str]:
@@ -95,11 +104,13 @@ class DualEncoder(nn.Module):
             everything, k = joined(x)
             if m in self.hidden:
                 self.hidden[m].begin()
-            said = self.tower(m)(everything, whole=True)
+            said = self.outputs_of(m, everything)
             if m in self.hidden:
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
+            if self.watcher is not None:
+                self.watcher(m, features[m])
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
             for name, value in said.items():
@@ -161,7 +172,42 @@ class DualEncoder(nn.Module):
 
         Under FSDP2 or ZeRO-3 call ``forward({modality: x})`` of the wrapped model instead.
         """
-        return normalised(self.tower(modality)(x))
+        return normalised(self.outputs_of(modality, x)["features"])
+
+    def outputs_of(self, m: str, x: Any) -> dict[str, Tensor]:
+        """What a modality's tower says of collated rows (``Tower.outputs``), not normalised; the features of one with a
+        stream come from its projector."""
+        if m not in self.streams:
+            said: dict[str, Tensor] = self.tower(m)(x)
+            return said
+        projector, stream = self.streams[m]
+        with self.noise[self.shared[m]].active(stream) if self.shared[m] in self.noise else nullcontext():
+            said = self.tower(m)(x)
+        return said | {"features": self.projectors[projector](said["pooled"])} if projector in self.projectors else said
+
+    def add_streams(self, streams: Mapping[str, tuple[str, Stream]], rows: Mapping[str, Any]) -> None:
+        """Give modalities that share a tower a stream of their own: see :class:`dualenc.config.stream.Stream`.
+
+        Args:
+            streams: modality → the modality whose projector it has, and its settings.
+            rows: modality → some collated rows, which tell the width.
+
+        Raises:
+            ConfigError: dropout or drop path in a tower without repeated blocks.
+        """
+        was = self.training
+        self.eval()
+        for m, (owner, stream) in streams.items():
+            tower = self.tower(m)
+            if (stream.dropout or stream.drop_path) and self.shared[m] not in self.noise:
+                self.noise[self.shared[m]] = BlockNoise(tower, f"modalities.{m}.stream")
+            if owner == m:
+                with torch.no_grad():
+                    width = tower(rows[m])["pooled"].shape[1]
+                if (projector := build_projector(stream, width, tower.embed_dim)) is not None:
+                    self.projectors[m] = projector
+        self.streams = dict(streams)
+        self.train(was)
 
     def add_adapters(self, m: str, config: Lora) -> None:
         """Train low-rank adapters in the tower of ``m`` instead of its weights; :meth:`plain` merges them.
@@ -195,10 +241,28 @@ class DualEncoder(nn.Module):
             self.tower(m).eval()
         return self
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory in every tower that is trained."""
+    def set_grad_checkpointing(self, enable: bool | int = True) -> None:
+        """Trade time for memory in every tower that is trained; a number N: in every N-th block of it.
+
+        Raises:
+            ConfigError: a stream has dropout or drop path, which a recomputed block would not draw again.
+        """
+        if enable and self.noise:
+            raise ConfigError(
+                "engine.grad_checkpointing: blocks run again in the backward would not draw the dropout and drop path "
+                "of modalities.NAME.stream; set these to 0, or use batch.micro to save memory"
+            )
         for tower in self.trained_towers().values():
-            tower.set_grad_checkpointing(enable)
+            if isinstance(enable, bool):
+                tower.set_grad_checkpointing(enable)
+            else:
+                recompute_every(tower, enable)
+
+    def set_channels_last(self) -> None:
+        """Put the convolutional image towers in channels-last layout."""
+        for tower in self.towers.values():
+            if isinstance(tower, ImageTower):
+                tower.set_channels_last()
 
     def group_lengths(self) -> None:
         """Let text towers leave padding out, see :attr:`Tower.length_groups`."""

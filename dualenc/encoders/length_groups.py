@@ -21,7 +21,7 @@ def in_length_groups(encode: Callable[[Mapping[str, Tensor]], Tensor], x: Mappin
 
     Args:
         encode: ``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W].
-        x: its argument; ``mask`` marks real tokens, which come first in every row.
+        x: its argument; ``mask`` marks real tokens, which come first in every row. Further tensors are [n].
     """
     mask = x["mask"]
     # Fake tensors, which an export runs on, have no values.
@@ -35,7 +35,8 @@ def in_length_groups(encode: Callable[[Mapping[str, Tensor]], Tensor], x: Mappin
     parts = []
     for start, end in groups:
         rows, longest = torch.from_numpy(order[start:end]), int(lengths[order[end - 1]])
-        parts.append(encode({"ids": x["ids"][rows, :longest], "mask": mask[rows, :longest]}))
+        more = {k: v[rows] for k, v in x.items() if k not in ("ids", "mask") and v.ndim == 1}
+        parts.append(encode({"ids": x["ids"][rows, :longest], "mask": mask[rows, :longest], **more}))
     places = torch.empty(len(order), dtype=torch.long)
     places[torch.from_numpy(order)] = torch.arange(len(order))
     return torch.cat(parts)[places]

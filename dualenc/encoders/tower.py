@@ -32,6 +32,8 @@ class Tower(nn.Module):
         packs: the tower can run on packed tokens.
         packs_on_device: it does so on a GPU as well, where the lengths are read back from it once a batch.
         keeps_shape: its blocks have to see the batch as it was padded, once: they are compiled, or their outputs kept.
+        fresh: names of parts whose weights are new where the rest may be released: adapters leave them out, and they
+            are trained whole.
     """
 
     component: Component
@@ -43,6 +45,7 @@ class Tower(nn.Module):
     packs: bool = False
     packs_on_device: bool = False
     keeps_shape: bool = False
+    fresh: tuple[str, ...] = ()
 
     def pooled(self, x: Any) -> Tensor:
         """The collated rows of one modality → [n, W]: the encoder's own output, before the head."""
@@ -54,10 +57,14 @@ class Tower(nn.Module):
         y = self.pooled(x)
         return {"features": self.head(y), "pooled": y}
 
-    def forward(self, x: Any, whole: bool = False) -> Any:
-        """The collated rows of one modality → [n, D]; with ``whole`` all :meth:`outputs`."""
-        out = self.outputs(x)
-        return out if whole else out["features"]
+    def forward(self, x: Any) -> dict[str, Tensor]:
+        """The collated rows of one modality → all :meth:`outputs`."""
+        return self.outputs(x)
+
+    def encode(self, x: Any) -> Tensor:
+        """The collated rows of one modality → features [n, D], not normalised."""
+        features: Tensor = self(x)["features"]
+        return features
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; frozen batch norms stay in eval mode."""
@@ -123,6 +130,12 @@ class ImageTower(Tower):
             y = y.contiguous(memory_format=torch.channels_last)
         out: Tensor = self.trunk(y)
         return out
+
+    def set_channels_last(self) -> None:
+        """Weights and images in channels-last layout, if it convolves more than once; a ViT only cuts patches so."""
+        if sum(isinstance(m, nn.Conv2d) for m in self.trunk.modules()) > 1:
+            self.channels_last = True
+            self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Passed on to trunks that have the switch (open_clip, timm, own ViT)."""

@@ -20,8 +20,13 @@ def set_tf32(allowed: bool | None) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def build_engine(config: EngineConfig, optim: Optim, model: nn.Module, world: World) -> Engine:
+def build_engine(
+    config: EngineConfig, optim: Optim, model: nn.Module, world: World, find_unused: bool = True
+) -> Engine:
     """The engine a recipe asks for, around ``model`` (changed in place; its weights must be equal on all ranks).
+
+    Args:
+        find_unused: what ``engine.find_unused: auto`` means: whether there may be parameters without a gradient.
 
     Raises:
         ConfigError: if settings do not go together, or deepspeed is asked for and not installed.
@@ -34,4 +39,4 @@ def build_engine(config: EngineConfig, optim: Optim, model: nn.Module, world: Wo
         return engine
     from dualenc.engine.accelerate_engine import AccelerateEngine
 
-    return AccelerateEngine(config, optim, model, world)
+    return AccelerateEngine(config, optim, model, world, find_unused)

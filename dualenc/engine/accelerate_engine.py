@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dualenc.checkpoint.ranges import Piece, Stored
 from dualenc.config import EngineConfig, Optim
+from dualenc.distributed.devices import DTYPES, autocast
 from dualenc.distributed.world import World, ensure_group
 from dualenc.engine import held as shards
 from dualenc.engine import state
@@ -45,19 +46,23 @@ class AccelerateEngine:
         optim: the recipe's ``optim``.
         model: whole, with the same weights on all ranks; it is changed in place.
         world: from ``init_world``.
+        find_unused: what ``engine.find_unused: auto`` means.
 
     Raises:
         ConfigError: for settings that do not go together.
     """
 
-    def __init__(self, config: EngineConfig, optim: Optim, model: nn.Module, world: World) -> None:
+    def __init__(
+        self, config: EngineConfig, optim: Optim, model: nn.Module, world: World, find_unused: bool = True
+    ) -> None:
         _refuse(config)
         check_shapes(model)
         protect_outputs(model)
         self.world, self.device, self.module = world, world.device, model
         self.config, self.optim = config, optim
+        self._find_unused = find_unused if config.find_unused == "auto" else config.find_unused
         self.lr = optim.lr
-        apply_memory_and_compile(model, config)
+        apply_memory_and_compile(model, config, world.device)
         self._wrapped = self._shard() if config.parallel == "fsdp2" else self._prepare()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fused = is_fused(optim, world.device, sharded=config.parallel == "fsdp2")
@@ -75,7 +80,7 @@ class AccelerateEngine:
             shared._reset_state()
         # A tower may hold parameters that its forward never uses (poolers, …): such stay without gradient, as in one
         # process, instead of being waited for.
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallelKwargs(find_unused_parameters=self._find_unused, gradient_as_bucket_view=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")
             threads = torch.get_num_threads()
@@ -116,13 +121,19 @@ class AccelerateEngine:
     def forward(self, inputs: Mapping[str, Any]) -> Outputs:
         """Run the model; without grad, bypass DDP, whose buffer broadcast would wait for ranks with fewer batches."""
         unwrap = not torch.is_grad_enabled() and self.config.parallel != "fsdp2"
-        with self._autocast():
-            return cast(Outputs, (self.module if unwrap else self._wrapped)(inputs))
+        try:
+            with self._autocast():
+                return cast(Outputs, (self.module if unwrap else self._wrapped)(inputs))
+        except RuntimeError as e:
+            if "Expected to have finished reduction in the prior iteration" not in str(e):
+                raise
+            raise ConfigError(
+                "engine.find_unused: a parameter that had a gradient before had none in the last step, so the model's "
+                "layers depend on the data; write engine.find_unused: true"
+            ) from e
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=DTYPES[self.config.precision])
+        return autocast(self.device, self.config.precision)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -257,9 +268,6 @@ class AccelerateEngine:
 
     def _owners(self) -> dict[Tensor, tuple[torch.optim.Optimizer, dict[str, Any]]]:
         return {p: (o, g) for o in self.optimizers for g in o.param_groups for p in g["params"]}
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _policy(config: EngineConfig) -> MixedPrecisionPolicy:

@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         self.world, self.device, self.module = world, world.device, model
         self.config, self.optim, self.stage = config, optim, config.zero_stage
         self.lr = optim.lr
-        apply_memory_and_compile(model, config)
+        apply_memory_and_compile(model, config, world.device)
         deepspeed = import_deepspeed(world)
         model.to(world.device)
         make_contiguous(model)

@@ -14,6 +14,7 @@ from dualenc.checkpoint.ranges import Piece, Stored
 from dualenc.config import EngineConfig
 from dualenc.distributed.world import World
 from dualenc.encoders.tower import repeated as repeated
+from dualenc.engine.float8 import check_float8, convert_to_float8
 from dualenc.errors import ConfigError
 
 Outputs = Mapping[str, Mapping[str, Tensor]]
@@ -36,8 +37,12 @@ class Stepped:
 class Switchable(Protocol):
     """A model whose towers can trade time for memory."""
 
-    def set_grad_checkpointing(self) -> None:
-        """Keep fewer activations and recompute them in the backward."""
+    def set_grad_checkpointing(self, enable: bool | int = True) -> None:
+        """Keep fewer activations and recompute them in the backward; a number N: in every N-th block."""
+        ...
+
+    def set_channels_last(self) -> None:
+        """Put convolutional towers in channels-last layout."""
         ...
 
     def compile_towers(self, blocks: bool = False) -> None:
@@ -144,17 +149,32 @@ def protect_outputs(model: nn.Module) -> None:
     model.register_forward_hook(copy_parameters)
 
 
-def apply_memory_and_compile(model: nn.Module, config: EngineConfig) -> None:
-    """Switch gradient checkpointing and torch.compile on in the towers, before the model is wrapped.
+def apply_memory_and_compile(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
+    """Switch memory layout, float8, gradient checkpointing and torch.compile on in the towers, before the model is
+    wrapped.
 
     Raises:
-        ConfigError: if the model cannot do what the recipe asks.
+        ConfigError: if the model, the device or the machine cannot do what the recipe asks.
     """
-    wanted = {"grad_checkpointing": config.grad_checkpointing, "compile": config.compile}
-    for key in (k for k, asked in wanted.items() if asked):
+    if config.float8:
+        check_float8(config, device)
+    wanted: dict[str, Any] = {k: v for k in SWITCHES if (v := config.model_dump()[k])}
+    if wanted.get("channels_last") == "auto":
+        del wanted["channels_last"]
+        if device.type == "cuda" and isinstance(model, Switchable):
+            model.set_channels_last()
+    for key in wanted:
         if not isinstance(model, Switchable):
             raise ConfigError(f"engine.{key}: {type(model).__name__} does not support it; use false")
-        if key == "compile":
-            model.compile_towers(blocks=config.compile == "blocks")
+        if key == "channels_last":
+            model.set_channels_last()
+        elif key == "float8":
+            convert_to_float8(model)
+        elif key == "grad_checkpointing":
+            model.set_grad_checkpointing(config.grad_checkpointing)
         else:
-            model.set_grad_checkpointing()
+            model.compile_towers(blocks=config.compile == "blocks")
+
+
+SWITCHES = ("channels_last", "float8", "grad_checkpointing", "compile")
+"""Settings of the towers, in the order in which they are applied: what is compiled is what the others made of it."""

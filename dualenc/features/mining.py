@@ -58,6 +58,24 @@ def read_features(store: FeatureStore, modalities: Sequence[str]) -> tuple[Ints,
     return np.array(ids, np.int64), torch.nn.functional.normalize(torch.cat(rows), dim=1)
 
 
+def read_stages(stores: Sequence[FeatureStore], modalities: Sequence[str]) -> tuple[Ints, Tensor]:
+    """As :func:`read_features`, of several models' features of the same samples end to end (MCL's stages, S27): a
+    cosine is the mean of theirs. Samples that a model lacks are left out.
+
+    Raises:
+        ConfigError: a store has no such modality.
+        DataError: no sample is in all of them.
+    """
+    ids, x = read_features(stores[0], modalities)
+    for store in stores[1:]:
+        others, y = read_features(store, modalities)
+        ids, one, two = np.intersect1d(ids, others, return_indices=True)
+        if not len(ids):
+            raise DataError(f"{store.folder}: none of its samples is in {stores[0].folder}; embed the same shards")
+        x = torch.cat([x[torch.from_numpy(one)], y[torch.from_numpy(two)]], 1)
+    return ids, torch.nn.functional.normalize(x, dim=1)
+
+
 def k_means(x: Tensor, k: int, iterations: int = 100, tolerance: float = 1e-5, seed: int = 0) -> Ints:
     """Cluster of each unit row of ``x`` [n, D]: int64 [n] below k. Lloyd's algorithm on cosines, begun by k-means++.
 
@@ -115,29 +133,36 @@ def nearest_neighbors(x: Tensor, k: int, max_cosine: float = 1.0) -> np.ndarray:
     return out
 
 
-def mine_clusters(folder: Path, modalities: Sequence[str], clusters: int, out: Path, seed: int = 0) -> list[int]:
-    """Write the file of clusters of a feature store; returns their sizes, largest first."""
-    store = FeatureStore(folder)
-    chosen = list(modalities) or list(store.description.modalities)
-    ids, x = read_features(store, chosen)
+def mine_clusters(
+    folders: Sequence[Path], modalities: Sequence[str], clusters: int, out: Path, seed: int = 0
+) -> list[int]:
+    """Write the file of clusters of feature stores, of one model each; returns their sizes, largest first."""
+    stores = [FeatureStore(folder) for folder in folders]
+    chosen = list(modalities) or list(stores[0].description.modalities)
+    ids, x = read_stages(stores, chosen)
     labels = k_means(x, clusters, seed=seed)
-    write_mined(out, {"ids": ids, "labels": labels}, _about(store, chosen, clusters=clusters, seed=seed))
+    write_mined(out, {"ids": ids, "labels": labels}, _about(stores, chosen, clusters=clusters, seed=seed))
     return sorted(np.bincount(labels, minlength=clusters).tolist(), reverse=True)
 
 
 def mine_neighbors(
-    folder: Path, modalities: Sequence[str], k: int, out: Path, max_cosine: float = 1.0
+    folders: Sequence[Path], modalities: Sequence[str], k: int, out: Path, max_cosine: float = 1.0
 ) -> tuple[int, float]:
-    """Write the file of neighbours of a feature store; returns its samples and their mean cosine to the nearest."""
-    store = FeatureStore(folder)
-    chosen = list(modalities) or list(store.description.modalities)
-    ids, x = read_features(store, chosen)
+    """Write the file of neighbours in feature stores, of one model each; returns their samples and the mean cosine to
+    the nearest."""
+    stores = [FeatureStore(folder) for folder in folders]
+    chosen = list(modalities) or list(stores[0].description.modalities)
+    ids, x = read_stages(stores, chosen)
     near = nearest_neighbors(x, k, max_cosine)
-    write_mined(out, {"ids": ids, "neighbors": near}, _about(store, chosen, k=k, max_cosine=max_cosine))
+    write_mined(out, {"ids": ids, "neighbors": near}, _about(stores, chosen, k=k, max_cosine=max_cosine))
     first = torch.from_numpy(near[:, 0].astype(np.int64))
     some = first >= 0
     return len(ids), float((x[some] * x[first[some]]).sum(1).mean()) if bool(some.any()) else 0.0
 
 
-def _about(store: FeatureStore, modalities: Sequence[str], **settings: float) -> dict[str, str]:
-    return {"features": store.digest, "modalities": ",".join(modalities), "settings": json.dumps(settings)}
+def _about(stores: Sequence[FeatureStore], modalities: Sequence[str], **settings: float) -> dict[str, str]:
+    return {
+        "features": ",".join(s.digest for s in stores),
+        "modalities": ",".join(modalities),
+        "settings": json.dumps(settings),
+    }

@@ -86,6 +86,7 @@ def embed_shards(
     world: World | None = None,
     overwrite: bool = False,
     dim: int | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Embed the samples of ``shards`` in their order, into a :class:`~dualenc.features.store.FeatureStore`.
 
@@ -100,6 +101,7 @@ def embed_shards(
         world: the ranks that share the work, each on its own copy of the model; all of them must call this.
         overwrite: replace other features in ``out``.
         dim: keep the first ``dim`` dimensions of each feature, of length 1 again (Matryoshka).
+        precision: what the model computes in: fp32, bf16, or fp16 on a GPU.
 
     Returns:
         ``{"out", "shards", "kept" (shards that were finished already), "samples"}`` and, by modality, rows that were
@@ -111,7 +113,7 @@ def embed_shards(
     """
     world = world or World()
     chosen = chosen_of(bundle, modalities)
-    embedder = bundle.embedder(dim)
+    embedder = bundle.embedder(dim, precision)
     wanted = {m: bundle.inputs[m].default_members for m in chosen}
     opened = agree(lambda: open_source(Source.model_validate({"name": "embed", "shards": shards})), world)
     jobs = shard_jobs(opened, wanted, None)

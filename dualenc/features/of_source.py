@@ -31,6 +31,7 @@ def embed_source(
     world: World | None = None,
     overwrite: bool = False,
     dim: int | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Embed the items of a source in its order, as :func:`dualenc.features.of_shards.embed_shards` does with shards.
 
@@ -47,7 +48,7 @@ def embed_source(
     """
     world = world or World()
     chosen = chosen_of(bundle, modalities)
-    embedder = bundle.embedder(dim)
+    embedder = bundle.embedder(dim, precision)
 
     def read() -> list[ShardJob]:
         items = iter(iter_contents(kind, settings, chosen))

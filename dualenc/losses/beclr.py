@@ -30,7 +30,6 @@ from torch.nn.functional import normalize
 
 from dualenc.config import Positive, pair_name
 from dualenc.distributed.gather import all_sum
-from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.strips import strip_size
 from dualenc.losses.byolip import BYOLIP, PREDICTED, TARGET
@@ -55,10 +54,10 @@ class BECLR(BYOLIP):
     class Config(BYOLIP.Config):
         """Settings."""
 
-        memory: Positive = Field(default=4096, description="M, slow projections kept of each side")
-        clusters: Positive = Field(default=128, description="K, centroids of each side")
-        neighbours: Annotated[int, Field(ge=0)] = Field(3, description="k, further positives of each row")
-        momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="m of the centroids, of a step")
+        memory: Positive = Field(default=4096, description="M: slow projections kept for each side")
+        clusters: Positive = Field(default=128, description="K: centroids for each side")
+        neighbours: Annotated[int, Field(ge=0)] = Field(3, description="k: further positives of each row")
+        momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="m: momentum of the centroids per step")
         epsilon: Annotated[float, Field(ge=0.02)] = Field(default=0.05, description="ε of the Sinkhorn assignments")
         warmup_samples: Annotated[int, Field(ge=0)] = Field(
             default=0, description="samples seen before neighbours become positives"
@@ -99,20 +98,20 @@ class BECLR(BYOLIP):
             raise ConfigError("loss: beclr needs slow towers and projectors, which dualenc train keeps")
         _, share = shared_out(ids, a.dtype)
         there, c = ids >= 0, self.config
-        warm = extras.step * len(ids) * world_size() >= c.warmup_samples
+        warm = extras.samples_seen(len(ids)) >= c.warmup_samples
         value, used = a.new_zeros(()), a.new_zeros(())
         for own, other, side in ((extras.a, extras.b, "b"), (extras.b, extras.a, "a")):
-            guess = normalize(own[PREDICTED][there].chunk(2, 1)[1], dim=1)
-            target = normalize(other[TARGET].detach().chunk(2, 1)[0], dim=1)
+            guess = normalize(torch.where(there[:, None], own[PREDICTED].chunk(2, 1)[1], 1.0), dim=1)
+            target = normalize(torch.where(there[:, None], other[TARGET].detach().chunk(2, 1)[0], 1.0), dim=1)
             queue, clusters = self.kept[f"{pair_name(extras.pair)}/{side}"]
             centroids = clusters.now[CENTROIDS].to(target.dtype)
-            total, count = (guess * target[there]).sum(1), torch.ones_like(guess[:, 0])
+            total, count = (guess * target).sum(1), torch.ones_like(guess[:, 0])
             if c.neighbours and warm:
-                near, found = nearest(target[there], queue, centroids, c.neighbours, c.strip_mb)
+                near, found = nearest(target, queue, centroids, c.neighbours, c.strip_mb)
                 total = total + (torch.einsum("ne,nke->nk", guess, near) * found).sum(1)
                 count = count + found.sum(1)
-            value = value - 0.5 * (total / count).sum() / share
-            used = used + 0.5 * (count - 1).sum() / share
+            value = value - 0.5 * torch.where(there, total / count, 0.0).sum() / share
+            used = used + 0.5 * torch.where(there, count - 1, 0.0).sum() / share
             queue.propose(target, ids)
             clusters.propose({CENTROIDS: moved(target, ids, centroids, c.momentum, c.epsilon)})
         return LossOutput(value, {"prediction": -value.detach(), "neighbours": used.detach()})

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity as cos
@@ -38,12 +39,12 @@ class BYOLIP(SiamLIP):
     class Config(SiamLIP.Config):
         """Settings."""
 
-        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the slow towers, of a step")
+        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the slow towers per step")
 
     config: Config
 
     def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
-        """One of towers and projectors."""
+        """One slow copy of the pairs' towers and projectors."""
         modalities = tuple(dict.fromkeys(m for pair in pairs for m in pair))
         return {TARGET: SlowTowers(self.config.decay, {TARGET: PREDICTED}, modalities)}
 
@@ -61,7 +62,13 @@ class BYOLIP(SiamLIP):
             raise ConfigError("loss: byolip needs slow towers and projectors, which dualenc train keeps")
         _, share = shared_out(ids, a.dtype)
         there = ids >= 0
-        ha, hb = (x[PREDICTED][there].chunk(2, 1)[1] for x in (extras.a, extras.b))
-        za, zb = (x[TARGET][there].chunk(2, 1)[0].detach() for x in (extras.a, extras.b))
-        found = 0.5 * (cos(ha, zb, dim=1).sum() + cos(hb, za, dim=1).sum()) / share
+        ha, hb = (_or_one(x[PREDICTED].chunk(2, 1)[1], there) for x in (extras.a, extras.b))
+        za, zb = (_or_one(x[TARGET].chunk(2, 1)[0].detach(), there) for x in (extras.a, extras.b))
+        pulled_a, pulled_b = (torch.where(there, cos(h, z, dim=1), 0.0).sum() for h, z in ((ha, zb), (hb, za)))
+        found = 0.5 * (pulled_a + pulled_b) / share
         return LossOutput(-found, {"prediction": found.detach()})
+
+
+def _or_one(x: Tensor, there: Tensor) -> Tensor:
+    """x [n, E], with ones in rows that are not ``there``: what stands in them may be no vector to take a cosine of."""
+    return torch.where(there[:, None], x, 1.0)

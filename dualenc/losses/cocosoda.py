@@ -46,8 +46,8 @@ class CoCoSoDa(AgainstSlowTowers):
     class Config(ContrastConfig):
         """Settings."""
 
-        queue: Annotated[int, Field(ge=0)] = Field(1024, description="keys kept of each side; 0: none")
-        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="of the slow towers, of a step")
+        queue: Annotated[int, Field(ge=0)] = Field(1024, description="keys kept for each side; 0: none")
+        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the slow towers per step")
         within: bool = Field(False, description="also contrast each side with its own slow tower")
 
     def forward(

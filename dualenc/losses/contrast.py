@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses.blockwise.row_loss import RowLoss, Side, Tile, only, reduce_whole
 from dualenc.losses.blockwise.row_sums import NO_PAIR, FurtherColumns, SumPlan, tiled_sums
 from dualenc.losses.blockwise.sweeps import How, Valid
-from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig
+from dualenc.losses.loss import Extras, Loss, LossOutput, SideName, TiledConfig
 
 __all__ = [
     "NO_PAIR",
@@ -119,14 +119,6 @@ class Summed:
     valid: Tensor
     share: Tensor
 
-    def chosen(self, where: Valid) -> Summed:
-        """The same of valid rows only; ``where`` they are among this rank's slots."""
-        if where.all or len(self.valid) == len(where.index):  # tiles have left the others out
-            return self
-        rows = Side(where.of(self.rows.ids), {k: where.of(x) for k, x in self.rows.values.items()})
-        of_a, of_b = (where.of(x, 1) if x.numel() else x for x in (self.of_a, self.of_b))
-        return replace(self, of_a=of_a, of_b=of_b, rows=rows, valid=where.of(self.valid))
-
     @property
     def path(self) -> Tensor:
         """A zero that runs the backward's collectives on a rank without rows, too."""
@@ -184,6 +176,11 @@ class Contrastive(Loss):
     def __init__(self, config: ContrastConfig) -> None:
         super().__init__()
         self.config = config
+
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """As ``impl`` and ``columns`` say."""
+        found: Collection[SideName] = self.config.gathers(global_batch, device)
+        return found
 
     @abstractmethod
     def directions(self, inputs: RowInputs) -> tuple[RowLoss, RowLoss | None]:

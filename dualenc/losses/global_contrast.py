@@ -91,15 +91,15 @@ class GlobalConfig(ContrastConfig):
 
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="γ: weight of this batch in a sample's mean")
     gamma_decay_samples: Annotated[int, Field(ge=0)] = Field(
-        0, description="γ falls from 1 to its value on half a cosine over so many samples; 0: it is constant"
+        0, description="γ falls from 1 to its value along half a cosine over this many samples; 0: constant"
     )
-    epsilon: Annotated[float, Field(ge=0)] = Field(1e-14, description="ε beside the mean in the denominator")
+    epsilon: Annotated[float, Field(ge=0)] = Field(1e-14, description="ε: added to the mean in the denominator")
 
 
 class TemperatureConfig(GlobalConfig):
     """With a temperature for every sample and side."""
 
-    rho: Annotated[float, Field(ge=0)] = Field(6.0, description="ρ: higher temperatures cost more, so they are lower")
+    rho: Annotated[float, Field(ge=0)] = Field(6.0, description="ρ: cost of a high temperature; a larger ρ lowers them")
     tau: Annotated[float, Field(gt=0)] = Field(0.01, description="temperature of a sample before it is first seen")
     tau_min: Annotated[float, Field(gt=0)] = Field(0.005, description="lower bound of a temperature")
     tau_max: Annotated[float, Field(gt=0)] = Field(1.0, description="upper bound of a temperature")
@@ -170,20 +170,22 @@ class GlobalContrast(Loss):
             replace(x, values={k: nothing(v, len(x.ids)) for k, v in values.items()})
             for x in hard_negatives(extras, ids)
         ]
-        valid = Valid(ids)
-        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how).chosen(valid)
-        gamma, total = self.gamma(extras.step * len(ids) * world_size()), found.path
+        found = summed(a, b, ids, scale, of["a"], of["b"], values=values, columns=columns, how=how)
+        tiled = None if how is None else Valid(ids)  # tiles leave absent slots out; the whole matrix has a row for each
+        gamma, total = self.gamma(extras.samples_seen(len(ids))), found.path
         new: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for s, sums, name in (("a", found.of_a, "ab"), ("b", found.of_b, "ba")):
             side = SideRows(
-                {k: valid.of(kept[f"{k}_{s}"]) for k in self._fields()}, found.rows.values.get(f"inverse_{s}")
+                {k: x if tiled is None else tiled.of(x) for k in self._fields() for x in (kept[f"{k}_{s}"],)},
+                found.rows.values.get(f"inverse_{s}"),
             )
             log_g = of[s].loss(sums.unbind(0), found.rows, scale)
             value, update, shown = self.rows(log_g, sums.detach(), scale, side, gamma)
-            total = total + value.sum()
-            new |= {f"{k}_{s}": valid.spread(x, len(ids)) for k, x in update.items()}
-            metrics |= {f"{k}_{name}": x.detach().sum() / found.share for k, x in shown.items()}
+            total = total + torch.where(found.valid, value, 0.0).sum()
+            new |= {f"{k}_{s}": x if tiled is None else tiled.spread(x, len(ids)) for k, x in update.items()}
+            masked = {k: torch.where(found.valid, x.detach(), 0.0).sum() for k, x in shown.items()}
+            metrics |= {f"{k}_{name}": x / found.share for k, x in masked.items()}
         metrics |= {"top1_ab": found.hits_a / found.share, "top1_ba": found.hits_b / found.share}
         self.samples[pair].propose(extras.numbers, there, new)
         return LossOutput(total / (2 * found.share), metrics)
@@ -304,10 +306,14 @@ class FastCLIP(GlobalContrast):
         gamma: Annotated[float, Field(gt=0, le=1)] = Field(
             0.2, description="γ: weight of this batch in a sample's mean"
         )
-        rho: Annotated[float, Field(ge=0)] = Field(6.5, description="ρ of v2 and v3: it lowers the temperature")
-        tau: Annotated[float, Field(gt=0)] = Field(0.03, description="of v2, before a sample is first seen")
-        tau_min: Annotated[float, Field(gt=0)] = Field(0.01, description="of v2, lower bound")
-        tau_lr: Annotated[float, Field(gt=0)] = Field(0.0133, description="of v2, step size of Adam")
+        rho: Annotated[float, Field(ge=0)] = Field(
+            6.5, description="ρ of v2 and v3: a larger one lowers the temperature"
+        )
+        tau: Annotated[float, Field(gt=0)] = Field(
+            0.03, description="v2: temperature of a sample before it is first seen"
+        )
+        tau_min: Annotated[float, Field(gt=0)] = Field(0.01, description="v2: lower bound of a temperature")
+        tau_lr: Annotated[float, Field(gt=0)] = Field(0.0133, description="v2: Adam's step size")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -10,6 +10,7 @@ and the loss is ½ (mean_i ℓ_i(a→b) + mean_i ℓ_i(b→a)). Uniform targets 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 import torch
@@ -20,7 +21,7 @@ from dualenc.distributed.gather import check_equal_shapes, gather, gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.losses.blockwise.sweeps import How, sweep_info_nce
 from dualenc.losses.contrast import contrast, hard_negatives
-from dualenc.losses.loss import Extras, Loss, LossOutput, TiledConfig, losses
+from dualenc.losses.loss import Extras, Loss, LossOutput, SideName, TiledConfig, losses
 from dualenc.losses.targets import SamePair, SoftTarget
 
 
@@ -102,6 +103,10 @@ class InfoNCE(Loss):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """As ``impl`` and ``columns`` say."""
+        return self.config.gathers(global_batch, device)
 
     def forward(
         self,

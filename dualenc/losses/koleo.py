@@ -26,13 +26,13 @@ _CLOSEST = 1e-8
 def koleo(x: Tensor, ids: Tensor, strip_mb: float = 64.0) -> Tensor:
     """This rank's rows of the loss above for one tower: x [B, D], ids [B] → scalar."""
     all_ids, share = shared_out(ids, x.dtype)
-    all_x = gather(x)
-    rows = ids >= 0
-    cosine, nearest = hardest(x[rows].detach(), ids[rows], all_x.detach(), all_ids, 1, strip_mb)
-    found = ~cosine[:, 0].isneginf()
+    valid, all_x = ids >= 0, torch.where((all_ids >= 0)[:, None], gather(x), 0.0)
+    rows = torch.where(valid[:, None], x, 0.0)
+    cosine, nearest = hardest(rows.detach(), ids, all_x.detach(), all_ids, 1, strip_mb)
+    found = ~cosine[:, 0].isneginf() & valid
     # Squares of a difference of two equal rows have no gradient; a norm's would be 0/0.
-    squared = (x[rows][found] - all_x[nearest[found, 0]]).square().sum(1)
-    return -0.5 * squared.clamp(min=_CLOSEST**2).log().sum() / share
+    squared = (rows - all_x[nearest[:, 0]]).square().sum(1)
+    return -0.5 * torch.where(found, squared.clamp(min=_CLOSEST**2).log(), 0.0).sum() / share
 
 
 @losses.register("koleo")

@@ -70,6 +70,7 @@ class LocalContrast(Loss):
         used = there.any(1)
         share = gather_ids(used.long()).sum().clamp(min=1).to(a.dtype) / world_size()
         exact = torch.promote_types(extras.a["local"].dtype, torch.float32)
-        p, q, t = extras.a["local"][used].to(exact), extras.b["local"][used].to(exact), there[used]
-        each = (local_rows(p, q, t, logit_scale) + local_rows(q, p, t, logit_scale)).sum(1) / (2 * t.sum(1))
+        p, q = (torch.where(used[:, None, None], x["local"].to(exact), 0.0) for x in (extras.a, extras.b))
+        each = local_rows(p, q, there, logit_scale) + local_rows(q, p, there, logit_scale)
+        each = each.sum(1) / (2 * there.sum(1)).clamp(min=1)
         return LossOutput(each.sum() / share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from dualenc.config import Section
 from dualenc.data.batch import TeacherRows
+from dualenc.distributed.world import world_size
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
-from dualenc.memory import LossState, RunShape, SlowTowers
+from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 from dualenc.registry import Registry
+
+SideName = Literal["a", "b"]
+"""Which of the two sets of features that a loss compares."""
 
 
 @dataclass(slots=True)
@@ -49,6 +53,7 @@ class Extras:
         step: of the run, counted from 0.
         numbers: [B] int64: the number of each slot's sample among all samples of the data, the same in every epoch, on
             any number of ranks; None where the loss is called by itself.
+        seen: samples that the run has seen before this step; None: ``step`` batches of this size.
     """
 
     pair: tuple[str, str]
@@ -59,6 +64,11 @@ class Extras:
     pairs: Sequence[tuple[str, str]] = ()
     step: int = 0
     numbers: Tensor | None = None
+    seen: int | None = None
+
+    def samples_seen(self, slots: int) -> int:
+        """Samples that the run has seen before this step; ``slots``: B of this rank's batch."""
+        return self.step * slots * world_size() if self.seen is None else self.seen
 
 
 class Loss(nn.Module):
@@ -107,8 +117,24 @@ class Loss(nn.Module):
         """
         return {}
 
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """The sides whose features ``forward`` gathers just as it is given them, so that this may begin as soon as
+        their tower is done, while the next one runs. It changes when features are sent and no number.
+
+        A side named here that ``forward`` does not gather is sent for nothing.
+        """
+        return ()
+
     def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
         """The slow copies of towers that it wants; what they say of the batch is in its extras.
+
+        Args:
+            pairs: those that it is for.
+        """
+        return {}
+
+    def views(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, LearnedView]:
+        """The views that a network of its own makes; they are rows of a modality, made before the towers run.
 
         Args:
             pairs: those that it is for.
@@ -141,6 +167,14 @@ class TiledConfig(Section):
                 "impl: plain needs all columns at once, which columns: ring does not gather; write impl: auto"
             )
         return self
+
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """See :meth:`Loss.gathers`: of a loss whose plain form gathers both sides. Tiles need one, the ring none."""
+        how = self.choose(global_batch, device)
+        if how is None:
+            return "a", "b"
+        tiles: tuple[SideName, ...] = () if how.ring else ("b",)
+        return tiles
 
     def choose(self, global_batch: int, device: torch.device) -> How | None:
         """How to compute a batch of this size on this device, or None for the plain matrix.

@@ -98,9 +98,9 @@ def against(in_batch: bool, lanes: bool) -> Any:
 class Mix(Section):
     """MoCHi's mixtures of the hardest keys."""
 
-    hardest: Annotated[int, Field(ge=1)] = Field(32, description="N_h: keys that are mixed, of each row")
-    between: Annotated[int, Field(ge=0)] = Field(16, description="mixtures of two keys, for each row")
-    towards: Annotated[int, Field(ge=0)] = Field(0, description="mixtures of a key with the row itself")
+    hardest: Annotated[int, Field(ge=1)] = Field(32, description="N_h: hardest keys of each row, which are mixed")
+    between: Annotated[int, Field(ge=0)] = Field(16, description="mixtures of two keys per row")
+    towards: Annotated[int, Field(ge=0)] = Field(0, description="mixtures of a key with the row itself, per row")
 
 
 class AgainstSlowTowers(Loss):
@@ -129,7 +129,7 @@ class AgainstSlowTowers(Loss):
         return by_side(self.queues)
 
     def slow(self, pairs: Sequence[tuple[str, str]]) -> Mapping[str, SlowTowers]:
-        """One of the towers of the pairs."""
+        """One slow copy of the pairs' towers."""
         modalities = tuple(dict.fromkeys(m for pair in pairs for m in pair))
         return {KEYS: SlowTowers(self.config.decay, {KEYS: "features"}, modalities)}
 
@@ -146,14 +146,14 @@ class MoCo(AgainstSlowTowers):
     class Config(ContrastConfig):
         """Settings."""
 
-        queue: Annotated[int, Field(ge=0)] = Field(4096, description="keys kept of each side (and domain); 0: none")
-        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="d of the slow towers, of a step")
+        queue: Annotated[int, Field(ge=0)] = Field(4096, description="keys kept for each side (and domain); 0: none")
+        decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="d: decay of the slow towers per step")
         in_batch: bool = Field(True, description="other keys of the batch are negatives; MoCo, Contriever: false")
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
             0.0, description="ε: share of the target spread over all keys of a row"
         )
         domains: list[str | int] = Field(
-            default_factory=list, description="values of `label` that have a queue each; none: one queue for all"
+            default_factory=list, description="values of `label` with a queue of their own; default: one queue for all"
         )
         label: str = Field("domain", description="the value (data.sources.N.values) that names a sample's domain")
         mix: Mix | None = Field(default=None, description="MoCHi's mixtures of the hardest keys; default: none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +11,17 @@ from torch import Tensor
 
 from dualenc.config import pair_name
 from dualenc.data.batch import ABSENT, WHOLE, Batch
+from dualenc.losses.early import EarlyGathers
+from dualenc.losses.early import to_slots as to_slots
 from dualenc.losses.loss import Extras, Loss, LossOutput
 
 
 def objective(
-    outputs: Mapping[str, Mapping[str, Tensor]], batch: Batch, pairs: Sequence[tuple[str, str]], loss: Loss
+    outputs: Mapping[str, Mapping[str, Tensor]],
+    batch: Batch,
+    pairs: Sequence[tuple[str, str]],
+    loss: Loss,
+    early: EarlyGathers | None = None,
 ) -> LossOutput:
     """Apply ``loss`` to every pair of modalities and average the pairs, each with the same weight.
 
@@ -28,14 +35,26 @@ def objective(
         batch: gives ``rows`` {m: [n_m]} (empty for a dummy row), ``ids`` [B], ``size`` B, and ``extras`` and
             ``teachers`` for losses that take them.
         pairs: (modality, modality).
+        early: gathers of these features that were begun in the forward.
 
     Returns:
         value and metrics as in :class:`LossOutput`; metrics are named ``loss/PAIR``, ``top1/A-to-B`` …,
         ``logit_scale/PAIR`` and, where there is one, ``logit_bias/PAIR``.
     """
-    features, scales, biases = outputs["features"], outputs["logit_scale"], outputs["logit_bias"]
-    slots = {m: to_slots(x, batch.rows[m], batch.size) for m, x in features.items()}
-    has = {m: mark(batch.rows[m], batch.size) for m in features}
+    slots = {m: to_slots(x, batch.rows[m], batch.size) for m, x in outputs["features"].items()}
+    with early.given_to(slots) if early is not None else nullcontext():
+        return _of_pairs(outputs, slots, batch, pairs, loss)
+
+
+def _of_pairs(
+    outputs: Mapping[str, Mapping[str, Tensor]],
+    slots: Mapping[str, Tensor],
+    batch: Batch,
+    pairs: Sequence[tuple[str, str]],
+    loss: Loss,
+) -> LossOutput:
+    scales, biases = outputs["logit_scale"], outputs["logit_bias"]
+    has = {m: mark(batch.rows[m], batch.size) for m in slots}
     value = zero_path(x for group in outputs.values() for x in group.values())
     metrics: dict[str, Tensor] = {}
     for a, b in pairs:
@@ -64,6 +83,7 @@ def extras_of(
 ) -> Extras:
     """What the batch and the model's further outputs hold for a pair, one of ``pairs``."""
     out = Extras(pair, {}, {}, teachers=batch.teachers, pairs=pairs, step=batch.step, numbers=batch.numbers)
+    out.seen = batch.seen
     for group, rows in outputs.items():
         for side, m in zip((out.a, out.b), pair, strict=True):
             if group not in SHARED and m in rows:
@@ -73,11 +93,6 @@ def extras_of(
             if key in values:
                 side[name] = values[key]
     return out
-
-
-def to_slots(x: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Put ``x[k]`` (of ``[n, …]``) into slot ``rows[k]`` of ``[size, …]``; other slots are zero, extra rows unused."""
-    return x.new_zeros(size, *x.shape[1:]).index_copy(0, rows, x[: len(rows)])
 
 
 def mark(rows: Tensor, size: int) -> Tensor:

@@ -36,10 +36,11 @@ def joint_entropies(c: Tensor, s: Tensor, ids: Tensor, tau: float, strip_mb: flo
     """This rank's share of (JEM, unif), [2], for c [B, D] and s [B, E] of length 1."""
     all_ids, share = shared_out(ids, c.dtype)
     valid, there = ids >= 0, all_ids >= 0
-    columns = (gather(c)[there], gather(s)[there], all_ids[there])
+    c_rows, s_rows = (torch.where(valid[:, None], x, 0.0) for x in (c, s))
+    columns = (*(torch.where(there[:, None], gather(x), 0.0) for x in (c, s)), all_ids)
 
     def rows_sum(ci: Tensor, si: Tensor, i: Tensor, cj: Tensor, sj: Tensor, j: Tensor) -> Tensor:
-        other = i[:, None] != j[None]
+        other = (i[:, None] != j[None]) & (i >= 0)[:, None] & (j >= 0)
         count, some = other.sum(1).clamp(min=1).to(ci.dtype).log(), other.any(1)
         # −‖u − v‖² / 2τ = (u·v − 1) / τ of unit vectors.
         private = (si @ sj.T - 1) / tau
@@ -47,8 +48,7 @@ def joint_entropies(c: Tensor, s: Tensor, ids: Tensor, tau: float, strip_mb: flo
         means = [x.masked_fill(~other, -1e4).logsumexp(1) - count for x in (joint, private)]
         return torch.stack([torch.where(some, x, 0.0).sum() for x in means])
 
-    out = strip_sum(rows_sum, (c[valid], s[valid], ids[valid]), columns, 2 * len(all_ids), strip_mb)
-    return (out if out.ndim else out.expand(2)) / share
+    return strip_sum(rows_sum, (c_rows, s_rows, ids), columns, 2 * len(all_ids), strip_mb) / share
 
 
 @losses.register("private_space")

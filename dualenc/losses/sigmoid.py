@@ -7,6 +7,8 @@ over the global batch of n valid rows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from dualenc.distributed.world import world_size
 from dualenc.losses.blockwise.sweeps import How, merge_stats, sweep_sigmoid
 from dualenc.losses.blockwise.tiled import Stats
 from dualenc.losses.info_nce import hits
-from dualenc.losses.loss import Loss, LossOutput, TiledConfig, losses
+from dualenc.losses.loss import Loss, LossOutput, SideName, TiledConfig, losses
 
 
 def sigmoid_loss(
@@ -93,6 +95,10 @@ class Sigmoid(Loss):
     def __init__(self, config: TiledConfig) -> None:
         super().__init__()
         self.config = config
+
+    def gathers(self, global_batch: int, device: torch.device) -> Collection[SideName]:
+        """Rows are those of ``a``."""
+        return [side for side in self.config.gathers(global_batch, device) if side == "b"]
 
     def forward(
         self, a: Tensor, b: Tensor, ids: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None

@@ -29,12 +29,11 @@ def uniformity(x: Tensor, ids: Tensor, t: float = 2.0, strip_mb: float = 64.0) -
 
     def kernel_sum(rows: Tensor, row_ids: Tensor, columns: Tensor, column_ids: Tensor) -> Tensor:
         squared = (2 - 2 * rows @ columns.T).clamp(min=0)
-        other = row_ids[:, None] != column_ids[None]
+        other = (row_ids[:, None] != column_ids[None]) & (row_ids >= 0)[:, None] & (column_ids >= 0)
         return torch.stack([(torch.exp(-t * squared) * other).sum(), other.sum().to(rows.dtype)])
 
-    part = strip_sum(kernel_sum, (x[valid], ids[valid]), (all_x[present], all_ids[present]), len(all_x), strip_mb)
-    part = part if part.ndim else part.expand(2)  # no row here is valid
-    kernel, count = total(part)
+    rows, columns = torch.where(valid[:, None], x, 0.0), torch.where(present[:, None], all_x, 0.0)
+    kernel, count = total(strip_sum(kernel_sum, (rows, ids), (columns, all_ids), len(all_x), strip_mb))
     return torch.where(count > 0, (kernel / count.clamp(min=1)).clamp(min=torch.finfo(x.dtype).tiny), 1.0).log()
 
 

@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Section, settings_as
-from dualenc.distributed.world import world_size
-from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.memory import LossState, RunShape, SlowTowers
+from dualenc.losses.loss import Extras, Loss, LossOutput, SideName, losses
+from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
 
 JOINT = "__"
 """Between a loss's name and the name of a head of it."""
@@ -65,11 +65,11 @@ class WeightedSum(Loss):
         names = [re.sub(r"\W", "_", t.name) for t in config.terms]  # a plugin's has dots and a colon
         self.names = [f"{n}{k}" if names.count(n) > 1 else n for k, n in enumerate(names)]
         self.parts = nn.ModuleList(loss_of(t, f"loss.terms.{k}") for k, t in enumerate(config.terms))
-        self.needs = tuple(dict.fromkeys(name for part in self._losses() for name in part.needs))
-        self.hidden = tuple(dict.fromkeys(depth for part in self._losses() for depth in part.hidden))
+        self.needs = tuple(dict.fromkeys(name for part in self.children_losses() for name in part.needs))
+        self.hidden = tuple(dict.fromkeys(depth for part in self.children_losses() for depth in part.hidden))
         self.names_pairs = tuple(
             pair
-            for t, part in zip(config.terms, self._losses(), strict=True)
+            for t, part in zip(config.terms, self.children_losses(), strict=True)
             for pair in [*(t.pairs or ()), *part.names_pairs]
         )
 
@@ -77,7 +77,7 @@ class WeightedSum(Loss):
         """Those of every loss, under its name."""
         return {
             f"{name}{JOINT}{group}": head
-            for name, part in zip(self.names, self._losses(), strict=True)
+            for name, part in zip(self.names, self.children_losses(), strict=True)
             for group, head in part.heads(dim, modalities).items()
         }
 
@@ -85,7 +85,7 @@ class WeightedSum(Loss):
         """That of every loss, under its name."""
         return {
             f"{name}/{key}": state
-            for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
+            for name, term, part in zip(self.names, self.config.terms, self.children_losses(), strict=True)
             for key, state in part.memory(replace(run, pairs=pairs_of(term.pairs, run.pairs))).items()
         }
 
@@ -93,8 +93,25 @@ class WeightedSum(Loss):
         """Those of every loss, under its name."""
         return {
             f"{name}{JOINT}{key}": inside(name, asked)
-            for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True)
+            for name, term, part in zip(self.names, self.config.terms, self.children_losses(), strict=True)
             for key, asked in part.slow(pairs_of(term.pairs, pairs)).items()
+        }
+
+    def gathers(self, global_batch: int, device: torch.device) -> set[SideName]:
+        """What any of the losses for all pairs gathers."""
+        return {
+            side
+            for term, part in zip(self.config.terms, self.children_losses(), strict=True)
+            if term.pairs is None
+            for side in part.gathers(global_batch, device)
+        }
+
+    def views(self, pairs: Sequence[tuple[str, str]]) -> dict[str, LearnedView]:
+        """Those of every loss, under its name."""
+        return {
+            f"{name}/{key}": asked
+            for name, term, part in zip(self.names, self.config.terms, self.children_losses(), strict=True)
+            for key, asked in part.views(pairs_of(term.pairs, pairs)).items()
         }
 
     def forward(
@@ -109,8 +126,8 @@ class WeightedSum(Loss):
         """See the module."""
         value, metrics = logit_scale.new_zeros(()), {}
         given = extras or Extras(("a", "b"), {}, {})
-        seen = given.step * len(ids) * world_size()
-        for name, term, part in zip(self.names, self.config.terms, self._losses(), strict=True):
+        seen = given.samples_seen(len(ids))
+        for name, term, part in zip(self.names, self.config.terms, self.children_losses(), strict=True):
             share = share_of_pair(term.pairs, given)
             if not share:
                 continue
@@ -122,7 +139,8 @@ class WeightedSum(Loss):
             metrics |= {key if key not in metrics else f"{name}_{key}": x for key, x in out.metrics.items()}
         return LossOutput(value, metrics)
 
-    def _losses(self) -> list[Loss]:
+    def children_losses(self) -> list[Loss]:
+        """The losses of the list, in its order."""
         return [part for part in self.parts if isinstance(part, Loss)]
 
 

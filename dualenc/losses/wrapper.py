@@ -54,7 +54,8 @@ class Wrapper(Loss):
         Raises:
             ConfigError: the loss inside remembers something.
         """
-        if self.loss.memory(replace(run, device="meta")) or self.loss.slow(run.pairs):
+        kept = self.loss.memory(replace(run, device="meta")) or self.loss.slow(run.pairs) or self.loss.views(run.pairs)
+        if kept:
             raise ConfigError(
                 f"loss.loss: {type(self.loss).__name__} keeps keys or numbers from step to step and cannot be inside "
                 f"{type(self).__name__}; list both: loss: [ … ]"

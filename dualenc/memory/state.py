@@ -1,4 +1,4 @@
-"""LossState of a loss: what it proposes while the loss is computed is kept only if the optimizer step is.
+"""The state of a loss: what is proposed while the loss is computed becomes the state only if the step is taken.
 
 Three kinds, all of them the same numbers on any number of ranks, because they follow the order of the global batch
 (slot j is row j // W of rank j % W) and not the order of ranks:

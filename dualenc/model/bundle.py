@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from dualenc.checkpoint.ranges import write_tensors
 from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
+from dualenc.config.modality import streams_of
+from dualenc.config.stream import Stream
 from dualenc.data.modalities import ModalityInput, modalities, rows_of
 from dualenc.data.modalities.modality import SavesFiles
+from dualenc.distributed.devices import resolve_device
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, encoder_origin, input_defaults
 from dualenc.encoders.released.weights import load_exactly
 from dualenc.errors import CheckpointError, ConfigError
-from dualenc.model.mixing import check_trained_towers
+from dualenc.model.mixing import check_trained_towers, two_rows
 from dualenc.model.record import record
 from dualenc.plugins import about, import_plugins
 from dualenc.seeds import derive_seed
@@ -82,11 +85,11 @@ class Bundle:
         self.model.to(self.device)
         return self
 
-    def embedder(self, dim: int | None = None) -> Embedder:
-        """A way to embed raw items with this model; ``dim``: see :meth:`Embedder.from_bundle`."""
+    def embedder(self, dim: int | None = None, precision: str = "fp32") -> Embedder:
+        """A way to embed raw items with this model; ``dim``, ``precision``: see :meth:`Embedder.from_bundle`."""
         from dualenc.model.embedder import Embedder
 
-        return Embedder.from_bundle(self, dim=dim)
+        return Embedder.from_bundle(self, dim=dim, precision=precision)
 
     def describe(self) -> dict[str, Any]:
         """What dualenc.json holds, weights aside."""
@@ -116,8 +119,7 @@ class Bundle:
             "input": dict(described),
             "encoder": tower.component.model_dump(mode="json"),
             "activation": activations(tower),
-            "lock": part.model_dump(mode="json")["lock"],
-            "shares": part.shares,
+            **{k: x for k, x in part.model_dump(mode="json").items() if k in ("lock", "shares", "stream")},
         }
 
     def save(
@@ -248,6 +250,7 @@ def build_bundle(recipe: Recipe) -> Bundle:
                 rows_of(kind_of(m, part)), part.encoder, inputs[m].describe(), recipe.embed_dim, f"{where}.encoder"
             )
     model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
+    add_streams(model, parts, inputs, recipe.seed)
     group_lengths(recipe, model)
     begins_elsewhere = recipe.checkpoint.init_from is not None
     check_trained_towers(model, inputs, {m for m, p in parts.items() if begins_elsewhere or p.init_from})
@@ -320,6 +323,7 @@ def assemble(
                 rows_of(kind_of(m, part)), part.encoder, inputs[m].describe(), embed_dim, f"{where}: {m}.encoder"
             )
     model = DualEncoder(towers, pairs, scale, *locks(parts), shared_of(parts))
+    add_streams(model, parts, inputs, 0)
     if tensors is not None:
         load_exactly(model, tensors, where)
     model.eval()
@@ -339,35 +343,52 @@ def shared_of(parts: Mapping[str, Modality]) -> dict[str, str]:
     return {m: p.shares for m, p in parts.items() if p.shares is not None}
 
 
+def add_streams(
+    model: DualEncoder, parts: Mapping[str, Modality], inputs: Mapping[str, ModalityInput], seed: int
+) -> None:
+    """Give the modalities with a ``stream`` their projectors, whose weights depend on seed and name only."""
+    if streams := streams_of(parts):
+        with seeded(seed, "streams"):
+            model.add_streams(streams, {m: two_rows(inputs[m]) for m in streams})
+
+
+def without_streams(bundle: Bundle) -> Bundle:
+    """The model without the views that have a stream of their own, which only training uses; itself if it has none.
+
+    Raises:
+        ConfigError: no pair is left.
+    """
+    model = bundle.model
+    if not model.streams:
+        return bundle
+    parts = {m: part for m, part in bundle.parts.items() if m not in model.streams}
+    pairs = [pair for pair in model.pairs if set(pair) <= parts.keys()]
+    if not pairs:
+        raise ConfigError(
+            f"{bundle.name}: every pair has a modality with a stream of its own ({', '.join(model.streams)}), which "
+            "other layouts cannot express; use --format safetensors"
+        )
+    towers = {m: model.tower(m) for m, part in parts.items() if part.shares is None}
+    plain = DualEncoder(towers, pairs, bundle.scale, shared=shared_of(parts))
+    left = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(left)
+    inputs = {m: bundle.inputs[m] for m in parts}
+    return replace(bundle, model=plain.train(model.training), inputs=inputs, parts=parts)
+
+
 def part_of(
     kind: str,
     settings: Mapping[str, Any],
     encoder: Component,
     lock: bool | Literal["trunk"] | Unlocked = False,
     shares: str | None = None,
+    stream: Stream | str | None = None,
 ) -> Modality:
     """A resolved recipe part."""
-    return Modality(kind=kind, input=dict(settings), encoder=encoder, lock=lock, shares=shares)
+    return Modality(kind=kind, input=dict(settings), encoder=encoder, lock=lock, shares=shares, stream=stream)
 
 
 # --- small things ------------------------------------------------------------------------------------------------
-
-
-def resolve_device(device: torch.device | str) -> torch.device:
-    """``auto`` → CUDA if there is a device, else the CPU.
-
-    Raises:
-        ConfigError: if CUDA is asked for and there is none.
-    """
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        out = torch.device(device)
-    except RuntimeError as e:
-        raise ConfigError(f"unknown device {device!r}; use auto, cpu or cuda") from e
-    if out.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {str(device)!r}: there is no CUDA device on this machine; use auto or cpu")
-    return out
 
 
 def file_digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dualenc.data.batch import map_tensors
 from dualenc.data.modalities import DecodeError
+from dualenc.distributed.devices import autocast, check_precision
 from dualenc.encoders import activations
 from dualenc.encoders.dual_encoder import prefix
 from dualenc.errors import ConfigError, DataError, did_you_mean
@@ -26,10 +27,19 @@ class Embedder:
     Attributes:
         modalities: names that ``embed`` takes.
         embed_dim: D, or ``dim`` where features are cut to their first dimensions (Matryoshka).
+        precision: what the towers compute in: fp32, or bf16 or fp16 under autocast. Features are fp32 in any case.
     """
 
-    def __init__(self, bundle: Bundle, forward: Forward | None, device: torch.device, dim: int | None = None) -> None:
-        self.bundle, self.device = bundle, device
+    def __init__(
+        self,
+        bundle: Bundle,
+        forward: Forward | None,
+        device: torch.device,
+        dim: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        check_precision(precision, device)
+        self.bundle, self.device, self.precision = bundle, device, precision
         self.training_run = forward is not None
         self._forward: Forward = bundle.model if forward is None else forward
         if dim is not None:
@@ -43,6 +53,7 @@ class Embedder:
         forward: Forward | None = None,
         device: torch.device | str | None = None,
         dim: int | None = None,
+        precision: str = "fp32",
     ) -> Embedder:
         """Wrap a bundle.
 
@@ -52,14 +63,15 @@ class Embedder:
                 mode here.
             device: where ``forward`` wants its inputs; default: the bundle's device.
             dim: cut features to their first ``dim`` dimensions, of length 1 again.
+            precision: fp32, bf16 or fp16 (GPUs only). Not for ``forward``, whose engine has a precision of its own.
 
         Raises:
-            ConfigError: the features are narrower than ``dim``.
+            ConfigError: the features are narrower than ``dim``, or the device does not compute in ``precision``.
         """
         if forward is None:
             bundle.model.eval()
             bundle.model.group_lengths()
-        return cls(bundle, forward, torch.device(device) if device is not None else bundle.device, dim)
+        return cls(bundle, forward, torch.device(device) if device is not None else bundle.device, dim, precision)
 
     def embed(
         self, modality: str, items: Sequence[Any], batch_size: int = 64, bad: dict[int, str] | None = None
@@ -84,7 +96,9 @@ class Embedder:
         out = []
         with torch.no_grad():
             for x in self.batches(modality, items, batch_size, bad):
-                out.append(prefix(self._forward({modality: x})["features"][modality].float(), self.dim).cpu())
+                with autocast(self.device, self.precision):
+                    features = self._forward({modality: x})["features"][modality]
+                out.append(prefix(features.float(), self.dim).cpu())
         return torch.cat(out) if out else torch.zeros(0, self.embed_dim)
 
     def batches(
@@ -155,6 +169,8 @@ class Embedder:
             "weights": "in training" if self.training_run else self.bundle.weights_hash,
             "embed_dim": self.embed_dim,
             **({} if self.dim is None else {"prefix_of": self.bundle.embed_dim}),
+            # Of fp32 it is not said: descriptions from before there was a choice are still those of the same features.
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
             "modalities": modalities,
             "logit_scale": {p: self.logit_scale(p) for p in pairs},
             "logit_bias": {p: b for p in pairs if (b := self.logit_bias(p)) is not None},

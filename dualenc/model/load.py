@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dualenc.checkpoint.ranges import Files
 from dualenc.config import Component, LogitScale, Unlocked, settings_as
+from dualenc.config.stream import Stream
 from dualenc.encoders import Tower, activations
 from dualenc.encoders.released.load_released import (
     Released,
@@ -157,7 +158,7 @@ def load_bundle(folder: Path) -> Bundle:
             raise CheckpointError(f"{where}.input cannot be built: {e}") from e
         _same(d["input"], inputs[m].describe(), f"{where}.input", skip=("name",))
         encoder = Component.model_validate(d["encoder"])
-        parts[m] = part_of(d["kind"], d["input"]["config"], encoder, d["lock"], d.get("shares"))
+        parts[m] = part_of(d["kind"], d["input"]["config"], encoder, d["lock"], d.get("shares"), d.get("stream"))
     check_inputs(made, inputs, str(folder))
     scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
@@ -210,6 +211,7 @@ class _DescribedPart(BaseModel):
     activation: Any
     lock: bool | Literal["trunk"] | Unlocked = False
     shares: str | None = None
+    stream: Stream | str | None = None
 
 
 class _DescribedWeights(BaseModel):

@@ -69,7 +69,8 @@ def _part(model: Bundle, m: str) -> dict[str, Any]:
     part, shares = model.parts[m], model.parts[m].shares
     described = {"kind": part.kind, "input": dict(part.input)}
     if shares is not None:
-        return {**described, "shares": shares}
+        stream = part.model_dump(mode="json").get("stream")
+        return {**described, "shares": shares, **({"stream": stream} if stream is not None else {})}
     return {**described, "encoder": model.model.tower(m).component.model_dump(mode="json")}
 
 

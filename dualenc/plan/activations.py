@@ -95,7 +95,8 @@ def _measured(
     recipe: Recipe, model: DualEncoder, inputs: dict[str, ModalityInput], fake: FakeTensorMode | None
 ) -> Timeline:
     protect_outputs(model)
-    apply_memory_and_compile(model, recipe.engine.model_copy(update={"compile": False}))
+    left_out = {"compile": False, "float8": False}  # what they save is not known here
+    apply_memory_and_compile(model, recipe.engine.model_copy(update=left_out), torch.device("cpu"))
     runs = []
     for size in SIZES:
         rows = {m: widest(x, size) for m, x in inputs.items()}

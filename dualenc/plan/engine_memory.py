@@ -83,15 +83,18 @@ class Holding:
         return self.parameters + self.optimizer + self.average
 
 
-def holding(kind: EngineKind, weights: Weights, optim: Optim, ranks: int, chunked: bool, cuda: bool) -> Holding:
+def holding(
+    kind: EngineKind, weights: Weights, optim: Optim, ranks: int, chunked: bool, cuda: bool, shard: int | None = None
+) -> Holding:
     """What a rank holds under an engine.
 
     Args:
+        shard: ranks that share a copy of the state under FSDP2 (HSDP); None: all.
         chunked: the step works through micro-batches, so gradients of all but the last are added up unreduced.
         cuda: the optimizer is fused and needs no scratch memory.
     """
     if kind is FSDP2:
-        return _fsdp2(weights, optim, ranks, chunked, cuda)
+        return _fsdp2(weights, optim, shard or ranks, chunked, cuda)
     if kind in ZERO[1:]:
         return _zero(ZERO.index(kind), weights, optim, ranks, chunked, cuda)
     T, P = FP32 * weights.trained, FP32 * weights.total + weights.buffers

@@ -11,10 +11,9 @@ import torch
 from dualenc.config import Recipe
 from dualenc.errors import ConfigError
 from dualenc.losses import build_loss
-from dualenc.memory import RunShape
 from dualenc.plan.activations import Timeline, timeline
 from dualenc.plan.engine_memory import DDP, FP32, FSDP2, KINDS, ONE, ZERO, EngineKind, holding
-from dualenc.plan.loss_memory import loss_bytes
+from dualenc.plan.loss_memory import bytes_per_sample, loss_bytes, remembered
 from dualenc.plan.weights import Weights, count
 from dualenc.plan.wire import Wire, wire
 
@@ -36,7 +35,7 @@ class Need:
         parameters, gradients, optimizer: weights and buffers; complete gradients; moments, masters and an average.
         activations: with the batch and the temporaries of the operators.
         features: those that GradCache stores, and their gradients.
-        loss: gathered features and logits.
+        loss: gathered features and logits, and what the loss remembers from step to step.
         working: buckets and gathered weights.
         wire: bytes sent.
     """
@@ -118,6 +117,9 @@ def plan(
     """
     if recipe.batch.size % ranks:
         raise ConfigError(f"batch.size ({recipe.batch.size}) must be a multiple of the {ranks} ranks.")
+    shard = recipe.engine.shard_size
+    if shard is not None and ranks % shard:
+        raise ConfigError(f"engine.shard_size: {ranks} ranks cannot be parted into groups of {shard}; use a divisor")
     when, model = timeline(recipe)
     weights = count(model)
     kinds = kinds_for(recipe, ranks) if kinds is None else kinds
@@ -150,7 +152,8 @@ def needs_of(recipe: Recipe, ranks: int, when: Timeline, weights: Weights, kinds
     local = recipe.batch.size // ranks
     cuda = recipe.engine.device != "cpu"
     loss = loss_bytes(recipe, local, ranks, torch.device("cuda" if cuda else "cpu"))
-    return [need_of(k, micro, recipe, ranks, when, weights, loss, cuda) for k in kinds for micro in micros(local)]
+    kept = remembered(recipe, ranks)
+    return [need_of(k, micro, recipe, ranks, when, weights, loss, kept, cuda) for k in kinds for micro in micros(local)]
 
 
 def need_of(
@@ -161,13 +164,18 @@ def need_of(
     when: Timeline,
     weights: Weights,
     loss: float,
+    remembered: float,
     cuda: bool,
 ) -> Need:
-    """What a rank needs under one engine: at the worst of three moments."""
+    """What a rank needs under one engine: at the worst of three moments.
+
+    Args:
+        loss: bytes at its peak; remembered: bytes that it keeps from step to step.
+    """
     local = recipe.batch.size // ranks
     chunks = -(-local // micro)
     chunked = chunks > 1
-    held = holding(kind, weights, recipe.optim, ranks, chunked, cuda)
+    held = holding(kind, weights, recipe.optim, ranks, chunked, cuda, recipe.engine.shard_size)
     batch = float(local * when.batch)
     features = 2.0 * FP32 * local * when.features if chunked else 0.0
     sent = wire(kind, weights, recipe, ranks, chunks)
@@ -184,7 +192,17 @@ def need_of(
     ]
     name, gradients, acts, kept, logits, working = max(moments, key=lambda m: sum(m[1:]))
     return Need(
-        kind, micro, name, held.parameters, gradients, held.optimizer + held.average, acts, kept, logits, working, sent
+        kind,
+        micro,
+        name,
+        held.parameters,
+        gradients,
+        held.optimizer + held.average,
+        acts,
+        kept,
+        logits + remembered,
+        working,
+        sent,
     )
 
 
@@ -215,9 +233,13 @@ def _notes(recipe: Recipe, when: Timeline) -> list[str]:
     out = []
     if recipe.distill is not None and recipe.distill.teachers:
         out.append("Teachers are not in these numbers: an online teacher adds its own weights and activations.")
-    loss = build_loss(recipe.loss)
-    if loss.slow(recipe.pairs) or loss.memory(RunShape(recipe.embed_dim, recipe.pairs, 1, device="meta")):
-        out.append("What the loss keeps from step to step is not in these numbers: train --dry-run prints its size.")
+    if each := bytes_per_sample(recipe):
+        out.append(
+            f"The loss keeps {each:,.0f} bytes for every sample of the data, divided among the ranks. They are not in "
+            "these numbers; train --dry-run, which reads how many samples there are, prints them."
+        )
+    if build_loss(recipe.loss).views(recipe.pairs):
+        out.append("Networks that learn to make views are not in these numbers: train --dry-run prints their size.")
     if recipe.engine.compile:
         out.append("Planned without torch.compile, which keeps fewer activations than the operators do one by one.")
     if when.real:
@@ -259,4 +281,5 @@ def as_json(planned: Planned) -> dict[str, object]:
 def keys_of(need: Need, planned: Planned) -> list[str]:
     """What to write in the recipe."""
     local = planned.recipe.batch.size // planned.ranks
-    return [*need.kind.keys, f"batch.micro={'null' if need.micro >= local else need.micro}"]
+    shards = [] if need.kind is FSDP2 or planned.recipe.engine.shard_size is None else ["engine.shard_size=null"]
+    return [*need.kind.keys, *shards, f"batch.micro={'null' if need.micro >= local else need.micro}"]

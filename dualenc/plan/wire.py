@@ -48,7 +48,11 @@ def wire(kind: EngineKind, weights: Weights, recipe: Recipe, ranks: int, chunks:
         # Each pass gathers everything; the backward gathers the blocks again, the rest is still there.
         blocks = FP32 * sum(leaf.elements for unit in weights.units[:-1] for leaf in unit)
         backward = 1 if chunks == 1 else chunks
-        return Wire(part * T, part * (passes * everything + backward * blocks), features)
+        shard = recipe.engine.shard_size or ranks
+        within, copies = (shard - 1) / shard, ranks // shard
+        # HSDP: reduced within a group, and each part of the sum among the groups; weights come from the group alone.
+        reduced = within * T + 2 * (copies - 1) / copies * T / shard
+        return Wire(reduced, within * (passes * everything + backward * blocks), features)
     stage = ZERO.index(kind)
     reduced = chunks if stage > 1 else 1  # ZeRO 2 and 3 reduce every micro-batch
     if stage < 3:

@@ -15,9 +15,11 @@ from dualenc.checkpoint.ranges import Stored
 from dualenc.config import Recipe
 from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
+from dualenc.data.modalities.modality import FewShapes
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World, agree, all_gather_object
+from dualenc.encoders import unused_parameters
 from dualenc.encoders.dual_encoder import DualEncoder
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
@@ -27,9 +29,10 @@ from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
 from dualenc.model.bundle import seeded
 from dualenc.model.carry import Carried, Kept
+from dualenc.model.mixing import two_rows
 from dualenc.train.flops import FlopCount
-from dualenc.train.memory import Memory, goes_on, slow_models
-from dualenc.train.phases import Span, refuse_newcomers, span_at, timeline
+from dualenc.train.memory import Memory, goes_on, slow_models, view_learners
+from dualenc.train.phases import Span, refuse_newcomers, span_at, spans_on
 from dualenc.train.resume import check_data, find_save, fingerprint, refuse_changes
 from dualenc.train.tracking import JsonlSink, Tracker, keep_rank_files_until
 
@@ -78,8 +81,8 @@ class Parts:
     @property
     def lr_factor(self) -> float:
         """The factor on every base learning rate for the next step."""
-        (start, stop), size = self.span.schedule, self.recipe.batch.size
-        return lr_factor(self.state.samples_seen - start * size, (stop - start) * size, self.recipe.schedule)
+        start, stop = self.span.rates
+        return lr_factor(self.state.samples_seen - start, stop - start, self.recipe.schedule)
 
     def close(self) -> None:
         """Stop the workers and close the files."""
@@ -100,7 +103,7 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
         ConfigError, DataError, CheckpointError: the recipe asks for something that does not exist or cannot be built.
     """
     save = find_save(whole, run_dir, world) if save is None else save
-    spans = timeline(whole) if whole.phases else None
+    spans = spans_on(whole, world.world_size)
     step = 0 if save is None else ckpt.load_state(save).step
     span = span_at(spans, step) if spans is not None else None
     recipe = whole if span is None else span.recipe
@@ -117,7 +120,9 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     flops = FlopCount(bundle.model)
     saved = None if save is None else saved_of(save, state, bundle.model, recipe, span if crossing else None)
     slow = slow_models(loss, bundle.model, world.device)
-    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world)
+    views = view_learners(loss, bundle, world.device, recipe.seed)
+    pad_for_compile(recipe, bundle)
+    engine = build_engine(recipe.engine, recipe.optim, bundle.model, world, may_be_unused(recipe, bundle, world))
     if saved is not None:  # after the engine has cut the model: a rank reads its own part
         engine.load_model_state(saved.weights)
         engine.load_optimizer_state(saved.optimizer, saved.scalars)
@@ -131,17 +136,13 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     check_data(state, loader.plan.digest(), save, 0 if span is None else span.data_phase)
     if span is None:
         total = total_steps(recipe, loader.plan.samples_per_pass)
-        span = Span(0, recipe, 0, total, total, 0, 0, (0, total))
+        span = Span.whole(recipe, total)
     total = span.total
     loader.stop_step = span.stop
     samples = sum(n for s in loader.sets for n in s.counts)
     shape = RunShape(bundle.embed_dim, recipe.pairs, samples, world.rank, world.world_size, engine.device)
-    memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16")
-    before = spans[span.number - 1].recipe if crossing and spans is not None else recipe
-    if memory and save is not None and goes_on(before, recipe):
-        memory.load(ckpt.loss_memory(save))
-    else:
-        memory.begin(engine.module)
+    memory = Memory(own_loss, slow, shape, recipe.batch.micro, recipe.engine.precision == "bf16", views)
+    begin_memory(memory, engine, save, goes_on(spans[span.number - 1].recipe, recipe) if crossing and spans else True)
     average = build_average(recipe, engine, state.samples_seen, total, saved)
     ledger = Ledger(run_dir, recipe.data.max_bad_share, world.rank, [s.name for s in recipe.data.sources])
     ledger.load_state_dict(state.ledger)
@@ -173,6 +174,18 @@ def build(whole: Recipe, run_dir: Path, world: World, save: Path | None = None) 
     )
 
 
+def begin_memory(memory: Memory, engine: Engine, save: Path | None, continues: bool) -> None:
+    """What the loss keeps from step to step: read from the checkpoint, or begun with the weights as they are.
+
+    Args:
+        continues: the checkpoint's loss keeps the same things; not so where a phase begins that changes them.
+    """
+    if memory and save is not None and continues:
+        memory.load(ckpt.loss_memory(save))
+    else:
+        memory.begin(engine.module)
+
+
 # --- the model and its first weights -----------------------------------------------------------------------------
 
 
@@ -198,6 +211,31 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
         if loss.hidden:
             rows = {m: x.collate([x.dummy(), x.dummy()]) for m, x in bundle.inputs.items()}
             bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
+
+
+def pad_for_compile(recipe: Recipe, bundle: Bundle) -> None:
+    """Let inputs give their towers few shapes if these are compiled."""
+    for source in bundle.inputs.values():
+        if recipe.engine.compile and isinstance(source, FewShapes):
+            source.few_shapes(COMPILED_LENGTHS)
+
+
+def may_be_unused(recipe: Recipe, bundle: Bundle, world: World) -> bool:
+    """Whether DDP has to look for parameters without gradient in every step: ``engine.find_unused: auto``."""
+    engine = recipe.engine
+    if (
+        world.world_size == 1
+        or engine.kind != "accelerate"
+        or engine.parallel == "fsdp2"
+        or engine.find_unused != "auto"
+    ):
+        return False
+    # Rows with something in them, and those that stand in for a modality that a rank's batch lacks.
+    trials = (
+        {m: two_rows(x) for m, x in bundle.inputs.items()},
+        {m: x.collate([x.dummy()]) for m, x in bundle.inputs.items()},
+    )
+    return any(unused_parameters(bundle.model, inputs) for inputs in trials)
 
 
 def init_weights(bundle: Bundle, spec: str) -> None:
@@ -241,6 +279,10 @@ def _check(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, 
 
 
 # --- the other parts ---------------------------------------------------------------------------------------------
+
+
+COMPILED_LENGTHS = 4
+"""To how many lengths captions are padded under ``engine.compile``: each new one may be compiled anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +356,7 @@ def build_loader(
         views=distiller.views if distiller else None,
         redraw=distiller.redraw if distiller else None,
         order_from=0 if span is None else span.data_from,
+        order_offset=0 if span is None else span.data_offset,
     )
     if recipe.data.batches is not None and len(set(all_gather_object(loader.plan.digest(), world))) > 1:
         raise DataError(

@@ -8,7 +8,7 @@ from dualenc.config import Recipe, phase_recipes
 from dualenc.data.batches import chosen_batches
 from dualenc.data.batches.composed import check_sampling
 from dualenc.data.plans import chosen
-from dualenc.distributed.world import check_device
+from dualenc.distributed.devices import check_device
 from dualenc.encoders.released.find_released import FORMS, find_released
 from dualenc.errors import CheckpointError, ConfigError, DataError, DualencError, did_you_mean
 from dualenc.losses import build_loss, check_loss
@@ -58,17 +58,22 @@ def check_recipe(recipe: Recipe) -> None:
         raise CheckpointError(f"checkpoint.resume: there is no folder {resume}. {near}")
 
 
-def check_length(recipe: Recipe, total_steps: int) -> None:
+def check_length(recipe: Recipe, total_steps: int, samples: int | None = None) -> None:
     """Refuse a warm-up that is as long as the run, or longer.
+
+    Args:
+        samples: of these steps, where they are not of one size.
 
     Raises:
         ConfigError: naming both lengths.
     """
     if recipe.phases:
         for span in timeline(recipe):
-            check_length(span.recipe, span.schedule[1] - span.schedule[0])
+            steps, seen = (x[1] - x[0] for x in (span.schedule, span.rates))
+            check_length(span.recipe, steps, seen)
         return
-    samples, warmup = total_steps * recipe.batch.size, recipe.schedule.warmup_samples
+    samples = total_steps * recipe.batch.size if samples is None else samples
+    warmup = recipe.schedule.warmup_samples
     if warmup >= samples:
         raise ConfigError(
             f"schedule.warmup_samples: {warmup:,} is as long as the whole run ({total_steps:,} steps of "

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from dualenc.train.build import Parts, build, build_loader
 from dualenc.train.hooks import Agree, Finite, Hook, KeepAverage, Log, Moment, Stop
 from dualenc.train.lock import RunLock
 from dualenc.train.measure import CheckGuard, Evaluate, Evaluation, Refuse
+from dualenc.train.memory import whole_weights
 from dualenc.train.resume import keep_old_recipe
 from dualenc.train.saving import Save
 from dualenc.train.shared_memory import check_shared_memory
@@ -144,9 +146,9 @@ class Run:
         p.flops.note(batch)
         size = p.recipe.batch.size
         p.engine.set_lr_factor(p.lr_factor)
-        batch = p.memory.recall(batch.to(p.engine.device))
+        batch = p.memory.recall(replace(batch.to(p.engine.device), seen=p.state.samples_seen), p.engine.module)
         if p.distiller is not None:
-            batch = p.distiller.prepare(batch, p.engine.module, p.loss)
+            batch = p.distiller.prepare(batch, whole_weights(p.engine.module), p.loss)
         result = train_step(p.engine, batch, p.recipe.pairs, p.loss, micro=p.recipe.batch.micro)
         p.memory.keep(p.engine.module, result.skipped)
         p.state.step += 1
@@ -298,7 +300,7 @@ def greet(parts: Parts) -> None:
     parts.tracker.say(
         f"{r.name}: {parts.parameter_count / 1e6:.2f} M parameters, "
         f"global batch {r.batch.size} on {parts.world.world_size} rank(s), "
-        f"{parts.total_steps} steps = {parts.total_steps * r.batch.size:,} samples, run folder {parts.run_dir}"
+        f"{parts.total_steps} steps = {parts.span.total_samples:,} samples, run folder {parts.run_dir}"
     )
     if parts.whole.phases:
         s = parts.span

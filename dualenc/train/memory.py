@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,16 +13,37 @@ from dualenc.config import Recipe
 from dualenc.data.batch import Batch
 from dualenc.encoders import DualEncoder
 from dualenc.engine import held
+from dualenc.errors import ConfigError, did_you_mean
 from dualenc.losses import Loss
 from dualenc.losses.objective import to_slots
-from dualenc.memory import LossState, RunShape, SampleBuffer, SlowModel
+from dualenc.memory import LossState, RunShape, SlowModel
+from dualenc.model import Bundle
+from dualenc.model.bundle import seeded
+from dualenc.train.learned_views import ViewLearner
 
-SLOW = "slow"
+SLOW, VIEWS = "slow", "views"
 
 
 def slow_models(loss: Loss, model: DualEncoder, device: torch.device | str) -> dict[str, SlowModel]:
     """The slow copies that a loss asks for; call it before an engine cuts the model, on every rank."""
     return {name: SlowModel(model, asked, device) for name, asked in loss.slow(model.pairs).items()}
+
+
+def view_learners(loss: Loss, bundle: Bundle, device: torch.device | str, seed: int) -> dict[str, ViewLearner]:
+    """The networks of the views that a loss asks for; call it as :func:`slow_models`.
+
+    Raises:
+        ConfigError: a modality that the model does not have, or that another one's tower does not encode.
+    """
+    out = {}
+    for name, asked in loss.views(bundle.model.pairs).items():
+        for m in (asked.of, asked.into):
+            if m not in bundle.inputs:
+                raise ConfigError(f"loss: there is no modality {m!r}. {did_you_mean(m, bundle.inputs)}")
+        inputs = bundle.inputs[asked.of]
+        with seeded(seed, VIEWS, name):
+            out[name] = ViewLearner(asked, bundle.model, inputs.collate([inputs.dummy(), inputs.dummy()]), device)
+    return out
 
 
 class Memory:
@@ -34,6 +55,7 @@ class Memory:
         run: what sizes depend on.
         micro: rows that slow copies encode at once.
         bf16: slow copies run under autocast, as the model does.
+        views: from :func:`view_learners`.
     """
 
     def __init__(
@@ -43,15 +65,30 @@ class Memory:
         run: RunShape,
         micro: int | None = None,
         bf16: bool = False,
+        views: Mapping[str, ViewLearner] | None = None,
     ) -> None:
         self.states: dict[str, LossState] = dict(loss.memory(run))
         self.slow, self.micro, self.bf16 = dict(slow), micro, bf16
+        self.views = dict(views or {})
+        self._batch: Batch | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.states or self.slow)
+        return bool(self.states or self.slow or self.views)
 
-    def recall(self, batch: Batch) -> Batch:
-        """The batch with what the slow copies say of it, by slot, among its extras; call it before a step."""
+    def recall(self, batch: Batch, module: nn.Module | None = None) -> Batch:
+        """The batch with the views that are made of it, and what the slow copies say of it, by slot, among its extras;
+        call it before a step.
+
+        Args:
+            module: the engine's; learned views need it.
+        """
+        for view in self.views.values():
+            if view.due(batch.step, held_back=False):
+                if module is None:
+                    raise RuntimeError("learned views are trained with the engine's module; give it to recall")
+                view.train(batch, whole_weights(module), self.micro, self.bf16)
+            batch = view.make(batch, self.micro)
+        self._batch = batch if self.views else None
         if not self.slow:
             return batch
         extras = dict(batch.extras)
@@ -71,17 +108,21 @@ class Memory:
         """
         for state in self.states.values():
             state.commit(skipped)
+        for view in self.views.values():
+            if self._batch is not None and view.due(self._batch.step, held_back=True):
+                view.train(self._batch, whole_weights(module), self.micro, self.bf16)
+        self._batch = None
         if self.slow:
-            weights = module.state_dict(keep_vars=True)
+            weights = whole_weights(module)
             for copied in self.slow.values():
-                copied.follow(lambda name: held.full(weights[name], held.local(weights[name])), skipped)
+                copied.follow(weights, skipped)
 
     def begin(self, module: nn.Module) -> None:
         """Start slow copies from the weights that an engine's module has now."""
         if self.slow:
-            weights = module.state_dict(keep_vars=True)
+            weights = whole_weights(module)
             for copied in self.slow.values():
-                copied.start(lambda name: held.full(weights[name], held.local(weights[name])))
+                copied.start(weights)
 
     def pieces(self, rank: int, ranks: int) -> list[Piece]:
         """What this rank writes."""
@@ -96,12 +137,23 @@ class Memory:
         for name, x in self._all().items():
             x.load(name, saved)
 
-    def _all(self) -> dict[str, LossState | SlowModel]:
-        return {**self.states, **{f"{SLOW}/{name}": x for name, x in self.slow.items()}}
+    def _all(self) -> dict[str, LossState | SlowModel | ViewLearner]:
+        slow, views = (
+            {f"{room}/{name}": x for name, x in found.items()}
+            for room, found in ((SLOW, self.slow), (VIEWS, self.views))
+        )
+        return {**self.states, **slow, **views}
 
     def bytes(self) -> dict[str, int]:
         """On this rank, by name."""
         return {name: x.bytes() for name, x in self._all().items()}
+
+
+def whole_weights(module: nn.Module) -> Callable[[str], Tensor]:
+    """A name of an engine's module → the whole tensor, however the engine cut it. All ranks ask for the same ones in
+    turn."""
+    weights = module.state_dict(keep_vars=True)
+    return lambda name: held.full(weights[name], held.local(weights[name]))
 
 
 def goes_on(before: Recipe, now: Recipe) -> bool:
@@ -116,11 +168,13 @@ def goes_on(before: Recipe, now: Recipe) -> bool:
     return same and towers[0] == towers[1]
 
 
-def memory_lines(loss: Loss, model: DualEncoder, samples: int, dim: int, ranks: int) -> Sequence[str]:
+def memory_lines(loss: Loss, bundle: Bundle, samples: int, ranks: int) -> Sequence[str]:
     """For a person: what a loss remembers and how many bytes of it each of ``ranks`` ranks holds; nothing is built."""
-    states = loss.memory(RunShape(dim, model.pairs, samples, 0, ranks, "meta"))
-    sizes = {name: (x.bytes(), isinstance(x, SampleBuffer)) for name, x in states.items()}
+    model = bundle.model
+    states = loss.memory(RunShape(bundle.embed_dim, model.pairs, samples, 0, ranks, "meta"))
+    sizes = {name: (x.bytes(), x.cut) for name, x in states.items()}
     sizes |= {f"{SLOW}/{k}": (x.bytes(), False) for k, x in slow_models(loss, model, "meta").items()}
+    sizes |= {f"{VIEWS}/{k}": (x.bytes(), False) for k, x in view_learners(loss, bundle, "meta", 0).items()}
     return [
         f"the loss keeps {name} in every checkpoint: {_size(size)} on each of {ranks} rank(s), "
         f"{'a part on each' if cut else 'the same on all'}"

@@ -6,7 +6,7 @@ with the phase's recipe: a run that was killed anywhere does the same, so both h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,13 @@ class Span:
         number: 0 is the recipe itself, k the k-th entry of ``phases`` counted from 1.
         recipe: what is trained in it.
         start, stop: its steps are start … stop − 1.
-        total: steps of the whole run.
-        data_from: the step at which its data's order began, and ``data_phase`` the phase: data that a phase leaves as
-            they are go on where they were.
+        total: steps of the whole run; total_samples: the samples of these.
+        data_from: the step from which on its batches are counted, after the first ``data_offset`` positions of its
+            data's order, which began in the phase ``data_phase``: data that a phase leaves as they are go on where they
+            were, also where it changes the batch.
         schedule: the steps over which its learning-rate schedule runs: from the phase that set it to the one that sets
-            another, or the end.
+            another, or the end; ``rates``: the samples seen at both.
+        samples: seen when it begins.
     """
 
     number: int
@@ -48,6 +50,16 @@ class Span:
     data_from: int
     data_phase: int
     schedule: tuple[int, int]
+    samples: int
+    total_samples: int
+    data_offset: int
+    rates: tuple[int, int]
+
+    @classmethod
+    def whole(cls, recipe: Recipe, total: int) -> Span:
+        """A run of ``total`` steps without phases."""
+        samples = total * recipe.batch.size
+        return cls(0, recipe, 0, total, total, 0, 0, (0, total), 0, samples, 0, (0, samples))
 
     @property
     def data_seed(self) -> int:
@@ -63,51 +75,93 @@ def timeline(recipe: Recipe) -> list[Span]:
         DataError: the data must be counted and are not there.
     """
     recipes = phase_recipes(recipe)
-    size = recipe.batch.size
-    budget = recipe.budget
+    size, budget = recipe.batch.size, recipe.budget
     per_epoch = 0
     if budget.passes is not None or any(p.in_epochs for p in recipe.phases):
         data = recipe.data
         per_epoch = (
             samples_per_pass(data) if data.batches is None else prepare(data, size, recipe.seed).samples_per_pass
         )
-    if budget.steps is not None:
-        total = budget.steps
-    else:
-        total = max((budget.samples or int((budget.passes or 0) * per_epoch)) // size, 1)
-    starts = [0, *(int(p.samples(size, per_epoch, total * size)) // size for p in recipe.phases)]
-    for k in range(1, len(starts)):
-        at = recipe.phases[k - 1].at
-        if starts[k] <= starts[k - 1]:
-            after = "the first step" if k == 1 else f"phase {k - 1}, which begins at step {starts[k - 1]:,}"
-            raise ConfigError(f"phases.{k - 1}.at: {at!r} is step {starts[k]:,} of {size:,} samples, not after {after}")
-        if starts[k] >= total:
+    wanted = budget.samples or int((budget.passes or 0) * per_epoch)  # 0: the budget is in steps
+    whole = wanted // size * size if budget.steps is None else budget.steps * size
+    starts, seen = [0], [0]
+    for k, phase in enumerate(recipe.phases):
+        at = int(phase.samples(size, per_epoch, max(whole, size)))
+        if phase.in_steps or (phase.in_percent and budget.steps is not None):
+            step = at // size
+        else:
+            step = starts[k] + (at - seen[k]) // recipes[k].batch.size
+        if step <= starts[k]:
+            after = "the first step" if k == 0 else f"phase {k}, which begins at step {starts[k]:,}"
+            raise ConfigError(f"phases.{k}.at: {phase.at!r} is step {step:,} of {size:,} samples, not after {after}")
+        seen.append(seen[k] + (step - starts[k]) * recipes[k].batch.size)
+        starts.append(step)
+    last = recipes[-1].batch.size
+    total = max(starts[-1] + (wanted - seen[-1]) // last, 1) if budget.steps is None else budget.steps
+    for k, start in enumerate(starts[1:]):
+        if start >= total:
             raise ConfigError(
-                f"phases.{k - 1}.at: {at!r} is step {starts[k]:,}, but the run ends after {total:,} steps of {size:,} "
-                "samples; raise the budget or begin the phase earlier"
+                f"phases.{k}.at: {recipe.phases[k].at!r} is step {start:,}, but the run ends after {total:,} steps of "
+                f"{size:,} samples; raise the budget or begin the phase earlier"
             )
-    return _spans(recipes, [*starts, total])
+    return _spans(recipes, [*starts, total], [*seen, seen[-1] + (total - starts[-1]) * last])
 
 
-def _spans(recipes: list[Recipe], starts: list[int]) -> list[Span]:
-    total = starts[-1]
-    new_data = [k for k in range(len(recipes)) if k == 0 or _order(recipes[k]) != _order(recipes[k - 1])]
-    new_rates = [k for k in range(len(recipes)) if k == 0 or recipes[k].schedule != recipes[k - 1].schedule]
+def _spans(recipes: list[Recipe], starts: list[int], seen: list[int]) -> list[Span]:
+    """The spans from the steps and samples at which they begin; the end of the run stands last in both."""
+
+    def new(what: Callable[[Recipe], Any]) -> list[int]:
+        return [k for k in range(len(recipes)) if k == 0 or what(recipes[k]) != what(recipes[k - 1])]
+
+    new_data, new_rates = new(_order), new(lambda r: r.schedule)
+    new_size = sorted({*new_data, *new(lambda r: r.batch.size)})
     spans = []
     for k, one in enumerate(recipes):
-        data, rate = max(x for x in new_data if x <= k), max(x for x in new_rates if x <= k)
-        ends = starts[min((x for x in new_rates if x > k), default=len(recipes))]
-        spans.append(Span(k, one, starts[k], starts[k + 1], total, starts[data], data, (starts[rate], ends)))
+        data, size, rate = (max(x for x in found if x <= k) for found in (new_data, new_size, new_rates))
+        end = min((x for x in new_rates if x > k), default=len(recipes))
+        spans.append(
+            Span(
+                number=k,
+                recipe=one,
+                start=starts[k],
+                stop=starts[k + 1],
+                total=starts[-1],
+                data_from=starts[size],
+                data_phase=data,
+                schedule=(starts[rate], starts[end]),
+                samples=seen[k],
+                total_samples=seen[-1],
+                data_offset=seen[size] - seen[data],
+                rates=(seen[rate], seen[end]),
+            )
+        )
     return spans
 
 
 def _order(recipe: Recipe) -> dict[str, Any]:
-    return {k: v for k, v in recipe.data.model_dump(mode="json").items() if k not in NOT_ORDER}
+    """What the order of the data depends on; with a batch plan also the size of a batch."""
+    found = {k: v for k, v in recipe.data.model_dump(mode="json").items() if k not in NOT_ORDER}
+    return found if recipe.data.batches is None else found | {"batch.size": recipe.batch.size}
 
 
 def span_at(spans: list[Span], step: int) -> Span:
     """The phase in which ``step`` is done; of a finished run the last."""
     return next((s for s in spans if step < s.stop), spans[-1])
+
+
+def spans_on(recipe: Recipe, ranks: int) -> list[Span] | None:
+    """:func:`timeline` of a recipe with phases, whose batches must all divide among the ranks; None without phases.
+
+    Raises:
+        ConfigError: naming the phase; and as :func:`timeline`.
+    """
+    if not recipe.phases:
+        return None
+    spans = timeline(recipe)
+    for span in spans[1:]:
+        if (size := span.recipe.batch.size) % ranks:
+            raise ConfigError(f"phases.{span.number - 1}.batch.size: {size} must be a multiple of the {ranks} ranks")
+    return spans
 
 
 def refuse_engine(recipe: Recipe) -> None:

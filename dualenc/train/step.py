@@ -13,7 +13,8 @@ from dualenc.distributed.world import World, all_reduce_sum
 from dualenc.engine import Engine
 from dualenc.engine.protocol import Outputs
 from dualenc.losses import Loss, LossOutput, objective
-from dualenc.train.grad_cache import cached_backward
+from dualenc.losses.early import EarlyGathers
+from dualenc.losses.grad_cache import cached_backward
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -43,13 +44,18 @@ def train_step(engine: Engine, batch: Batch, pairs: Pairs, loss: Loss, micro: in
         micro: how many slots are encoded at a time; None for all at once. It changes memory and time, no number.
     """
 
+    early = None
+
     def value(outputs: Outputs, of: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        out = objective(outputs, of, pairs, loss)
+        out = objective(outputs, of, pairs, loss, early)
         numbers = mean_over_ranks(out, engine.world)
         return spoiled_if_not_finite(out.value, numbers["loss"]), numbers
 
     if micro is None or micro >= batch.size:
-        total, numbers = value(engine.forward(batch.inputs), batch)
+        early = EarlyGathers(engine.module, batch, pairs, loss)
+        with early.watching():
+            outputs = engine.forward(batch.inputs)
+        total, numbers = value(outputs, batch)
         engine.backward(total)
     else:
         numbers = cached_backward(engine, batch.chunks(micro), batch, value)

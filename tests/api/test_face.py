@@ -80,17 +80,19 @@ print(float(dualenc.losses.info_nce(torch.eye(2), torch.eye(2), 50.0)) < 1e-6, I
     assert python(code) == "True dualenc.losses.info_nce"
 
 
-def test_import_and_help_are_quick() -> None:
-    """In seconds of the processor, the best of three: what else runs on the machine is not this test's business."""
+def test_import_help_and_dry_run_are_quick() -> None:
+    """In seconds of the processor, up to three tries: what else runs on the machine is not this test's business. Where
+    it shares the caches, the same work takes longer: half more at most."""
     main = [sys.executable, "-m", "dualenc"]
     for command, seconds in (
         ([sys.executable, "-c", "import dualenc"], 0.3),
         ([*main, "--help"], 0.5),
         ([*main, "list", "losses"], 1.5),
         ([*main, "list", "recipes"], 1.5),
+        ([*main, "train", "quickstart", "--dry-run"], 3.0),
     ):
-        took = []
-        for _ in range(3):
+        took: list[float] = []
+        while len(took) < 3 and (not took or min(took) > seconds):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=clean())
             after = resource.getrusage(resource.RUSAGE_CHILDREN)

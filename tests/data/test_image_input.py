@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from dualenc.config import settings_as
 from dualenc.data.modalities import DecodeError, modalities
@@ -225,6 +225,22 @@ def test_small_jpeg_decode_is_near_and_evaluation_exact(photo: Image.Image) -> N
     assert (train - part.train(picture_full, rng(3)).float()).abs().mean() < 2.5
     # An evaluation view after a training view of the same object is the exact one.
     assert torch.equal(part.eval(picture), part.eval(part.decode(raw)))
+
+
+def test_blur_and_solarize_are_pillow_s_after_the_same_crop(photo: Image.Image) -> None:
+    """Without either nothing is drawn and described as before they existed; draws of the crop are the same."""
+    plain = make(size=64, augment={"scale": [0.5, 1.0]})
+    assert "blur" not in plain.describe()["config"]["augment"]
+    row = plain.train(plain.decode(encode(photo, "PNG")), rng(5))
+    crop = Image.fromarray(row.permute(1, 2, 0).numpy())
+    blurred = make(size=64, augment={"scale": [0.5, 1.0], "blur": {"p": 1.0, "sigma": [1.0, 1.0]}, "solarize_p": 1.0})
+    got = blurred.train(blurred.decode(encode(photo, "PNG")), rng(5))
+    want = np.array(ImageOps.solarize(crop.filter(ImageFilter.GaussianBlur(1.0)), 128))
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), want)
+    assert (want.astype(int) <= 128).all()
+    fast = make(size=64, decode="fast", augment={"blur": {"p": 0.5}, "solarize_p": 0.5})
+    rows = [fast.train(fast.decode(encode(photo, "PNG")), rng(k)) for k in range(8)]
+    assert 1 < sum(int(x.max()) <= 128 for x in rows) < 8
 
 
 def test_settings_describe_and_registry() -> None:

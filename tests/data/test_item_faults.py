@@ -315,7 +315,9 @@ def test_sweeps_of_every_form_are_the_same_points() -> None:
 
 def test_every_modality_refuses_what_is_of_another(tmp_path: Path) -> None:
     for kind in modalities:
-        part = modalities[kind](modalities[kind].Config(**({"channels": 2} if kind == "series" else {})))
+        part = modalities[kind](
+            modalities[kind].Config(**{"series": {"channels": 2}, "vector": {"dim": 2}}.get(kind, {}))
+        )
         for raw in (b"", b"\x00" * 100, b"<html>404</html>", 7, None, {"a": 1}, [1, 2]):
             if kind == "text" and raw == b"<html>404</html>":
                 continue  # that is text

@@ -113,12 +113,12 @@ def test_no_padding_reaches_a_feature() -> None:
     tower.eval()
     draw = np.random.default_rng(0)
     rows = [source.eval(draw.normal(size=(2, n)).astype(np.float32)) for n in (8, 9, 31, 64)]
-    together = tower(source.collate(rows))
-    alone = torch.cat([tower(source.collate([r])) for r in rows])
+    together = tower.encode(source.collate(rows))
+    alone = torch.cat([tower.encode(source.collate([r])) for r in rows])
     assert (together - alone).abs().max() < 2e-6
     loud = source.collate(rows)
     loud["values"][0, :, 8:] = 1e3  # what lies beyond a series' end
-    assert torch.equal(tower(loud)[0], together[0])
+    assert torch.equal(tower.encode(loud)[0], together[0])
     with pytest.raises(ConfigError, match="use 5"):
         build_tower("series", Component(name="own/series_cnn", kernel=4), source.describe(), 8, "x")
 

@@ -318,4 +318,3 @@ def test_remembered_words_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         text = f"word{i} {chr(97 + i % 26) * (i + 1)}"
         assert bpe.encode(text) == fresh.encode(text)
         assert len(bpe._words) <= 8
-    assert len(bpe._bpe.cache) == 2

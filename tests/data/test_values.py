@@ -20,8 +20,8 @@ from dualenc.data.loader import Loader
 from dualenc.data.modalities import ModalityInput
 from dualenc.data.values import ValueKind, check_needs, stable_id
 from dualenc.errors import ConfigError, DataError
+from dualenc.losses.grad_cache import join
 from dualenc.losses.objective import extras_of
-from dualenc.train.grad_cache import join
 
 PAIRS = [("image", "text")]
 VALUES = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dualenc.distributed.world import _bound_by_slurm, _device
+from dualenc.distributed.devices import NAMES, check_device, check_precision, device_of_rank, resolve_device
+from dualenc.distributed.world import _bound_by_slurm
 from dualenc.errors import ConfigError
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
@@ -32,7 +33,43 @@ def test_the_device_is_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert _device("auto", 3, bound=True) == torch.device("cuda", 0)
+    assert device_of_rank("auto", 3, 4, bound=True) == torch.device("cuda", 0)
     assert taken == [torch.device("cuda", 0)]
     with pytest.raises(ConfigError, match="Local rank 3 has no GPU: this machine has 1"):
-        _device("cuda", 3)
+        device_of_rank("cuda", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", "unknown device 'gpu'; use auto, cpu, cuda, mps or xpu"),
+        ("cuda", r"engine\.device is cuda, but torch sees no CUDA device; use auto or cpu"),
+        ("mps", r"engine\.device is mps, but torch sees no Apple GPU \(MPS\); use auto or cpu"),
+        ("xpu", r"engine\.device is xpu, but torch sees no Intel GPU \(XPU\); use auto or cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (torch.cuda, torch.backends.mps, torch.xpu):
+        monkeypatch.setattr(there, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        check_device(name)
+    with pytest.raises(ConfigError, match=message.replace(r"engine\.", "")):
+        resolve_device(name)
+    assert resolve_device("auto") == device_of_rank("auto", 0) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu"])
+def test_one_rank_trains_on_mps_and_xpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name in NAMES
+    for there in (torch.backends.mps, torch.xpu):
+        monkeypatch.setattr(there, "is_available", lambda: True)
+    assert device_of_rank(name, 0) == resolve_device(name) == torch.device(name)
+    with pytest.raises(ConfigError, match=f"{name} trains on one rank only, and 2 were started"):
+        device_of_rank(name, 0, 2)
+
+
+def test_a_precision_the_device_lacks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown --precision 'fp8'; use fp32, bf16, fp16"):
+        check_precision("fp8", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="--precision fp16 needs a GPU"):
+        check_precision("fp16", torch.device("cpu"))

@@ -104,7 +104,7 @@ def test_a_detached_gather_would_be_seen() -> None:
 def test_without_replayed_random_numbers_the_cache_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
-    from dualenc.train import grad_cache
+    from dualenc.losses import grad_cache
 
     monkeypatch.setattr(grad_cache.RandomState, "replayed", lambda self: nullcontext())
     got = gradcheck.run(World(), "single", "info_nce", 4, 0.3)

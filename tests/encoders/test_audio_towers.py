@@ -117,8 +117,8 @@ def test_the_same_clip_alone_and_with_longer_ones(files: list[bytes], name: str)
     tower.eval()
     batch = rows(source, files)
     with torch.no_grad():
-        together = normalize(tower(source.collate(batch)), dim=-1)
-        alone = torch.cat([normalize(tower(source.collate([r])), dim=-1) for r in batch])
+        together = normalize(tower.encode(source.collate(batch)), dim=-1)
+        alone = torch.cat([normalize(tower.encode(source.collate([r])), dim=-1) for r in batch])
     print(f"{name}: largest difference {float((together - alone).abs().max()):.2g}")
     assert (together - alone).abs().max() <= 1e-5
     assert together.std(0).max() > 1e-3
@@ -129,14 +129,14 @@ def test_every_weight_gets_a_gradient_and_the_component_builds_it_again(files: l
     source, tower = make(name)
     tower.train()
     x = source.collate(rows(source, files[:2]))
-    tower(x).square().sum().backward()
+    tower.encode(x).square().sum().backward()
     without = [n for n, p in tower.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     again = build_tower("audio", tower.component, source.describe(), 16)
     assert {k: v.shape for k, v in tower.state_dict().items()} == {k: v.shape for k, v in again.state_dict().items()}
     again.load_state_dict(tower.state_dict())
     with torch.no_grad():
-        assert torch.equal(tower.eval()(x), again.eval()(x))
+        assert torch.equal(tower.eval().encode(x), again.eval().encode(x))
 
 
 @pytest.mark.parametrize("name", ["whisper", "ast", "wav2vec2", "wav2vec2-layer", "w2v-bert"])
@@ -163,7 +163,7 @@ def test_released_weights_give_the_model_s_own_states(tmp_path: Path, files: lis
     source = AudioInput(AudioConfig.model_validate(input_defaults("audio", part)))
     tower = build_tower("audio", part, source.describe(), 32).eval()
     with torch.no_grad():
-        ours = tower(source.collate(rows(source, files)))
+        ours = tower.encode(source.collate(rows(source, files)))
         for i, raw in enumerate(files):
             x, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
             wave = soxr.resample(x.mean(axis=1), rate, 16_000)
@@ -193,7 +193,7 @@ def test_released_weights_give_the_model_s_own_states(tmp_path: Path, files: lis
 def test_whisper_is_not_padded_to_thirty_seconds_unless_asked(files: list[bytes]) -> None:
     source, tower = make("whisper", max_s=6.0)
     assert tower.net.embed_positions.weight.shape[0] == 300  # type: ignore[union-attr]
-    assert tower(source.collate(rows(source, files))).shape == (4, 16)
+    assert tower.encode(source.collate(rows(source, files))).shape == (4, 16)
     with pytest.raises(ConfigError, match=r"input.max_s: 40 s need 2000 positions; the tower has 1500"):
         make("whisper", max_s=40.0)
 
@@ -206,7 +206,7 @@ torch.set_num_threads(1)
 files = [p.read_bytes() for p in sorted((t.AUDIO / "esc10_folds123" / "audio").iterdir())[:3]]
 source, tower = t.make("own", max_s=3.0)
 with torch.no_grad():
-    print(tower.eval()(source.collate(t.rows(source, files))).double().flatten().tolist())
+    print(tower.eval().encode(source.collate(t.rows(source, files))).double().flatten().tolist())
 """
 
 

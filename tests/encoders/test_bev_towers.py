@@ -231,14 +231,14 @@ def test_moving_the_scene_moves_the_map(rows: dict[str, list[dict[str, Tensor]]]
 def test_a_row_alone_is_the_row_in_a_batch(name: str, rows: dict[str, list[dict[str, Tensor]]]) -> None:
     tower, mine = tower_of(name), rows[TOWERS[name][0]]
     with torch.no_grad():
-        whole = tower(collate(name, mine))
+        whole = tower.encode(collate(name, mine))
         for i in range(len(mine)):
-            assert torch.allclose(tower(collate(name, mine[i : i + 1]))[0], whole[i], atol=2e-5)
+            assert torch.allclose(tower.encode(collate(name, mine[i : i + 1]))[0], whole[i], atol=2e-5)
         again = build_tower(
             TOWERS[name][0], tower.component, (LIDAR if TOWERS[name][0] == "lidar" else CAMERA).describe(), 24
         )
         again.load_state_dict(tower.state_dict())
-        assert torch.equal(again.eval()(collate(name, mine)), whole)
+        assert torch.equal(again.eval().encode(collate(name, mine)), whole)
     assert whole.shape == (3, 24)
     assert float((whole[0] - whole[1]).abs().max()) > 1e-4
 
@@ -247,10 +247,10 @@ def test_a_row_alone_is_the_row_in_a_batch(name: str, rows: dict[str, list[dict[
 def test_every_weight_learns_and_the_dummy_is_finite(name: str, rows: dict[str, list[dict[str, Tensor]]]) -> None:
     tower = tower_of(name).train()
     batch = collate(name, rows[TOWERS[name][0]])
-    (tower(batch) * torch.randn(3, 24)).sum().backward()
+    (tower.encode(batch) * torch.randn(3, 24)).sum().backward()
     assert not [n for n, p in tower.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
     source = LIDAR if TOWERS[name][0] == "lidar" else CAMERA
-    assert torch.isfinite(tower(source.collate([source.dummy()]))).all()
+    assert torch.isfinite(tower.encode(source.collate([source.dummy()]))).all()
 
 
 def test_order_of_points_and_missing_cameras(rows: dict[str, list[dict[str, Tensor]]]) -> None:
@@ -258,7 +258,7 @@ def test_order_of_points_and_missing_cameras(rows: dict[str, list[dict[str, Tens
     mixed = {**row, "points": row["points"][torch.randperm(len(row["points"]))]}
     with torch.no_grad():
         tower = tower_of("pillars")
-        assert torch.allclose(tower(LIDAR.collate([row])), tower(LIDAR.collate([mixed])), atol=1e-5)
+        assert torch.allclose(tower.encode(LIDAR.collate([row])), tower.encode(LIDAR.collate([mixed])), atol=1e-5)
         rig = CAMERA.collate(rows["camera"][:1])
         fewer = map_tensors(rig, lambda t: t)
         fewer["present"] = torch.tensor([[True, False, True, True, True, True]])
@@ -266,10 +266,10 @@ def test_order_of_points_and_missing_cameras(rows: dict[str, list[dict[str, Tens
         scribbled["image"][:, 1] = 255
         for name in ("cameras", "lift_splat"):
             tower = tower_of(name)
-            assert torch.equal(tower(fewer), tower(scribbled))
-            assert float((tower(fewer) - tower(rig)).abs().max()) > 1e-5
+            assert torch.equal(tower.encode(fewer), tower.encode(scribbled))
+            assert float((tower.encode(fewer) - tower.encode(rig)).abs().max()) > 1e-5
             turned = {**rig, "extrinsics": rig["extrinsics"].roll(1, 1)}
-            assert float((tower(turned) - tower(rig)).abs().max()) > 1e-5, "the geometry is not used"
+            assert float((tower.encode(turned) - tower.encode(rig)).abs().max()) > 1e-5, "the geometry is not used"
     pool = AttentionPool(8, 2)
     nothing = pool(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.bool))
     assert torch.equal(nothing[0], nothing[1])
@@ -309,8 +309,8 @@ def test_voxels_or_how_to_get_them(rows: dict[str, list[dict[str, Tensor]]]) -> 
             return
         tower = tower_of("voxels")
         with torch.no_grad():
-            whole = tower(LIDAR.collate(rows["lidar"]))
-            alone = tower(LIDAR.collate(rows["lidar"][1:2]))
+            whole = tower.encode(LIDAR.collate(rows["lidar"]))
+            alone = tower.encode(LIDAR.collate(rows["lidar"][1:2]))
         assert torch.allclose(whole[1], alone[0], atol=2e-5)
     finally:
         del TOWERS["voxels"]
@@ -321,5 +321,7 @@ def test_bare_clouds_are_taken(keys: list[Keyframe]) -> None:
     points = keys[2].points()
     tower = tower_of("pillars")
     with torch.no_grad():
-        one, other = (tower(LIDAR.collate([LIDAR.eval(LIDAR.decode(x))])) for x in (npy(points), sweep_of(keys[2])))
+        one, other = (
+            tower.encode(LIDAR.collate([LIDAR.eval(LIDAR.decode(x))])) for x in (npy(points), sweep_of(keys[2]))
+        )
     assert torch.allclose(one, other, atol=1e-6)

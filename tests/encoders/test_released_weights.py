@@ -64,7 +64,7 @@ def test_lite0_runs_as_it_was_trained(coco: Photos) -> None:
             if isinstance(m, torch.nn.BatchNorm2d):
                 m.register_forward_pre_hook(lambda bn, a, to=shifts: to.append(_shift(bn, a[0])))
         with torch.no_grad():
-            tower(x)
+            tower.encode(x)
         distance[label] = float(torch.stack(shifts).mean())
     assert distance["ours"] < 0.9 * distance["timm's"], distance
 
@@ -135,12 +135,12 @@ def test_minilm_gives_sentence_transformers_features() -> None:
     texts = ["A black dog runs after a white dog in the snow .", "cake", "Zwei Pferde am Strand, bei Sonnenuntergang."]
     with torch.no_grad():
         batch = source.collate([source.eval(source.decode(t)) for t in texts])
-        got = torch.nn.functional.normalize(tower(batch), dim=-1)
+        got = torch.nn.functional.normalize(tower.encode(batch), dim=-1)
         longer = {
             "ids": torch.nn.functional.pad(batch["ids"], (0, 60), value=source.pad_id),
             "mask": torch.nn.functional.pad(batch["mask"], (0, 60)),
         }
-        full = torch.nn.functional.normalize(tower(longer), dim=-1)
+        full = torch.nn.functional.normalize(tower.encode(longer), dim=-1)
     want = torch.tensor(st.SentenceTransformer(folder, device="cpu").encode(texts, normalize_embeddings=True))
     assert (got - want).abs().max() <= 1e-5
     assert (got - full).abs().max() <= 1e-5
@@ -173,4 +173,4 @@ def test_a_vision_model_of_transformers(tmp_path: Path) -> None:
     x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         want = net(pixel_values=(x / 255 - 0.5) / 0.5).last_hidden_state[:, 0]
-        assert (tower(x) - want).abs().max() <= 1e-6
+        assert (tower.encode(x) - want).abs().max() <= 1e-6

@@ -53,7 +53,7 @@ def small_open_clip(**text: Any) -> dict[str, Any]:
         ("image", "timm/efficientnet_light0", {}, "Did you mean 'efficientnet_lite0'?"),
         ("image", "timm/resnet18.a1_in1", {}, "Did you mean 'a1_in1k'?"),
         ("image", "own/convnett", {}, "Did you mean 'own/convnet'?"),
-        ("text", "own/convnet", {}, "Use own/transformer"),
+        ("text", "own/convnet", {}, "Use own/moe_transformer or own/transformer"),
         ("image", "convnet", {}, "Did you mean 'own/convnet'?"),
         ("image", "tim/resnet18", {}, "Did you mean 'timm'?"),
         ("image", "own/vit", {"widht": 3}, "enc.widht: unknown key (in enc). Did you mean 'width'?"),
@@ -125,8 +125,8 @@ def test_a_cut_batch_gives_the_features_of_full_padding(name: str, settings: dic
     cut = collate(source, CAPTIONS)
     assert cut["ids"].shape[1] < context
     with torch.no_grad():
-        a, b = tower(cut), tower(padded(cut, context, source.pad_id))
-        alone = torch.cat([tower(collate(source, [c])) for c in CAPTIONS])
+        a, b = tower.encode(cut), tower.encode(padded(cut, context, source.pad_id))
+        alone = torch.cat([tower.encode(collate(source, [c])) for c in CAPTIONS])
     assert a.std() > 0.01
     assert (a - b).abs().max() <= 1e-5
     assert (a - alone).abs().max() <= 1e-5
@@ -147,7 +147,7 @@ def test_open_clip_text_is_upstream_s() -> None:
     tower.net.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith(parts)})
     with torch.no_grad():
         want = model.encode_text(open_clip.tokenize(CAPTIONS))
-        assert (tower(collate(source, CAPTIONS)) - want).abs().max() <= 1e-5
+        assert (tower.encode(collate(source, CAPTIONS)) - want).abs().max() <= 1e-5
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_pictures_are_normalised_as_the_input_says() -> None:
     seen = []
     tower.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    tower(x)
+    tower.encode(x)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(1, 3, 1, 1)
     torch.testing.assert_close(seen[0], (x.float() / 255 - mean) / std)
     assert not [k for k in tower.state_dict() if k in ("mean", "std")]
@@ -171,13 +171,13 @@ def test_a_row_s_features_do_not_depend_on_its_batch(name: str) -> None:
     torch.manual_seed(0)
     tower = build_tower("image", component(name), make_input("image", size=64).describe(), 16).train()
     x = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    whole = tower(x)
+    whole = tower.encode(x)
     weights = torch.randn_like(whole)
     (whole * weights).sum().backward()
     want = {k: p.grad.clone() for k, p in tower.named_parameters() if p.grad is not None}
     tower.zero_grad()
     for half in (slice(0, 2), slice(2, 4)):
-        (tower(x[half]) * weights[half]).sum().backward()
+        (tower.encode(x[half]) * weights[half]).sum().backward()
     for k, p in tower.named_parameters():
         assert p.grad is not None, f"{k} got no gradient"
         assert (p.grad - want[k]).abs().max() <= 1e-4 * (1 + want[k].abs().max()), k
@@ -190,8 +190,8 @@ def test_patch_dropout_acts_in_training_only() -> None:
     lengths = []
     tower.trunk.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     x = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    tower.train()(x)
-    tower.eval()(x)
+    tower.train().encode(x)
+    tower.eval().encode(x)
     assert lengths == [8, 16]
 
 
@@ -201,7 +201,7 @@ def test_frozen_batch_norm_stays_frozen() -> None:
     for freeze in (True, False):
         tower = build_tower("image", component("timm/resnet10t", freeze_bn=freeze), describe, 8).train()
         before = {k: v.clone() for k, v in tower.state_dict().items() if "running" in k}
-        tower(x)
+        tower.encode(x)
         same = all(torch.equal(v, tower.state_dict()[k]) for k, v in before.items())
         assert same is freeze
         assert tower.training
@@ -225,7 +225,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, name: str, settin
     for on in (False, True):
         tower.set_grad_checkpointing(on)
         tower.zero_grad()
-        tower(x).square().sum().backward()
+        tower.encode(x).square().sum().backward()
         grads.append({k: p.grad.clone() for k, p in tower.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert len(grads[0]) == len(list(tower.parameters()))

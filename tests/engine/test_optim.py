@@ -153,7 +153,7 @@ def test_a_non_finite_step_changes_nothing_and_is_counted() -> None:
 
 
 def test_batch_norm_statistics_move_once_with_micro_batches() -> None:
-    from dualenc.train.grad_cache import kept_running_statistics
+    from dualenc.losses.grad_cache import kept_running_statistics
 
     norm = torch.nn.BatchNorm1d(3)
     with kept_running_statistics(norm):

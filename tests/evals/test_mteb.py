@@ -1,22 +1,24 @@
-"""mteb both ways, on its own mock tasks (real task classes, data made in memory; nothing is downloaded)."""
+"""mteb both ways: its own tasks on local copies in the schema of the Hub; nothing is downloaded."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from _shared import PYTHONPATH, ROOT
+from _shared import DATA, PYTHONPATH, ROOT
 
+from benchmarks import mteb_tasks
+from benchmarks.mteb_copies import TASKS, copies
 from dualenc.config import Recipe, parse
-from dualenc.errors import ConfigError
+from dualenc.errors import ConfigError, DataError
 from dualenc.model import Bundle, build_bundle
 
-mteb: Any = pytest.importorskip("mteb", reason="pip install 'dualenc[mteb]' ; with polars 60 MB, so not in dev")
+mteb: Any = pytest.importorskip("mteb", reason="pip install 'dualenc[mteb]'")
 
 
 @pytest.fixture(scope="module")
@@ -37,68 +39,98 @@ def bundle() -> Bundle:
     return build_bundle(parse(Recipe, raw, {}, "test"))
 
 
-def stock(model: Any, task: Any) -> Any:
-    options: Any = {"batch_size": 8, "show_progress_bar": False}
-    done = mteb.evaluate(
-        model, task, cache=None, co2_tracker=False, show_progress_bar=False, encode_kwargs=options, public_only=False
-    )
-    return done.task_results[0].scores
+QUICK = ["CIFAR10ZeroShot", "ESC50PairClassification", "STSBenchmark"]
+LIKE_ANOTHER = ["CIFAR10Clustering", "STL10", "STL10ZeroShot", "Flickr30kI2TRetrieval", "MSCOCOT2IRetrieval", "FSDD"]
+LIKE_ANOTHER += ["Fashion200kT2IRetrieval", "AROCocoOrder", "ESC50Clustering", "ClothoT2ARetrieval", "SICK-R"]
 
 
-def same(a: Any, b: Any) -> None:
-    assert a.keys() == b.keys()
-    for split in a:
-        for x, y in zip(a[split], b[split], strict=True):
-            assert x["main_score"] == pytest.approx(y["main_score"], abs=1e-6, nan_ok=True)
+@pytest.fixture(scope="module")
+def needs_data() -> None:
+    if not (DATA / "image_text" / "coco_cc").is_dir() or not (DATA / "audio_text").is_dir():
+        pytest.skip(f"needs images, clips and captions below {DATA}")
+
+
+def assert_as_stock(names: list[str], folder: Path) -> None:
+    found = mteb_tasks.compare(names, folder)
+    for name, (ours, stock, apart) in found.items():
+        print(f"{name}: {ours:.4f} {stock:.4f}")
+        assert apart <= 1e-6, (name, ours, stock)
+    assert list(found) == names
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_stock_mteb(needs_data: None, tmp_path: Path) -> None:
+    assert_as_stock(QUICK, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_scores_are_those_of_mteb_with_sentence_transformers(bundle: Bundle, tmp_path: Path) -> None:
-    """The same model as a SentenceTransformer, which mteb wraps by itself, and through ours: every mock task."""
-    from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
-
-    from dualenc.model.export.export import export
-    from dualenc.mteb import wrap
-    from dualenc.sentence_transformers import load
-
-    ours, theirs = wrap(bundle), load(export(bundle, "sentence-transformers", tmp_path / "st"), "cpu")
-    assert isinstance(ours, mteb.EncoderProtocol)
-    done = set()
-    for task in ALL_MOCK_TASK_TEST_GRID:
-        if set(task.metadata.modalities) <= {"text", "image"}:
-            scores = stock(ours, task)
-            if set(task.metadata.modalities) == {"text"}:  # mteb takes any SentenceTransformer for one of texts
-                same(scores, stock(theirs, task))
-            done.add(task.metadata.name)
-    print(f"{len(done)} tasks")
-    assert len(done) >= 40
+@pytest.mark.timeout(3600)
+def test_scores_of_the_other_tasks_are_those_of_stock_mteb(needs_data: None, tmp_path: Path) -> None:
+    """Classification, clustering, retrieval, reranking, pairs and STS of images, clips and texts."""
+    assert len(TASKS) >= 20
+    assert_as_stock([n for n in TASKS if n not in QUICK], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.extra
-def test_the_command_on_two_ranks_and_again(bundle: Bundle, tmp_path: Path) -> None:
-    bundle.save(tmp_path / "m")
-    mocks = "mteb.mocks.mock_tasks"
-    tasks = (
-        f"mteb:{mocks}:MockAny2AnyRetrievalI2TTask,mteb:{mocks}:MockSTSTask,mteb:{mocks}:MockImageClassificationTask"
-    )
-    env = os.environ | {"PYTHONPATH": PYTHONPATH, "DUALENC_CACHE": str(tmp_path / "cache")}
+@pytest.mark.timeout(3600)
+def test_the_command_on_two_ranks_and_after_a_kill(needs_data: None, tmp_path: Path) -> None:
+    """The files are the same byte for byte on one rank, on two, and where the command was killed and resumed."""
+    mteb_tasks.model().save(tmp_path / "m")
+    tasks = [n for n in TASKS if n not in LIKE_ANOTHER]
+    assert len(tasks) >= 20
+    copies(tmp_path / "data" / "mteb", tasks)
+    names = ",".join(f"mteb:{n}" for n in tasks)
 
-    def run(out: str, *launch: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "dualenc", *launch, "eval", str(tmp_path / "m"), "--tasks", tasks]
+    def start(out: str, *launch: str) -> subprocess.Popen[str]:
+        path = os.pathsep.join([PYTHONPATH, os.environ.get("PYTHONPATH", "")])
+        env = os.environ | {"PYTHONPATH": path, "DUALENC_DATA": str(tmp_path / "data")}
+        env |= {"DUALENC_CACHE": str(tmp_path / out / "cache")}
+        command = [sys.executable, "-m", "dualenc", *launch, "eval", str(tmp_path / "m"), "--tasks", names]
         command += ["--out", str(tmp_path / out / "results.json"), "--batch-size", "8"]
-        got = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-        assert got.returncode == 0, got.stderr[-2000:]
-        files = sorted((tmp_path / out / "mteb").rglob("Mock*.json"))
-        assert len(files) == 3
-        return {f.name: json.loads(f.read_text())["scores"] for f in files}
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(out: str, *launch: str) -> dict[str, bytes]:
+        process = start(out, *launch)
+        said, _ = process.communicate(timeout=3000)
+        assert process.returncode == 0, said[-2000:]
+        found = {f.name: f.read_bytes() for f in (tmp_path / out / "mteb").rglob("*.json")}
+        assert len(found) == len(tasks) + 1  # model_meta.json
+        return found
 
     one = run("one")
     assert run("two", "launch", "--nproc", "2") == one
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("Mock*.json")}
-    assert run("one") == one  # finished tasks are kept
-    assert before == {p: p.stat().st_mtime_ns for p in before}
+    killed = start("killed")
+    while len(list((tmp_path / "killed").rglob("mteb/**/*.json"))) < 6:
+        assert killed.poll() is None
+        time.sleep(0.1)
+    killed.kill()
+    killed.communicate()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").rglob("mteb/**/*.json")}
+    assert len(before) < len(one)
+    assert run("killed") == one
+    kept = {p: p.stat().st_mtime_ns for p in before if p.name != "model_meta.json"}
+    assert all(before[p] == at for p, at in kept.items())  # finished tasks are not run again
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+@pytest.mark.timeout(3600)
+def test_mteb_s_mock_tasks(bundle: Bundle) -> None:
+    """Every kind of task that mteb has, on its own made-up data."""
+    from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
+
+    from dualenc.mteb import wrap
+
+    ours, done = wrap(bundle), set()
+    assert isinstance(ours, mteb.EncoderProtocol)
+    options: Any = {"batch_size": 8, "show_progress_bar": False}
+    for task in ALL_MOCK_TASK_TEST_GRID:
+        if set(task.metadata.modalities) <= {"text", "image"}:
+            mteb.evaluate(ours, task, cache=None, co2_tracker=False, encode_kwargs=options, public_only=False)
+            done.add(task.metadata.name)
+    assert len(done) >= 40
 
 
 def test_what_there_is_not(bundle: Bundle, tmp_path: Path) -> None:
@@ -110,35 +142,21 @@ def test_what_there_is_not(bundle: Bundle, tmp_path: Path) -> None:
         evaluate_mteb(bundle, ["mteb:json:Nothing"], tmp_path)
 
 
-def test_a_task_of_mteb_on_a_local_copy(bundle: Bundle, tmp_path: Path) -> None:
-    """CIFAR10 zero-shot, in the schema that mteb expects (parquet with an image and a label), from a local folder."""
-    import io
+def test_benchmarks_are_their_tasks() -> None:
+    from dualenc.cli.evaluate import _names
+    from dualenc.mteb import find_tasks
 
-    import numpy as np
-    from datasets import Dataset, Features, Image, Value
-    from PIL import Image as Pictures
+    assert _names("mteb:MTEB(eng, v2), x,mteb:ESC50") == ["mteb:MTEB(eng, v2)", "x", "mteb:ESC50"]
+    tasks = find_tasks(["MIEB(lite)", "CIFAR10ZeroShot", "ESC50"])
+    names = [t.metadata.name for t in tasks]
+    assert len(names) == len(set(names)) > 40
+    assert "ESC50" in names
+    with pytest.raises(ConfigError, match=r"mteb has no benchmark 'MIEB\(small\)'"):
+        find_tasks(["MIEB(small)"])
 
-    from dualenc.mteb import evaluate_mteb, find_task
 
-    task = find_task("STSBenchmark", None)
-    path = tmp_path / "data" / task.metadata.dataset["path"]
-    path.mkdir(parents=True)
-    texts = {"sentence1": ["a cat", "a dog", "a red car", "rain"], "sentence2": ["a cat", "cats", "a blue car", "sun"]}
-    Dataset.from_dict({**texts, "score": [5.0, 3.0, 2.0, 0.0]}).to_parquet(str(path / "test.parquet"))
-    scores = evaluate_mteb(bundle, ["STSBenchmark"], tmp_path / "out", data=tmp_path / "data")
-    assert -1 <= scores["STSBenchmark"]["test"] <= 1
+def test_data_that_cannot_be_loaded_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    from dualenc.mteb import evaluate_mteb
 
-    images = mteb.get_task("CIFAR10")
-    path = tmp_path / "data" / images.metadata.dataset["path"]
-    path.mkdir(parents=True, exist_ok=True)
-    rng, rows = np.random.default_rng(0), []
-    for _ in range(40):
-        file = io.BytesIO()
-        Pictures.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-        rows.append({"bytes": file.getvalue(), "path": None})
-    columns = {images.input_column_name: rows, images.label_column_name: [i % 2 for i in range(40)]}
-    kinds = Features({images.input_column_name: Image(), images.label_column_name: Value("int64")})
-    for split in {"train", *images.metadata.eval_splits}:
-        Dataset.from_dict(columns, features=kinds).to_parquet(str(path / f"{split}.parquet"))
-    scores = evaluate_mteb(bundle, ["CIFAR10"], tmp_path / "out", data=tmp_path / "data")
-    assert 0 <= scores["CIFAR10"]["test"] <= 1
+    with pytest.raises(DataError, match=r"task STSBenchmark \(mteb/stsbenchmark-sts\) cannot be loaded.*a copy may be"):
+        evaluate_mteb(bundle, ["STSBenchmark"], tmp_path)

@@ -12,16 +12,17 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _feature_jobs import texts, tiny
+from _feature_jobs import RECIPE, texts, tiny
 
 from dualenc.cli import app
-from dualenc.config import Data
+from dualenc.config import Data, Recipe
 from dualenc.data.batches import prepare
 from dualenc.data.batches.facts import sample_id
 from dualenc.errors import ConfigError
 from dualenc.features import FeatureStore
-from dualenc.features.mining import k_means, nearest_neighbors, read_features
+from dualenc.features.mining import k_means, nearest_neighbors, read_features, read_stages
 from dualenc.features.of_shards import embed_shards
+from dualenc.model import build_bundle
 
 
 def unit(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -53,6 +54,27 @@ def test_k_means_finds_what_is_apart_and_says_when_it_cannot() -> None:
     assert (k_means(x, 4) == label).all()
     with pytest.raises(ConfigError, match="201 clusters of 200 samples cannot be made"):
         k_means(x, 201)
+
+
+def test_features_of_several_stages_are_joined_by_sample(tmp_path: Path) -> None:
+    """The second stage has one shard less; a cosine is the mean of the stages' cosines."""
+    texts(tmp_path, shards=3, each=5)
+    stages = [tmp_path / "stage0", tmp_path / "stage1"]
+    embed_shards(tiny(), str(tmp_path / "t-{0..2}.tar"), stages[0], ["text"])
+    embed_shards(
+        build_bundle(Recipe.model_validate({**RECIPE, "seed": 1})), str(tmp_path / "t-{1..2}.tar"), stages[1], ["text"]
+    )
+    stores = [FeatureStore(s) for s in stages]
+    ids, x = read_stages(stores, ["text"])
+    assert sorted(ids.tolist()) == sorted(sample_id(f"t-{s}.tar", f"s{s}{i}") for s in (1, 2) for i in range(5))
+    parts = [dict(zip(i.tolist(), y, strict=True)) for i, y in (read_features(s, ["text"]) for s in stores)]
+    own = [torch.stack([part[i] for i in ids.tolist()]) for part in parts]
+    assert not torch.allclose(own[0], own[1])
+    torch.testing.assert_close(x @ x.T, sum(y @ y.T for y in own) / 2)
+    out = tmp_path / "clusters.safetensors"
+    done = CliRunner().invoke(app, ["mine", "clusters", *map(str, stages), "--clusters", "2", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert load_file(out)["labels"].tolist() == k_means(x, 2).tolist()
 
 
 def test_from_features_to_batches(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "cocosoda": {"name": "cocosoda", "decay": 0.8, "queue": 20, "within": True},
     "byolip": {"name": "byolip", "project": 6, "hidden": 8, "decay": 0.8},
     "beclr": {"name": "beclr", "project": 6, "hidden": 8, "decay": 0.8, "memory": 20, "clusters": 3, "neighbours": 2},
+    "entities": {"name": "entity_classifier", "classes": 5, "scale": 4.0, "side": "both", "strip_mb": 1e-6},
+    "entities sampled": {"name": "entity_classifier", "classes": 11, "sampled": 6, "scale": 4.0, "lr": 0.5},
     "list": {
         "name": "sum",
         "terms": [
@@ -102,7 +104,7 @@ def trained(
         built.load_optimizer_state(InMemory(saved["optimizer"]), saved["info"])
         memory.load(stored(Path(begin), "memory"))
     for step in range(0 if saved is None else MIDDLE, STEPS):
-        batch = memory.recall(batch_of(step, world.rank, world.world_size))
+        batch = memory.recall(batch_of(step, world.rank, world.world_size), built.module)
         done = train_step(built, batch, [PAIR], loss, micro=micro)
         memory.keep(built.module, done.skipped)
         assert bool(done.skipped) == (step == NOT_FINITE)

@@ -22,7 +22,8 @@ def test_a_family_loads_with_the_library_s_features(tmp_path: Path, family: str)
     assert row.loads == "whole", row
     # TIPS has no Pillow processor in transformers: its resize by torchvision gives other pixels
     assert row.difference <= (1e-3 if family == "tipsv2" else 1e-5), row
-    assert set(row.exports) >= {"hf", "sentence-transformers", "onnx", "safetensors"}
+    graphs = set() if family == "siglip2" else {"onnx"}  # NaFlex
+    assert set(row.exports) >= {"hf", "sentence-transformers", "safetensors"} | graphs
 
 
 @pytest.mark.parametrize("family", ["blip", "owlvit", "pe_audio"])
@@ -63,6 +64,6 @@ def test_a_row_of_the_matrix(tmp_path: Path, name: str) -> None:
     bundle = MODELS[name](tmp_path / "model")
     for column in COLUMNS:
         found = cell(bundle, column, tmp_path / column)
-        print(name, column, found)
-        crop = (name, column) == ("open_clip ViT", "transformers")  # an odd border, cut one pixel further
-        assert isinstance(found, str) or found <= (1e-4 if column == "onnx" else 2e-2 if crop else 1e-5)
+        print(name, column, found.says)
+        assert found.difference is None or found.difference <= (1e-4 if column == "onnx" else 1e-5)
+        assert found.difference is not None or len(found.says) > 20

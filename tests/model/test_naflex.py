@@ -121,7 +121,7 @@ def test_input_and_features_and_the_way_back(folder: Path, turned: Photos, tmp_p
     assert torch.equal(text, texts)
     with pytest.raises(ConfigError, match=r"open_clip has no Siglip2Model"):
         export(ours, "open_clip", tmp_path / "oc")
-    with pytest.raises(ConfigError, match=r"modalities.image.*NaFlex towers"):
+    with pytest.raises(ConfigError, match=r"modalities.image.*NaFlex tower"):
         export(ours, "onnx", tmp_path / "onnx")
 
 
@@ -131,13 +131,13 @@ def test_padding_changes_nothing_and_gradients_arrive(folder: Path, turned: Phot
     tower = ours.model.tower("image")
     rng = np.random.default_rng(0)
     batch = source.collate([source.train(source.decode(x), rng) for x, _ in turned])
-    out = tower(batch)
+    out = tower.encode(batch)
     used = int(batch["grid"].prod(-1).max())
     noise = torch.randint(0, 256, batch["patches"].shape, dtype=torch.uint8)
     real = (torch.arange(LIMIT) < batch["grid"].prod(-1, keepdim=True))[..., None]
     noisy = torch.where(real, batch["patches"], noise)
-    assert (tower({"patches": noisy, "grid": batch["grid"]}) - out).abs().max() <= 1e-5
-    assert (tower({"patches": batch["patches"][:, :used], "grid": batch["grid"]}) - out).abs().max() <= 1e-5
+    assert (tower.encode({"patches": noisy, "grid": batch["grid"]}) - out).abs().max() <= 1e-5
+    assert (tower.encode({"patches": batch["patches"][:, :used], "grid": batch["grid"]}) - out).abs().max() <= 1e-5
     out.square().sum().backward()
     assert not [k for k, p in tower.named_parameters() if p.grad is None]
 

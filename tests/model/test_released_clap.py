@@ -154,14 +154,14 @@ def test_a_clap_folder_to_ours_and_back(tmp_path: Path, clips: Clips, fused: boo
     assert all(torch.equal(v, state[k]) for k, v in again.model.state_dict().items())
 
 
-def test_graphs_of_audio_are_refused_and_a_rate_of_ours_cannot_be_edited(tmp_path: Path) -> None:
+def test_a_graph_of_fusion_is_refused_and_a_rate_of_ours_cannot_be_edited(tmp_path: Path) -> None:
     from dualenc.errors import CheckpointError, ConfigError
     from dualenc.model.export.export import export
 
-    write_clap(tmp_path / "m", False)
+    write_clap(tmp_path / "m", True)
     model = load_model(str(tmp_path / "m"))
     pytest.importorskip("onnxscript")
-    with pytest.raises(ConfigError, match=r"modalities.audio: only image and text towers.*safetensors"):
+    with pytest.raises(ConfigError, match=r"modalities.audio: input.long: fusion takes crops.*safetensors"):
         export(model, "onnx", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
     path = model.save(tmp_path / "ours") / "dualenc.json"

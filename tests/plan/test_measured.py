@@ -28,6 +28,8 @@ VARIANTS = {
     "checkpointing": ["engine.grad_checkpointing=true"],
     "micro-batches": ["batch.micro=4"],
     "average": ["optim.ema_samples=1000"],
+    "a loss with a memory": ["loss={name: moco, queue: 65536}"],
+    "two losses": ["loss=[info_nce, {name: koleo, weight: 0.1}]"],
 }
 
 
@@ -55,6 +57,14 @@ def test_a_rank_allocates_what_is_planned(name: str, ranks: int) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_settings_that_change_memory(name: str, variant: str) -> None:
     check(name, 2, VARIANTS[variant])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.extra
+@pytest.mark.timeout(600)
+def test_groups_of_ranks_that_share_the_state() -> None:
+    check("FSDP2", 4, ["engine.shard_size=2"])
 
 
 # --- the page ------------------------------------------------------------------------------------------------------

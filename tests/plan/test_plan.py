@@ -200,6 +200,48 @@ def test_bytes_on_the_wire(planned: Planned) -> None:
     assert wire(ONE, w, r, 1, 4).total == 0
 
 
+def test_groups_of_ranks_share_the_state() -> None:
+    whole, groups = (plan(recipe(*more), ranks=8, memory=80 * GIB) for more in ([], ["engine.shard_size=2"]))
+    small, large = (next(n for n in p.needs if n.kind is FSDP2) for p in (whole, groups))
+    T = 4 * groups.weights.trained
+    assert large.parameters == pytest.approx(T / 2, rel=0.05)
+    assert large.optimizer == pytest.approx(T, rel=0.05)
+    assert large.parameters > 3 * small.parameters
+    assert large.wire.gradients == 0.5 * T + 2 * 0.75 * T / 2, "within a group, then its half among four"
+    assert large.wire.parameters < small.wire.parameters
+    assert all(("engine.shard_size=null" in keys_of(n, groups)) is (n.kind is not FSDP2) for n in groups.needs), (
+        "other engines refuse the key"
+    )
+    with pytest.raises(ConfigError, match=r"engine\.shard_size: 8 ranks cannot be parted into groups of 3"):
+        plan(recipe("engine.shard_size=3"), ranks=8, memory=GIB)
+
+
+def test_what_a_loss_remembers_is_planned() -> None:
+    moco = recipe("loss={name: moco, queue: 4096, mix: null}")
+    kept = loss_memory.remembered(moco, 4)
+    w = count(build_on("meta", moco)[0])
+    queues = 4096 * (4 * moco.embed_dim + 8)  # keys and their ids
+    assert kept == pytest.approx(2 * queues + 4 * w.total, rel=0.05)
+    assert loss_memory.remembered(recipe(), 4) == 0
+    with_memory, without = (plan(r, ranks=4, memory=80 * GIB).needs[0] for r in (moco, recipe("loss=dcl")))
+    assert with_memory.loss >= kept
+    assert with_memory.total - kept == pytest.approx(without.total, rel=0.25)
+    noted = plan(recipe("loss=sogclr"), ranks=4, memory=80 * GIB).notes
+    assert any(n.startswith("The loss keeps 8 bytes for every sample of the data") for n in noted), noted
+
+
+def test_a_sum_of_losses_is_the_sum_of_its_parts() -> None:
+    cpu = torch.device("cpu")
+
+    def of(text: str) -> float:
+        return loss_memory.loss_bytes(recipe("batch.size=8192", f"loss={text}"), 2048, 4, cpu)
+
+    nce, koleo = of("{name: info_nce, tile_mb: 4}"), of("{name: koleo, strip_mb: 2}")
+    assert of("[{name: info_nce, tile_mb: 4}, {name: koleo, strip_mb: 2}]") == pytest.approx(nce + koleo)
+    assert koleo < of("{name: koleo, strip_mb: 64}")
+    assert of("{name: matryoshka, dims: [16]}") == pytest.approx(of("info_nce"))
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 

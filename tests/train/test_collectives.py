@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _runs import build
 from _spawn import spawn
+from _traffic import Traffic
 
 from dualenc.distributed.world import World
 from dualenc.train.hooks import MOST_STEPS
@@ -25,23 +24,12 @@ pytestmark = [pytest.mark.dist]
 STEP = {
     "_allgather_base_": 3,  # features of both modalities, and pair ids
     "_reduce_scatter_base_": 2,  # their gradients
-    "allreduce_": 4,  # rows that are there; loss and metrics; DDP's gradients, one bucket, and unused parameters
+    "allreduce_": 3,  # rows that are there; loss and metrics; DDP's gradients, one bucket
     "broadcast_": 1,  # DDP's buffers (running statistics)
 }
-"""Of one pair, info_nce, DDP with one bucket, on two ranks."""
+"""Of one pair, info_nce, DDP with one bucket, on two ranks, where every parameter has a gradient."""
 
 
-WAITS = {
-    "_local_scalar_dense",
-    "is_nonzero",
-    "nonzero",
-    "masked_select",
-    "repeat_interleave",
-    "_unique2",
-    "unique_consecutive",
-    "unique_dim",
-}
-"""Operators after which the host needs a value, or a size that depends on values: on a GPU it waits for them."""
 LOSSES = {
     "info_nce": [],
     "info_nce, EMA, micro-batches": [
@@ -52,26 +40,6 @@ LOSSES = {
     "sigmoid": ["loss=sigmoid", "logit_scale={init: 10, bias: -10}"],
     **{name: [f"loss={name}"] for name in ("dcl", "siamlip")},
 }
-
-
-class Traffic(TorchDispatchMode):
-    """Counts collectives, and readings of the device by the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, name = func._schema.name.split("::")
-        if space == "c10d":
-            self.calls[name] += 1
-        places = args[1] if "index" in name and len(args) > 1 and isinstance(args[1], list | tuple) else ()
-        by_mask = any(x is not None and x.dtype == torch.bool for x in places)
-        # DDP's map of used parameters is int32 in host memory, whatever the device
-        on_host = name == "_local_scalar_dense" and args[0].dtype == torch.int32
-        if space == "aten" and (by_mask or name in WAITS) and not on_host:
-            self.calls["waits"] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def count(world: World, out: str, steps: int = 40, more: list[str] | None = None) -> list[dict[str, int]]:
@@ -100,6 +68,17 @@ def test_collectives_of_a_step_are_those_documented(tmp_path: Path) -> None:
         looks = [s for s in later if s["looking"]]
         assert len(looks) >= len(later) // MOST_STEPS
         assert all(s["allreduce_"] == STEP["allreduce_"] + 1 for s in looks), looks  # the flags
+
+
+def searching(world: World, out: str) -> list[dict[str, int]]:
+    return count(world, out, 9, ["engine.find_unused=true"])
+
+
+def test_looking_for_unused_parameters_costs_a_collective(tmp_path: Path) -> None:
+    for steps in spawn(HERE, "searching", 2, {"out": str(tmp_path)}):
+        quiet = [s for s in steps[2:-1] if not s["looking"]]
+        assert quiet
+        assert all(s["allreduce_"] == STEP["allreduce_"] + 1 for s in quiet), quiet
 
 
 def every_loss(world: World, out: str) -> dict[str, list[dict[str, int]]]:

@@ -22,6 +22,7 @@ from dualenc.distributed.world import World
 from dualenc.encoders import DualEncoder, Tower
 from dualenc.memory import SlowModel, SlowTowers
 from dualenc.model import build_bundle, load_model
+from dualenc.shipped import shipped_recipes
 
 LIST = (
     "loss=[{name: moco, queue: 40, decay: 0.9}, {name: fastclip, rho: 2, weight: 0.5}, "
@@ -68,6 +69,35 @@ def test_a_dry_run_says_what_the_loss_remembers(
     assert f"keeps moco/queue/image-text/a {where} 132.8 KiB on each of 4 rank(s), the same on all" in said
     assert f"keeps fastclip/samples/image-text {where} 7.6 KiB on each of 4 rank(s), a part on each" in said
     assert f"keeps slow/moco__keys {where} 1.3 MiB on each of 4 rank(s), the same on all" in said
+
+
+REMEMBERED = {
+    "moco": ["queue/image-text/a", "slow/keys"],
+    "cocosoda": ["queue/image-text/b", "slow/keys"],
+    "fastclip": ["samples/image-text"],
+    "sogclr": ["samples/image-text"],
+    "isogclr": ["samples/image-text"],
+    "beclr": ["beclr/memory/image-text/a", "beclr/clusters/image-text/b", "slow/beclr__slow_predicted"],
+    "byolip": ["slow/byolip__slow_predicted"],
+    "mode_tokens": [],
+}
+"""Recipe below recipes/quickstart → what its loss keeps."""
+
+
+@pytest.mark.parametrize("name", REMEMBERED)
+def test_the_recipe_of_every_loss_with_a_memory_is_listed_and_can_be_planned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"quickstart/{name}" in shipped_recipes()
+    monkeypatch.setattr(sys, "argv", ["dualenc", "train", f"quickstart/{name}", "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    for kept in REMEMBERED[name]:
+        assert f"keeps {kept} in every checkpoint" in said
+    assert said.count(" in every checkpoint: ") >= len(REMEMBERED[name])
 
 
 class Plain(Tower):

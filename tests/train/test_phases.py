@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -19,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 from _runs import RECIPE, environment, losses, newest, order, rows
 from _spawn import spawn
 
+from dualenc.checkpoint import save as ckpt
 from dualenc.config import dump_yaml, load_recipe, phase_recipes
-from dualenc.distributed.world import World
+from dualenc.distributed.world import World, barrier
 from dualenc.encoders.released.migrations import resize_grid
 from dualenc.errors import ConfigError
 from dualenc.model import build_bundle
@@ -78,6 +80,31 @@ def test_each_phase_is_a_recipe_built_on_the_one_before() -> None:
     assert trained < whole < larger == all_of_it
 
 
+SIZES = "phases=[{at: 48 samples, batch.size: 32}, {at: 160 samples, batch: {size: 8, micro: 4}, optim.lr: 5e-4}]"
+
+
+@pytest.mark.parametrize(
+    ("budget", "phases", "steps", "samples"),
+    [
+        ("budget={samples: 200}", SIZES, [0, 3, 6, 13], [0, 48, 144, 200]),
+        ("budget.steps=9", SIZES, [0, 3, 6, 9], [0, 48, 144, 168]),
+        ("budget={samples: 200}", "phases=[{at: 50 %, batch.size: 32}]", [0, 6, 9], [0, 96, 192]),
+        ("budget.steps=8", "phases=[{at: 50 %, batch.size: 32}, {at: 6 steps}]", [0, 4, 6, 8], [0, 64, 128, 192]),
+    ],
+)
+def test_batches_of_other_sizes_are_counted_in_samples(
+    budget: str, phases: str, steps: list[int], samples: list[int]
+) -> None:
+    spans = timeline(recipe_of(budget, phases))
+    assert [s.start for s in spans] + [spans[-1].stop] == steps
+    assert [s.samples for s in spans] + [spans[-1].total_samples] == samples
+    for s in spans:  # the data are left alone, so their order goes on where it was, and so does the schedule
+        assert (s.data_phase, s.data_offset + (s.start - s.data_from) * s.recipe.batch.size) == (0, s.samples)
+        assert s.rates == (0, samples[-1])
+    again = timeline(recipe_of(budget, "data.batches=by_source", phases))
+    assert [(s.data_phase, s.data_offset) for s in again][:2] == [(0, 0), (1, 0)], "batches are composed anew"
+
+
 def load_recipe_of(text: str) -> Any:
     import tempfile
 
@@ -101,7 +128,11 @@ def test_where_a_phase_begins(at: str, step: int) -> None:
         ("[{at: 5 stpes}]", "phases.0.at: write where the phase begins as '1_000_000 samples'"),
         ("[{at: 3 steps, seed: 1}]", "phases.0: a phase cannot change seed"),
         ("[{at: 3 steps, los: siglip}]", "a phase cannot change los. Did you mean 'loss'"),
-        ("[{at: 3 steps, batch: {size: 32}}]", "phases.0.batch.size: 32 differs from the 16"),
+        ("[{at: 3 steps, batch: {size: 7, micro: 8}}]", "batch.micro"),
+        (
+            "[{at: 3 steps, batch: {size: 32}}], 'optim.trajectory={mean: 0.5, std: 0.1}'",
+            "phases.0.batch.size: 32 differs from the 16",
+        ),
         ("[{at: 3 steps, optim.name: sgd}]", "phases.0.optim.name: 'sgd' differs from the 'adamw'"),
         ("[{at: 3 steps, optim.lr: -1}]", r"optim.lr: .*got -1 \(in phases.0\)"),
         (
@@ -124,7 +155,7 @@ def test_a_phase_that_cannot_be_is_refused_before_the_first_step(phases: str, sa
     from dualenc.train.check import check_recipe
 
     with pytest.raises(ConfigError, match=said):
-        check_recipe(recipe_of(f"phases={phases}"))
+        check_recipe(recipe_of(*[x.strip("'") for x in f"phases={phases}".split(", '")]))
 
 
 def test_zero_says_that_it_cannot_unlock() -> None:
@@ -194,6 +225,30 @@ def test_what_goes_on_and_what_begins(unbroken: Path) -> None:
     assert "phases" in (newest(unbroken) / "recipe.yaml").read_text()
     page = write_report(unbroken, unbroken.parent / "report.html").read_text()
     assert [f">phase {k}<" in page for k in range(4)] == [False, True, True, False]
+
+
+@pytest.mark.slow
+def test_a_batch_of_another_size_reads_on_in_the_same_order(tmp_path: Path) -> None:
+    """16 · 3 + 32 · 3 + 8 · 3 samples are those of a run in batches of 24; resumed inside a phase, bit for bit."""
+    import shutil
+
+    given = ["tracking.sample_ids=true", "schedule={name: cosine, warmup_samples: 16}", "checkpoint.every_steps=5"]
+    run = tmp_path / "sizes"
+    train(recipe_of(*given, SIZES, f"out={run}"))
+    train(recipe_of(*given, "batch.size=24", "budget.steps=7", f"out={tmp_path / 'plain'}"))
+    found = order(run)
+    assert [len(ids) for ids in found] == [16] * 3 + [32] * 3 + [8] * 3
+    chain = itertools.chain.from_iterable
+    assert list(chain(found)) == list(chain(order(tmp_path / "plain")))
+    rates = {r["step"]: (r["samples_seen"], r["lr"]) for r in rows(run / "metrics.jsonl") if "lr" in r}
+    assert [rates[k][0] for k in (3, 4, 6, 7, 9)] == [48, 80, 144, 152, 168]
+    assert rates[7][1] < rates[6][1] / 2 / 2, "half the rate, further along the cosine"
+    whole = weights(run, 9)
+    for step in (6, 9):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:010d}")
+    train(recipe_of(*given, SIZES, f"out={run}"))  # resumed at 5
+    assert order(run) == found
+    assert same(weights(run, 9), whole)
 
 
 def test_positions_are_fitted(tmp_path: Path) -> None:
@@ -282,6 +337,80 @@ def on_ranks(world: World, runs: dict[str, list[str]]) -> None:
         recipe = recipe_of(*overrides, f"out={out}")
         with loop._folder(loop.run_folder(recipe), world):
             loop.run_phases(recipe, loop.run_folder(recipe), world)
+
+
+REMEMBERING = [
+    "loss=[{name: moco, queue: 40, decay: 0.9}, {name: fastclip, rho: 2, weight: 0.5}]",
+    "optim={name: sgd, lr: 0.05, weight_decay: 0}",
+    "phases=[{at: 3 steps, batch.size: 32}, {at: 6 steps, optim.lr: 0.02, data.batches: by_source}]",
+    "checkpoint.every_steps=7",  # inside the last phase
+]
+OTHER = {
+    "DDP": ["engine.parallel=ddp"],
+    "FSDP2": ["engine.parallel=fsdp2"],
+    "ZeRO 1": ["engine.kind=deepspeed", "engine.zero_stage=1"],
+}
+
+
+def resumed(world: World, runs: dict[str, list[str]]) -> None:
+    """Each run by its first engine, cut off after step 7, then to its end by the second."""
+    for out, (first, second) in runs.items():
+        on_ranks(world, {out: [*REMEMBERING, *OTHER[first]]})
+        if second:
+            forget(world, Path(out))
+            on_ranks(world, {out: [*REMEMBERING, *OTHER[second]]})
+
+
+def forget(world: World, run: Path) -> None:
+    """Remove the checkpoint at the end."""
+    import shutil
+
+    if world.rank == 0:
+        shutil.rmtree(run / "checkpoints" / f"step-{9:010d}")
+    barrier(world)
+
+
+def finished(world: World, runs: list[str]) -> None:
+    """Runs that were cut off, by DDP."""
+    on_ranks(world, {out: [*REMEMBERING, *OTHER["DDP"]] for out in runs})
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.extra
+def test_a_resume_inside_a_phase_on_another_world_size_and_engine(tmp_path: Path) -> None:
+    """A loss with a queue, slow towers and numbers for each sample, in phases that change the batch and its plan."""
+    import shutil
+
+    train(recipe_of(*REMEMBERING, f"out={tmp_path / 'whole'}"))
+    made = {f"{a}, {b}": [a, b] for a, b in (("DDP", "ZeRO 1"), ("ZeRO 1", "FSDP2"), ("FSDP2", "DDP"))}
+    made |= {"DDP, then others": ["DDP", ""]}
+    spawn(__file__, "resumed", 2, {"runs": {str(tmp_path / k): v for k, v in made.items()}}, timeout_s=500)
+    forget(World(), tmp_path / "DDP, then others")
+    for name in ("DDP, then one process", "DDP, then 4 ranks"):
+        shutil.copytree(tmp_path / "DDP, then others", tmp_path / name)
+    shutil.rmtree(tmp_path / "DDP, then others")
+    train(recipe_of(*REMEMBERING, f"out={tmp_path / 'DDP, then one process'}"))
+    spawn(__file__, "finished", 4, {"runs": [str(tmp_path / "DDP, then 4 ranks")]}, timeout_s=300)
+    whole = tmp_path / "whole"
+    want = {**weights(whole, 9), **ckpt.loss_memory(newest(whole)).all()}
+    off = {}
+    for run in sorted(p for p in tmp_path.iterdir() if p.name != "whole"):
+        assert order(run) == order(whole), run.name
+        got = {**weights(run, 9), **ckpt.loss_memory(newest(run)).all()}
+        assert got.keys() == want.keys()
+        off[run.name] = max(relative(got[k], x) for k, x in want.items())
+    assert len(off) == 5
+    assert {k: x for k, x in off.items() if not x <= 1e-5} == {}, off
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, relative to the largest finite entry; infinite where one is not finite alone."""
+    x, y = want.double(), got.double()
+    scale = x[x.isfinite()].abs().max().clamp(min=1e-3) if x.isfinite().any() else torch.tensor(1.0)
+    off = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs() / scale)
+    return float(off.nan_to_num(nan=float("inf")).max()) if off.numel() else 0.0
 
 
 @pytest.mark.dist

@@ -44,10 +44,14 @@ class CaptionLength(Filter):
 class CaptionRulesConfig(Section):
     """Bounds of the caption rules."""
 
-    min_words: Positive = Field(default=1, description="fewer words: short")
-    max_words: Positive = Field(default=256, description="more words: long")
-    max_digits: float = Field(default=0.5, gt=0, le=1, description="share of characters that are digits: digits")
-    max_repeats: float = Field(default=0.5, gt=0, le=1, description="share of words in a repeated 3-gram: repeats")
+    min_words: Positive = Field(default=1, description="a caption with fewer words is short")
+    max_words: Positive = Field(default=256, description="a caption with more words is long")
+    max_digits: float = Field(
+        default=0.5, gt=0, le=1, description="a larger share of digits among the characters: digits"
+    )
+    max_repeats: float = Field(
+        default=0.5, gt=0, le=1, description="a larger share of words in repeated 3-grams: repeats"
+    )
 
 
 @filters.register("caption_rules")
@@ -91,7 +95,7 @@ class LanguageConfig(Section):
     """Settings of the language filter."""
 
     languages: list[str] = Field(
-        default_factory=list, description="ISO 639-1 codes that are told apart (en, de); default: all that it knows"
+        default_factory=list, description="ISO 639-1 codes to choose from (en, de); default: every language it knows"
     )
 
 

@@ -22,9 +22,11 @@ class ConceptsConfig(Section):
     """Settings of the balanced sampling."""
 
     concepts: str = Field(
-        description="a text file, one concept (a word or a few) a line: what is looked for in captions"
+        description="a text file with one concept (one or a few words) per line, looked for in captions"
     )
-    at_most: Positive = Field(default=20_000, description="t: a concept with more samples is thinned to about so many")
+    at_most: Positive = Field(
+        default=20_000, description="t: concepts with more samples are thinned out to about this many"
+    )
 
 
 @filters.register("concept_balance")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from dualenc.data.batches.facts import sample_id
 from dualenc.data.order import Ints
 from dualenc.data.shards.selection import SCORES, file_of, starts, write_scores
 from dualenc.errors import ConfigError, DataError, did_you_mean
+from dualenc.features.mining import read_features
+from dualenc.features.store import FeatureStore
 from dualenc_data_tools.choose.filter import AUDIO, IMAGE, TEXT, Opened
 from dualenc_data_tools.choose.fingerprints import PRINTS, EqualGroups, Prints
+from dualenc_data_tools.choose.pairs import close_features
 from dualenc_data_tools.choose.select import keep
+from dualenc_data_tools.choose.sketches import SKETCHES
 
 READS = {"image": IMAGE, "audio": AUDIO, "text": TEXT}
 
@@ -38,11 +44,18 @@ class Duplicates:
         return int((self.kind == kind).sum())
 
 
-def prints_of(opened: Opened, of: str | None) -> tuple[str, Prints, Ints]:
+def empty_prints(n: int, of: str, near: bool) -> Prints:
+    """Room for the fingerprints of n items; ``near``: with sketches of texts or clips. Raises ConfigError: no package
+    for them."""
+    return Prints(n, SKETCHES[of](n) if near and of in SKETCHES else None)
+
+
+def prints_of(opened: Opened, of: str | None, near: bool = False) -> tuple[str, Prints, Ints]:
     """The fingerprints of every sample, of which modality, and whether each sample has an item of it.
 
     Args:
         of: image, audio or text; None: the first that some sample of the first 256 of the first shard has.
+        near: find near texts and clips, too; near images are always found.
 
     Raises:
         ConfigError: another modality; DataError: no sample has it.
@@ -52,7 +65,7 @@ def prints_of(opened: Opened, of: str | None) -> tuple[str, Prints, Ints]:
         of = next((m for m in READS if any(m in r.values for r in rows)), "image")
     if of not in PRINTS:
         raise ConfigError(f"--of: there is no fingerprint of {of!r}. {did_you_mean(of, PRINTS)}")
-    prints, has, line = Prints(opened.total), np.zeros(opened.total, np.int64), 0
+    prints, has, line = empty_prints(opened.total, of, near), np.zeros(opened.total, np.int64), 0
     for shard in range(len(opened.shards.names)):
         for rows in opened.rows(shard, {of: READS[of]}):
             for row in rows:
@@ -65,12 +78,12 @@ def prints_of(opened: Opened, of: str | None) -> tuple[str, Prints, Ints]:
     return of, prints, has
 
 
-def find(prints: Prints, has: Ints, of: str) -> Duplicates:
-    """The groups of equal and of near items."""
+def find(prints: Prints, has: Ints, of: str, more: Iterable[tuple[Ints, Ints]] = ()) -> Duplicates:
+    """The groups of equal and of near items; ``more``: further near pairs."""
     groups = EqualGroups(len(prints))
     groups.join(prints.equal_pairs())
     equal = groups.first().copy()
-    groups.join(prints.near_pairs())
+    groups.join(itertools.chain(prints.near_pairs(), more))
     first = groups.first()
     line = np.arange(len(prints))
     kind = np.full(len(prints), "ok", object)
@@ -81,17 +94,55 @@ def find(prints: Prints, has: Ints, of: str) -> Duplicates:
     return Duplicates(of, kind, first)
 
 
-def duplicates(patterns: str | Sequence[str], name: str = "distinct", of: str | None = None) -> Duplicates:
+@dataclass(frozen=True)
+class ByFeatures:
+    """Features of the samples' images or clips (``dualenc embed``), and the cosine from which two of them are near."""
+
+    folder: Path
+    cosine: float = 0.95
+
+    def pairs(self, opened: Opened, of: str) -> Iterator[tuple[Ints, Ints]]:
+        """Pairs of near samples, by their numbers among all.
+
+        Raises:
+            DataError: the features are not of these shards.
+        """
+        ids, x = read_features(FeatureStore(self.folder), [of])
+        line: dict[int, int] = {}
+        begin = starts(opened.shards)
+        for shard, name in enumerate(opened.shards.names):
+            index = opened.index_of(shard)
+            for i in range(int(opened.shards.infos[shard].samples)):
+                line[sample_id(name, index.key(i))] = int(begin[shard]) + i
+        at = np.array([line.get(i, -1) for i in ids.tolist()], np.int64)
+        if not (at >= 0).any():
+            raise DataError(f"--features {self.folder}: no feature is of a sample of these shards")
+        x, at = x[at >= 0], at[at >= 0]
+        for a, b in close_features(x, self.cosine):
+            yield at[a], at[b]
+
+
+def duplicates(
+    patterns: str | Sequence[str],
+    name: str = "distinct",
+    of: str | None = None,
+    near: bool = False,
+    features: ByFeatures | None = None,
+) -> Duplicates:
     """Find duplicates; write the scores ``duplicate`` (ok, exact, near, broken, none) and ``duplicate_of``, and the
     selection ``name`` of the first of each group and of the samples that have no such item.
 
+    Args:
+        near: find near texts and clips, too.
+        features: samples whose features are close are near, too.
+
     Raises:
-        ConfigError, DataError: as :func:`prints_of`.
+        ConfigError, DataError: as :func:`prints_of` and :meth:`ByFeatures.pairs`.
     """
     opened = Opened.of(patterns)
     try:
-        of, prints, has = prints_of(opened, of)
-        found = find(prints, has, of)
+        of, prints, has = prints_of(opened, of, near)
+        found = find(prints, has, of, features.pairs(opened, of) if features is not None else ())
         repeated = np.flatnonzero(found.first != np.arange(opened.total))
         original = np.full(opened.total, None, object)
         for i in repeated.tolist():
@@ -170,7 +221,7 @@ def contamination(
         made: dict[str, Prints] = {}
         for group in items:
             if group.of not in made:
-                made[group.of] = prints_of(opened, group.of)[1]
+                made[group.of] = prints_of(opened, group.of, group.prints.sketches is not None)[1]
             for i, k, kind in occurring(made[group.of], group):
                 hits.append(Occurrence(group.task[k], group.names[k], opened.key(i), kind))
                 tasks.setdefault(i, []).append(group.task[k])

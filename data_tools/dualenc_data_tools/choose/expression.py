@@ -19,7 +19,7 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,14 +43,95 @@ def evaluate(text: str, shards: ShardSet) -> Floats:
         ConfigError: the expression cannot be read, at which word, or names what is not there (with the nearest).
         DataError: a selection or score is damaged or of other shards.
     """
+    return evaluate_names(text, OfShards(shards), "--select")
+
+
+def evaluate_names(text: str, names: Names, where: str) -> Floats:
+    """As :func:`evaluate`, with the scores and selections of ``names``; ``where`` is the setting that holds ``text``.
+
+    Raises:
+        ConfigError, DataError: as :func:`evaluate`.
+    """
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != re.sub(r"\s+", "", text) and not ("'" in text or '"' in text):
-        raise ConfigError(f"--select {text!r}: cannot be read")
-    parser = _Parser(text, tokens, shards)
+        raise ConfigError(f"{where} {text!r}: cannot be read")
+    parser = _Parser(f"{where} {text!r}", tokens, names)
     out = parser.expression()
     if parser.at < len(tokens):
-        raise ConfigError(f"--select {text!r}: unexpected {tokens[parser.at]!r}; join terms with and, or, minus")
+        raise ConfigError(f"{where} {text!r}: unexpected {tokens[parser.at]!r}; join terms with and, or, minus")
     return out
+
+
+class Names:
+    """What the names in an expression stand for. ``ranks``: whether samples can be compared with each other."""
+
+    ranks = True
+    count: int
+
+    def score(self, name: str) -> Values | None:
+        """The value of every sample, or None: there is no such score."""
+        raise NotImplementedError
+
+    def selection(self, name: str) -> Floats | None:
+        """The weight of every sample, or None: there is no such selection."""
+        raise NotImplementedError
+
+    def known(self) -> list[str]:
+        """Names to suggest."""
+        raise NotImplementedError
+
+
+class OfRows(Names):
+    """Scores of a few samples of a build, which cannot be ranked: the others are not known."""
+
+    ranks = False
+
+    def __init__(self, scores: dict[str, Values], count: int) -> None:
+        self._scores, self.count = scores, count
+
+    def score(self, name: str) -> Values | None:
+        return self._scores.get(name)
+
+    def selection(self, name: str) -> Floats | None:
+        return None
+
+    def known(self) -> list[str]:
+        return list(self._scores)
+
+
+class OfShards(Names):
+    """Scores and selections in files beside shards."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards, self.count = shards, sum(shards.counts)
+        self._scores: dict[str, Values] = {}
+
+    def score(self, name: str) -> Values | None:
+        if name not in self._scores:
+            if not self._there(name, SCORES):
+                return None
+            self._scores[name] = read_scores(name, self.shards)
+        return self._scores[name]
+
+    def selection(self, name: str) -> Floats | None:
+        if not name.endswith(SCORES) and (name.endswith(".parquet") or self._there(name, SELECTION)):
+            return read_weights(name, self.shards)
+        return None
+
+    def known(self) -> list[str]:
+        folder = os.path.dirname(local_path(file_of("x", self.shards))) or "."
+        files = os.listdir(folder) if is_local(folder) and os.path.isdir(folder) else []
+        return [f.removesuffix(e) for f in files for e in (SELECTION, SCORES) if f.endswith(e)]
+
+    def _there(self, name: str, ending: str) -> bool:
+        path = file_of(name, self.shards, ending)
+        if is_local(path):
+            return os.path.isfile(local_path(path))
+        try:
+            (read_weights if ending == SELECTION else read_scores)(name, self.shards)
+        except DataError:
+            return False
+        return True
 
 
 def top(weight: Floats, score: Floats, share: str, highest: bool, where: str) -> Floats:
@@ -75,15 +156,10 @@ def top(weight: Floats, score: Floats, share: str, highest: bool, where: str) ->
 
 @dataclass
 class _Parser:
-    text: str
+    where: str
     tokens: list[str]
-    shards: ShardSet
+    names: Names
     at: int = 0
-    _scores: dict[str, Values] = field(default_factory=dict)
-
-    @property
-    def where(self) -> str:
-        return f"--select {self.text!r}"
 
     @property
     def next(self) -> str:
@@ -114,7 +190,7 @@ class _Parser:
             self.take(")")
             return out
         if word == "all":
-            return np.ones(sum(self.shards.counts))
+            return np.ones(self.names.count)
         if word in ("top", "bottom", "weigh"):
             return self._ranked(word)
         if word in _WORDS or not re.match(r"[\w\"'./~]", word):
@@ -125,7 +201,9 @@ class _Parser:
 
     def _ranked(self, how: str) -> Floats:
         share = self.take() if how != "weigh" else ""
-        of = np.ones(sum(self.shards.counts))
+        if not self.names.ranks:
+            raise ConfigError(f"{self.where}: {how} needs all samples; here each is judged alone, as in shorter >= 64")
+        of = np.ones(self.names.count)
         if self.next == "of":
             self.take()
             of = self.term()
@@ -138,7 +216,7 @@ class _Parser:
             return top(of, score, share, how == "top", self.where)
         weight = np.nan_to_num(score, nan=0.0)
         if (weight < 0).any():
-            raise ConfigError(f"{self.where}: {name} has negative values, which are no weights")
+            raise ConfigError(f"{self.where}: {name} has negative values, which cannot be weights")
         out: Floats = of * weight
         return out
 
@@ -163,34 +241,19 @@ class _Parser:
         return _weights(_COMPARE[how](score, numbers[0]) & ~np.isnan(score))
 
     def _named(self, name: str) -> Floats:
-        if not name.endswith(SCORES) and (name.endswith(".parquet") or self._there(name, SELECTION)):
-            return read_weights(name, self.shards)
+        selected = self.names.selection(name)
+        if selected is not None:
+            return selected
         score = self.score(name)
         if score.dtype != object:
             raise ConfigError(f"{self.where}: {name} is a number for each sample; compare it, as in {name} >= 0.3")
         return np.array([s == "ok" for s in score.tolist()], np.float64)
 
     def score(self, name: str) -> Values:
-        if name not in self._scores:
-            if not self._there(name, SCORES):
-                raise ConfigError(f"{self.where}: no selection or score {name!r}. {did_you_mean(name, self._known())}")
-            self._scores[name] = read_scores(name, self.shards)
-        return self._scores[name]
-
-    def _there(self, name: str, ending: str) -> bool:
-        path = file_of(name, self.shards, ending)
-        if is_local(path):
-            return os.path.isfile(local_path(path))
-        try:
-            (read_weights if ending == SELECTION else read_scores)(name, self.shards)
-        except DataError:
-            return False
-        return True
-
-    def _known(self) -> list[str]:
-        folder = os.path.dirname(local_path(file_of("x", self.shards))) or "."
-        files = os.listdir(folder) if is_local(folder) and os.path.isdir(folder) else []
-        return [f.removesuffix(e) for f in files for e in (SELECTION, SCORES) if f.endswith(e)]
+        found = self.names.score(name)
+        if found is None:
+            raise ConfigError(f"{self.where}: no selection or score {name!r}. {did_you_mean(name, self.names.known())}")
+        return found
 
 
 def _weights(selected: Any) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from dualenc.data.shards.remote import ShardCache, is_local
 from dualenc.data.shards.selection import SCORES, Values, file_of, starts, write_scores
 from dualenc.errors import ConfigError, DataError
 from dualenc.registry import Registry
+
+if TYPE_CHECKING:
+    from dualenc_data_tools.choose.kept_scores import KeptScores
 
 CHUNK = 256
 """Samples handed to a filter at once; chunks begin anew with every shard, so a shard's scores depend on it alone."""
@@ -53,6 +56,8 @@ class Filter:
 
     Config: ClassVar[type[Section]] = Section
     reads: Mapping[str, Sequence[str]] = {"text": TEXT}
+    neighbours: ClassVar[bool] = False
+    """Whether a sample's score depends on the samples that it is scored with."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -139,17 +144,27 @@ def build_filter(name: str, settings: Mapping[str, Any] | None = None) -> Filter
     return kind(settings_as(kind.Config, dict(settings or {}), name))
 
 
-def score_rows(filter: Filter, opened: Opened) -> dict[str, Values]:
-    """The scores of every sample, name → values in stored order; a row's problem leaves it without a score."""
+def score_rows(name: str, filter: Filter, opened: Opened) -> tuple[dict[str, Values], KeptScores]:
+    """The scores of every sample, name → values in stored order; a row's problem leaves it without a score.
+
+    Each shard's are kept once it is done, for a run that is stopped; the caller removes what is kept.
+    """
+    from dualenc_data_tools.choose.kept_scores import KeptScores
+
     parts: dict[str, list[Score]] = {}
-    done = 0
+    kept, done = KeptScores(name, filter, opened), 0
     for shard in range(len(opened.shards.names)):
-        for rows in opened.rows(shard, filter.reads):
-            got = filter.score(rows)
-            for name, values in got.items():
-                parts.setdefault(name, [None] * done).extend(values)
-            done += len(rows)
-    return filter.finish({n: as_values(v) for n, v in parts.items()})
+        scores = kept.done(shard)
+        if scores is None:
+            scores = {}
+            for rows in opened.rows(shard, filter.reads):
+                for n, values in filter.score(rows).items():
+                    scores.setdefault(n, []).extend(values)
+            kept.add(shard, scores)
+        for n, values in scores.items():
+            parts.setdefault(n, [None] * done).extend(values)
+        done += int(opened.shards.infos[shard].samples)
+    return filter.finish({n: as_values(v) for n, v in parts.items()}), kept
 
 
 def as_values(scores: Sequence[Score]) -> Values:
@@ -162,7 +177,7 @@ def as_values(scores: Sequence[Score]) -> Values:
 def run_filters(
     patterns: str | Sequence[str], names: Sequence[str], settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, tuple[str, Values]]:
-    """Run filters over shards and write their scores beside them.
+    """Run filters over shards and write their scores beside them; a stopped run resumes after the shards it has done.
 
     Returns:
         Name of a score → (its file, its values).
@@ -180,10 +195,12 @@ def run_filters(
     try:
         for n, filter in built.items():
             about = f"{n} {filter.config.model_dump_json()}"
-            for name, values in score_rows(filter, opened).items():
+            scores, kept = score_rows(n, filter, opened)
+            for name, values in scores.items():
                 path = file_of(name, opened.shards, SCORES)
                 write_scores(Path(path), opened.shards, opened.index_of, values, about)
                 out[name] = (path, values)
+            kept.remove()
     finally:
         opened.close()
     return out

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from dualenc.data.order import Ints
 from dualenc_data_tools import images, sounds
+from dualenc_data_tools.choose.sketches import Sketches
+from dualenc_data_tools.choose.sketches import joined as joined_sketches
 from dualenc_data_tools.sources.source import BadMedia
 
 Bits = NDArray[np.uint64]
@@ -79,9 +81,14 @@ def _digest(data: bytes) -> int:
 
 
 class Prints:
-    """Fingerprints of n items as arrays; an item that cannot be decoded takes part in no pair."""
+    """Fingerprints of n items as arrays; an item that cannot be decoded takes part in no pair.
 
-    def __init__(self, n: int) -> None:
+    Args:
+        sketches: of near texts or clips (:mod:`dualenc_data_tools.choose.sketches`); near images need none.
+    """
+
+    def __init__(self, n: int, sketches: Sketches | None = None) -> None:
+        self.sketches = sketches
         self.exact: Bits = np.zeros(n, np.uint64)
         self.fine: Bits = np.zeros((n, 5), np.uint64)
         self.colour = np.zeros((n, 48), np.uint8)
@@ -98,6 +105,8 @@ class Prints:
         except BadMedia as e:
             return f"{e.reason}: {e.detail}"
         self.exact[i], self.there[i] = got.exact, True
+        if self.sketches is not None:
+            self.sketches.put(i, raw)
         if got.fine is not None and got.colour is not None:
             self.fine[i], self.colour[i], self.near[i] = got.fine, got.colour, True
         return ""
@@ -108,6 +117,8 @@ class Prints:
         out = cls(0)
         for name in ("exact", "fine", "colour", "there", "near"):
             setattr(out, name, np.concatenate([getattr(p, name) for p in parts]))
+        if all(p.sketches is not None for p in parts):
+            out.sketches = joined_sketches([p.sketches for p in parts])
         return out
 
     def equal_pairs(self) -> Iterator[tuple[Ints, Ints]]:
@@ -118,7 +129,10 @@ class Prints:
         yield order[:-1][same], order[1:][same]
 
     def near_pairs(self) -> Iterator[tuple[Ints, Ints]]:
-        """Pairs of near images; one may come more than once."""
+        """Pairs of near items; one may come more than once."""
+        if self.sketches is not None:
+            yield from self.sketches.near_pairs()
+            return
         rows = np.flatnonzero(self.near)
         whole = np.concatenate([self.fine[rows].view(np.uint8), self.colour[rows]], 1)
         signature = whole.view(np.dtype((np.void, whole.shape[1]))).ravel()

@@ -66,10 +66,10 @@ class Duration(Filter):
 class BasicConfig(Section):
     """Bounds of DataComp's basic filter (Gadre et al. 2023, section 3.3)."""
 
-    min_words: Positive = Field(default=3, description="words of the caption: more than two")
-    min_chars: Positive = Field(default=6, description="characters of the caption: more than five")
-    min_side: Positive = Field(default=200, description="shorter side in px")
-    max_aspect: float = Field(default=3.0, ge=1, description="longer side / shorter side, below this")
+    min_words: Positive = Field(default=3, description="words of the caption, at least (DataComp: more than two)")
+    min_chars: Positive = Field(default=6, description="characters of the caption, at least (DataComp: more than five)")
+    min_side: Positive = Field(default=200, description="shorter side in px, at least")
+    max_aspect: float = Field(default=3.0, ge=1, description="longer side / shorter side, less than")
 
 
 @filters.register("datacomp_basic")

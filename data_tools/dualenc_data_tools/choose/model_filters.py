@@ -19,11 +19,13 @@ from dualenc_data_tools.choose.filter import Candidate, Filter, Score, filters
 class ModelScore(Section):
     """Settings of a score that a model gives."""
 
-    model: str = Field(description="a run, a folder, hf:…, open_clip:…: whatever dualenc eval takes")
+    model: str = Field(description="a model as dualenc eval takes it: a run, a folder, hf:…, open_clip:…")
     pair: str | None = Field(
-        default=None, description="the pair that is scored, image-text; default: the model's first"
+        default=None, description="the pair to score, such as image-text; default: the model's first"
     )
-    captions: Literal["mean", "max", "min"] = Field(default="mean", description="of a sample with several captions")
+    captions: Literal["mean", "max", "min"] = Field(
+        default="mean", description="how the scores of several captions become one"
+    )
     batch_size: Positive = Field(default=64, description="items encoded at once")
     device: str = Field(default="cpu", description="cpu, cuda or auto")
 
@@ -87,6 +89,8 @@ class ClipScore(OfModel):
 class ModelLoss(OfModel):
     """The contrastive loss of each sample under a model, among the 256 samples around it (self-filtering by a model's
     own loss): the mean of both directions at the model's temperature; score ``model_loss``."""
+
+    neighbours = True
 
     def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         (a, of_a), (b, of_b) = (self.features(side, rows) for side in self.sides)

@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import Field
 
@@ -24,6 +24,28 @@ MAX_KEY = 80
 
 C = TypeVar("C", bound="SourceConfig")
 T = TypeVar("T")
+
+
+@runtime_checkable
+class OfOneSplit(Protocol):
+    """Settings that may choose one split of a data set."""
+
+    split: str | None
+
+
+class StepConfig(Section):
+    """One step of a build: a filter, and which samples go on."""
+
+    filter: str = Field(description="a filter; dualenc list filters shows all and their settings")
+    set: dict[str, Any] = Field(default_factory=dict, description="settings of the filter")
+    keep: str | None = Field(
+        None,
+        description="keep samples for which this holds: 'shorter >= 64 and aspect < 3'; default: those it calls ok",
+    )
+    each: Literal["sample", "caption"] = Field(
+        "sample", description="caption: judge each caption alone and leave out only those that fail"
+    )
+    note: bool = Field(False, description="store the scores among the fields of the .json member, as for language")
 
 
 class SourceConfig(Section):
@@ -44,12 +66,14 @@ class SourceConfig(Section):
     seconds: Annotated[float, Field(gt=0)] | None = Field(
         None, description="keep only the first so many seconds of audio clips"
     )
-    encode_audio: Literal["keep", "flac", "wav", "ogg"] = Field(
-        "keep", description="write audio in this format, as mono; keep: the original bytes"
+    encode_audio: Literal["keep", "flac", "wav", "ogg", "opus"] = Field(
+        "keep", description="write audio in this format, as mono (opus: at 48 kHz); keep: the original bytes"
     )
     verify: bool = Field(True, description="decode every image and audio clip once and drop broken ones")
-    text: Literal["auto", "txt", "json"] = Field(
-        "auto", description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields"
+    text: Literal["auto", "txt", "json", "both"] = Field(
+        "auto",
+        description="txt: KEY.txt, one caption; json: KEY.json with 'captions' and all other fields; both: the first "
+        "caption as .txt too, for open_clip and others that read only that",
     )
     shuffle_seed: int | None = Field(None, description="shuffle the samples; default: the source's own order")
     limit: Positive | None = Field(None, description="stop after this many records")
@@ -60,9 +84,21 @@ class SourceConfig(Section):
     )
     overwrite: bool = Field(False, description="replace shards of the same name")
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="fail if more than this share of the records is dropped"
+        0.05,
+        description="fail if more than this share of the records is broken; what steps and distinct leave out is not",
     )
-    threads: Positive = Field(4, description="threads that read and check media")
+    steps: list[StepConfig] = Field(
+        default_factory=list, description="filters each sample passes before it is stored: '[{filter: caption_rules}]'"
+    )
+    distinct: Literal["image", "audio", "text"] | None = Field(
+        None, description="leave out samples whose image (audio, text) equals an earlier one's once decoded"
+    )
+    origin: str | None = Field(None, description="written as 'source' into every .json member: where the data is from")
+    threads: Positive = Field(4, description="threads that read and check media, where there is one process")
+    processes: Positive = Field(
+        1,
+        description="processes that read, filter, check and re-encode (--engine ray: its actors); shards are the same",
+    )
 
 
 @dataclass(slots=True)
@@ -93,11 +129,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A record that is not packed: its name, why ("broken image"), and the details."""
+    """A record that is not packed: its name, why ("broken image"), and the details. ``asked``: a step or ``distinct``
+    left it out, which is no fault."""
 
     name: str
     reason: str
     detail: str = ""
+    asked: bool = False
 
 
 class BadMedia(Exception):

@@ -163,8 +163,8 @@ def remainder_field() -> Any:
     """The setting of plans whose groups are no multiples of what they take at once."""
     return Field(
         default="mix",
-        description="mix: what is left of each group makes mixed batches, so every sample is seen once an epoch; "
-        "leave_out: it waits for another epoch, with other samples left out in each",
+        description="mix: what remains of the groups is put into mixed batches: an epoch has every sample once; "
+        "leave_out: an epoch is without it, other samples in each",
     )
 
 

@@ -8,7 +8,12 @@ from dualenc.data.order import Ints
 
 @batch_plans.register("by_source")
 class BySource(BatchPlan):
-    """Every batch is of one source, whose own order it follows; no array is kept."""
+    """Every batch is of one source, whose own order it follows; no array is kept.
+
+    Keeps: every sample once an epoch; one order on any number of ranks
+    Paper: none
+    Needs: nothing
+    """
 
     scattered = False
 

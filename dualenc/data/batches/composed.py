@@ -75,10 +75,10 @@ class Composed(Plan):
             sample[here] = line - starts[shard[here]]
         return Refs(source, shard, sample, passes)
 
-    def local(self, step: int, rank: int, world: int, batch_size: int) -> Refs:
-        """As :meth:`Plan.local`; the batch has the size the plan was made for."""
-        if batch_size != self.size:
-            raise ValueError(f"the batches were composed of {self.size} samples, not {batch_size}")
+    def local(self, step: int, rank: int, world: int, batch_size: int, offset: int = 0) -> Refs:
+        """As :meth:`Plan.local`; the batch has the size the plan was made for, and nothing was read in others."""
+        if batch_size != self.size or offset:
+            raise ValueError(f"the batches were composed of {self.size} samples, not {batch_size} after {offset}")
         return super().local(step, rank, world, batch_size)
 
     def describe(self) -> list[str]:
@@ -127,8 +127,8 @@ def check_sampling(data: Data) -> None:
 
 
 def prepare(data: Data, size: int, seed: int) -> Composed:
-    """Compose the batches of a recipe outside a loader: to write the files that they are read from once, before the
-    ranks look for them, and to say what they are.
+    """Compose the batches of a recipe outside a loader: to describe them, and so that the files they are read from are
+    written once, before the ranks look for them.
 
     Raises:
         ConfigError, DataError: as :func:`compose`.

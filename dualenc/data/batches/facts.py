@@ -81,8 +81,8 @@ class ReadFacts:
         if kind.width is not None or kind.of == "float":
             what = "a list" if kind.width is not None else "a real number"
             raise ConfigError(
-                f"data.batches: the value {name!r} is {what} ({kind.name}), and batches are composed by one label a "
-                "sample; use a value of type id or int"
+                f"data.batches: the value {name!r} is {what} ({kind.name}), and batches are composed by one label "
+                "per sample; use a value of type id or int"
             )
         member = named[name].member
         found = self._kept(source, f"{name}", [member, kind.name], lambda r: self._read(source, name, kind, r))
@@ -165,8 +165,8 @@ class ReadFacts:
         folder = Path(os.path.dirname(local_path(first)) or ".")
         if not is_local(first) or not os.access(folder, os.W_OK):
             raise DataError(
-                f"data.batches: what it reads of source {self.sets[source].source!r} is kept in a file, and the folder "
-                f"of {first} cannot be written to; name one with data.cache_dir"
+                f"data.batches: the values read from source {self.sets[source].source!r} are kept in a file beside its "
+                f"shards, but the folder of {first} cannot be written to; set data.cache_dir to another folder"
             )
         return folder
 

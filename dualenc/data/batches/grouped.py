@@ -112,7 +112,12 @@ class Grouped(Arranged):
 
 @batch_plans.register("by_value")
 class ByValue(Grouped):
-    """Every batch holds samples of one value: a domain, a language, a class (S14, S17)."""
+    """Every batch holds samples of one value: a domain, a language, a class (S14, S17).
+
+    Keeps: every sample once an epoch, in mixed batches what is left of each value; one order on any number of ranks
+    Paper: S14, Contrastive learning and mixture of experts; S17, CCP
+    Needs: the values of samples, data.sources.N.values
+    """
 
     class Config(Section):
         """Settings of by_value."""
@@ -132,12 +137,18 @@ class Clusters(Grouped):
     """Every batch holds samples of one cluster: negatives are alike (MCL, S27).
 
     With several files, those of earlier stages first, the samples of a batch agree in all of them.
+
+    Keeps: every sample once an epoch, in mixed batches what is left of each cluster; one order on any number of ranks
+    Paper: MCL, Learning the Unlearned (S27)
+    Needs: a file of clusters, dualenc mine clusters
     """
 
     class Config(Section):
         """Settings of clusters."""
 
-        files: str | list[str] = Field(description="from dualenc mine clusters; several: one for each stage")
+        files: str | list[str] = Field(
+            description="what dualenc mine clusters writes; several files: one for each stage"
+        )
         remainder: Remainder = remainder_field()
 
     def labels(self, facts: Facts) -> Ints:
@@ -155,12 +166,16 @@ class Clusters(Grouped):
 
 @batch_plans.register("groups")
 class Groups(Grouped):
-    """Every batch holds ``per_group`` samples from each of size / ``per_group`` groups: the participants, speakers or
-    drives whose samples are positives of each other (S04).
+    """Every batch holds per_group samples of each of its groups, whose samples are positives of each other (S04).
 
-    Each group is cut into tuples of ``per_group``; a batch takes tuples that are far apart in the line of groups, so
-    two of one group meet in a batch only if a group has more tuples than there are batches. Samples that fill no tuple
-    make batches of their own, in which a group has what is left of it.
+    Groups are participants, speakers or drives; a batch has size / ``per_group`` of them. Each is cut into tuples of
+    ``per_group``; a batch takes tuples that are far apart in the line of groups, so two of one group meet in a batch
+    only if a group has more tuples than there are batches. Samples that fill no tuple make batches of their own, in
+    which a group has what is left of it.
+
+    Keeps: every sample once an epoch, what fills no tuple in batches of its own; one order on any number of ranks
+    Paper: Large-scale training of foundation models for wearable biosignals (S04)
+    Needs: the values of samples, data.sources.N.values
     """
 
     class Config(Section):

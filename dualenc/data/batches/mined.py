@@ -110,13 +110,18 @@ def bags_in_order(neighbors: Any, bag: int, key: int) -> tuple[Ints, int]:
 
 @batch_plans.register("hard_negatives")
 class HardNegatives(Mined):
-    """Every batch is neighbours, and neighbours of these: the global hard negatives of a feature store."""
+    """Every batch is neighbours, and neighbours of these: the global hard negatives of a feature store.
+
+    Keeps: every sample once an epoch; one order on any number of ranks
+    Paper: none; what sentence-transformers and GritLM mine for each query, for batches
+    Needs: a file of neighbours, dualenc mine neighbors
+    """
 
     class Config(Section):
         """Settings of hard_negatives."""
 
         files: str | dict[str, str] = Field(
-            description="from dualenc mine neighbors; {SOURCE: FILE} for several sources"
+            description="the file that dualenc mine neighbors writes; {SOURCE: FILE} for several sources"
         )
 
     def bag(self, epoch: int) -> int:
@@ -125,24 +130,29 @@ class HardNegatives(Mined):
 
 @batch_plans.register("bags")
 class GrowingBags(Mined):
-    """Batches of hard bags whose size grows with the epochs: BagCurri (S05)."""
+    """Batches of hard bags whose size grows with the epochs: BagCurri (S05).
+
+    Keeps: every sample once an epoch; one order on any number of ranks
+    Paper: No Detail Left Behind (S05)
+    Needs: a file of neighbours, dualenc mine neighbors
+    """
 
     class Config(Section):
         """Settings of bags."""
 
         files: str | dict[str, str] = Field(
-            description="from dualenc mine neighbors; {SOURCE: FILE} for several sources"
+            description="the file that dualenc mine neighbors writes; {SOURCE: FILE} for several sources"
         )
         sizes: dict[Epoch, Positive] = Field(
             default={0: 2, 1: 4, 2: 8},
-            description="epoch → samples of a bag from then on; each divides batch.size; 1: a random order",
+            description="epoch → size of the bags from that epoch on, a divisor of batch.size; 1: a random order",
         )
 
         @field_validator("sizes")
         @classmethod
         def _from_zero(cls, sizes: dict[int, int]) -> dict[int, int]:
             if 0 not in sizes:
-                raise ValueError("the first size must be that of epoch 0, such as {0: 2, 2: 4}")
+                raise ValueError("the first size must be that of epoch 0, for example {0: 2, 2: 4}")
             return dict(sorted(sizes.items()))
 
     def __init__(self, config: Any, order: SourceOrder, size: int, facts: Facts, which: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -43,13 +43,34 @@ class Colour(Section):
     grayscale_p: Share = Field(default=0.0, description="share of images that become grey")
 
 
+class Blur(Section):
+    """Gaussian blur (SimCLR, Chen et al. 2020)."""
+
+    p: Share = Field(default=0.5, description="share of images that are blurred")
+    sigma: tuple[_Positive, _Positive] = Field(default=(0.1, 2.0), description="range of the radius in px of the row")
+
+
 class ImageAugment(Section):
-    """Random resized crop (fraction of the area ``scale``, aspect ``ratio``), horizontal flip, colour jitter."""
+    """Random resized crop (fraction of the area ``scale``, aspect ``ratio``), horizontal flip, colour jitter, blur,
+    solarizing (BYOL, Grill et al. 2020: values from 128 on are inverted)."""
 
     scale: tuple[_Fraction, _Fraction] = Field(default=(0.9, 1.0), description="range of the crop's share of the area")
     ratio: tuple[_Positive, _Positive] = Field(default=(0.75, 4 / 3), description="range of the crop's aspect ratio")
     flip: bool = Field(default=False, description="mirror half of the images left and right")
     colour: Colour | None = Field(default=None, description="colour jitter; null: none")
+    blur: Blur | None = Field(default=None, description="Gaussian blur; null: none")
+    solarize_p: Share = Field(default=0.0, description="share of images whose bright values are inverted")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is left out: descriptions are those that were saved before it existed."""
+        out: dict[str, Any] = write(self)
+        return {k: v for k, v in out.items() if not (k == "blur" and v is None) and not (k == "solarize_p" and v == 0)}
+
+    @property
+    def on_pixels(self) -> bool:
+        """Whether pixels are changed after the crop."""
+        return self.colour is not None or self.blur is not None or self.solarize_p > 0
 
 
 class ImageConfig(Section):
@@ -139,7 +160,7 @@ class ImageInput:
         return picture
 
     def train(self, x: Picture, rng: np.random.Generator) -> Tensor:
-        """A random resized crop, flipped and colour-jittered as ``augment`` says → a row."""
+        """A random resized crop, flipped and changed as ``augment`` says → a row."""
         from PIL import Image
 
         augment = self.config.augment
@@ -156,9 +177,7 @@ class ImageInput:
         image = image.resize(wh, self._filter, box=box)
         if augment.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if augment.colour is not None:
-            image = coloured(image, augment.colour, rng)
-        return self._row(image)
+        return self._row(changed(image, augment, rng))
 
     def _train_fast(self, x: Picture, rng: np.random.Generator, least: int) -> Tensor:
         """:meth:`train` with ``decode: fast``: the same draws, so the same crops."""
@@ -171,10 +190,10 @@ class ImageInput:
         wh = self._pixels(box[2] - box[0], box[3] - box[1]) if self._naflex else (size, size)
         mirrored = augment.flip and rng.random() < 0.5
         row = resized(pixels, box, wh, self.config.interpolation, mirrored)
-        if augment.colour is None and not self._naflex:
+        if not augment.on_pixels and not self._naflex:
             return row
         image = Image.fromarray(np.ascontiguousarray(row.permute(1, 2, 0).numpy()))
-        return self._row(image if augment.colour is None else coloured(image, augment.colour, rng))
+        return self._row(changed(image, augment, rng))
 
     def _resize(self, x: Picture, wh: tuple[int, int]) -> Image.Image:
         """The whole image resized for evaluation."""
@@ -311,6 +330,19 @@ def _random_crop(w: int, h: int, augment: ImageAugment, rng: np.random.Generator
     cw, ch = (w, min(round(w / aspect), h)) if w / h < aspect else (min(round(h * aspect), w), h)
     left, top = (w - cw) // 2, (h - ch) // 2
     return (left, top, left + max(cw, 1), top + max(ch, 1))
+
+
+def changed(image: Image.Image, augment: ImageAugment, rng: np.random.Generator) -> Image.Image:
+    """The crop with colours, blur and solarizing as ``augment`` says; what is left out draws nothing."""
+    from PIL import ImageFilter, ImageOps
+
+    if augment.colour is not None:
+        image = coloured(image, augment.colour, rng)
+    if augment.blur is not None and rng.random() < augment.blur.p:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*augment.blur.sigma)))
+    if augment.solarize_p > 0 and rng.random() < augment.solarize_p:
+        image = ImageOps.solarize(image, 128)
+    return image
 
 
 def coloured(image: Image.Image, colour: Colour, rng: np.random.Generator) -> Image.Image:

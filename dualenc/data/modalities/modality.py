@@ -26,7 +26,7 @@ class ModalityInput(Protocol):
 
     What ``collate`` returns under ``labels`` (name → integers [n, …]) is not for the tower: losses that take extras
     find it by slot. Optional abilities of a modality are the protocols below: :class:`Mixes`, :class:`NamesPlaces`,
-    :class:`SavesFiles`, :class:`InFolder`, and ``preview`` (:class:`dualenc.data.show.Previews`).
+    :class:`FewShapes`, :class:`SavesFiles`, :class:`InFolder`, and ``preview`` (:class:`dualenc.data.show.Previews`).
     """
 
     config: Any
@@ -102,6 +102,15 @@ class NamesPlaces(Protocol):
 
     def placed(self, x: Any, rng: np.random.Generator) -> Any:
         """A decoded item with places drawn; ``rng`` is the same for every modality of the sample."""
+
+
+@runtime_checkable
+class FewShapes(Protocol):
+    """A modality whose batches differ in length, and can be padded to a few lengths."""
+
+    def few_shapes(self, count: int) -> None:
+        """From now on ``collate`` gives at most ``count`` lengths, so that a compiled tower sees few shapes. Settings
+        that already say how to pad are kept."""
 
 
 @runtime_checkable

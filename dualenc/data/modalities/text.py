@@ -6,15 +6,16 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section
 from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.rewording import Rewording, TextAugment
 from dualenc.data.modalities.tokenizing import FORMS, HFTokenizer, build_tokenizer
 from dualenc.errors import ConfigError
 
@@ -48,12 +49,41 @@ class TextConfig(Section):
         description="training only: one is drawn and the text is put into its {}, such as 'a photo of a {}.'",
     )
 
+    augment: TextAugment | None = Field(
+        default=None,
+        description="training only: stop words left out, words replaced by synonyms, swapped, left out; null: none",
+    )
     negatives: str | None = Field(
         default=None,
         description="training only: a member with texts that are wrong for the item (json:negatives); they become "
         "further columns of the loss",
     )
     max_negatives: Positive = Field(default=4, description="wrong texts used of a sample; drawn if it has more")
+    domain: str | None = Field(
+        default=None,
+        description="a member with the domain of the text, such as json:language: it chooses the experts of "
+        "own/moe_transformer",
+    )
+    domains: list[str] = Field(
+        default=[], description="with domain: the domains there are; the first is that of texts without one"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``augment`` and domains where there are none: descriptions are those that were saved before they
+        existed."""
+        out: dict[str, Any] = write(self)
+        return {k: v for k, v in out.items() if k not in ("augment", "domain", "domains") or v}
+
+    @model_validator(mode="after")
+    def _domain_and_domains(self) -> Self:
+        if (self.domain is None) != (not self.domains):
+            raise ValueError("domain and domains: give both, the member with a text's domain and the list of domains")
+        if len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"domains: {self.domains} lists a domain twice")
+        if self.domain is not None and self.negatives is not None:
+            raise ValueError("domain and negatives: a text is read with one further member only; leave one of them out")
+        return self
 
     @field_validator("templates")
     @classmethod
@@ -70,6 +100,21 @@ class Captions(list[str]):
     def __init__(self, captions: list[str], negatives: list[str]) -> None:
         super().__init__(captions)
         self.negatives = negatives
+
+
+class OfDomain(list[str]):
+    """The captions of an item, and which of ``domains`` they are of."""
+
+    def __init__(self, captions: list[str], domain: int) -> None:
+        super().__init__(captions)
+        self.domain = domain
+
+
+class DomainRow(NamedTuple):
+    """Token ids of a caption [L], and its domain."""
+
+    ids: Tensor
+    domain: int
 
 
 class TextRow(NamedTuple):
@@ -94,6 +139,7 @@ class TextInput:
 
     def __init__(self, config: TextConfig, base_dir: str | Path | None = None) -> None:
         self.config, self.base_dir = config, base_dir
+        self._reworded = None if config.augment is None else Rewording(config.augment, base_dir)
         self.tokenizer = build_tokenizer(config.tokenizer, config.context_length, config.lower, base_dir)
         self.context_length = self.tokenizer.context_length
         self.vocab_size = self.tokenizer.vocab_size
@@ -101,10 +147,11 @@ class TextInput:
         # Cleaning and merging dominate the cost of a caption, and those of small data sets and prompts repeat.
         self._row = lru_cache(maxsize=_REMEMBERED)(self._encode)
         self._full = config.pad == "context" or (config.pad is None and self.tokenizer.pad_full)
+        self._lengths: tuple[int, ...] = ()
 
-    def __reduce__(self) -> tuple[type[TextInput], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[TextInput], tuple[Any, ...], dict[str, Any]]:
         # Tokenizers do not all pickle; a worker that is spawned builds its own.
-        return TextInput, (self.config, self.base_dir)
+        return TextInput, (self.config, self.base_dir), {"_lengths": self._lengths}
 
     # --- the protocol -----------------------------------------------------------------------------------------
 
@@ -117,6 +164,9 @@ class TextInput:
         if isinstance(raw, dict) and self.config.negatives in raw:  # of two members, its own first: see beside
             own, wrong = raw.values()
             return Captions(self.decode(own), self.decode(wrong))
+        if isinstance(raw, dict) and self.config.domain in raw:
+            own, domain = raw.values()
+            return OfDomain(self.decode(own), self._domain(domain))
         if isinstance(raw, bytes | bytearray | memoryview):
             if len(raw) > _MAX_BYTES:
                 raise DecodeError(f"the text has {len(raw):,} bytes; at most {_MAX_BYTES:,} are allowed")
@@ -134,40 +184,64 @@ class TextInput:
             raise DecodeError("the caption is empty")
         return texts
 
-    def train(self, x: list[str], rng: np.random.Generator) -> Tensor | TextRow:
-        """Ids of one caption, drawn by ``rng`` where there are several, in a template that is drawn too."""
+    def _domain(self, raw: Any) -> int:
+        """A member's bytes or a json value → the number of the domain.
+
+        Raises:
+            DecodeError: it is not one of ``domains``.
+        """
+        name = bytes(raw).decode("utf-8", "replace").strip() if isinstance(raw, bytes | bytearray | memoryview) else raw
+        if name not in self.config.domains:
+            raise DecodeError(f"the domain {name!r:.80} is not one of input.domains {self.config.domains}")
+        return self.config.domains.index(name)
+
+    def train(self, x: list[str], rng: np.random.Generator) -> Tensor | TextRow | DomainRow:
+        """Ids of one caption, drawn by ``rng`` where there are several, changed as ``augment`` says, in a template that
+        is drawn too."""
         text = x[int(rng.integers(len(x)))] if len(x) > 1 else x[0]
+        if self._reworded is not None:
+            text = self._reworded(text, rng)
         templates = self.config.templates
         template = templates[int(rng.integers(len(templates)))] if templates else "{}"
         row = self._row(template.replace("{}", text))
         if not isinstance(x, Captions):
-            return row
+            return self._of_domain(row, x)
         wrong, most = x.negatives, self.config.max_negatives
         if len(wrong) > most:
             wrong = [wrong[int(k)] for k in sorted(rng.choice(len(wrong), most, replace=False))]
         return TextRow(row, [self._row(template.replace("{}", t)) for t in wrong])
 
+    def _of_domain(self, row: Tensor, x: list[str]) -> Tensor | DomainRow:
+        """The row with its domain, where there are domains."""
+        if self.config.domain is None:
+            return row
+        return DomainRow(row, x.domain if isinstance(x, OfDomain) else 0)
+
     def beside(self) -> str | None:
-        """The member that ``negatives`` names."""
-        return self.config.negatives
+        """The member that ``negatives`` or ``domain`` names."""
+        return self.config.negatives or self.config.domain
 
     def mix(self, a: list[str], b: list[str], rng: np.random.Generator) -> list[str]:
         """One caption of each, joined by "and"; the second with a small first letter."""
         first, second = (x[int(rng.integers(len(x)))] for x in (a, b))
-        return [f"{first.rstrip('.')} and {second[:1].lower()}{second[1:]}"]
+        mixed = [f"{first.rstrip('.')} and {second[:1].lower()}{second[1:]}"]
+        return OfDomain(mixed, a.domain) if isinstance(a, OfDomain) else mixed
 
-    def eval(self, x: list[str]) -> Tensor:
+    def eval(self, x: list[str]) -> Tensor | DomainRow:
         """Ids of the first caption."""
-        return self._row(x[0])
+        return self._of_domain(self._row(x[0]), x)
 
-    def collate(self, rows: Sequence[Tensor | TextRow]) -> dict[str, Any]:
-        """Pad to the longest row, rounded up to ``bucket``, never beyond the context."""
+    def collate(self, rows: Sequence[Tensor | TextRow | DomainRow]) -> dict[str, Any]:
+        """Pad to the longest row, rounded up to ``bucket``, never beyond the context; with domains ``domain`` [B]."""
+        if self.config.domain is not None:
+            domain = torch.tensor([r.domain if isinstance(r, DomainRow) else 0 for r in rows])
+            return {**self._padded([r if isinstance(r, Tensor) else r.ids for r in rows]), "domain": domain}
         if self.config.negatives is None:
-            return self._padded([r.ids if isinstance(r, TextRow) else r for r in rows])
+            return self._padded([r if isinstance(r, Tensor) else r.ids for r in rows])
         # As many of every row, on every rank and in every batch: a rank without any takes part in gathering them.
         most, nothing = self.config.max_negatives, self.dummy()
         wrong = [r.negatives if isinstance(r, TextRow) else [] for r in rows]
-        texts = [r.ids if isinstance(r, TextRow) else r for r in rows]
+        texts = [r if isinstance(r, Tensor) else r.ids for r in rows]
         texts += [t for own in wrong for t in [*own, *[nothing] * (most - len(own))]]
         padded, n = self._padded(texts), len(rows)
         there = torch.arange(most) < torch.tensor([len(own) for own in wrong])[:, None]
@@ -177,9 +251,17 @@ class TextInput:
             "labels": {"negatives_there": there.long()},
         }
 
+    def few_shapes(self, count: int) -> None:
+        """Pad to ``count`` lengths, equal steps of the context in multiples of 8; not where ``bucket`` is set."""
+        if self.config.bucket == 1 and not self._full:
+            steps = (-(-self.context_length * k // (count * 8)) * 8 for k in range(1, count + 1))
+            self._lengths = tuple(sorted({min(n, self.context_length) for n in steps}))
+
     def _padded(self, rows: Sequence[Tensor]) -> dict[str, Tensor]:
         bucket = self.config.bucket
         longest = max(len(r) for r in rows)
+        if self._lengths:
+            longest = next(n for n in self._lengths if n >= longest)
         length = self.context_length if self._full else min(-(-longest // bucket) * bucket, self.context_length)
         ids = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
         mask = torch.full((len(rows), length), self._full, dtype=torch.bool)
@@ -197,8 +279,9 @@ class TextInput:
         return x if isinstance(x, str | list | tuple) else None
 
     def describe(self) -> dict[str, Any]:
-        """Settings with the context resolved, and the tokenizer's identity. Wrong texts are for training only."""
-        config = self.config.model_dump(mode="json", exclude={"negatives", "max_negatives"})
+        """Settings with the context resolved, and the tokenizer's identity; without wrong texts and ``augment``, which
+        are for training only."""
+        config = self.config.model_dump(mode="json", exclude={"negatives", "max_negatives", "augment"})
         config["context_length"] = self.context_length
         return {
             "kind": "text",

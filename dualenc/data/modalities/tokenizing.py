@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -10,8 +10,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,9 @@ from dualenc.errors import ConfigError
 _CLIP_VOCAB = 49408
 _CLIP_CONTEXT = 77
 _SYMBOLS = 512
-_SPECIAL = 2
+_SPECIAL_WORDS = ("<start_of_text>", "<end_of_text>")
+_SPECIAL = len(_SPECIAL_WORDS)
+_WORD_END = "</w>"
 _UNSET_LENGTH = 100_000
 _LONG_WORD = 64
 _KNOWN_WORDS = 1 << 16
@@ -81,29 +84,43 @@ def build_tokenizer(
     raise ConfigError(f"tokenizer: {name!r} is unknown; write {FORMS}.")
 
 
-@cache
-def _open_clip_tokenizers() -> Any:
-    """open_clip's tokenizer module without the rest of the package: that imports torchvision, timm and transformers,
-    which takes longer than everything else before the first step of a run of small towers."""
-    if "open_clip" in sys.modules:
-        return importlib.import_module("open_clip.tokenizer")
+def _of_open_clip(name: str) -> Path:
+    """A file of the package open_clip, which is not imported: that brings torchvision, timm and transformers and takes
+    longer than everything else before the first step of a run of small towers."""
     package = importlib.util.find_spec("open_clip")
     assert package is not None
     assert package.origin is not None
-    spec = importlib.util.spec_from_file_location(
-        "dualenc_open_clip_tokenizer", Path(package.origin).parent / "tokenizer.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return Path(package.origin).parent / name
 
 
 @cache
-def _clip_bpe(clean: str) -> Any:
-    """open_clip's tokenizer, parsed once (0.1 s); to be copied before its tables are replaced."""
-    return _open_clip_tokenizers().SimpleTokenizer(clean=clean)
+def _clip_merges() -> list[str]:
+    """CLIP's merges, the most frequent first: two symbols with a space between them."""
+    with gzip.open(_of_open_clip("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as f:
+        return [line.rstrip("\n") for line in islice(f, 1, 1 + _CLIP_VOCAB - _SYMBOLS - _SPECIAL)]
+
+
+@cache
+def _byte_symbols() -> dict[int, str]:
+    """A character for each byte, those that can be seen first: the order of CLIP's vocabulary."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in shown]
+    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+@cache
+def _open_clip_words(clean: str) -> tuple[Callable[[str], str], Any]:
+    """open_clip's cleaning and its pattern of words: for text that is not plain ASCII (its import takes 0.2 s)."""
+    if "open_clip" in sys.modules:
+        module = importlib.import_module("open_clip.tokenizer")
+    else:
+        spec = importlib.util.spec_from_file_location("dualenc_open_clip_tokenizer", _of_open_clip("tokenizer.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    simple = module.SimpleTokenizer(clean=clean)
+    return simple.clean_fn, simple.pat
 
 
 class ClipBPE:
@@ -121,15 +138,14 @@ class ClipBPE:
         if context_length < 3:
             raise ConfigError(f"context_length ({context_length}) leaves no room between start and end of text.")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        bpe = copy.copy(_clip_bpe("whitespace" if lower is False else "lower"))
-        merges = list(bpe.bpe_ranks)[: vocab_size - _SYMBOLS - _SPECIAL]
-        vocab = [*list(bpe.encoder)[: _SYMBOLS + len(merges)], "<start_of_text>", "<end_of_text>"]
-        bpe.bpe_ranks = {m: i for i, m in enumerate(merges)}
-        bpe.encoder = {token: i for i, token in enumerate(vocab)}
-        bpe.decoder = dict(enumerate(vocab))
-        self._bpe, self._lower = bpe, lower
+        merges = _clip_merges()[: vocab_size - _SYMBOLS - _SPECIAL]
+        symbols = list(_byte_symbols().values())
+        vocab = [*symbols, *(s + _WORD_END for s in symbols), *(m.replace(" ", "") for m in merges), *_SPECIAL_WORDS]
+        self._ids = {token: i for i, token in enumerate(vocab)}
+        self._vocab, self._merges, self._lower = vocab, merges, lower
+        self._ranks = {(a, b): i for i, (a, b) in enumerate(m.split(" ") for m in merges)}
         self._words: dict[str, list[int]] = {}
-        self._text = "\n".join([*vocab, "merges", *(" ".join(m) for m in merges), str(lower)])
+        self._text = "\n".join([*vocab, "merges", *merges, str(lower)])
         self.vocab_size, self.context_length = len(vocab), context_length
         self.sot_id, self.eot_id = vocab_size - 2, vocab_size - 1
 
@@ -146,7 +162,8 @@ class ClipBPE:
             text = " ".join(text.split())
             found = _ASCII_WORDS.finditer(text if self._lower is False else text.lower())
         else:
-            found = self._bpe.pat.finditer(self._bpe.clean_fn(text))
+            clean, pattern = _open_clip_words("whitespace" if self._lower is False else "lower")
+            found = pattern.finditer(clean(text))
         for match in found:
             word = match.group()
             known = words.get(word)
@@ -157,11 +174,12 @@ class ClipBPE:
 
     def _learnt(self, word: str) -> list[int]:
         """The ids of a word, remembered if it is not too long; what is remembered is bounded."""
-        bpe = self._bpe
-        symbols = "".join(bpe.byte_encoder[b] for b in word.encode("utf-8"))
-        special = bpe.cache.get(symbols)  # open_clip's tokenizer has the two special tokens there
-        pieces = [special] if special else merged([*symbols[:-1], symbols[-1] + "</w>"], bpe.bpe_ranks)
-        ids = [bpe.encoder[piece] for piece in pieces]
+        if word in _SPECIAL_WORDS:
+            pieces = [word]
+        else:
+            symbols = [_byte_symbols()[b] for b in word.encode("utf-8")]
+            pieces = merged([*symbols[:-1], symbols[-1] + _WORD_END], self._ranks)
+        ids = [self._ids[piece] for piece in pieces]
         if len(word) <= _LONG_WORD:
             if len(self._words) >= _KNOWN_WORDS:
                 self._words.clear()
@@ -170,8 +188,9 @@ class ClipBPE:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids (special tokens are left out)."""
-        text: str = self._bpe.decode([i for i in ids if i < self.sot_id])
-        return text.strip()
+        byte_of = {symbol: b for b, symbol in _byte_symbols().items()}
+        raw = bytes(byte_of[c] for c in "".join(self._vocab[i] for i in ids if i < self.sot_id))
+        return raw.decode("utf-8", errors="replace").replace(_WORD_END, " ").strip()
 
     def digest(self) -> str:
         return hashlib.sha256(self._text.encode()).hexdigest()
@@ -185,8 +204,8 @@ class ClipBPE:
 
         folder.mkdir(parents=True, exist_ok=True)
         names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-        vocab = {names.get(k, k): v for k, v in self._bpe.encoder.items()}
-        merges = ["#version: 0.2", *(" ".join(m) for m in self._bpe.bpe_ranks)]
+        vocab = {names.get(k, k): v for k, v in self._ids.items()}
+        merges = ["#version: 0.2", *self._merges]
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
         tok = CLIPTokenizer.from_pretrained(folder)

@@ -7,8 +7,9 @@ import gzip
 import io
 import json
 import random
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +224,29 @@ class _RowGroup:
         return column in self._bytes
 
 
-@lru_cache(maxsize=64)
+_KEPT_BYTES = 128e6
+_kept: OrderedDict[tuple[str, int, str], Any] = OrderedDict()
+_kept_lock = threading.Lock()
+
+
 def _column(path: str, group: int, column: str) -> Any:
+    """A column of a row group. Those read last are kept, up to 128 MB, and all of the row group being read: rows come
+    group by group, and one of images may be large."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(column)
+    key = (path, group, column)
+    with _kept_lock:
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key]
+    read = pq.ParquetFile(path).read_row_group(group, columns=[column]).column(column)
+    with _kept_lock:
+        _kept[key] = read
+        for old in [k for k in _kept if k[:2] != key[:2]]:
+            if sum(c.nbytes for c in _kept.values()) <= _KEPT_BYTES:
+                break
+            del _kept[old]
+    return read
 
 
 def _is_bytes(kind: Any) -> bool:

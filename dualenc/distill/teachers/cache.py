@@ -27,6 +27,7 @@ from dualenc.data.modalities.modality import InFolder
 from dualenc.data.shards.index import ShardSet, open_sources
 from dualenc.data.shards.reader import Found, SampleError
 from dualenc.data.values import stable_id
+from dualenc.distributed.devices import autocast
 from dualenc.distributed.world import World, agree
 from dualenc.errors import ConfigError, DataError, did_you_mean
 from dualenc.features.of_shards import Gathered, Samples, ShardJob, shard_jobs, write_shards
@@ -72,6 +73,7 @@ def write_cache(
     batch_size: int = 64,
     world: World | None = None,
     overwrite: bool = False,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Write a teacher's features of every sample of a recipe's data; shards that are finished already are kept.
 
@@ -84,6 +86,7 @@ def write_cache(
         dtype: how features are stored: fp16, int8 or fp32.
         world: the ranks that share the work, each on its own copy of the teacher; all of them must call this.
         overwrite: replace other features that stand in ``out``.
+        precision: what the teacher computes in: fp32, bf16, or fp16 on a GPU.
 
     Returns:
         As :func:`dualenc.features.of_shards.embed_shards`, and ``"views"`` and ``"bytes"``.
@@ -108,7 +111,7 @@ def write_cache(
         "augment": augmentation(student, chosen),
     }
     description = Description(
-        bundle.embedder().describe(),
+        bundle.embedder(precision=precision).describe(),
         {m: names.get(m, m) for m in chosen},
         {m: 1 if m in plain else views for m in chosen},
         dtype,
@@ -116,7 +119,7 @@ def write_cache(
     )
     jobs = agree(lambda: _jobs(recipe, student, chosen), world)
     writer = FeatureWriter(out, description, world, overwrite=overwrite)
-    embed = _Views(bundle, student, description, batch_size)
+    embed = _Views(bundle, student, description, batch_size, precision)
     sources = {job.name: str(job.data["source"]) for job in jobs}
     done = write_shards(writer, jobs, lambda job: embed.shard(sources[job.name], str(job.data["shard"]), job.samples()))
     return {**done, "views": description.views, "bytes": sum(p.stat().st_size for p in out.iterdir())}
@@ -134,9 +137,14 @@ class _Views:
     """Embeds the views of a shard's samples."""
 
     def __init__(
-        self, bundle: Bundle, student: Mapping[str, ModalityInput], description: Description, batch_size: int
+        self,
+        bundle: Bundle,
+        student: Mapping[str, ModalityInput],
+        description: Description,
+        batch_size: int,
+        precision: str,
     ) -> None:
-        self.bundle, self.batch_size, self.description = bundle, batch_size, description
+        self.bundle, self.batch_size, self.description, self.precision = bundle, batch_size, description, precision
         self.seed, self.plain = int(description.preprocessing["seed"]), set(description.preprocessing["plain"])
         self.inputs = {m: as_student_sees(bundle.inputs[t], student[m]) for m, t in description.modalities.items()}
         for source in self.inputs.values():
@@ -175,7 +183,7 @@ class _Views:
         features: list[Tensor] = []
         for x in collate_usable(source, rows, self.batch_size, bad):
             moved = map_tensors(x, lambda t: t.to(self.bundle.device))
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.bundle.device, self.precision):
                 features.append(self.bundle.model.encode(self.description.modalities[m], moved).cpu())
         if features:
             which = [samples[k][0] for k in rows if k not in bad]

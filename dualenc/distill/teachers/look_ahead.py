@@ -6,12 +6,14 @@ the mean teacher (arXiv 1703.01780): φ follows θ itself.
 
 Virtual steps are plain SGD on a copy of the weights, so the real optimizer's moments, step count and shards are not
 touched (the released code restores weights only, and counts K + 1 steps for one). Gradients are averaged over ranks.
+Average and copy are whole on every rank, whichever engine cuts the student: its weights are asked for by name.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,34 +25,25 @@ from dualenc.data.batch import Batch, TeacherRows, map_tensors
 from dualenc.data.dataset import TeacherView
 from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import TeacherInfo
-from dualenc.distributed.world import world_size
+from dualenc.distributed.world import mean_of_ranks
 from dualenc.encoders import DualEncoder
-from dualenc.errors import ConfigError
-from dualenc.losses import Loss, objective
+from dualenc.losses import Loss, LossOutput, objective
+from dualenc.losses.grad_cache import Outputs, cached_backward
 from dualenc.losses.objective import mark, to_slots
 from dualenc.model import Bundle
 
 _CHUNK = 256
 
+Weights = Callable[[str], Tensor]
+"""A name of the student's state dict → the whole tensor. All ranks ask for the same ones in turn."""
+
 
 class LookAheadTeacher:
-    """See the module; a :class:`~dualenc.distill.teachers.teacher.TeacherSource` that follows the student.
-
-    Raises:
-        ConfigError: for engines that shard parameters, or for virtual steps with micro-batches.
-    """
+    """See the module; a :class:`~dualenc.distill.teachers.teacher.TeacherSource` that follows the student."""
 
     def __init__(self, config: LookAhead, recipe: Recipe, bundle: Bundle, device: torch.device) -> None:
-        engine = recipe.engine
-        if engine.parallel == "fsdp2" or (engine.kind == "deepspeed" and engine.zero_stage == 3):
-            raise ConfigError(
-                "distill.look_ahead needs whole weights on every rank: use engine.parallel ddp or zero_stage 0 to 2"
-            )
-        if config.steps and recipe.batch.micro is not None:
-            raise ConfigError(
-                "distill.look_ahead.steps: virtual steps need the whole batch; leave batch.micro out, or set steps: 0"
-            )
         self.name, self.config, self.pairs, self.device = "look_ahead", config, recipe.pairs, device
+        self.micro = recipe.batch.micro
         self.embed_dim = bundle.embed_dim
         self.modalities = {m: m for m in bundle.modalities}
         self.views: dict[str, TeacherView] = {}
@@ -59,35 +52,38 @@ class LookAheadTeacher:
         self.bias: dict[tuple[str, str], float] = {}
         self.info = TeacherInfo(self.name, config.weight, self.scale, self.bias)
         self.average: DualEncoder | None = None
+        self.trained: set[str] = set()
         self.updates = 0
 
     def attach(self, model: DualEncoder) -> None:
-        """Start from the student, once it has its heads and its weights."""
+        """Start from the student, once it has its heads and its weights and before an engine cuts it."""
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.average = copy.deepcopy(model).requires_grad_(False).to(self.device)
 
-    def follow(self, module: nn.Module, batch: Batch, loss: Loss) -> None:
+    def follow(self, weights: Weights, batch: Batch, loss: Loss) -> None:
         """Move the average; call it before a step, with the other teachers' features in the batch."""
         average = self._whole()
         if self.config.steps == 0:
-            self._move(module)
+            self._move(weights)
             return
-        virtual = copy.deepcopy(average)
-        virtual.load_state_dict(module.state_dict())
-        for p, q in zip(virtual.parameters(), module.parameters(), strict=True):
-            p.requires_grad_(q.requires_grad)
-        virtual.train()
-        trained = [p for p in virtual.parameters() if p.requires_grad]
+        virtual = VirtualStudent(average, weights, self.trained)
         for _ in range(self.config.steps):
             taught = replace(batch, teachers={**batch.teachers, self.name: self.features(batch)})
-            value = objective(virtual(batch.inputs), taught, self.pairs, loss).value
-            grads = torch.autograd.grad(value, trained, allow_unused=True)
-            whole = [torch.zeros_like(p) if g is None else g for p, g in zip(trained, grads, strict=True)]
-            with torch.no_grad():
-                for p, g in zip(trained, averaged(whole), strict=True):
-                    p.sub_(g, alpha=self.config.lr)
-            self._move(virtual)
+            self._gradient(virtual, taught, loss)
+            virtual.step(self.config.lr)
+            self._move(virtual.weight)
         # One real step counts once, whatever the number of virtual ones.
         self.updates -= self.config.steps - 1
+
+    def _gradient(self, virtual: VirtualStudent, batch: Batch, loss: Loss) -> None:
+        def value(outputs: Outputs, of: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            out: LossOutput = objective(outputs, of, self.pairs, loss)
+            return out.value, {}
+
+        if self.micro is None or self.micro >= batch.size:
+            virtual.backward(value(virtual.forward(batch.inputs), batch)[0])
+        else:
+            cached_backward(virtual, batch.chunks(self.micro), batch, value)
 
     @torch.no_grad()
     def features(self, batch: Batch) -> TeacherRows:
@@ -135,22 +131,58 @@ class LookAheadTeacher:
         return self.average
 
     @torch.no_grad()
-    def _move(self, towards: nn.Module) -> None:
+    def _move(self, towards: Weights) -> None:
         decay = min(1 - 1 / (self.updates + 1), self.config.decay)
         self.updates += 1
-        now = towards.state_dict()
         for name, x in self._whole().state_dict().items():
+            now = towards(name).to(x.dtype)
             if x.is_floating_point():
-                x.lerp_(now[name].to(x.dtype), 1 - decay)
+                x.lerp_(now, 1 - decay)
             else:
-                x.copy_(now[name])
+                x.copy_(now)
 
 
-def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean over ranks of each tensor, in one reduction."""
-    if world_size() == 1:
-        return list(tensors)
-    flat = torch.cat([t.flatten() for t in tensors])
-    torch.distributed.all_reduce(flat)
-    flat /= world_size()
-    return [x.view_as(t) for x, t in zip(torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True)]
+class VirtualStudent:
+    """A copy of the student that plain SGD moves; see :class:`dualenc.losses.grad_cache.Runs`.
+
+    Args:
+        like: whose modules are copied.
+        weights: the student's.
+        trained: names of the parameters that move.
+    """
+
+    def __init__(self, like: DualEncoder, weights: Weights, trained: set[str]) -> None:
+        self.module: nn.Module = copy.deepcopy(like)
+        self.state: dict[str, Tensor] = self.module.state_dict()
+        with torch.no_grad():
+            for name, x in self.state.items():
+                x.copy_(weights(name))
+        self.trained = [p.requires_grad_() for name, p in self.module.named_parameters() if name in trained]
+        self.module.train()
+        self.device = self.trained[0].device
+
+    def weight(self, name: str) -> Tensor:
+        """A tensor of its state dict."""
+        return self.state[name]
+
+    def forward(self, inputs: Mapping[str, Any]) -> Outputs:
+        """Run it."""
+        outputs: Outputs = self.module(inputs)
+        return outputs
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Nothing is reduced before :meth:`step`."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """θ ← θ − lr · gradient, averaged over ranks."""
+        whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
+        for p, g in zip(self.trained, mean_of_ranks(whole), strict=True):
+            p.sub_(g, alpha=lr)
+            p.grad = None

@@ -23,6 +23,7 @@ from dualenc.encoders.adapters.hf_halves import ProjectedHalf, is_half
 from dualenc.encoders.adapters.hf_naflex import TYPE as NAFLEX
 from dualenc.encoders.adapters.hf_naflex import NaflexTower
 from dualenc.encoders.adapters.hf_towers import HFImageTrunk, HFText, Pooling
+from dualenc.encoders.adapters.latents import LatentPooling
 from dualenc.encoders.families import families
 from dualenc.encoders.released.migrations import resize_positions
 from dualenc.encoders.released.weights import (
@@ -44,15 +45,21 @@ _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class HFConfig(Section):
-    """Settings of hf/NAME. ``pooling`` model: the model's own pooled output. ``projection``: keep the
+    """Settings of hf/NAME. ``pooling`` model: the model's own pooled output; eot: the state of the last token;
+    {name: latents}: see :class:`LatentPooling`. ``projection``: keep the
     projection into the shared space that CLIP and CLAP were released with (then head: none gives their features).
     ``resize_positions``: allow an image size or context other than the weights'; learned positions are resized.
     """
 
     pretrained: bool = Field(default=True, description="load the weights; false: random ones")
     projection: bool = Field(default=False, description="keep the released projection into the shared space")
-    pooling: Pooling | None = Field(
-        default=None, description="how tokens become one feature; default: as the architecture does"
+    pooling: Pooling | LatentPooling | None = Field(
+        default=None,
+        description="how tokens become one feature; {name: latents}: by trained latents (text, NV-Embed); default: as "
+        "the architecture does",
+    )
+    bidirectional: bool = Field(
+        default=False, description="text: tokens see those after them too, also in a model that generates (NV-Embed)"
     )
     head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
     freeze_bn: bool = Field(default=True, description="batch norms use their running statistics in training too")
@@ -113,7 +120,11 @@ class HF:
         pooling = config.pooling or (
             default_pooling(name, arch, kind) if config.config is None or kind == "audio" else "model"
         )
-        tower = wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where)
+        if config.bidirectional and kind != "text":
+            raise ConfigError(
+                f"{where}.bidirectional: only a text tower can have it, this one is for {kind}; leave it out"
+            )
+        tower = wrap(label, net, arch, kind, pooling, config.head, describe, embed_dim, where, config.bidirectional)
         return with_batch_norms(tower, config.freeze_bn)
 
 
@@ -398,11 +409,12 @@ def wrap(
     net: nn.Module,
     arch: Any,
     kind: str,
-    pooling: Pooling,
+    pooling: Pooling | LatentPooling,
     head: HeadKind,
     describe: Mapping[str, Any],
     embed_dim: int,
     where: str,
+    bidirectional: bool = False,
 ) -> Tower:
     """A transformers model as a tower."""
     children = dict(net.named_children())
@@ -413,7 +425,11 @@ def wrap(
         raise ConfigError(f"{where}.head: none needs embed_dim: {width}, got {embed_dim}.")
     module = build_head(head, width, embed_dim)
     tower: Tower
-    if kind == "image":
+    if kind == "text":
+        tower = _text_tower(net, arch, module, pooling, describe, (width, bidirectional), where)
+    elif isinstance(pooling, LatentPooling):
+        raise ConfigError(f"{where}.pooling: latents pool the tokens of texts, not of {kind}; use mean, cls or model")
+    elif kind == "image":
         trunk = HFImageTrunk(net, pooling)
         if arch.model_type == NAFLEX:
             if pooling != "model":
@@ -421,29 +437,45 @@ def wrap(
             tower = NaflexTower(trunk, module, describe, int(arch.patch_size), where)
         else:
             tower = ImageTower(trunk, module, describe, channels_last=False)
-    elif kind == "audio":
+    else:
         if arch.model_type == "whisper":
             hf_audio.cut_places(net, arch, describe["config"])
         tower = hf_audio.HFAudio(net, arch, module, pooling, describe)
-    else:
-        tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
-        longest = int(setting(arch, "max_position_embeddings", context))
-        if context > longest:
-            raise ConfigError(
-                f"{where}: input.context_length ({context}) is longer than the tower's {longest} positions."
-            )
-        if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
-            raise ConfigError(
-                f"{where}: input.tokenizer has {tokenizer['vocab_size']} ids, but the tower has {arch.vocab_size}."
-            )
-        fixed = longest if arch.model_type.startswith("siglip") else 0
-        tower = HFText(net, module, pooling, int(tokenizer["eot_id"]), (fixed, int(tokenizer["pad_id"])))
     kept = kept_config(arch)
     if projected:
         kept["dualenc_projection"] = True
-    settings = {"name": label, "pretrained": False, "pooling": pooling, "head": head, "config": kept}
+    pooled = pooling if isinstance(pooling, str) else pooling.model_dump(mode="json")
+    settings = {"name": label, "pretrained": False, "pooling": pooled, "head": head, "config": kept}
+    if bidirectional:
+        settings["bidirectional"] = True
     tower.component, tower.embed_dim = Component.model_validate(settings), embed_dim
     return tower
+
+
+def _text_tower(
+    net: nn.Module,
+    arch: Any,
+    head: nn.Module,
+    pooling: Pooling | LatentPooling,
+    describe: Mapping[str, Any],
+    more: tuple[int, bool],
+    where: str,
+) -> HFText:
+    """A text tower; ``more``: its width, and whether tokens see those after them."""
+    width, bidirectional = more
+    tokenizer, context = describe["tokenizer"], int(describe["config"]["context_length"])
+    longest = int(setting(arch, "max_position_embeddings", context))
+    if context > longest:
+        raise ConfigError(f"{where}: input.context_length ({context}) is longer than the tower's {longest} positions.")
+    if int(tokenizer["vocab_size"]) > int(arch.vocab_size):
+        raise ConfigError(
+            f"{where}: input.tokenizer has {tokenizer['vocab_size']} ids, but the tower has {arch.vocab_size}."
+        )
+    fixed = longest if arch.model_type.startswith("siglip") else 0
+    if not isinstance(pooling, str) and width % pooling.heads:
+        raise ConfigError(f"{where}.pooling.heads: {pooling.heads} must divide the model's width, {width}")
+    pad = (fixed, int(tokenizer["pad_id"]))
+    return HFText(net, head, pooling, int(tokenizer["eot_id"]), pad, width, bidirectional)
 
 
 # Of a transformers config: where it came from and which library wrote it, nothing a number depends on.

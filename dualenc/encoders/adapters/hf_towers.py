@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dualenc.encoders.adapters.latents import LatentPool, LatentPooling
 from dualenc.encoders.length_groups import in_length_groups
 from dualenc.encoders.own.transformer import end_of_text
 from dualenc.encoders.tower import Tower
@@ -20,12 +21,30 @@ class HFText(Tower):
     """A transformers text model; padding is masked, so a batch cut to its longest caption gives the same features.
 
     SigLIP's text tower was trained without a mask on captions padded to 64: its batches are padded to that here.
+
+    Args:
+        pooling: how the states become one feature; :class:`LatentPooling` is trained along.
+        width: of the states, for latents.
+        bidirectional: every token sees every other, in decoders too (NV-Embed, arXiv 2405.17428): the mask of future
+            tokens is replaced by that of padding.
     """
 
-    def __init__(self, net: nn.Module, head: nn.Module, pooling: Pooling, eot_id: int, pad: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        head: nn.Module,
+        pooling: Pooling | LatentPooling,
+        eot_id: int,
+        pad: tuple[int, int],
+        width: int = 0,
+        bidirectional: bool = False,
+    ) -> None:
         super().__init__()
-        self.net, self.head, self.pooling = net, head, pooling
+        self.net, self.head, self.bidirectional = net, head, bidirectional
+        self.pooling: Pooling | Literal["latents"] = pooling if isinstance(pooling, str) else "latents"
         self.eot_id, (self.pad_to, self.pad_id) = eot_id, pad
+        if not isinstance(pooling, str):
+            self.pool, self.fresh = LatentPool(width, pooling), ("pool",)
 
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
@@ -36,14 +55,29 @@ class HFText(Tower):
         if self.pad_to:
             ids = nn.functional.pad(ids, (0, self.pad_to - ids.shape[1]), value=self.pad_id)
             out = self.net(input_ids=ids)
+        elif self.bidirectional:
+            out = self.net(input_ids=ids, attention_mask=self._both_ways(mask))
         else:
             out = self.net(input_ids=ids, attention_mask=mask.long())
         return self._pool(out, ids, mask)
+
+    def _both_ways(self, mask: Tensor) -> Tensor:
+        """[n, L] → [n, 1, L, L] as the model's attention takes it: which tokens each may see. A token of padding sees
+        itself, so that no row of the attention is empty; nobody sees it."""
+        length = mask.shape[1]
+        seen = mask[:, None, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
+        if self.net.config._attn_implementation == "sdpa":  # type: ignore[union-attr]
+            return seen
+        dtype = next(self.net.parameters()).dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=mask.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
     def _pool(self, out: Any, ids: Tensor, mask: Tensor) -> Tensor:
         if self.pooling == "model":
             return pooled_output(out)
         states: Tensor = out.last_hidden_state
+        if self.pooling == "latents":
+            pooled: Tensor = self.pool(states, mask)
+            return pooled
         if self.pooling == "cls":
             return states[:, 0]
         if self.pooling == "eot":

@@ -69,7 +69,7 @@ def to_transformers(tower: Tower, kind: str) -> Half:
         return _hf_direct(tower, kind, settings)
     if family == "open_clip":
         return _oc_to_hf(tower, kind, settings)
-    raise NoSuchLayoutError(f"transformers has no dual encoder with a {tower.component.name} tower")
+    raise NoSuchLayoutError(f"transformers has no dual encoder with the tower {tower.component.name}")
 
 
 def to_open_clip(tower: Tower, kind: str) -> Half:
@@ -86,7 +86,7 @@ def to_open_clip(tower: Tower, kind: str) -> Half:
         return Half("open_clip", dict(settings["config"]), tensors, tower.embed_dim)
     if family == "hf":
         return _hf_to_oc(_hf_direct(tower, kind, settings), kind)
-    raise NoSuchLayoutError(f"open_clip has no place for a {tower.component.name} tower")
+    raise NoSuchLayoutError(f"open_clip has no place for the tower {tower.component.name}")
 
 
 def _origin(tower: Tower) -> tuple[str, dict[str, Any]]:
@@ -153,7 +153,7 @@ def to_vision_text(tower: Tower, kind: str) -> Half:
     """
     family, settings = _origin(tower)
     if family != "hf":
-        raise NoSuchLayoutError(f"transformers has no dual encoder with a {tower.component.name} tower")
+        raise NoSuchLayoutError(f"transformers has no dual encoder with the tower {tower.component.name}")
     kept = settings["config"]
     config, pooling = {k: v for k, v in kept.items() if k not in _OURS}, settings.get("pooling")
     if pooling != "model" and not (pooling == "cls" and config["model_type"] in _POOLER_IS_FIRST):

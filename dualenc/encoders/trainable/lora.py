@@ -48,7 +48,7 @@ def add_adapters(tower: Tower, config: Lora, where: str) -> None:
     if tower.channels_last:  # torch's convolutions are slow where weights and pictures differ
         tower.to(memory_format=torch.channels_last)
     for name, p in tower.named_parameters():
-        p.requires_grad_(".lora_" in name or (config.head and name.startswith("head.")))
+        p.requires_grad_(".lora_" in name or is_part(name, tower.fresh) or (config.head and name.startswith("head.")))
 
 
 def targets(tower: Tower, config: Lora, where: str) -> list[str]:
@@ -70,7 +70,10 @@ def targets(tower: Tower, config: Lora, where: str) -> list[str]:
     layers = {
         name: m
         for name, m in tower.named_modules()
-        if isinstance(m, nn.Linear | nn.Conv2d) and not name.startswith("head") and name not in inside
+        if isinstance(m, nn.Linear | nn.Conv2d)
+        and not name.startswith("head")
+        and name not in inside
+        and not is_part(name, tower.fresh)
     }
     if config.targets == "auto":
         linear = [name for name, m in layers.items() if isinstance(m, nn.Linear)]
@@ -88,6 +91,11 @@ def targets(tower: Tower, config: Lora, where: str) -> list[str]:
             )
         out += matching
     return list(dict.fromkeys(out))
+
+
+def is_part(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a parameter or layer of a tower is within one of its parts."""
+    return name.partition(".")[0] in parts
 
 
 def merged(state: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def mixing_module(tower: Tower, batch: Any) -> str | None:
     Two things are tried: in the mode the tower is in, whether the gradient of the first row's features reaches the
     second row (dropout does not matter for that); in eval mode, whether the first row alone has the same features.
     """
-    with _untouched(tower):
+    with untouched(tower):
         if not _reaches(tower, batch) and _same_alone(tower, batch):
             return None
         return _first_that_mixes(tower, batch) or "its forward"
@@ -74,7 +74,7 @@ def _reaches(tower: Tower, batch: Any) -> bool:
     leaves: list[Tensor] = []
     hooks = [m.register_forward_hook(_collector(leaves)) for m in tower.modules() if isinstance(m, nn.Embedding)]
     try:
-        features = tower(_with_leaves(batch, leaves))
+        features = tower.encode(_with_leaves(batch, leaves))
     finally:
         for hook in hooks:
             hook.remove()
@@ -116,7 +116,7 @@ def _same_alone(tower: Tower, batch: Any) -> bool:
     modes = [(m, m.training) for m in tower.modules()]
     tower.eval()
     with torch.no_grad():
-        together, alone = tower(batch)[0], tower(_first_row(batch))[0]
+        together, alone = tower.encode(batch)[0], tower.encode(_first_row(batch))[0]
     for m, mode in modes:
         m.training = mode
     return bool((together - alone).abs().max() <= TOLERANCE * together.abs().max())
@@ -154,9 +154,9 @@ def _first_that_mixes(tower: Tower, batch: Any) -> str | None:
 
 
 @contextmanager
-def _untouched(tower: Tower) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Restore buffers (running statistics) and torch's generator after a forward."""
-    kept = [(x, x.clone()) for x in tower.buffers()]
+    kept = [(x, x.clone()) for x in model.buffers()]
     with torch.random.fork_rng(devices=[]):
         yield
     with torch.no_grad():

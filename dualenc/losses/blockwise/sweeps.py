@@ -154,7 +154,7 @@ class _InfoNCE(torch.autograd.Function):
         how: How,
     ) -> tuple[Tensor, Tensor, Tensor]:
         target = (1 - label_smoothing) / PositiveColumns(all_ids).count(ids).clamp(min=1).to(a.dtype)
-        smooth = label_smoothing / max(int((all_ids >= 0).sum()), 1)
+        smooth = label_smoothing and label_smoothing / max(int((all_ids >= 0).sum()), 1)  # asked only if it is needed
         valid = Valid(ids)
         rows, mine = FeatureBlock(valid.of(a), valid.of(ids)), valid.of(b)
         of_rows = Stats.empty(len(rows), a)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dualenc.errors import ConfigError, did_you_mean
-from dualenc.model.bundle import Bundle
+from dualenc.model.bundle import Bundle, without_streams
 from dualenc.model.export.card import write_card
 from dualenc.model.export.layouts import write_open_clip, write_transformers
 from dualenc.model.export.onnx_graphs import write_onnx
@@ -24,7 +24,8 @@ def export(
 
     Args:
         layout: ``hf`` (transformers), ``open_clip``, ``sentence-transformers``, ``onnx`` (a graph per tower) or
-            ``safetensors`` (dualenc bundle).
+            ``safetensors`` (dualenc bundle). Other layouts than this one leave out views with a stream of their own
+            (:class:`dualenc.config.stream.Stream`), which are for training.
         source: where the model was loaded from; a run's folder gives the card its recipe, data and numbers.
         results: results.json of ``dualenc eval`` for the card.
 
@@ -34,6 +35,8 @@ def export(
     """
     if layout not in get_args(Layout):
         raise ConfigError(f"unknown --format {layout!r}. {did_you_mean(layout, get_args(Layout))}")
+    if layout != "safetensors":
+        bundle = without_streams(bundle)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--out: {folder} already exists and is not empty; choose another folder.")
@@ -55,7 +58,7 @@ def export(
         if layout not in _NAMES:
             raise
         kinds = {p.kind or m for m, p in bundle.parts.items()}
-        others = "onnx or safetensors" if kinds <= {"image", "text"} else "safetensors"
+        others = "onnx or safetensors" if kinds <= {"image", "text", "audio", "series"} else "safetensors"
         if layout != "sentence-transformers" and kinds <= set(MODALITIES):
             others += ", or sentence-transformers"
         raise ConfigError(

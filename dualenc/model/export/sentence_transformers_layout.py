@@ -76,6 +76,8 @@ def _crops_like_transformers(bundle: Bundle) -> bool:
         config = x.describe()["config"]
         if config.get("resize") == "shortest" and config.get("centre") != "floor":
             return False
+        if config.get("resize") == "naflex":  # sentence-transformers reads the processor with another size of patch
+            return False
     return True
 
 
@@ -148,7 +150,12 @@ def _text(bundle: Bundle, m: str, tower: HFText, folder: Path) -> dict[str, str]
     source = bundle.inputs[m]
     assert isinstance(source, TextInput)
     config = dict(tower.component.settings["config"])
-    if tower.pooling not in ("mean", "cls") or tower.pad_to or config.pop("dualenc_projection", False):
+    if (
+        tower.pooling not in ("mean", "cls")
+        or tower.bidirectional
+        or tower.pad_to
+        or config.pop("dualenc_projection", False)
+    ):
         return None
     place = folder / f"{m}_transformer"
     try:

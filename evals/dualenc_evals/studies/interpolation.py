@@ -35,6 +35,7 @@ def interpolate(
     device: str = "cpu",
     batch_size: int = 64,
     cache_dir: Path | None = None,
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Evaluate (1 − α) A + α B at every α; write ``out``/interpolate.json and .html, and the model at ``keep``.
 
@@ -44,10 +45,11 @@ def interpolate(
         tasks: the first is the source, what ``a`` was good at; the others are targets.
         keep: the α whose model is saved in ``out``/model, so that ``out`` is a MODEL.
         cache_dir: as of :func:`dualenc_evals.harness.evaluate`; every α has a hash of its own.
+        precision: what the models compute in: fp32, bf16, or fp16 on a GPU.
 
     Returns:
         ``{"a", "b", "tasks", "points": [{"alpha", "weights", "metrics": {task/metric: value}}], "kept",
-        "environment"}``.
+        "precision", "environment"}``.
 
     Raises:
         ConfigError: no α, one outside of 0…1, or two models that differ in a field, which is named.
@@ -59,7 +61,7 @@ def interpolate(
     line.bundle.to(device)
     points, seen = [], {}  # type: ignore[var-annotated]
     for alpha in wanted:
-        embedder = line.at(alpha).embedder()
+        embedder = line.at(alpha).embedder(precision=precision)
         results = evaluate(
             embedder,
             tasks,
@@ -78,6 +80,7 @@ def interpolate(
         "tasks": [t.name for t in tasks],
         "points": points,
         "kept": keep,
+        "precision": precision,
         "environment": environment(0, batch_size),
     }
     if ranks_of(world).is_main:

@@ -7,17 +7,18 @@ with the same random numbers and its cached gradient. The chunks' gradients add 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dualenc.data.batch import Batch
-from dualenc.engine import Engine
-from dualenc.engine.protocol import Outputs
 from dualenc.losses.objective import zero_path
+
+Outputs = Mapping[str, Mapping[str, Tensor]]
+"""What a model's forward returns: groups of rows by modality, and the scales and biases by pair."""
 
 Value = Callable[[Outputs, Batch], tuple[Tensor, dict[str, Tensor]]]
 """The model's outputs and their batch → the scalar to differentiate, and the numbers of the global batch."""
@@ -26,7 +27,26 @@ PER_PAIR = ("logit_scale", "logit_bias")
 """Groups of the outputs that are one number a pair; all others are rows by modality, in the order of the inputs."""
 
 
-def cached_backward(engine: Engine, chunks: list[Batch], batch: Batch, value: Value) -> dict[str, Tensor]:
+class Runs(Protocol):
+    """What runs a model and adds up its gradients: an engine, or a copy of the model outside of one."""
+
+    device: torch.device
+    module: nn.Module
+
+    def forward(self, inputs: Mapping[str, Any]) -> Outputs:
+        """Run the model."""
+        ...
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around one forward and its backward; only the ``last`` may reduce gradients over ranks."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``."""
+        ...
+
+
+def cached_backward(engine: Runs, chunks: list[Batch], batch: Batch, value: Value) -> dict[str, Tensor]:
     """Backward of ``value`` of the whole batch with the activations of one chunk at a time; returns its numbers."""
     draws = []
     encoded = []
