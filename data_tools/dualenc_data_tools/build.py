@@ -88,7 +88,7 @@ def build(
         options: settings of the source, checked by its ``Config``; ``more`` is added to them.
         progress: show a counter on a terminal.
         engine: local, or ray.
-        address: of a running Ray cluster; auto: the one this machine belongs to, else one is started on this machine.
+        address: of a running Ray cluster; auto: the one this machine belongs to, else a new one; local: a new one.
 
     Raises:
         ConfigError: unknown source or setting (with the nearest one), the shards already exist, or an unfinished build

@@ -98,7 +98,10 @@ def shards_build(
     engine: Annotated[str, typer.Option("--engine", help="local, or ray: on a Ray cluster.")] = "local",
     address: Annotated[
         str,
-        typer.Option("--address", help="Of the Ray cluster; auto: a running one, else one is started on this machine."),
+        typer.Option(
+            "--address",
+            help="Of the Ray cluster; auto: a running one, else one on this machine; local: always one started here.",
+        ),
     ] = "auto",
     debug: Debug = False,
 ) -> None:

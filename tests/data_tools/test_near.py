@@ -173,7 +173,7 @@ def test_a_build_drops_by_clip_score_whichever_engine_holds_the_model(model: Pat
     for k, (engine, processes) in enumerate(runs):
         out = tmp_path / f"out{k}"
         settings = {"path": str(tmp_path / "in"), "steps": [step], "shard_samples": 20}
-        report = build("folder", out, settings, processes=processes, engine=engine, progress=False)
+        report = build("folder", out, settings, processes=processes, engine=engine, address="local", progress=False)
         assert 0 < report.dropped["not clip_score > 0.4"] < 40
         made.append({p.name: p.read_bytes() for p in out.iterdir()})
     assert all(m == made[0] for m in made)

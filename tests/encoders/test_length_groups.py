@@ -141,7 +141,7 @@ def test_packed_blocks_run_once_and_compute_no_padding() -> None:
         net.length_groups = True
         for block in net.blocks():
             block.register_forward_hook(lambda _, given, out: seen.append((len(given[0]), len(out))))
-        net(x)
+        net.encode(x)
     assert seen == [(real, real), (real, 64)] * 2
 
 

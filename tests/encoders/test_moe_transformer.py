@@ -58,15 +58,15 @@ def test_it_starts_as_the_dense_tower_and_experts_are_of_their_domain() -> None:
     x = batch(text)
     assert x["domain"].tolist() == [0, 1, 2, 0, 1]
     only = source(domain="json:lang", domains=["en"])
-    assert torch.equal(tower("moe_transformer", only).eval()(batch(only, ["en"] * 5)), dense(x))
+    assert torch.equal(tower("moe_transformer", only).eval().encode(batch(only, ["en"] * 5)), dense.encode(x))
     moe = tower("moe_transformer", text, routed=2).eval()
     assert isinstance(moe, MoETextTransformer)
-    torch.testing.assert_close(moe(x), dense(x))
+    torch.testing.assert_close(moe.encode(x), dense.encode(x))
     names = [n for n, _ in moe.named_parameters() if ".experts." in n]
     assert {int(n.split(".")[2]) for n in names} == {1, 2}
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    out = moe(x)
+    out = moe.encode(x)
     for k in range(5):  # each row alone, by a dense tower with its expert's weights
         state = {}
         for name, p in moe.state_dict().items():
@@ -75,10 +75,10 @@ def test_it_starts_as_the_dense_tower_and_experts_are_of_their_domain() -> None:
                 state[f"{head}.mlp.{rest.partition('.')[2]}" if found else name] = p
         dense.load_state_dict(state)
         length = int(x["mask"][k].sum())
-        alone = dense({"ids": x["ids"][k : k + 1, :length], "mask": x["mask"][k : k + 1, :length]})
+        alone = dense.encode({"ids": x["ids"][k : k + 1, :length], "mask": x["mask"][k : k + 1, :length]})
         torch.testing.assert_close(alone[0], out[k], rtol=1e-4, atol=1e-5)
     moe.length_groups = True
-    torch.testing.assert_close(moe(x), out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moe.encode(x), out, rtol=1e-4, atol=1e-5)
 
 
 def test_an_expert_without_rows_has_gradient_zero_and_recomputing_changes_nothing() -> None:
@@ -88,7 +88,7 @@ def test_an_expert_without_rows_has_gradient_zero_and_recomputing_changes_nothin
         moe = tower("moe_transformer", text).train()
         moe.set_grad_checkpointing(again)
         one, two = batch(text, ["en", "de", "en", "de", "en"]), batch(text, ["de", "en", "de", "de", "en"])
-        (moe(one).square().sum() + moe(two).square().sum()).backward()  # two views, each with a route of its own
+        (moe.encode(one).square().sum() + moe.encode(two).square().sum()).backward()  # two views, each with a route of its own
         found.append({n: p.grad for n, p in moe.named_parameters()})
     assert all(g is not None for g in found[0].values())
     unused = [g for n, g in found[0].items() if ".experts.2." in n]

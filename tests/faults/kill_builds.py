@@ -77,7 +77,7 @@ def fork(inputs: Path, out: Path, samples: int, processes: int, engine: str) -> 
         os.dup2(said, 2)
         from dualenc_data_tools.build import build
 
-        build("folder", out, settings(inputs, samples, processes), progress=False, engine=engine)
+        build("folder", out, settings(inputs, samples, processes), progress=False, engine=engine, address="local")
         code = 0
     except BaseException:  # noqa: BLE001 – the child must not go on as a copy of this process
         traceback.print_exc()

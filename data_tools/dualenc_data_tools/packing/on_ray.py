@@ -193,7 +193,8 @@ class OnRay:
 def _connect(ray: Any, address: str) -> None:
     try:
         if address != "auto":
-            ray.init(address=address, log_to_driver=False)
+            more = {"include_dashboard": False} if address == "local" else {}
+            ray.init(address=address, log_to_driver=False, **more)
             return
         try:
             ray.init(address="auto", log_to_driver=False)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dualenc.config import Component, Positive
 from dualenc.encoders.families import own_towers
 from dualenc.encoders.own.transformer import Block, TextTransformer, end_of_text
+from dualenc.encoders.packing import Packing
 from dualenc.errors import ConfigError
 
 
@@ -38,8 +39,9 @@ class RoutedBlock(Block):
         self.norm1, self.attention, self.norm2, self.drop = dense.norm1, dense.attention, dense.norm2, dense.drop
         self.experts = nn.ModuleList(copy.deepcopy(dense.mlp) for _ in range(experts))
 
-    def forward(self, x: Tensor, causal: bool, route: Route | None = None) -> Tensor:
+    def forward(self, x: Tensor, causal: bool, packing: Packing | None = None, route: Route | None = None) -> Tensor:
         """[n, L, W] → [n, L, W]. An expert without rows runs on none, so its gradient is 0 and not missing."""
+        assert packing is None
         assert route is not None
         x = x + self.drop(self.attention(self.norm1(x), causal))
         parts = self.norm2(x)[route.order].split(route.counts)
@@ -54,6 +56,7 @@ class MoETextTransformer(TextTransformer):
     are common. It starts as the dense tower. A text without a domain is of the first one."""
 
     kinds: ClassVar[tuple[str, ...]] = ("text",)
+    packs = False  # experts take whole rows
 
     class Config(TextTransformer.Config):
         """Settings of own/moe_transformer."""
@@ -76,11 +79,12 @@ class MoETextTransformer(TextTransformer):
             assert isinstance(dense, Block)
             blocks[k] = RoutedBlock(dense, self.domains)
 
-    def _encode(self, x: Mapping[str, Tensor]) -> Tensor:
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"ids": int64 [n, L], "mask": bool [n, L], "domain": int64 [n]}`` → [n, W]."""
         ids, route = x["ids"], routed(x["domain"], self.domains)
         y = self.drop(self.tokens(ids) + self.positions[: ids.shape[1]])
         for block in self.transformer.blocks:
-            more = (route,) if isinstance(block, RoutedBlock) else ()
+            more = (None, route) if isinstance(block, RoutedBlock) else ()
             if self.transformer.grad_checkpointing and self.training:
                 y = checkpoint(block, y, True, *more, use_reentrant=False)
             else:
