@@ -169,7 +169,7 @@ def _short(x: float) -> str:
 def plot(rows: list[Row]) -> str:
     """The ratios on a logarithmic axis: a dot each, a line over the rounds' range; an SVG that stands alone."""
     rows = [r for r in rows if "ratio" in r]
-    left, width, line, top = 420, 860, 20, 34
+    left, width, line, top = 440, 880, 20, 34
     low, high = 0.25, max(4.0, *(r["ratio"] for r in rows)) * 1.3
     height = top + line * len(rows) + 16
 

@@ -119,6 +119,7 @@ def tower_cell(device: Device, model: str, compiled: bool, batch: int, steps: in
     names = [f"modalities.{m}.encoder.name=open_clip/{model}" for m in ("image", "text")]
     dim = open_clip.get_model_config(model)["embed_dim"]
     said = [f"embed_dim={dim}", f"batch.size={batch}", "batch.micro=null", f"engine.compile={str(compiled).lower()}"]
+    said.append("modalities.text.length_groups=false")  # full contexts, so that operations are the same everywhere
     where = [f"engine.device={device.torch.type}", "engine.precision=bf16"]
     recipe = load_recipe(find_recipe("pretrain/clip_vit_b32"), [*names, *said, *where])
     bundle = build_bundle(recipe)

@@ -128,12 +128,12 @@ def text(pair: Pair, batch: int, runs: int) -> Iterator[Row]:
     every = loader.captions()
     sets = {
         f"{batch} captions": [every[i * 11 % len(every)] for i in range(batch)],
-        f"{batch} of 4,096 web-like captions": web_like(batch),
+        f"{batch} of 4,096 web-like": web_like(batch),
     }
     tower: Any = pair.bundle.model.towers["text"]
     for what, texts in sets.items():
         rows, tokens = pair.text_rows(texts), pair.tokenizer(texts)
-        what += f" of {rows['mask'].sum(1).float().mean():.1f} tokens on average"
+        what += f" (mean {rows['mask'].sum(1).float().mean():.1f} tokens)"
 
         def theirs(tokens: Tensor = tokens) -> Tensor:
             out: Tensor = pair.peer.encode_text(tokens, normalize=True)
@@ -215,12 +215,18 @@ def clip_benchmark(venv: Path, make: bool) -> tuple[Any, Any] | None:
     found = sorted(venv.glob("lib/python*/site-packages"))
     if not found or not any((f / "clip_benchmark").is_dir() for f in found):
         return None
-    os.environ.setdefault("TQDM_DISABLE", "1")
     sys.path += [str(f) for f in found if str(f) not in sys.path]
-    return (
-        importlib.import_module("clip_benchmark.metrics.zeroshot_classification"),
-        importlib.import_module("clip_benchmark.metrics.zeroshot_retrieval"),
-    )
+    classification: Any = importlib.import_module("clip_benchmark.metrics.zeroshot_classification")
+    retrieval: Any = importlib.import_module("clip_benchmark.metrics.zeroshot_retrieval")
+    classification.accuracy = _accuracy
+    classification.tqdm = retrieval.tqdm = iter  # no progress bars
+    return classification, retrieval
+
+
+def _accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """As clip-benchmark 1.6's, which numpy 2.4 refuses to turn into numbers."""
+    best = logits.topk(max(topk), 1).indices == target[:, None]
+    return [float(best[:, :k].any(1).float().mean()) for k in topk]
 
 
 def evaluation(pair: Pair, peers: tuple[Any, Any] | None, quick: bool, runs: int) -> Iterator[Row]:

@@ -143,7 +143,7 @@ class TextTransformer(Tower):
     def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
         """``{"ids": int64 [n, L], "mask": bool [n, L]}`` → [n, W]."""
         ids, ends = x["ids"], end_of_text(x["ids"], x["mask"], self.eot_id)
-        if self.length_groups and can_pack(ids, self.packs_on_device):
+        if self.packs and self.length_groups and can_pack(ids, self.packs_on_device):
             packing = pack(ends + 1, ids.shape[1])
             y = self.drop(self.tokens(ids.reshape(-1)[packing.tokens]) + self.positions[packing.positions])
             out: Tensor = self.norm(self.transformer(y, True, packing))
