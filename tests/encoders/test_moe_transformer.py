@@ -88,7 +88,9 @@ def test_an_expert_without_rows_has_gradient_zero_and_recomputing_changes_nothin
         moe = tower("moe_transformer", text).train()
         moe.set_grad_checkpointing(again)
         one, two = batch(text, ["en", "de", "en", "de", "en"]), batch(text, ["de", "en", "de", "de", "en"])
-        (moe.encode(one).square().sum() + moe.encode(two).square().sum()).backward()  # two views, each with a route of its own
+        (
+            moe.encode(one).square().sum() + moe.encode(two).square().sum()
+        ).backward()  # two views, each with a route of its own
         found.append({n: p.grad for n, p in moe.named_parameters()})
     assert all(g is not None for g in found[0].values())
     unused = [g for n, g in found[0].items() if ".experts.2." in n]
