@@ -103,6 +103,7 @@ def build(
     label = (cfg.split if isinstance(cfg, OfOneSplit) else None) or cfg.name
     dropped_file = folder / f"dropped-{label}.jsonl"
     said = {"source": source_kind, **cfg.model_dump(mode="json", exclude_defaults=True, exclude=HOW)}
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     what = {k: v for k, v in said.items() if k not in WHETHER}
     run = Assembly(cfg, folder, Journal(folder, label, what, cfg.overwrite), engine_of(engine, cfg, address))
@@ -128,6 +129,8 @@ def build(
         raise
     finally:
         run.engine.close()
+        if new and not any(folder.iterdir()):  # nothing was written
+            folder.rmdir()
     report.index = build_index([str(p) for p in report.shards], folder)
     report.size = sum(p.stat().st_size for p in report.shards)
     write_atomically(

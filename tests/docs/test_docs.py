@@ -130,9 +130,12 @@ def test_commands_in_sentences_exist() -> None:
                 elif word == "--":  # what follows is another program's
                     break
                 elif word.startswith("--"):
-                    assert word.split("=")[0].rstrip(",.") in options | {"--plugins", "--debug", "--version"}, (
-                        f"{page}:{line}: {span}"
-                    )
+                    assert word.split("=")[0].rstrip(",.") in options | {
+                        "--plugins",
+                        "--debug",
+                        "--version",
+                        "--help",
+                    }, f"{page}:{line}: {span}"
                 elif word in ("train", "eval", "embed"):  # after launch
                     command = typer.main.get_command(app).commands[word]  # type: ignore[attr-defined]
                     options |= {o for p in command.params for o in p.opts}

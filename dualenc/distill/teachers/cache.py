@@ -55,7 +55,8 @@ def augmentation(inputs: Mapping[str, ModalityInput], modalities: Sequence[str])
     """Modality → the student's augmentation: what a drawn view depends on besides the seed."""
     out = {}
     for m in modalities:
-        out[m] = inputs[m].config.augment.model_dump(mode="json") if _augments(inputs[m]) else None
+        augment = inputs[m].config.augment if _augments(inputs[m]) else None
+        out[m] = None if augment is None else augment.model_dump(mode="json")
     return out
 
 
