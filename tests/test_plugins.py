@@ -212,6 +212,9 @@ def test_workers_that_are_spawned_make_the_same_batches(place: Place) -> None:
 # --- the gradient --------------------------------------------------------------------------------------------------
 
 SGD = ["optim.name=sgd", "optim.lr=0.05", "optim.weight_decay=0", "budget.steps=3", "data.workers=0"]
+SGD += [
+    "modalities.text.length_groups=false"
+]  # padded as on a GPU: the gradient of norm.bias cancels to its last digits
 
 
 def test_two_ranks_and_micro_batches_train_what_one_process_trains(place: Place, runs: dict[str, Path]) -> None:
@@ -264,7 +267,10 @@ def test_export_and_interpolation(place: Place, runs: dict[str, Path]) -> None:
     first, second = (json.loads((place.folder / n).read_text())["tasks"] for n in (one, two))
     assert first["task_entry"].pop("in_training")["count"] == 0  # a run says what it was trained on
     assert first == second  # an export does not, and is otherwise the same
-    for layout, why in (("hf", "transformers has no dual encoder"), ("onnx", "only image and text towers")):
+    for layout, why in (
+        ("hf", "transformers has no dual encoder"),
+        ("onnx", "there are graphs of image, text, audio, series towers"),
+    ):
         said = place.run("entry", "export", "run_entry", "--format", layout, "--out", f"as_{layout}", code=2)
         assert "safetensors" in said
         assert why in said or "has no gauge" in said

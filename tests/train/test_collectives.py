@@ -43,9 +43,11 @@ LOSSES = {
 
 
 def count(world: World, out: str, steps: int = 40, more: list[str] | None = None) -> list[dict[str, int]]:
-    """Collectives and host waits of each step with its hooks; the optimizer is fused, as on a GPU."""
-    fixed = [f"budget.steps={steps}", "tracking.log_every=100", "checkpoint.every_minutes=null", "optim.fused=true"]
-    run = build(world, [*fixed, *(more or []), f"out={out}"])
+    """Collectives and host waits of each step with its hooks; the optimizer is fused and captions are padded, as on a
+    GPU."""
+    fixed = [f"budget.steps={steps}", "tracking.log_every=100", "checkpoint.every_minutes=null"]
+    as_on_gpu = ["optim.fused=true", "modalities.text.length_groups=false"]
+    run = build(world, [*fixed, *as_on_gpu, *(more or []), f"out={out}"])
     found = []
     run.log.begin()
     for batch in run.parts.loader:

