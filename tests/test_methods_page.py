@@ -12,6 +12,7 @@ from benchmarks.methods import MAKERS
 from dualenc.cli.listing import LINES, OF_PLANS, docstrings, said
 from dualenc.compare.study import is_comparison, read_comparison
 from dualenc.config import load_recipe
+from dualenc.losses import build_loss, check_loss
 from dualenc.model.start_from import completed
 from dualenc_evals.catalog import load_task
 
@@ -66,7 +67,8 @@ def test_every_method_of_a_study_is_a_recipe_that_can_be_trained(path: Path, tmp
     for name in study.methods:
         recipe, *overrides = study.command(name, 0, tmp_path)
         if "run:" not in " ".join(study.methods[name].overrides):  # those need the run that they start from
-            load_recipe(recipe, overrides, completed)
+            built = load_recipe(recipe, overrides, completed)
+            check_loss(build_loss(built.loss), built.data, built.pairs)
 
 
 def test_every_batch_plan_says_what_it_keeps_and_needs() -> None:

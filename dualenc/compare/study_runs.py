@@ -25,6 +25,7 @@ from dualenc.files import write_atomically
 from dualenc.model import load_model
 from dualenc.model.start_from import completed
 from dualenc.shipped import find_recipe
+from dualenc.train.check import check_recipe
 from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate
 from dualenc_evals.pages.run import json_lines
@@ -160,7 +161,7 @@ def _check(comparison: Comparison, name: str, folder: Path) -> str:
     command = comparison.command(name, comparison.seeds[0], folder)
     if not method.needs(list(comparison.methods)):
         try:
-            load_recipe(command[0], command[1:], completed)
+            check_recipe(load_recipe(command[0], command[1:], completed))
         except ConfigError as e:
             raise ConfigError(f"method {name}: {e}") from e
     raw, _ = read_yaml(find_recipe(command[0]))
