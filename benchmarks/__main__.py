@@ -203,9 +203,11 @@ def write_page(found: dict[str, Any], docs: Path) -> None:
     m = found["machine"]
     rounds = max((r.get("rounds", 1) for r in found["rows"]), default=0)
     versions = f"torch {m['torch']}, open_clip {m['open_clip_torch']}, webdataset {m['webdataset']}"
+    fewer = {r["part"]: r["rounds"] for r in found["rows"] if r.get("rounds", rounds) < rounds}
+    those = "".join(f", of {part} {n}" for part, n in fewer.items())
     about = (
         f"{m['cpu']}, {m['cores']} cores shared with other jobs (load {m['load']:.0f}), Python {m['python']}, "
-        f"{versions}; medians of {rounds} rounds.\n"
+        f"{versions}; medians of {rounds} rounds{those}.\n"
     )
     not_run = [p for p in PARTS if p not in found["parts"]]
     about += f"\nNot measured: {', '.join(not_run)}.\n" if not_run else ""
