@@ -55,6 +55,17 @@ def read_npy(raw: bytes) -> Array:
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
+def npy_bytes(x: Array) -> bytes:
+    """An array as the bytes of a ``.npy``.
+
+    Raises:
+        ValueError: it holds Python objects.
+    """
+    out = io.BytesIO()
+    np.save(out, x, allow_pickle=False)
+    return out.getvalue()
+
+
 def read_npz(raw: bytes, name: str | None = None) -> Array:
     """One array of a ``.npz``: ``name``, or its only one.
 

@@ -24,7 +24,6 @@ Every record is read as training would read it; one that training would refuse i
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -33,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from dualenc.data.arrays import npy_bytes
 from dualenc.data.driving.geometry import F64, inverse, moved, project, seen
 from dualenc.data.driving.keyframes import CameraView, Keyframe, kitti_object, kitti_raw, nuscenes, part_seen
 from dualenc.data.driving.places import MEMBER
@@ -276,9 +276,7 @@ def _slug(name: str) -> str:
 
 def as_npy(points: npt.NDArray[Any]) -> bytes:
     """``points [n, C]`` as the bytes of a .npy, float32."""
-    out = io.BytesIO()
-    np.save(out, points.astype(np.float32), allow_pickle=False)
-    return out.getvalue()
+    return npy_bytes(points.astype(np.float32))
 
 
 for _name, _config, _records in (

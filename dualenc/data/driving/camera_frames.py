@@ -11,7 +11,6 @@ KITTI: Geiger et al. 2012. nuScenes: Caesar et al. 2020, arXiv 1903.11027. Objec
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -19,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from dualenc.data.arrays import npy_bytes
 from dualenc.data.driving import corruption
 from dualenc.data.driving.corruption import Corruption
 from dualenc.data.driving.geometry import F64, Bools, checked_intrinsics, inverse, moved, project, seen
@@ -191,6 +191,4 @@ def _box_drawn(frame: CameraFrame, box: Box, edges: tuple[float, float, float, f
 def as_npy(points: F64) -> bytes:
     """``points [n, 4]`` of the camera's frame (right, down, forward) as float32 (forward, left, up), as a .npy."""
     turned = np.stack([points[:, 2], -points[:, 0], -points[:, 1], points[:, 3]], axis=1).astype(np.float32)
-    out = io.BytesIO()
-    np.save(out, turned, allow_pickle=False)
-    return out.getvalue()
+    return npy_bytes(turned)

@@ -24,7 +24,7 @@ from dualenc.config import Positive, Section
 from dualenc.data.arrays import read_bin, read_npy, read_npz, read_pcd
 from dualenc.data.driving.geometry import F64, checked_pose, ground_motion, moved
 from dualenc.data.driving.places import MEMBER, Places, PlacesConfig, collated, draw, nothing, read_regions
-from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.modality import DecodeError, modalities, npy_of
 from dualenc.errors import DataError
 
 F32 = npt.NDArray[np.float32]
@@ -263,17 +263,6 @@ def _row(x: Cloud, keep: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         "to_ego": torch.from_numpy(x.to_ego.astype(np.float32)),
         "origin": torch.from_numpy(x.origin.astype(np.float32)),
     }
-
-
-def npy_of(x: Any) -> bytes | None:
-    """Points float [n, ≥ 3] as the bytes of a ``.npy``; None where ``x`` is not an array."""
-    if isinstance(x, Tensor):
-        x = x.detach().cpu().numpy()
-    if not isinstance(x, np.ndarray):
-        return None
-    out = io.BytesIO()
-    np.save(out, x, allow_pickle=False)
-    return out.getvalue()
 
 
 def read_cloud(raw: Any, bin_columns: int | None = None) -> tuple[F32, list[str], F64]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dualenc.config import Modality, settings_as
+from dualenc.data.arrays import npy_bytes
 from dualenc.errors import DecodeError as DecodeError
 from dualenc.errors import DualencError
 from dualenc.registry import Registry
@@ -163,6 +164,13 @@ def rows_of(kind: str) -> str:
     """The kind of rows that towers are asked for: the kind itself, but for a class from outside that has another as
     its attribute ``kind`` (``kind = "image"``: its rows are those of images, and every image tower takes them)."""
     return str(vars(modalities[kind]).get("kind", kind)) if modalities.origin(kind) is not None else kind
+
+
+def npy_of(x: Any) -> bytes | None:
+    """An array or tensor as the bytes of a ``.npy`` (``as_raw`` of kinds that read those); None for anything else."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().numpy()
+    return npy_bytes(x) if isinstance(x, np.ndarray) else None
 
 
 def build_inputs(parts: Mapping[str, Modality], base_dir: str | Path | None = None) -> dict[str, ModalityInput]:

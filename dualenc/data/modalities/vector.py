@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from dualenc.config import Positive, Section
 from dualenc.data.arrays import read_npy
-from dualenc.data.modalities.modality import DecodeError, modalities
+from dualenc.data.modalities.modality import DecodeError, modalities, npy_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,13 +94,7 @@ class VectorInput:
 
     def as_raw(self, x: Any, rate: int | None = None) -> Any:
         """An array or tensor [W] → the bytes of a ``.npy``; anything else is not a vector (None)."""
-        if isinstance(x, Tensor):
-            x = x.detach().cpu().numpy()
-        if not isinstance(x, np.ndarray):
-            return None
-        out = io.BytesIO()
-        np.save(out, x, allow_pickle=False)
-        return out.getvalue()
+        return npy_of(x)
 
     @staticmethod
     def preview(raw: bytes) -> dict[str, str]:

@@ -7,7 +7,6 @@ read.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from dualenc.config import Section
+from dualenc.data.arrays import npy_bytes
 from dualenc.data.sources.item import Content, Item, Layout, captions, sources
 from dualenc.data.sources.opened import listed, read_text
 from dualenc.errors import DataError
@@ -68,9 +68,7 @@ def as_npy(channels: list[str]) -> bytes:
         raise DataError(f"not numbers: {e}") from e
     if len({len(r) for r in rows}) > 1:
         raise DataError(f"its channels have {sorted({len(r) for r in rows})} values; they must be equally long")
-    out = io.BytesIO()
-    np.save(out, np.array(rows, np.float32), allow_pickle=False)
-    return out.getvalue()
+    return npy_bytes(np.array(rows, np.float32))
 
 
 def _header(lines: list[str], path: str) -> TsHeader:

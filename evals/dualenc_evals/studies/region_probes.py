@@ -9,7 +9,6 @@ extent) alone is a strong baseline: ``…_control``. Camera to LiDAR within a fr
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dualenc.data.arrays import npy_bytes
 from dualenc.data.driving.geometry import F64, ground_motion, moved
 from dualenc.data.driving.keyframes import Keyframe
 from dualenc.data.driving.regions import find_regions, ground
@@ -76,10 +76,8 @@ class RegionFrame:
         xyz = self.points if motion is None else moved(self.points, motion)
         rows = np.concatenate([xyz, self.extra], axis=1)
         rows = rows if kept is None else rows[kept]
-        out = io.BytesIO()
-        np.save(out, rows.astype(np.float32), allow_pickle=False)
         about = {"columns": list(self.key.columns), "to_ego": np.eye(4).tolist()}
-        return {"json:lidar": about, "lidar.npy": out.getvalue()}
+        return {"json:lidar": about, "lidar.npy": npy_bytes(rows.astype(np.float32))}
 
     def camera(self, wrong: bool = False) -> dict[str, Any]:
         """The images as a shard holds them; ``wrong``: each with the pose of the next camera."""
