@@ -150,6 +150,7 @@ class Saver:
         own = self.final.with_name(f".writing-{self.final.name}-{os.getpid()}")
         self.folder = broadcast_object(own, self.world)
         self._mine: dict[str, list[Any]] = {}
+        self._of_ranks: set[Path] = set()  # pieces, of which the other ranks may be writing theirs right now
         self._given_up: str | None = None
         self._over = False  # no more messages: a rank has failed, and it waits for none
         self._digests: dict[str, list[Any]] = {}
@@ -174,7 +175,9 @@ class Saver:
 
     def pieces(self, stem: str, pieces: Iterable[Piece]) -> None:
         """Write this rank's file of ``stem`` (every rank)."""
-        path = self.folder / file_name(stem, self.world.rank, self.world.world_size)
+        names = [file_name(stem, rank, self.world.world_size) for rank in range(self.world.world_size)]
+        self._of_ranks |= {self.folder / name for name in names}
+        path = self.folder / names[self.world.rank]
         path.parent.mkdir(exist_ok=True)
         write(path, pieces)
         _fsync(path)
@@ -191,12 +194,17 @@ class Saver:
         return all_files
 
     def digest(self) -> None:
-        """Hash and sync what this rank has written so far, so that leaving the context has little left to do."""
+        """Hash and sync what rank 0 has written so far besides pieces, so that leaving has little left to do.
+
+        The folder also has what other ranks are writing meanwhile: their pieces, and the hidden files into which
+        safetensors writes first. Those are not touched.
+        """
+        if self.world.rank != 0:
+            return
         for path in self._files():
-            name = str(path.relative_to(self.folder))
-            if name not in self._mine:
+            if path not in self._of_ranks and not path.name.startswith("."):
                 _fsync(path)
-                self._digests[name] = _digest(path)
+                self._digests[str(path.relative_to(self.folder))] = _digest(path)
 
     def finish_alone(self) -> None:
         """What leaving the context does, without asking other ranks: for rank 0, if it has written everything.

@@ -75,6 +75,30 @@ def plain(world: World, parts: list[list[str]]) -> None:
         run.close()
 
 
+def digesting(world: World, folder: str) -> list[str]:
+    """Rank 0 hashes what it has written while rank 1 is in the middle of its piece: the names in the manifest."""
+    empty = torch.zeros(0)
+    with ckpt.Saver(Path(folder), 1, world) as saver:
+        temporary = saver.folder / ".tmpAbCdEf"
+        if world.rank == 1:
+            temporary.write_bytes(b"half a piece")
+            (saver.folder / "memory-00002-of-00002.safetensors").write_bytes(b"half a piece")
+        barrier(world)
+        if world.rank == 0:
+            saver.tensors("optimizer.safetensors", {"a": empty})
+            saver.pieces("memory", [Piece("a", (2,), 0, torch.zeros(1))])
+        seen: list[str] = []
+        original = ckpt._digest
+        ckpt._digest = lambda path: (seen.append(path.name), original(path))[1]
+        saver.digest()
+        ckpt._digest = original
+        barrier(world)
+        if world.rank == 1:
+            temporary.unlink()
+            saver.pieces("memory", [Piece("a", (2,), 1, torch.zeros(1))])
+    return [*seen, str(ckpt.damaged(ckpt.folder_of(Path(folder), 1), world))]
+
+
 def differences(run: Run, save: Path) -> dict[str, int]:
     """How many tensors of a save are not bit for bit what all ranks collect from the engine (rank 0 compares)."""
     weights, (optimizer, _) = run.parts.engine.model_state(), run.parts.engine.optimizer_state()

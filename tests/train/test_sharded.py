@@ -220,6 +220,11 @@ def test_a_rank_that_fails_or_dies_while_writing_leaves_no_save(always: list[str
 
 
 @pytest.mark.dist
+def test_rank_0_hashes_only_its_own_files_while_others_write(tmp_path: Path) -> None:
+    assert spawn(JOBS, "digesting", 2, {"folder": str(tmp_path)}) == [["optimizer.safetensors", "None"], ["None"]]
+
+
+@pytest.mark.dist
 @pytest.mark.slow
 def test_ranks_write_in_the_background_what_they_write_otherwise(tmp_path: Path) -> None:
     """Sharded and whole, two engines: bit for bit the same files."""
