@@ -21,6 +21,7 @@ from dualenc.data.batches import Composed
 from dualenc.data.driving.places import by_slot
 from dualenc.data.modalities.modality import (
     DecodeError,
+    DrawsTogether,
     Mixes,
     ModalityInput,
     NamesPlaces,
@@ -100,6 +101,7 @@ class StepDataset(Dataset[Any]):
         self.modalities = list(dict.fromkeys(m for pair in pairs for m in pair))
         # Asked once: isinstance of a protocol looks up every member of it, twice a sample.
         self._placing = {m for m, x in inputs.items() if isinstance(x, NamesPlaces)}
+        self._together = {m for m, x in inputs.items() if isinstance(x, DrawsTogether) and x.draws_together()}
         read = [{**w, **labels} for w, labels in zip(wanted, self.labels, strict=True)]
         same = [data.sources[i].same for i in range(len(sets))]
         self._read_of: list[list[Mapping[str, Sequence[str]]]] = [
@@ -281,6 +283,8 @@ class StepDataset(Dataset[Any]):
                     item = part.decode(raw)
                     if m in self._placing:
                         item = part.placed(item, sample_rng(self.seed, full, one, "places"))
+                    if m in self._together:
+                        item = part.drawn(item, sample_rng(seed, full, one % passes, "together"))
                     rng = sample_rng(seed, full, one % passes, m)
                     if partner.keys() >= found.values.keys():
                         item = part.mix(item, partner[m], rng)
@@ -288,6 +292,8 @@ class StepDataset(Dataset[Any]):
                     for name, view in self.views.items():
                         if view.modality == m:
                             item = view.input.decode(_own(part, raw))
+                            if m in self._together:
+                                item = part.drawn(item, sample_rng(seed, full, one % passes, "together"))
                             draw = sample_rng(seed, full, one % passes, m)
                             out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:

@@ -106,6 +106,17 @@ class NamesPlaces(Protocol):
 
 
 @runtime_checkable
+class DrawsTogether(Protocol):
+    """A modality that draws what it takes of an item as the sample's other modalities do."""
+
+    def draws_together(self) -> bool:
+        """Whether its settings ask for that."""
+
+    def drawn(self, x: Any, rng: np.random.Generator) -> Any:
+        """A decoded item → what is taken of it; ``rng`` is the same for every modality of the sample."""
+
+
+@runtime_checkable
 class FewShapes(Protocol):
     """A modality whose batches differ in length, and can be padded to a few lengths."""
 

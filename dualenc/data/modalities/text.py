@@ -16,6 +16,7 @@ from torch import Tensor
 from dualenc.config import Positive, Section
 from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.data.modalities.rewording import Rewording, TextAugment
+from dualenc.data.modalities.text_views import TextView, changed, chosen
 from dualenc.data.modalities.tokenizing import FORMS, HFTokenizer, build_tokenizer
 from dualenc.errors import ConfigError
 
@@ -53,6 +54,10 @@ class TextConfig(Section):
         default=None,
         description="training only: stop words left out, words replaced by synonyms, swapped, left out; null: none",
     )
+    view: TextView | None = Field(
+        default=None,
+        description="training only: one sentence of the text, a crop, a masked span; null: the whole text",
+    )
     negatives: str | None = Field(
         default=None,
         description="training only: a member with texts that are wrong for the item (json:negatives); they become "
@@ -70,10 +75,10 @@ class TextConfig(Section):
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``augment`` and domains where there are none: descriptions are those that were saved before they
-        existed."""
+        """Without ``augment``, ``view`` and domains where there are none: descriptions are those that were saved before
+        they existed."""
         out: dict[str, Any] = write(self)
-        return {k: v for k, v in out.items() if k not in ("augment", "domain", "domains") or v}
+        return {k: v for k, v in out.items() if k not in ("augment", "view", "domain", "domains") or v}
 
     @model_validator(mode="after")
     def _domain_and_domains(self) -> Self:
@@ -83,6 +88,15 @@ class TextConfig(Section):
             raise ValueError(f"domains: {self.domains} lists a domain twice")
         if self.domain is not None and self.negatives is not None:
             raise ValueError("domain and negatives: a text is read with one further member only; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _chosen_has_no_negatives(self) -> Self:
+        if self.view is not None and self.view.choose is not None and self.negatives is not None:
+            raise ValueError(
+                f"view.choose: {self.view.choose} and negatives: the wrong texts are of one caption, not of what is "
+                "chosen here; leave one of them out"
+            )
         return self
 
     @field_validator("templates")
@@ -196,9 +210,11 @@ class TextInput:
         return self.config.domains.index(name)
 
     def train(self, x: list[str], rng: np.random.Generator) -> Tensor | TextRow | DomainRow:
-        """Ids of one caption, drawn by ``rng`` where there are several, changed as ``augment`` says, in a template that
-        is drawn too."""
+        """Ids of one caption, drawn by ``rng`` where there are several, changed as ``view`` and ``augment`` say, in a
+        template that is drawn too."""
         text = x[int(rng.integers(len(x)))] if len(x) > 1 else x[0]
+        if self.config.view is not None:
+            text = changed(text, self.config.view, rng)
         if self._reworded is not None:
             text = self._reworded(text, rng)
         templates = self.config.templates
@@ -216,6 +232,18 @@ class TextInput:
         if self.config.domain is None:
             return row
         return DomainRow(row, x.domain if isinstance(x, OfDomain) else 0)
+
+    def draws_together(self) -> bool:
+        """Whether ``view.choose`` is set."""
+        return self.config.view is not None and self.config.view.choose is not None
+
+    def drawn(self, x: list[str], rng: np.random.Generator) -> list[str]:
+        """The text that ``view.choose`` takes, alone."""
+        view = self.config.view
+        if view is None or view.choose is None:
+            return x
+        text = [chosen(x, view.choose, rng)]
+        return OfDomain(text, x.domain) if isinstance(x, OfDomain) else text
 
     def beside(self) -> str | None:
         """The member that ``negatives`` or ``domain`` names."""
@@ -279,9 +307,9 @@ class TextInput:
         return x if isinstance(x, str | list | tuple) else None
 
     def describe(self) -> dict[str, Any]:
-        """Settings with the context resolved, and the tokenizer's identity; without wrong texts and ``augment``, which
-        are for training only."""
-        config = self.config.model_dump(mode="json", exclude={"negatives", "max_negatives", "augment"})
+        """Settings with the context resolved, and the tokenizer's identity; without wrong texts, ``augment`` and
+        ``view``, which are for training only."""
+        config = self.config.model_dump(mode="json", exclude={"negatives", "max_negatives", "augment", "view"})
         config["context_length"] = self.context_length
         return {
             "kind": "text",
