@@ -14,6 +14,7 @@ from _shared import ROOT
 
 from dualenc.compare import from_recipes, read_comparison
 from dualenc.compare.intervals import differences, t_quantile
+from dualenc.compare.study_runs import run_study
 from dualenc.errors import ConfigError
 from dualenc_evals.pages.comparison import MethodResult, MethodTable, markdown, render
 
@@ -123,6 +124,13 @@ def test_the_table_and_the_page() -> None:
     page = render(table)
     assert "no positive &lt;below&gt;" in page
     assert page.index(">dcl<") < page.index(">plain<")  # best first
+
+
+def test_a_task_that_is_not_there_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    study = read_comparison(written(tmp_path, FILE.replace("seeds: 2", "tasks: [./absent.yaml]")))
+    with pytest.raises(ConfigError, match=r"method plain: There is no file .*absent\.yaml"):
+        run_study(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

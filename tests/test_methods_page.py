@@ -69,6 +69,7 @@ def test_every_method_of_a_study_is_a_recipe_that_can_be_trained(path: Path, tmp
         if "run:" not in " ".join(study.methods[name].overrides):  # those need the run that they start from
             built = load_recipe(recipe, overrides, completed)
             check_loss(build_loss(built.loss), built.data, built.pairs)
+            assert [load_task(str(t)).name for t in built.eval.tasks]
 
 
 def test_every_batch_plan_says_what_it_keeps_and_needs() -> None:

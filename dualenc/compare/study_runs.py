@@ -161,7 +161,10 @@ def _check(comparison: Comparison, name: str, folder: Path) -> str:
     command = comparison.command(name, comparison.seeds[0], folder)
     if not method.needs(list(comparison.methods)):
         try:
-            check_recipe(load_recipe(command[0], command[1:], completed))
+            recipe = load_recipe(command[0], command[1:], completed)
+            check_recipe(recipe)
+            for task in recipe.eval.tasks:
+                load_task(str(task))
         except ConfigError as e:
             raise ConfigError(f"method {name}: {e}") from e
     raw, _ = read_yaml(find_recipe(command[0]))
