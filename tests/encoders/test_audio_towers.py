@@ -26,6 +26,7 @@ from dualenc.data.batch import Batch, map_tensors
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
 from dualenc.distributed.world import World
 from dualenc.encoders import DualEncoder, Tower, build_tower, check_input, input_defaults
+from dualenc.encoders.dual_encoder import hidden_group
 from dualenc.encoders.own.audio_transformer import hidden_places
 from dualenc.errors import ConfigError
 
@@ -341,3 +342,17 @@ def test_what_is_hidden_is_not_heard() -> None:
         assert torch.equal(one[name], two[name]), name
     assert not torch.allclose(seen["features"], one["features"])
     assert seen.keys() == {"features", "pooled"}
+    heard = tower.front(x)
+    first = int(at[1, 3]) * 4
+    assert torch.equal(one["masked_patch"][1, 3], heard.values[1, first : first + 4].flatten())
+
+
+def test_hidden_states_leave_out_what_is_beyond_a_clip() -> None:
+    source, tower = make("own-transformer")
+    model = DualEncoder({"audio": tower}, [], LogitScale()).eval()
+    waves = [0.1 * torch.randn(n) for n in (9_000, 16_000)]
+    two, one = (source.collate([{"wave": w} for w in some]) for some in (waves, waves[:1]))
+    model.keep_hidden([0.5, 1.0], 6, {"audio": two})
+    with torch.no_grad():
+        together, alone = (model({"audio": x})[hidden_group(0.5)]["audio"] for x in (two, one))
+    assert (together[0] - alone[0]).abs().max() <= 1e-5

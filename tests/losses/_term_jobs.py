@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "siamlip": {"project": 6, "hidden": 8},
     "swalip": {"prototypes": 5},
     "masked_units": {"codes": 5},
+    "masked_autoencoding": {"patch": WIDTH},
     "private_space": {"width": 4},
     "whitened": {"groups": 4},
     "supremix": {"label": "depth", "mixed": 2, "strip_mb": 1e-6},
@@ -78,6 +79,7 @@ class SpeakingTower(Tower):
             "there": (x["places"][..., 0] < 1).float(),
         }
         said = {"features": self.head(y), "pooled": y, "local": nn.functional.normalize(at, dim=-1)}
+        masked["patch"] = x["places"]
         return said | {f"masked_{name}": z for name, z in masked.items()}
 
 

@@ -1,4 +1,4 @@
-"""Masked units against loops and identities; ranks and micro-batches are in ``_term_jobs``."""
+"""Losses on hidden places against loops and identities; ranks and micro-batches are in ``_term_jobs``."""
 
 from __future__ import annotations
 
@@ -126,3 +126,37 @@ def test_what_it_needs_is_named() -> None:
         value_of(built(), {})
     with pytest.raises(ConfigError, match="'sound' is in none of the loss's pairs; write text"):
         built(modality="sound").heads(DIM, PAIR)
+
+
+def test_masked_autoencoding_is_the_mean_square_of_standardised_patches() -> None:
+    g = torch.Generator().manual_seed(4)
+    patch, made = (torch.randn(ROWS, PLACES, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    made[2] = patch[2] = math.nan  # a slot that takes no part
+    made.requires_grad_()
+    said = {"masked_patch": 3 + 2 * patch, "reconstructed": made, "masked_there": groups()["masked_there"]}
+    loss = build_loss(Component.model_validate({"name": "masked_autoencoding", "patch": 7}))
+    want, count = 0.0, 0
+    for i in (0, 1, 3, 4):
+        for t in range(PLACES):
+            if said["masked_there"][i, t] > 0:
+                x = [float(v) for v in said["masked_patch"][i, t]]
+                mean = sum(x) / 7
+                deviation = math.sqrt(sum((v - mean) ** 2 for v in x) / 7 + 1e-4)
+                want += (
+                    sum((float(m.detach()) - (v - mean) / deviation) ** 2 for m, v in zip(made[i, t], x, strict=True))
+                    / 7
+                )
+                count += 1
+    got = value_of(loss, said)
+    assert float(got.detach()) == pytest.approx(want / count, rel=1e-12)
+    (grad,) = torch.autograd.grad(got, made)
+    assert not grad[2].any()
+    assert not grad[0, 1].any()
+    perfect = (said["masked_patch"] - said["masked_patch"].mean(2, keepdim=True)) / (
+        said["masked_patch"].var(2, correction=0, keepdim=True) + 1e-4
+    ).sqrt()
+    assert float(value_of(loss, {**said, "reconstructed": perfect})) == pytest.approx(0, abs=1e-20)
+    with pytest.raises(ConfigError, match="256 numbers a place, but the tower gives 7; write that"):
+        value_of(build_loss(Component(name="masked_autoencoding")), said)
+    with pytest.raises(ConfigError, match="own/audio_transformer, masked: true"):
+        value_of(loss, {})

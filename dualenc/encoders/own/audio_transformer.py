@@ -27,6 +27,7 @@ class AudioTransformer(Tower):
     - ``masked_target`` [n, K, D]: from the convolutions, which see the whole clip;
     - ``masked_context`` [n, K, D] after half of the blocks and ``masked_last`` [n, K, D] after all of them, which see a
       learned vector at every hidden place;
+    - ``masked_patch`` [n, K, P]: the log-mel of the frames that a place was made of, 0 beyond the clip's end;
     - ``masked_there`` [n, K]: 0 for a place to leave out, as spans overlap or the clip is shorter than a span.
 
     Attention does not see what lies beyond a clip's end.
@@ -110,7 +111,8 @@ class AudioTransformer(Tower):
         if hides:
             at, there = hidden_places(x["hide"], mask.sum(1), self.span)
             more["masked_target"] = self._at("masked_target", y, at)
-            more["masked_there"] = there.to(y.dtype)
+            more["masked_patch"] = pieces(heard.values * heard.mask[..., None], 1 << len(self.convs), at)
+            more["masked_there"] = there.float()
             hidden = torch.zeros_like(mask).scatter_(1, at, True)
             y = torch.where(hidden[..., None], self.mask_token.to(y.dtype), y)
         y = y + sinusoids(y.shape[1], y.shape[2], y.device).to(y.dtype)
@@ -166,6 +168,12 @@ def hidden_places(starts: Tensor, count: Tensor, span: int) -> tuple[Tensor, Ten
     at = torch.minimum(at, count[:, None] - 1)
     again = (at[:, :, None] == at[:, None, :]).tril(-1).any(2)
     return at, inside & ~again
+
+
+def pieces(values: Tensor, each: int, at: Tensor) -> Tensor:
+    """Log-mel [n, F, M] cut into pieces of ``each`` frames → those at places [n, K]: [n, K, each · M]."""
+    whole = nn.functional.pad(values, (0, 0, 0, -values.shape[1] % each)).unflatten(1, (-1, each)).flatten(2)
+    return whole.gather(1, at[..., None].expand(-1, -1, whole.shape[2]))
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
