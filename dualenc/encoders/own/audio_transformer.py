@@ -172,7 +172,8 @@ def hidden_places(starts: Tensor, count: Tensor, span: int) -> tuple[Tensor, Ten
 
 def pieces(values: Tensor, each: int, at: Tensor) -> Tensor:
     """Log-mel [n, F, M] cut into pieces of ``each`` frames → those at places [n, K]: [n, K, each · M]."""
-    whole = nn.functional.pad(values, (0, 0, 0, -values.shape[1] % each)).unflatten(1, (-1, each)).flatten(2)
+    n, frames, mels = values.shape
+    whole = nn.functional.pad(values, (0, 0, 0, -frames % each)).reshape(n, -1, each * mels)
     return whole.gather(1, at[..., None].expand(-1, -1, whole.shape[2]))
 
 
