@@ -23,7 +23,7 @@ from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
 from dualenc.data.plans import plan_for
 from dualenc.data.selected_order import Chosen, SelectedOrder
-from dualenc.data.shards.kept_values import KeptValues, names_in
+from dualenc.data.shards.kept_values import KeptValues, depend_on_scores, names_in
 from dualenc.data.shards.listing import Ints, ShardIndex, ShardInfo, ShardTable, Texts, read_listing
 from dualenc.data.shards.names import expand, hash_of, short_names
 from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
@@ -77,14 +77,9 @@ class ShardSet:
     chosen: Chosen | None = None
     """What the source's selection selects; None: every sample."""
     scores: dict[str, KeptValues] = field(default_factory=dict)
-    """Scores beside the shards that members or values of samples were taken from, by name."""
 
     def score(self, name: str) -> KeptValues:
-        """The values of NAME.scores.parquet, read once.
-
-        Raises:
-            ConfigError, DataError: as :func:`dualenc.data.shards.selection.read_scores`.
-        """
+        """The values of NAME.scores.parquet, read once. Raises as :meth:`KeptValues.read`."""
         if name not in self.scores:
             self.scores[name] = KeptValues.read(name, self)
         return self.scores[name]
@@ -161,8 +156,7 @@ def open_sources(data: Data) -> list[ShardSet]:
     for source, opened in zip(data.sources, sets, strict=True):
         if source.selection is not None:
             opened.chosen = read_chosen(source.selection, opened, data.retries, Bounds.of(data))
-        for name in names_in(source):  # before workers are started, which then share them
-            opened.score(name)
+        opened.scores = {n: KeptValues.read(n, opened) for n in names_in(source)}  # once, for all workers
     return sets
 
 
@@ -240,10 +234,7 @@ def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
         window=window_of(data, sets),
     )
     for i, s in enumerate(sets):
-        for name, values in s.scores.items():
-            if not isinstance(plan, Plan):
-                raise ConfigError(f"data.sources.{i}: the plan {data.sampling!r} cannot be used with scores:{name}")
-            plan.depend_on(f"{i}:{name}:{values.digest}")
+        depend_on_scores(plan, i, s.scores)
         if s.chosen is None:
             continue
         if not isinstance(plan, Plan):

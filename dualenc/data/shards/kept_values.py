@@ -7,6 +7,7 @@ without a shard being written again.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dualenc.config import Source
-from dualenc.data.order import Ints
+from dualenc.data.order import Ints, Plan
 from dualenc.data.shards.members import JOIN, SCORE_KEY
 from dualenc.data.shards.selection import read_scores, starts
+from dualenc.errors import ConfigError
 
 if TYPE_CHECKING:
     from dualenc.data.shards.index import ShardSet
@@ -55,6 +57,18 @@ class KeptValues:
         if self.texts is not None:
             return None if value < 0 else self.texts[int(value)]
         return None if np.isnan(value) else float(value)
+
+
+def depend_on_scores(plan: object, source: int, scores: Mapping[str, KeptValues]) -> None:
+    """Let the plan's digest depend on the values that samples of a source are made of.
+
+    Raises:
+        ConfigError: the plan is one of a plugin that derives from no ``Plan``.
+    """
+    for name, values in scores.items():
+        if not isinstance(plan, Plan):
+            raise ConfigError(f"data.sources.{source}: scores:{name} needs a plan that derives from dualenc's Plan")
+        plan.depend_on(f"{source}:{name}:{values.digest}")
 
 
 def names_in(source: Source) -> list[str]:
