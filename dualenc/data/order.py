@@ -218,6 +218,7 @@ class Plan:
         self.shares = shares / shares.sum()
         self.key = derive_key(seed, name_key("mixture"))
         self._settings = (seed, sampling, lanes, window, [float(s).hex() for s in self.shares])
+        self._beside: list[str] = []
         smallest = int(np.argmin(self.shares))
         self.block = _BLOCK
         while self.block * self.shares[smallest] < 1:
@@ -235,7 +236,12 @@ class Plan:
         """Become the order that ``other`` is: for plans that are built on another one."""
         self.names, self.sources, self.shares, self.key = other.names, other.sources, other.shares, other.key
         self._settings, self.block, self._bounds = other._settings, other.block, other._bounds
+        self._beside = list(other._beside)
         self._blocks = OrderedDict()
+
+    def depend_on(self, what: str) -> None:
+        """Let the digest depend on something else that samples are made of, such as values beside the shards."""
+        self._beside.append(what)
 
     def reorder(self, source: int, order: SourceOrder) -> None:
         """Take the source's samples in another order: that of a selection."""
@@ -261,6 +267,8 @@ class Plan:
         h = hashlib.blake2b(repr(self._settings).encode(), digest_size=16)
         for s in self.sources:
             h.update(s.fingerprint())
+        for what in self._beside:
+            h.update(b"\0" + what.encode())
         return h.hexdigest()
 
     def at(self, positions: Sequence[int] | Ints) -> Refs:

@@ -126,7 +126,9 @@ class DualEncoder(nn.Module):
             assert isinstance(head, nn.ModuleDict)
             use = {m: next((k for k in (m, self.shared.get(m, m)) if k in head), EVERY) for m in features}
             rows = out.get(name, features)  # hidden states of that name, or the features
-            out[name] = {m: head[use[m]](x).float() for m, x in rows.items() if use[m] in head}
+            for part in head.values():
+                rows = out.get(part.group, {}) if isinstance(part, GroupHead) else rows
+            out[name] = {m: head[use[m]](x).float() for m, x in rows.items() if m in use and use[m] in head}
         return out
 
     def keep_hidden(self, depths: Sequence[float], dim: int, rows: Mapping[str, Any]) -> None:
@@ -301,6 +303,15 @@ def prefix(x: Tensor, dim: int | None) -> Tensor:
 def hidden_group(depth: float) -> str:
     """The group of the outputs with the pooled hidden states at a share of the towers' depth."""
     return f"hidden{round(1000 * depth)}"
+
+
+class GroupHead(nn.Linear):
+    """A linear head on another group of the outputs than the features, such as what a tower says of hidden places: for
+    losses that train a map of it. All modules of a head read the same group."""
+
+    def __init__(self, group: str, width: int, out: int) -> None:
+        super().__init__(width, out)
+        self.group = group
 
 
 EVERY = "every"

@@ -26,14 +26,16 @@ class Hidden:
                 f"loss: modalities.{modality}.encoder has no repeated blocks whose outputs could be contrasted; "
                 "leave layers out, or use a transformer"
             )
-        self.modality, self.said = modality, {}  # type: str, dict[float, list[Tensor]]
+        self.modality, self.said = modality, {}  # type: str, dict[float, list[tuple[Tensor, Tensor | None]]]
         for depth in depths:
             block = blocks[min(max(round(depth * len(blocks)), 1), len(blocks)) - 1]
             block.register_forward_hook(self._keeper(depth))
 
     def _keeper(self, depth: float) -> Any:
-        def keep(_: nn.Module, __: Any, out: Any) -> None:
-            self.said.setdefault(depth, []).append(out[0] if isinstance(out, tuple) else out)
+        def keep(_: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+            y = out[0] if isinstance(out, tuple) else out
+            masks = (x for x in given if isinstance(x, Tensor) and x.dtype == torch.bool and x.shape == y.shape[:2])
+            self.said.setdefault(depth, []).append((y, next(masks, None)))
 
         return keep
 
@@ -56,7 +58,8 @@ class Hidden:
                     f"loss: the blocks of modalities.{self.modality}.encoder run more than once for a batch, so their "
                     "outputs cannot be told apart; leave layers out"
                 )
-            out[depth] = pooled(kept[0], mask)
+            y, given = kept[0]  # a block that is given which places are real knows better than the rows
+            out[depth] = pooled(y, mask if given is None else given)
         self.said = {}
         return out
 

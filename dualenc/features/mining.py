@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,57 @@ def nearest_neighbors(x: Tensor, k: int, max_cosine: float = 1.0) -> np.ndarray:
             began = time.monotonic()
             logger.info("Neighbours of %d of %d samples.", start + len(cosine), n)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far apart two modalities of a model are, over the ``pairs`` that it has seen.
+
+    Attributes:
+        cosine: c, the mean cosine of positives; distance: of the two means (Liang et al. 2022, arXiv 2203.02053).
+    """
+
+    pairs: int
+    dim: int
+    cosine: float
+    distance: float
+
+    @property
+    def noise(self) -> float:
+        """The expected length of noise after which a vector's cosine with itself is about c, √(1/c² − 1): from
+        E cos(y, y + wε) ≈ 1 / √(1 + w²D) with ε ~ N(0, I), of length w√D (CLOSE, arXiv 2211.09778)."""
+        return math.sqrt(1 / self.cosine**2 - 1)
+
+    @property
+    def w(self) -> float:
+        """The same as a standard deviation of each number, as CLOSE writes it."""
+        return self.noise / math.sqrt(self.dim)
+
+
+def measure_gap(folder: Path, modalities: Sequence[str] = ()) -> Gap:
+    """The gap between two modalities of stored features, over all samples that have both.
+
+    Raises:
+        ConfigError: the store has no such modality, or not two are named.
+        DataError: the features are not of shards; positives have a mean cosine of 0 or less.
+    """
+    store = FeatureStore(folder)
+    two = list(modalities) or list(store.description.modalities)
+    if len(two) != 2:
+        raise ConfigError(f"--modalities: name two of {', '.join(store.description.modalities)}, got {', '.join(two)}")
+    x = read_features(store, two)[1]
+    a, b = (torch.nn.functional.normalize(y.double(), dim=1) for y in x.chunk(2, 1))
+    found = gap_of(a, b)
+    if found.cosine <= 0:
+        raise DataError(
+            f"{folder}: pairs of {' and '.join(two)} have the mean cosine {found.cosine:.3f}, so they are not aligned"
+        )
+    return found
+
+
+def gap_of(a: Tensor, b: Tensor) -> Gap:
+    """The gap between unit features ``a`` and ``b`` [n, D], whose rows are pairs."""
+    return Gap(len(a), a.shape[1], float((a * b).sum(1).mean()), float((a.mean(0) - b.mean(0)).norm()))
 
 
 def mine_clusters(

@@ -250,6 +250,28 @@ def test_augmentation_is_seeded_and_only_in_training(bark: bytes) -> None:
     assert set(source.eval(source.decode(bark))) == {"wave"}
 
 
+def test_random_stretches_that_begin_anywhere_in_the_clip() -> None:
+    ramp = np.arange(1, 16_001, dtype=np.float32) / 2**15
+    raw = write(ramp, 16_000, "WAV", "FLOAT")
+    crop, roll = make(augment={"crop": 0.25}), make(augment={"roll": True})
+    lengths, starts = [], []
+    for seed in range(20):
+        x = crop.train(crop.decode(raw), np.random.default_rng(seed))["wave"].numpy()
+        first = int(np.flatnonzero(ramp == x[0])[0])
+        assert np.array_equal(x, ramp[first : first + len(x)])
+        lengths.append(len(x))
+        y = roll.train(roll.decode(raw), np.random.default_rng(seed))["wave"].numpy()
+        starts.append(int(np.flatnonzero(ramp == y[0])[0]))
+        assert np.array_equal(y, np.roll(ramp, -starts[-1]))
+    assert 4_000 <= min(lengths) < 8_000 < 13_000 < max(lengths) <= 16_000
+    assert len(set(starts)) > 15
+    assert torch.equal(heard(crop, raw), torch.from_numpy(ramp))
+    told = make(augment={"hide": 3})
+    assert told.train(told.decode(raw), np.random.default_rng(0))["hide"].shape == (3,)
+    assert "hide" not in told.eval(told.decode(raw))
+    assert not {"crop", "roll", "hide"} & make().describe()["config"]["augment"].keys()
+
+
 def test_int16_and_the_batch(bark: bytes) -> None:
     short = of("fsdd", 1)[0]
     for ship, dtype in (("float32", torch.float32), ("int16", torch.int16)):

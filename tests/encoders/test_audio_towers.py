@@ -26,12 +26,16 @@ from dualenc.data.batch import Batch, map_tensors
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
 from dualenc.distributed.world import World
 from dualenc.encoders import DualEncoder, Tower, build_tower, check_input, input_defaults
+from dualenc.encoders.dual_encoder import hidden_group
+from dualenc.encoders.own.audio_transformer import hidden_places
 from dualenc.errors import ConfigError
 
 AUDIO = SHARED_DATA / "audio_text"
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "own": {"name": "own/audio_cnn", "widths": [8, 16]},
+    "own-vgg": {"name": "own/audio_vgg", "widths": [8, 16, 16]},
+    "own-transformer": {"name": "own/audio_transformer", "widths": [8, 8], "width": 16, "layers": 2},
     "clap": {
         "model_type": "clap_audio_model",
         "patch_embeds_hidden_size": 16,
@@ -296,3 +300,59 @@ def test_micro_batches_without_audio_change_no_gradient(files: list[bytes]) -> N
 def test_a_rank_without_audio_changes_no_gradient(files: list[bytes], engine: dict[str, Any]) -> None:
     """Rank 1 of 2 draws no clip at all."""
     same(spawn(Path(__file__), "gradients", 2, {"engine": engine})[0], gradients(World(), {}))
+
+
+# --- hidden places -----------------------------------------------------------------------------------------------
+
+
+def test_hidden_places_are_spans_within_the_clip() -> None:
+    starts = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+    count = torch.arange(1, 41)
+    at, there = hidden_places(starts, count, 5)
+    for i, n in enumerate(count.tolist()):
+        want: list[int] = []
+        for s in starts[i].tolist():
+            first = int(s * max(n - 4, 1))
+            want += [k for k in range(first, first + 5) if k < n and k not in want]
+        assert at[i][there[i]].tolist() == want
+        assert (at[i] < n).all()
+
+
+def test_what_is_hidden_is_not_heard() -> None:
+    """Another sound in the middle of a hidden span changes what the convolutions say there and nothing else."""
+    torch.manual_seed(0)
+    wanted = Component.model_validate({**CONFIGS["own-transformer"], "masked": True})
+    source = AudioInput(AudioConfig.model_validate({"rate": 16_000, "augment": {"hide": 1}}))
+    tower = build_tower("audio", wanted, source.describe(), 12).eval()
+    wave = 0.1 * torch.randn(2, 32_000)
+    x = {"wave": wave, "length": torch.tensor([32_000, 24_000]), "hide": torch.tensor([[0.4], [0.6]])}
+    at, there = hidden_places(x["hide"], torch.tensor([26, 19]), 5)
+    assert there.all()
+    middle = int(at[0, 2]) * 4 * 320  # four frames a token, 320 samples a frame
+    other = {**x, "wave": wave.clone()}
+    other["wave"][0, middle - 100 : middle + 100] = 0.5
+    with torch.no_grad():
+        one, two = tower(x), tower(other)
+        seen = tower({k: v for k, v in x.items() if k != "hide"})
+    assert one["masked_target"].shape == one["masked_context"].shape == one["masked_last"].shape == (2, 5, 12)
+    changed = (one["masked_target"] - two["masked_target"]).abs().amax(2)
+    assert changed[0, 2] > 1e-3
+    assert changed[1].max() == 0
+    for name in ("features", "pooled", "masked_context", "masked_last"):
+        assert torch.equal(one[name], two[name]), name
+    assert not torch.allclose(seen["features"], one["features"])
+    assert seen.keys() == {"features", "pooled"}
+    heard = tower.front(x)
+    first = int(at[1, 3]) * 4
+    assert torch.equal(one["masked_patch"][1, 3], heard.values[1, first : first + 4].flatten())
+
+
+def test_hidden_states_leave_out_what_is_beyond_a_clip() -> None:
+    source, tower = make("own-transformer")
+    model = DualEncoder({"audio": tower}, [], LogitScale()).eval()
+    waves = [0.1 * torch.randn(n) for n in (9_000, 16_000)]
+    two, one = (source.collate([{"wave": w} for w in some]) for some in (waves, waves[:1]))
+    model.keep_hidden([0.5, 1.0], 6, {"audio": two})
+    with torch.no_grad():
+        together, alone = (model({"audio": x})[hidden_group(0.5)]["audio"] for x in (two, one))
+    assert (together[0] - alone[0]).abs().max() <= 1e-5

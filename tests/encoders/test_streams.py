@@ -19,6 +19,7 @@ from _shared import ROOT
 from _spawn import spawn
 
 from dualenc.api.model import Model
+from dualenc.compare.study import read_comparison
 from dualenc.config import LogitScale, load_recipe
 from dualenc.config.stream import Stream
 from dualenc.distributed.world import World
@@ -214,3 +215,32 @@ def test_a_second_strong_view_takes_the_stream_of_the_first() -> None:
 def test_what_a_stream_cannot_be(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(str(ROOT / "recipes" / "quickstart" / "strong.yaml"), [override])
+
+
+def test_each_method_of_the_parts_study_leaves_out_what_it_says() -> None:
+    """Every method is the control's recipe but for the settings of one part."""
+    study = read_comparison(ROOT / "benchmarks" / "strong_parts.yaml")
+    recipes = {
+        name: load_recipe(method.recipe or study.recipe or "", [*study.overrides, *method.overrides])
+        for name, method in study.methods.items()
+    }
+    assert study.control == "strong"
+    parts = {name: (r.modalities["image_strong"], r.modalities["text_strong"]) for name, r in recipes.items()}
+    image, text = parts["strong"]
+    assert image.stream is not None
+    assert text.stream is not None
+    changed = {
+        name: {m for m, now, was in zip("it", p, (image, text), strict=True) if now != was} for name, p in parts.items()
+    }
+    assert changed == {
+        "strong": set(),
+        "no_smoothing": set(),
+        "no_dropout": {"t"},
+        "no_drop_path": {"i", "t"},
+        "shared_heads": {"i", "t"},
+        "no_text_augment": {"t"},
+        "no_strong_crops": {"i"},
+        "no_image_augment": {"i"},
+    }
+    same_loss = {name for name, r in recipes.items() if r.loss == recipes["strong"].loss}
+    assert same_loss == set(recipes) - {"no_smoothing"}

@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -66,7 +67,7 @@ def test_every_shipped_task_reads(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_definitions_that_older_results_hold_are_still_those_of_the_shipped_tasks() -> None:
     """``--resume`` compares them. The hash is of the 145 tasks as they were when all kinds shared one set of keys; a
     task that is changed on purpose gets a new ``version`` and this line a new hash."""
-    since = {"photos_held_out", "series_motions", "series_vowels"}
+    since = {"photos_held_out", "series_motions", "series_vowels", "voc2007_multilabel"}
     since |= {t for t in task_files() if t.startswith(("aro_", "datacomp_"))}
     last = (
         "dsprites_label_orientation",
@@ -240,6 +241,25 @@ def test_clip_benchmark_layout(tmp_path: Path) -> None:
     (root / "test" / "nshards.txt").write_text("1")
     pairs = read_rows(task(tmp_path, kind="retrieval", source={"kind": "clip_benchmark", "path": "./wds_two"})).rows
     assert [c.text for c in pairs[0].contents["text"]] == ["one", "two"]
+
+
+def test_multilabel_in_clip_benchmark_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """voc2007_multilabel as CLIP_benchmark exports it: a vector of 20 zeros and ones beside each photo."""
+    root = tmp_path / "clip_benchmark" / "wds_voc2007_multilabel"
+    members = []
+    for i, classes in enumerate([[14], [0, 19], []]):
+        out = io.BytesIO()
+        np.save(out, np.isin(np.arange(20), classes).astype(np.int64))
+        members += [(f"s{i}.png", picture((i, 0, 0))), (f"s{i}.npy", out.getvalue())]
+    write_tar(root / "test" / "0.tar", members)
+    (root / "test" / "nshards.txt").write_text("1")
+    (root / "classnames.txt").write_text("".join(f"class {i}\n" for i in range(20)))
+    monkeypatch.setenv("DUALENC_DATA", str(tmp_path))
+    got = load_task("voc2007_multilabel")
+    rows = read_rows(got).rows
+    assert [r.labels for r in rows] == [("14",), ("0", "19"), ()]
+    assert got.kind == "multilabel"
+    assert classes_of(got, rows)[1][19] == ["class 19"]
 
 
 def test_lists_give_the_same_rows_from_jsonl_and_csv(tmp_path: Path) -> None:

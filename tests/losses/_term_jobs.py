@@ -39,6 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "barlip": {"project": 6, "hidden": 8, "scale": 1.0},
     "siamlip": {"project": 6, "hidden": 8},
     "swalip": {"prototypes": 5},
+    "masked_units": {"codes": 5},
+    "masked_autoencoding": {"patch": WIDTH},
     "private_space": {"width": 4},
     "whitened": {"groups": 4},
     "supremix": {"label": "depth", "mixed": 2, "strip_mb": 1e-6},
@@ -69,8 +71,16 @@ class SpeakingTower(Tower):
         y = x["x"]
         for block in self.stack:
             y = block(y)
-        local = nn.functional.normalize(self.local(y[:, None] + x["places"]), dim=-1)
-        return {"features": self.head(y), "pooled": y, "local": local}
+        at = self.local(y[:, None] + x["places"])
+        masked = {
+            "target": at,
+            "context": at.roll(1, 2),
+            "last": at.flip(2),
+            "there": (x["places"][..., 0] < 1).float(),
+        }
+        said = {"features": self.head(y), "pooled": y, "local": nn.functional.normalize(at, dim=-1)}
+        masked["patch"] = x["places"]
+        return said | {f"masked_{name}": z for name, z in masked.items()}
 
 
 def model(loss: Loss) -> DualEncoder:

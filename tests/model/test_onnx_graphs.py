@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from benchmarks.families import pictures
 from benchmarks.matrix import OWN, SOUND, WORDS, built
+from dualenc.cli import app
 from dualenc.data.modalities.sound_file import wav_of
 from dualenc.errors import ConfigError
 from dualenc.model import Bundle
 from dualenc.model.export.export import export
-from dualenc.model.export.onnx_int8 import feed_of, run_graph, write_int8
+from dualenc.model.export.onnx_int8 import feed_of, other_clips, run_graph, write_int8
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -71,6 +74,47 @@ def test_series_and_int8(tmp_path: Path) -> None:
         graph = tmp_path / "o" / about["int8"]
         assert b"QuantizeLinear" in graph.read_bytes(), m
         assert graph.stat().st_size < (tmp_path / "o" / about["file"]).stat().st_size * 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_the_command_writes_int8_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """export --int8 FOLDER: both graphs, the cosines it prints, which preprocess.json has too."""
+    built(24, image=OWN, text=WORDS).save(tmp_path / "m")
+    (tmp_path / "photos").mkdir()
+    for i, png in enumerate(pictures() * 4):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(png)
+        (tmp_path / "photos" / f"{i}.txt").write_text(f"{i} red bicycles")
+    monkeypatch.setenv("COLUMNS", "200")
+    args = ["export", str(tmp_path / "m"), "--format", "onnx", "--out", str(tmp_path / "o")]
+    done = CliRunner().invoke(app, [*args, "--int8", str(tmp_path / "photos")])
+    assert done.exit_code == 0, done.output
+    sheet = json.loads((tmp_path / "o" / "preprocess.json").read_text())["modalities"]
+    for m, least in (("image", 0.97), ("text", 0.97)):
+        assert f"{m}.int8.onnx: mean cosine {sheet[m]['int8_cosine']:.4f} with the features of {m}.onnx" in done.output
+        assert least < sheet[m]["int8_cosine"] <= 1.0001
+        small, whole = (tmp_path / "o" / sheet[m][k] for k in ("int8", "file"))
+        assert small.stat().st_size < whole.stat().st_size
+    refused = CliRunner().invoke(app, ["export", str(tmp_path / "m"), "--format", "hf", "--int8", str(tmp_path)])
+    assert refused.exit_code == 2
+
+
+def test_a_clip_is_quantised_with_its_convolution_alone(tmp_path: Path) -> None:
+    """A range of values before a ReLU6 would be spent on what it cuts off; clips of norms and spectra stay in float."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    node, value = helper.make_node, helper.make_tensor_value_info
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], name="conv"),
+        node("Clip", ["a"], ["b"], name="relu6"),
+        node("Relu", ["b"], ["c"], name="second"),
+        node("ReduceL2", ["c"], ["d"], name="norm"),
+        node("Clip", ["d"], ["y"], name="floor"),
+    ]
+    ends = [value(n, TensorProto.FLOAT, None) for n in ("x", "w", "y")]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", ends[:2], ends[2:])), tmp_path / "g.onnx")
+    assert other_clips(tmp_path / "g.onnx", ["Conv"]) == ["second", "floor"]
 
 
 def test_what_has_no_graph_says_why(tmp_path: Path) -> None:

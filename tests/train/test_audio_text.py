@@ -9,12 +9,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent))
-from _audio_runs import train
+from _audio_runs import RECIPES, train
 from _runs import order, rows
 from _shared import DATA as SHARED_DATA
 from _spawn import spawn
 
+from dualenc.config import load_recipe
 from dualenc.distributed.world import World
+from dualenc.model import load_model
+from dualenc.train.loop import run_phases
 from dualenc_data_tools.build import build
 
 HERE = Path(__file__).parent
@@ -74,3 +77,31 @@ def test_cwcl_trains_the_audio_tower_and_leaves_the_locked_text_tower(sounds: st
     found = [r for r in rows(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert all(r["excess/text-to-audio"] > 0 for r in found)
     assert "excess/audio-to-text" not in found[0]
+
+
+@pytest.mark.slow
+def test_pretraining_on_masked_units_resumes_and_leads_to_pairs(sounds: str, tmp_path: Path) -> None:
+    """The same numbers with a stop in between; then the recipe's two phases, whose model keeps no head of the loss."""
+    source = f"data.sources=[{{name: digits, shards: '{sounds}', members: {{audio: [wav], text: ['json:captions']}}}}]"
+    small = "modalities.audio.encoder={name: own/audio_transformer, width: 16, layers: 2, span: 2, masked: true}"
+    text = "modalities.text.encoder={name: own/transformer, width: 16, layers: 1, heads: 2}"
+    given = [source, small, text, "modalities.text.input={tokenizer: 'clip-bpe:1024'}", "embed_dim=16", "batch.size=8"]
+    given += ["eval.tasks=[]", "engine.threads=1", "data.workers=0", "tracking.log_every=1", "schedule.name=constant"]
+
+    def run(name: str, steps: int, *more: str) -> list[dict[str, float]]:
+        overrides = [*given, f"out={tmp_path / name}", f"budget.steps={steps}", "schedule.warmup_samples=0", *more]
+        loaded = load_recipe(RECIPES / "masked_units.yaml", overrides)
+        (tmp_path / name).mkdir(exist_ok=True)
+        run_phases(loaded, tmp_path / name, World())
+        return [r for r in rows(tmp_path / name / "metrics.jsonl") if "loss" in r]
+
+    whole = run("whole", 4, "phases=[]")
+    run("cut", 2, "phases=[]")
+    again = run("cut", 4, "phases=[]")
+    told = ("loss", "units_contrast/audio-text", "units_perplexity/audio-text")
+    assert [[r[k] for k in told] for r in again] == [[r[k] for k in told] for r in whole]
+    phased = run("phased", 4)
+    assert ["units_contrast/audio-text" in r for r in phased] == [True, True, False, False]
+    assert (
+        "masked_heads.masked_target.weight" in load_model(str(tmp_path / "phased")).model.towers["audio"].state_dict()
+    )

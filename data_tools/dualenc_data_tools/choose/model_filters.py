@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -33,7 +33,7 @@ class ModelScore(Section):
 class OfModel(Filter):
     """A filter that loads a model once."""
 
-    Config = ModelScore
+    Config: ClassVar[type[ModelScore]] = ModelScore
 
     def __init__(self, config: ModelScore) -> None:
         super().__init__(config)

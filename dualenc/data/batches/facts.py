@@ -24,6 +24,7 @@ from dualenc.config import Data
 from dualenc.data.batch import ABSENT
 from dualenc.data.order import Ints
 from dualenc.data.shards.index import ShardSet, window_of
+from dualenc.data.shards.members import SCORE_KEY
 from dualenc.data.shards.reader import Reader, SampleError
 from dualenc.data.shards.remote import Bounds, ShardCache, is_local, local_path
 from dualenc.data.values import PREFIX, ValueKind, kinds_of, stable_id
@@ -85,7 +86,10 @@ class ReadFacts:
                 "per sample; use a value of type id or int"
             )
         member = named[name].member
-        found = self._kept(source, f"{name}", [member, kind.name], lambda r: self._read(source, name, kind, r))
+        of = [member, kind.name]
+        if member.startswith(SCORE_KEY):  # the file may be another one next time
+            of.append(self.sets[source].score(member.removeprefix(SCORE_KEY)).digest)
+        found = self._kept(source, f"{name}", of, lambda r: self._read(source, name, kind, r))
         if not bool((found != ABSENT).any()):
             raise DataError(
                 f"data.batches: none of the {len(found):,} samples of source {own!r} has the value {name!r} ({member})"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from dualenc.config import Positive, Section, Share
@@ -67,13 +67,29 @@ class SpecAugment(Section):
 
 class AudioAugment(Section):
     """Training only. ``gain_db``: range of a random gain; ``mix_db``: how much louder the first of two mixed clips is
-    than the second (``data.mix`` says how many are mixed)."""
+    than the second (``data.mix`` says how many are mixed). ``crop`` keeps a random stretch of a clip, ``roll`` starts
+    it at a random place of that stretch. ``hide`` is for towers that hide spans of a clip from themselves
+    (own/audio_transformer) and losses that ask what is there (``masked_units``)."""
 
     gain_db: tuple[float, float] | None = Field(default=None, description="range of a random gain in dB; null: none")
     mix_db: tuple[float, float] = Field(
         default=(-5.0, 5.0), description="range in dB of how much louder the first of two mixed clips is"
     )
     spec: SpecAugment | None = Field(default=None, description="masking of the log-mel; null: none")
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="least share of a clip that is kept; between it and 1 the share is drawn"
+    )
+    roll: bool = Field(
+        default=False, description="start the clip at a random place; what was before it comes at the end"
+    )
+    hide: _Count = Field(default=0, description="spans of a clip that the tower hides from itself")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``crop``, ``roll`` and ``hide`` at their defaults, as descriptions were before these existed."""
+        out: dict[str, Any] = write(self)
+        idle = {name for name in ("crop", "roll", "hide") if out[name] == type(self).model_fields[name].default}
+        return {k: v for k, v in out.items() if k not in idle}
 
 
 class AudioConfig(Section):
@@ -125,7 +141,8 @@ class AudioInput:
 
     ``wave`` is mono at ``rate``, full scale ±1 (int16: ±32767), zero beyond ``length``. With SpecAugment ``spec``
     float32 [B, K, 2]: start and width of each mask as shares, frequency masks first. With fusion ``crops`` float32
-    [B, 3]: where in its third of the clip each crop lies.
+    [B, 3]: where in its third of the clip each crop lies. With ``augment.hide``, ``hide`` float32 [B, S]: where the
+    spans that the tower hides begin, as shares.
 
     float16 is not offered: its noise follows the loud parts at −72 dB and drowns the quiet bands.
     """
@@ -165,7 +182,7 @@ class AudioInput:
         """A random crop with random gain, and the masks of SpecAugment."""
         augment = self.config.augment
         sounds = x if isinstance(x, tuple) else (x,)
-        waves = [self._stretch(s, lambda room: int(rng.integers(0, room + 1))) for s in sounds]
+        waves = [self._varied(self._stretch(s, lambda room: int(rng.integers(0, room + 1))), rng) for s in sounds]
         wave = waves[0] if len(waves) == 1 else mixed(waves[0], waves[1], rng.uniform(*augment.mix_db))
         if augment.gain_db is not None:
             wave = wave * np.float32(10 ** (rng.uniform(*augment.gain_db) / 20))
@@ -174,6 +191,8 @@ class AudioInput:
             row["spec"] = _masks(augment.spec, rng)
         if self.config.long == "fusion":
             row["crops"] = torch.from_numpy(rng.random(3, dtype=np.float32))
+        if augment.hide:
+            row["hide"] = torch.from_numpy(rng.random(augment.hide, dtype=np.float32))
         return row
 
     def eval(self, x: Sound) -> dict[str, Tensor]:
@@ -201,6 +220,8 @@ class AudioInput:
             row["spec"] = torch.zeros(self.config.augment.spec.freq_masks + self.config.augment.spec.time_masks, 2)
         if self.config.long == "fusion":
             row["crops"] = torch.full((3,), 0.5)
+        if self.config.augment.hide:
+            row["hide"] = torch.zeros(self.config.augment.hide)
         return row
 
     def as_raw(self, x: Any, rate: int | None = None) -> bytes | None:
@@ -228,6 +249,16 @@ class AudioInput:
         if len(wave) < 1:
             raise DecodeError(f"no sample is left after resampling to {config.rate} Hz")
         return wave
+
+    def _varied(self, wave: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+        """A random stretch of a clip (``augment.crop``), beginning anywhere in it (``augment.roll``)."""
+        augment = self.config.augment
+        if augment.crop < 1:
+            least = min(len(wave), max(math.ceil(self.config.min_s * self.config.rate), self.config.features.n_fft))
+            keep = max(round(len(wave) * rng.uniform(augment.crop, 1)), least)
+            start = int(rng.integers(0, len(wave) - keep + 1))
+            wave = wave[start : start + keep]
+        return np.roll(wave, int(rng.integers(len(wave)))) if augment.roll else wave
 
     def _shipped(self, wave: NDArray[np.float32]) -> Tensor:
         if self.config.ship == "int16":

@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import compress
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dualenc.config import Data, Source
 from dualenc.data.order import Plan, Refs
 from dualenc.data.plans import plan_for
 from dualenc.data.selected_order import Chosen, SelectedOrder
+from dualenc.data.shards.kept_values import KeptValues, depend_on_scores, names_in
 from dualenc.data.shards.listing import Ints, ShardIndex, ShardInfo, ShardTable, Texts, read_listing
 from dualenc.data.shards.names import expand, hash_of, short_names
 from dualenc.data.shards.remote import Bounds, ShardCache, fetch_bytes, filesystem, is_local, is_pipe, local_path
@@ -75,6 +76,13 @@ class ShardSet:
     remote: bool
     chosen: Chosen | None = None
     """What the source's selection selects; None: every sample."""
+    scores: dict[str, KeptValues] = field(default_factory=dict)
+
+    def score(self, name: str) -> KeptValues:
+        """The values of NAME.scores.parquet, read once. Raises as :meth:`KeptValues.read`."""
+        if name not in self.scores:
+            self.scores[name] = KeptValues.read(name, self)
+        return self.scores[name]
 
     @property
     def drawn(self) -> int:
@@ -148,6 +156,7 @@ def open_sources(data: Data) -> list[ShardSet]:
     for source, opened in zip(data.sources, sets, strict=True):
         if source.selection is not None:
             opened.chosen = read_chosen(source.selection, opened, data.retries, Bounds.of(data))
+        opened.scores = {n: KeptValues.read(n, opened) for n in names_in(source)}  # once, for all workers
     return sets
 
 
@@ -212,7 +221,7 @@ def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
     """The order of a recipe's ``data`` section over opened sources, of which some may have a selection.
 
     Raises:
-        ConfigError: a plan of a plugin that is no ``Plan`` cannot take a selection.
+        ConfigError: a plan of a plugin that is no ``Plan`` cannot take a selection, or values of scores.
         DataError: a selection is empty.
     """
     plan = plan_for(
@@ -225,6 +234,7 @@ def build_plan(data: Data, sets: Sequence[ShardSet], seed: int) -> Plan:
         window=window_of(data, sets),
     )
     for i, s in enumerate(sets):
+        depend_on_scores(plan, i, s.scores)
         if s.chosen is None:
             continue
         if not isinstance(plan, Plan):

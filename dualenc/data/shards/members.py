@@ -1,4 +1,4 @@
-"""Which members of a sample its modalities are read from: endings, keys of its json, several together."""
+"""Which members of a sample its modalities are read from: endings, keys of its json, scores, several together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dualenc.data.shards.tar import Sample
 
 JSON = "json"
 JSON_KEY = "json:"
+SCORE_KEY = "scores:"
+"""A value of NAME.scores.parquet beside the shards, as if it were a member of the sample."""
 JOIN = "+"
 REFUSED = ("pkl", "pickle", "pyd", "pth", "pt")
 """Endings whose usual decoders run code: never read."""
@@ -26,7 +28,7 @@ def needed(sample: Sample, wanted: Wanted) -> list[str]:
     for endings in wanted.values():
         for ending in endings:
             names = [n for part in ending.split(JOIN) for n in members_of(sample, part)]
-            if names and all(n in sample.members for n in names):
+            if all(n in sample.members for n in names) and (names or ending.startswith(SCORE_KEY)):
                 out |= dict.fromkeys(names)
                 break
     return list(out)
@@ -36,6 +38,8 @@ def members_of(sample: Sample, part: str) -> list[str]:
     """The members that one part of an ending names; they need not exist."""
     if part.startswith(JSON_KEY):
         return [JSON]
+    if part.startswith(SCORE_KEY):
+        return []
     if "*" in part:
         return [m for m in fnmatch.filter(sample.members, part.lower()) if m.rsplit(".", 1)[-1] not in REFUSED]
     return [part.lower()]

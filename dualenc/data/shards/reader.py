@@ -22,7 +22,7 @@ from typing import Any
 from dualenc.config import Data, Source
 from dualenc.data.shards.ahead import Pool, Ranges, Span, at_once
 from dualenc.data.shards.index import ShardSet, fits, index_local, open_source, refuse_pipes
-from dualenc.data.shards.members import JOIN, JSON, JSON_KEY, Wanted, members_of, needed
+from dualenc.data.shards.members import JOIN, JSON, JSON_KEY, SCORE_KEY, Wanted, members_of, needed
 from dualenc.data.shards.members import REFUSED as REFUSED
 from dualenc.data.shards.members import is_joined as is_joined
 from dualenc.data.shards.open_file import OpenFile, read_whole
@@ -274,10 +274,10 @@ class Reader:
         Raises:
             SampleError: the json member cannot be read or is invalid.
         """
-        plain = [p for p in ending.split(JOIN) if "*" not in p and not p.startswith(JSON_KEY)]
+        plain = [p for p in ending.split(JOIN) if "*" not in p and not p.startswith((JSON_KEY, SCORE_KEY))]
         if any(p.lower() not in sample.members for p in plain):
             return True
-        keys = [p for p in ending.split(JOIN) if p.startswith(JSON_KEY)]
+        keys = [p for p in ending.split(JOIN) if p.startswith((JSON_KEY, SCORE_KEY))]
         return bool(keys) and self._parts(source, shard, sample, keys, []) is None
 
     def _parts(
@@ -292,6 +292,11 @@ class Reader:
                 if not docs:
                     docs.append(self.document(source, shard, sample))
                 value = docs[0].get(part[len(JSON_KEY) :])
+                if value is None:
+                    return None
+                out[part] = value
+            elif part.startswith(SCORE_KEY):
+                value = self.sets[source].score(part[len(SCORE_KEY) :]).of(shard, sample.number)
                 if value is None:
                     return None
                 out[part] = value

@@ -56,11 +56,13 @@ class Sample:
     """Where one sample is: its key and, by ending, (offset, size) of the member's data in the tar.
 
     ``checks``: ending → CRC-32 of the member's header block and of its contents, as far as the index has them.
+    ``number``: of the sample in its shard.
     """
 
     key: str
     members: dict[str, tuple[int, int]]
     checks: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict, compare=False)
+    number: int = field(default=-1, compare=False)
 
 
 class TarIndex:
@@ -108,7 +110,7 @@ class TarIndex:
         headers = unknown if self.header is None else self.header[a:b].tolist()
         contents = unknown if self.contents is None else self.contents[a:b].tolist()
         checks = zip(headers, contents, strict=True)
-        return Sample(self.key(i), dict(zip(names, places, strict=True)), dict(zip(names, checks, strict=True)))
+        return Sample(self.key(i), dict(zip(names, places, strict=True)), dict(zip(names, checks, strict=True)), i)
 
     def scattered(self) -> list[str]:
         """Keys whose members are not adjacent, so that they make several incomplete samples.

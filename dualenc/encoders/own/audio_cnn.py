@@ -82,16 +82,17 @@ class AudioCNN(Tower):
             y = y.contiguous(memory_format=torch.channels_last)
         for stage in self.stages:
             y, mask = stage(y, mask)
-        out: Tensor = self.drop(self.norm(self._pool(y, mask)))
+        out: Tensor = self.drop(self.norm(mean_and_maximum(y, mask, self.bands)))
         return out
 
-    def _pool(self, y: Tensor, mask: Tensor) -> Tensor:
-        """[n, C, F, M] → mean and maximum over time of the means of each group of bands, [n, 2 · C · bands]."""
-        grouped = y.reshape(*y.shape[:3], self.bands, -1).mean(-1)
-        real = mask[:, None, :, None]
-        mean = (grouped * real).sum(2) / real.sum(2)
-        top = grouped.masked_fill(~real, -torch.inf).amax(2)
-        return torch.cat([mean, top], 1).flatten(1)
+
+def mean_and_maximum(y: Tensor, mask: Tensor, bands: int) -> Tensor:
+    """[n, C, F, M], bool [n, F] → mean and maximum over time of each group of bands' mean, [n, 2 · C · bands]."""
+    grouped = y.reshape(*y.shape[:3], bands, -1).mean(-1)
+    real = mask[:, None, :, None]
+    mean = (grouped * real).sum(2) / real.sum(2)
+    top = grouped.masked_fill(~real, -torch.inf).amax(2)
+    return torch.cat([mean, top], 1).flatten(1)
 
 
 class _Stage(nn.Module):
