@@ -71,6 +71,15 @@ def test_a_mask_takes_the_letters_drawn_and_not_the_first_that_look_alike() -> N
     assert changed("abcd", TextView(mask=4, mask_from=1), rng(0)) == "abcd"  # nothing would be left
 
 
+def test_one_caption_of_several_is_drawn_for_both_views_and_alone_they_are_equal() -> None:
+    """Without dropout and mask Mirror-BERT's two views are one text, at cosine 1."""
+    part = TextInput(TextConfig(view=TextView(choose="caption")))
+    texts = part.decode([f"caption {i}" for i in range(5)])
+    for k in range(20):
+        a, b = (part.train(part.drawn(texts, rng(k)), rng(own)).tolist() for own in (1, 2))
+        assert a == b
+
+
 def test_views_are_for_training_and_are_not_part_of_the_model() -> None:
     plain, viewed = TextInput(TextConfig()), TextInput(TextConfig(view=TextView(crop=(0.2, 0.4))))
     assert viewed.describe() == plain.describe()

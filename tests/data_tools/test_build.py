@@ -291,6 +291,21 @@ def test_folder_with_texts_beside_the_pictures(tmp_path: Path) -> None:
         )
 
 
+def test_folder_of_texts_alone(tmp_path: Path) -> None:
+    pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))[:3]
+    (tmp_path / "in").mkdir()
+    for page in pages:
+        (tmp_path / "in" / f"{page.stem}.txt").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    members = {"text": ["txt"]}
+    assert build("folder", tmp_path / "out", path=str(tmp_path / "in"), members=members, progress=False).samples == 3
+    got = read_back(tmp_path / "out", wanted=members)
+    assert {k: v["text"].decode() for k, v in got.items()} == {
+        p.stem: " ".join(p.read_text(encoding="utf-8").split()) for p in pages
+    }
+    with pytest.raises(DataError, match=r"has no files of text \(md\)"):
+        build("folder", tmp_path / "no", path=str(tmp_path / "in"), members={"text": ["md"]}, progress=False)
+
+
 def test_parquet_bytes_and_paths(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     source = real("coco_cc")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def builds() -> dict[str, list[str]]:
     out = {}
     for path in RECIPES.values():
         for command in commands(path):
-            if command[:2] == ["shards", "build"] and "…" in " ".join(command):
+            if command[:2] == ["shards", "build"] and re.search("…|path=documents", " ".join(command)):
                 out[command[command.index("--out") + 1]] = command
     return out
 
@@ -116,6 +117,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the recipes and small models as transformers saves them; what recipes make in it others use."""
     folder = tmp_path_factory.mktemp("recipes")
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "documents").mkdir()
+    for page in (ROOT / "docs").glob("*.md"):
+        shutil.copy(page, folder / "documents" / f"{page.stem}.txt")
     for kind in ("clip", "siglip"):
         write_hf(folder / kind, kind)
     write_clap(folder / "clap", fused=False)

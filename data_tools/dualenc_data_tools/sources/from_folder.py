@@ -69,8 +69,9 @@ def _with_text(cfg: FolderConfig, sample: Beside) -> Record | Dropped | None:
 
 
 def media(sample: Beside) -> dict[str, bytes | Path]:
-    """Images and audio by their kind, other files by their ending."""
-    return {m if m in ("image", "audio") else p.suffix[1:].lower(): p for m, p in sample.files.items()}
+    """Images and audio by their kind, other files by their ending; not the text of a sample that is a text alone."""
+    files = {m: p for m, p in sample.files.items() if m != "text"}
+    return {m if m in ("image", "audio") else p.suffix[1:].lower(): p for m, p in files.items()}
 
 
 def _named(cfg: FolderConfig, samples: list[Beside], layout: str) -> Iterator[Record | Dropped | None]:

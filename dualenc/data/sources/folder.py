@@ -80,7 +80,7 @@ def walk(cfg: FolderSettings) -> list[Beside]:
         DataError: no folder, or nothing of these modalities in it.
     """
     root = root_of(cfg)
-    kinds = {m: tuple(f".{e.lower()}" for e in endings) for m, endings in cfg.members.items() if m != "text"}
+    kinds = {m: tuple(f".{e.lower()}" for e in endings) for m, endings in _media_of(cfg).items()}
     samples: dict[str, list[tuple[str, Path]]] = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         inside = path.relative_to(root)
@@ -103,7 +103,13 @@ def walk(cfg: FolderSettings) -> list[Beside]:
 
 
 def _wanted(cfg: FolderSettings) -> str:
-    return " or ".join(f"{m} ({', '.join(e) or 'any ending'})" for m, e in cfg.members.items() if m != "text")
+    return " or ".join(f"{m} ({', '.join(e) or 'any ending'})" for m, e in _media_of(cfg).items())
+
+
+def _media_of(cfg: FolderSettings) -> dict[str, list[str]]:
+    """Modality → endings of the files that make samples: the media, which texts stand beside; texts where only these
+    are asked for."""
+    return {m: endings for m, endings in cfg.members.items() if m != "text"} or cfg.members
 
 
 def layout_of(cfg: FolderSettings, samples: list[Beside]) -> Literal["sidecar", "classes", "names"]:
