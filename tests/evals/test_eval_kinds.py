@@ -212,6 +212,27 @@ def test_calibration_needs_the_models_temperature(random_model: Any) -> None:
 
 
 @needs_shared
+def test_selective_prediction_is_on_request(random_model: Any) -> None:
+    whole = load_task("cifar10")
+    said = {**whole.model_dump(), "metrics": ["top1", "AURC", "top1@50%", "top1@99%"]}
+    task = type(whole).model_validate(said | {"source": {**said["source"], "limit": 300}})
+
+    def measured(embedder: Any) -> dict[str, Any]:
+        results: dict[str, Any] = evaluate(embedder, [task], progress=False)["tasks"]["cifar10"]
+        return results
+
+    got = measured(random_model)
+    assert set(got["metrics"]) == set(said["metrics"])
+    assert abs(got["metrics"]["top1@99%"] - got["metrics"]["top1"]) < 0.02
+    assert 0 < got["metrics"]["AURC"] <= 1
+    none = measured(Pixels())
+    assert set(none["metrics"]) == {"top1"}
+    assert "The model reports no logit scale for this pair, so there is no top1@50%." in none["notes"]
+    with pytest.raises(ValueError, match="has no metric 'top1@0%'"):
+        type(whole).model_validate(said | {"metrics": ["top1@0%"]})
+
+
+@needs_shared
 @pytest.mark.parametrize(
     ("name", "n"),
     [

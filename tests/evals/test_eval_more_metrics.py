@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -193,6 +194,24 @@ def test_bags_of_labels_and_of_neighbours() -> None:
 
 
 # --- calibration, intervals ---------------------------------------------------------------------------------------
+
+
+def test_risk_and_coverage_by_loops() -> None:
+    """Equally confident answers in every order: the mean over orders. A perfect order has the least area."""
+    rng = np.random.default_rng(0)
+    confidence = np.array([0.9, 0.5, 0.5, 0.5, 0.2, 0.2])
+    right = np.array([True, False, True, True, False, True])
+    orders = [
+        p for p in itertools.permutations(range(6)) if all(confidence[a] >= confidence[b] for a, b in pairwise(p))
+    ]
+    want = np.mean([[np.mean([not right[i] for i in p[:k]]) for k in range(1, 7)] for p in orders], axis=0)
+    assert metrics.selective_risks(confidence, right) == pytest.approx(want, abs=1e-12)
+    right = rng.random(200) < 0.7
+    every = metrics.selective_risks(np.ones(200), right)
+    assert every == pytest.approx(np.full(200, 1 - right.mean()))
+    best = metrics.selective_risks(right + 0.0, right)
+    assert best[: right.sum()].max() == 0
+    assert best.mean() < metrics.selective_risks(rng.random(200), right).mean()
 
 
 def test_calibration_error_by_hand() -> None:

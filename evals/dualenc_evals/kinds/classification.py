@@ -5,6 +5,7 @@ A class's weight is the mean of its prompts' normalised features, normalised aga
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Content, Row, Rows
 from dualenc_evals.task import ClassesTask, paths_of, read_lines
 
+SELECTIVE = r"top1@([1-9]\d?)%"
+"""Accuracy of the share of the items that the model is most confident of; only where a task asks for it."""
 MAX_CONFUSION = 64
 """With more classes than this, only the most frequent confusions are kept, not the whole matrix."""
 
@@ -51,9 +54,11 @@ class ClassificationTask(PromptedTask):
 
     kind: Literal["classification"]
     one_class: ClassVar[bool] = True
+    metric_pattern: ClassVar[str] = rf"AURC|{SELECTIVE}"
 
     def known(self) -> tuple[str, ...]:
-        """Accuracy among the best one and five classes, recall by class, calibration of the confidences."""
+        """Accuracy among the best one and five classes, recall by class, calibration of the confidences. On request:
+        AURC (mean risk over all coverages) and ``top1@80%``, the accuracy of the 80 % that it is most confident of."""
         return ("top1", "top5", "mean_per_class_recall", "calibration_error")
 
 
@@ -208,14 +213,23 @@ class Classification(Kind[ClassificationTask, Labelled]):
         weights, templates = prompted(task, data.names, store)
         x = store.features(task.modalities[0], data.items, data.digests)
         wanted = task.wanted()
-        scale = scale_of(store, task.modalities) if "calibration_error" in wanted else None
+        of_confidence = [m for m in wanted if m in ("calibration_error", "AURC") or re.fullmatch(SELECTIVE, m)]
+        scale = scale_of(store, task.modalities) if of_confidence else None
         ranks, predicted, confidence = _scored(x, weights, data.labels, twins_after(data.names), scale)
         values = metrics.classification_values(ranks, data.labels, predicted)
         notes = []
         if confidence is not None:
             values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
-        elif "calibration_error" in task.metrics:
-            notes.append("The model reports no logit scale for this pair, so there is no calibration error.")
+            risks = metrics.selective_risks(confidence, ranks == 1)
+            values["AURC"] = float(risks.mean())
+            for share in task.numbers(SELECTIVE):
+                values[f"top1@{share}%"] = 1 - float(risks[max(1, round(len(risks) * share / 100)) - 1])
+        else:
+            notes += [
+                f"The model reports no logit scale for this pair, so there is no {m.replace('_', ' ')}."
+                for m in of_confidence
+                if m in task.metrics
+            ]
         per_item = {"top1": (ranks <= 1).astype(np.float64), "top5": (ranks <= 5).astype(np.float64)}
         asked = {k: v for k, v in per_item.items() if k in wanted}
         ci = metrics.bootstrap_ci(asked, seed=seed) if asked else {}

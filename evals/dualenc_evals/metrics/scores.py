@@ -255,6 +255,18 @@ def calibration_error(confidence: Floats, right: npt.NDArray[np.bool_], bins: in
     return float(np.abs(gaps).sum() / len(confidence))
 
 
+def selective_risks(confidence: Floats, right: npt.NDArray[np.bool_]) -> Floats:
+    """[N]: share of wrong answers among the k most confident, k = 1 … N: the risk-coverage curve (Geifman and El-Yaniv
+    2017, arXiv 1705.08500), whose mean is AURC. Equally confident answers come in any order, so the expected share is
+    taken.
+
+    ``confidence [N]``, ``right [N]`` as in :func:`calibration_error`.
+    """
+    _, group, counts = np.unique(-confidence, return_inverse=True, return_counts=True)
+    wrong = np.bincount(group, ~right, minlength=len(counts)) / counts  # of each level of confidence
+    return np.cumsum(np.repeat(wrong, counts)) / np.arange(1, len(confidence) + 1)
+
+
 def confidences(scores: Tensor, scale: float) -> Floats:
     """[N] probability of the best class: softmax of ``scale`` × ``scores [N, C]``."""
     z = scale * scores.double()

@@ -14,13 +14,17 @@ FILE_ONLY = ("MRR", "mean_rank", "calibration_error")
 CLASSES = ("classification", "multilabel", "probe")
 TAILS = ("median_rank", "mean_rank", "mean_per_class_recall")
 GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity")
-SHARES = ("top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct", "calibration_error")
+SHARES = ("top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct", "calibration_error", "AURC")
 
 
 def is_share(metric: str) -> bool:
     """Metrics that are shown in percent."""
     last = metric.rpartition("_to_")[2]
-    return metric.endswith(SHARES) or any(f"_{m}@" in metric for m in ("R", "mAP", "nDCG")) or last.endswith("_MRR")
+    return (
+        metric.endswith(SHARES)
+        or any(f"{m}@" in metric for m in ("_R", "_mAP", "_nDCG", "top1"))
+        or last.endswith("_MRR")
+    )
 
 
 def is_geometry(metric: str) -> bool:
