@@ -26,7 +26,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax, normalize, one_hot
+from torch.nn.functional import log_softmax, normalize
 
 from dualenc.config import Section
 from dualenc.distributed.gather import gather_ids, total
@@ -56,7 +56,8 @@ def chosen(logits: Tensor, noise: Tensor, tau: float) -> Tensor:
     """[n, K, V] logits → one-hot choices of the largest noisy logit, with the gradient of their softmax."""
     noisy = (logits + noise) / tau
     soft = noisy.softmax(2)
-    hard = one_hot(noisy.argmax(2), logits.shape[2]).to(soft.dtype)
+    codes = torch.arange(logits.shape[2], device=logits.device)  # one_hot would ask the device for the largest
+    hard = (noisy.argmax(2, keepdim=True) == codes).to(soft.dtype)
     return hard + (soft - soft.detach())
 
 
