@@ -300,7 +300,8 @@ class Model:
         text: str = "text",
     ) -> Tensor:
         """The [C, D] unit weights of a zero-shot classifier; the arguments are those of :meth:`classify`."""
-        from dualenc_evals.kinds.classification import check_templates, classifier
+        from dualenc.model.zero_shot import classifier
+        from dualenc_evals.kinds.classification import check_templates
 
         if isinstance(names, str) or len(names) < 2 or len(set(names)) < len(names):
             raise ConfigError(f'names: give two or more different classes, such as ["cat", "dog"], got {names!r}')

@@ -284,7 +284,7 @@ class StepDataset(Dataset[Any]):
                     if m in self._placing:
                         item = part.placed(item, sample_rng(self.seed, full, one, "places"))
                     if m in self._together:
-                        item = part.drawn(item, sample_rng(seed, full, one % passes, "together"))
+                        item = part.drawn(item, sample_rng(self.seed, full, one, "together"))
                     rng = sample_rng(seed, full, one % passes, m)
                     if partner.keys() >= found.values.keys():
                         item = part.mix(item, partner[m], rng)
@@ -292,8 +292,8 @@ class StepDataset(Dataset[Any]):
                     for name, view in self.views.items():
                         if view.modality == m:
                             item = view.input.decode(_own(part, raw))
-                            if m in self._together:
-                                item = part.drawn(item, sample_rng(seed, full, one % passes, "together"))
+                            if m in self._together and not view.plain:
+                                item = part.drawn(item, sample_rng(self.seed, full, one, "together"))
                             draw = sample_rng(seed, full, one % passes, m)
                             out[name] = view.input.eval(item) if view.plain else view.input.train(item, draw)
             except DecodeError as e:

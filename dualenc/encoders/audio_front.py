@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dualenc.errors import ConfigError
+
 _CPU_FRAMES = 256  # frames at once: their spectra stay in the cache
 _DEVICE_FRAMES = 1 << 16
 _TINY = 1e-7
@@ -249,6 +251,17 @@ class FrontEnd(nn.Module):
         window = window**0.85 if name == "povey" else window
         left = (self.n_fft - n) // 2 if self.f["center"] else 0
         return nn.functional.pad(window, (left, self.n_fft - n - left if self.f["center"] else 0))
+
+
+def mel_front(name: str, describe: Mapping[str, Any]) -> FrontEnd:
+    """The front-end of a tower of ours, which takes log-mel frames of one crop.
+
+    Raises:
+        ConfigError: the input makes something else; names the tower.
+    """
+    if describe["config"]["features"]["kind"] != "mel" or describe["config"]["long"] == "fusion":
+        raise ConfigError(f"{name}: it needs input.features.kind: mel and input.long: crop.")
+    return FrontEnd(describe)
 
 
 def third_start(places: int, part: int, share: float) -> int:

@@ -22,17 +22,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dualenc.config import Positive, Section
-from dualenc.distributed.gather import gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.encoders.dual_encoder import GroupHead
 from dualenc.errors import ConfigError
-from dualenc.losses.loss import Extras, Loss, LossOutput, losses
+from dualenc.losses.hidden_places import OnHiddenPlaces
+from dualenc.losses.loss import Extras, LossOutput, losses
 
 _TINY = 1e-4
 
 
 @losses.register("masked_autoencoding")
-class MaskedAutoencoding(Loss):
+class MaskedAutoencoding(OnHiddenPlaces):
     """Pretraining of one audio tower: the log-mel of hidden places of a clip from what the tower says of them.
 
     Formula: mean over hidden places of ‖W h_t + b − x_t‖²/P, x_t the standardised log-mel there
@@ -40,7 +40,7 @@ class MaskedAutoencoding(Loss):
     Needs: own/audio_transformer with masked: true, and input.augment.hide; it trains a linear decoder
     """
 
-    takes_extras = True
+    called = "masked_autoencoding"
 
     class Config(Section):
         """Settings."""
@@ -56,10 +56,8 @@ class MaskedAutoencoding(Loss):
 
     def heads(self, dim: int, modalities: Sequence[str]) -> Mapping[str, Mapping[str, nn.Module]]:
         """The decoder."""
-        c = self.config
-        if c.modality not in modalities:
-            raise ConfigError(f"loss.modality: {c.modality!r} is in none of the loss's pairs; write {modalities[0]}")
-        return {"reconstructed": {c.modality: GroupHead("masked_last", dim, c.patch)}}
+        c, m = self.config, self.named(modalities)
+        return {"reconstructed": {m: GroupHead("masked_last", dim, c.patch)}}
 
     def forward(
         self,
@@ -71,20 +69,14 @@ class MaskedAutoencoding(Loss):
         extras: Extras | None = None,
     ) -> LossOutput:
         """See the module; a and b, the features of whole clips, are not used."""
-        c = self.config
-        side = {} if extras is None else extras.a if extras.pair[0] == c.modality else extras.b
-        if extras is None or c.modality not in extras.pair or "masked_patch" not in side:
-            raise ConfigError(
-                f"loss: masked_autoencoding needs places that modalities.{c.modality} hides: set its encoder to "
-                "{name: own/audio_transformer, masked: true} and its input.augment.hide to a number of spans"
-            )
+        c, (side, there, count) = self.config, self.places(ids, extras)
         patch, made = side["masked_patch"], side["reconstructed"]
         if patch.shape[2] != c.patch:
             raise ConfigError(
-                f"loss.patch: {c.patch} numbers a place, but the tower gives {patch.shape[2]}; write that"
+                f"loss.patch: the tower gives {patch.shape[2]} numbers a place, not {c.patch}; "
+                f"use patch: {patch.shape[2]}"
             )
-        there = (ids >= 0)[:, None] & (side["masked_there"] > 0)
-        share = gather_ids(there.sum(1)).sum().clamp(min=1).to(a.dtype) / world_size()
+        share = count.to(a.dtype) / world_size()
         patch, made = (torch.where(there[..., None], x, 0.0) for x in (patch.detach(), made))
         patch = patch - patch.mean(2, keepdim=True)
         patch = patch / (patch.square().mean(2, keepdim=True) + _TINY).sqrt()

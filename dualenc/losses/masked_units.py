@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
 
 from dualenc.config import Section
-from dualenc.distributed.gather import gather_ids, total
+from dualenc.distributed.gather import total
 from dualenc.distributed.world import world_size
 from dualenc.encoders.dual_encoder import GroupHead
-from dualenc.errors import ConfigError
 from dualenc.losses.hardest import uniform
-from dualenc.losses.loss import Extras, Loss, LossOutput, losses
+from dualenc.losses.hidden_places import OnHiddenPlaces
+from dualenc.losses.loss import Extras, LossOutput, losses
 
 _NonNegative = Annotated[float, Field(ge=0)]
 _Above = Annotated[float, Field(gt=0)]
@@ -78,7 +78,7 @@ def told_apart(context: Tensor, units: Tensor, code: Tensor, there: Tensor, kapp
 
 
 @losses.register("masked_units")
-class MaskedUnits(Loss):
+class MaskedUnits(OnHiddenPlaces):
     """Pretraining of one audio tower: hidden places of a clip against its own other places, on quantised units.
 
     Formula: β (−log softmax_j(cos(c_t, q_j)/κ)_t + α (V − e^{H(p̄)})/V) + γ CE(W'h_t, code of q_t), j in the same clip
@@ -86,7 +86,7 @@ class MaskedUnits(Loss):
     Needs: own/audio_transformer with masked: true, and input.augment.hide; it trains a codebook
     """
 
-    takes_extras = True
+    called = "masked_units"
 
     class Config(Section):
         """Settings."""
@@ -107,13 +107,11 @@ class MaskedUnits(Loss):
 
     def heads(self, dim: int, modalities: Sequence[str]) -> Mapping[str, Mapping[str, nn.Module]]:
         """The maps W and W' on the tower's groups, and the codebook."""
-        c = self.config
-        if c.modality not in modalities:
-            raise ConfigError(f"loss.modality: {c.modality!r} is in none of the loss's pairs; write {modalities[0]}")
+        c, m = self.config, self.named(modalities)
         return {
-            "unit_logits": {c.modality: GroupHead("masked_target", dim, c.codes)},
-            "unit_guesses": {c.modality: GroupHead("masked_last", dim, c.codes)},
-            "unit_codebook": {c.modality: Codebook(c.codes, dim)},
+            "unit_logits": {m: GroupHead("masked_target", dim, c.codes)},
+            "unit_guesses": {m: GroupHead("masked_last", dim, c.codes)},
+            "unit_codebook": {m: Codebook(c.codes, dim)},
         }
 
     def forward(
@@ -126,17 +124,11 @@ class MaskedUnits(Loss):
         extras: Extras | None = None,
     ) -> LossOutput:
         """See the module; a and b, the features of whole clips, are not used."""
-        c = self.config
-        side = {} if extras is None else extras.a if extras.pair[0] == c.modality else extras.b
-        if extras is None or c.modality not in extras.pair or "masked_context" not in side:
-            raise ConfigError(
-                f"loss: masked_units needs places that modalities.{c.modality} hides: set its encoder to "
-                "{name: own/audio_transformer, masked: true} and its input.augment.hide to a number of spans"
-            )
-        there = (ids >= 0)[:, None] & (side["masked_there"] > 0)
+        c, (side, there, count) = self.config, self.places(ids, extras)
+        assert extras is not None, "places refuses that"
         logits, last = (torch.where(there[..., None], side[name], 0.0) for name in ("unit_logits", "unit_guesses"))
         context = torch.where(there[..., None], side["masked_context"], 0.0)
-        places = gather_ids(there.sum(1)).sum().clamp(min=1).to(a.dtype)
+        places = count.to(a.dtype)
         share = places / world_size()
         choice = chosen(logits, self._noise(ids, extras.step, logits), c.gumbel)
         code = choice.detach().argmax(2)

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dualenc.config import Data, Modality
+from dualenc.config import Data, Modality, Recipe
+from dualenc.data.dataset import TeacherView
 from dualenc.data.loader import Loader
 from dualenc.data.modalities import build_inputs
 from dualenc.data.modalities.text import TextConfig, TextInput
 from dualenc.data.modalities.text_views import TextView, changed, chosen, sentences
+from dualenc.distill.teachers.cache import as_student_sees, write_cache
+from dualenc.errors import ConfigError
+from dualenc.model import build_bundle
 from dualenc_data_tools.writer import ShardWriter
 
 DOCUMENT = "The dog ran. It saw a cat! Was it 3.5 m high? “Yes.” Then rain came"
@@ -139,10 +143,51 @@ def test_a_pair_sees_neighbours_on_any_ranks_and_after_a_resume(tmp_path: Path) 
     known = {}  # ids of a sentence → its document and place
     for i in range(24):
         for k in range(4):
-            (ids,) = [text.eval([f"Document {i} says {k} and more of {k}."]).tolist()]
-            known[tuple(ids)] = (i, k)
+            known[tuple(text.eval([f"Document {i} says {k} and more of {k}."]).tolist())] = (i, k)
     for (_, key), (this, beside) in alone.items():
         (a, k), (b, other) = known[tuple(this)], known[tuple(beside)]
         assert a == b == int(key.rsplit("/", 1)[-1])
         assert abs(k - other) == 1
     assert len({tuple(map(tuple, v)) for v in alone.values()}) > 40  # drawn anew in each epoch
+
+
+def test_a_teacher_sees_the_text_that_the_student_drew(tmp_path: Path) -> None:
+    """Drawn as the student's, crop included; a plain teacher sees the first caption, whole, as in evaluation."""
+    view = TextView(choose="neighbor", crop=(0.4, 0.8))
+    student = TextInput(TextConfig(tokenizer="clip-bpe:2000", view=view))
+    teacher = TextInput(TextConfig(tokenizer="clip-bpe:2000", context_length=90))
+    views = {
+        "seen": TeacherView("text", as_student_sees(teacher, student), plain=False),
+        "plain": TeacherView("text", teacher, plain=True),
+    }
+    row = {"name": "s", "shards": documents(tmp_path), "members": {m: ["json:captions"] for m in ("text", "next")}}
+    data = Data.model_validate({"workers": 0, "sources": [row]})
+    inputs: Any = {"text": student, "next": TextInput(TextConfig(tokenizer="clip-bpe:2000"))}
+    loader = Loader(data, inputs, [("text", "next")], 3, 8, views=views)
+    loader.stop_step = 4
+
+    def ids_of(rows: dict[str, Any]) -> list[list[int]]:
+        return [ids[mask].tolist() for ids, mask in zip(rows["ids"], rows["mask"], strict=True)]
+
+    for batch in loader:
+        assert ids_of(batch.views["seen"]) == ids_of(batch.inputs["text"])
+        for key, ids in zip(batch.keys, ids_of(batch.views["plain"]), strict=True):
+            i = int(key.rsplit("/", 1)[-1])
+            assert ids == teacher.eval([" ".join(f"Document {i} says {k} and more of {k}." for k in range(4))]).tolist()
+
+
+def test_views_are_not_cached(tmp_path: Path) -> None:
+    raw = {
+        "name": "s",
+        "modalities": {
+            "text": {"input": {"view": {"crop": [0.2, 0.4]}}, "encoder": {"name": "own/transformer", "width": 16}},
+            "image": {"input": {"size": 32}, "encoder": {"name": "own/convnet", "widths": [8]}},
+        },
+        "embed_dim": 16,
+        "data": {"sources": [{"name": "s", "shards": "absent.tar"}]},
+        "batch": {"size": 8},
+        "budget": {"steps": 1},
+    }
+    recipe = Recipe.model_validate(raw)
+    with pytest.raises(ConfigError, match=r"modalities\.text\.input\.view: its views cannot be cached.*--plain text"):
+        write_cache(build_bundle(recipe), recipe, tmp_path / "cache")

@@ -156,7 +156,7 @@ def test_masked_autoencoding_is_the_mean_square_of_standardised_patches() -> Non
         said["masked_patch"].var(2, correction=0, keepdim=True) + 1e-4
     ).sqrt()
     assert float(value_of(loss, {**said, "reconstructed": perfect})) == pytest.approx(0, abs=1e-20)
-    with pytest.raises(ConfigError, match="256 numbers a place, but the tower gives 7; write that"):
+    with pytest.raises(ConfigError, match=r"loss\.patch: the tower gives 7 numbers a place, not 256; use patch: 7"):
         value_of(build_loss(Component(name="masked_autoencoding")), said)
     with pytest.raises(ConfigError, match="own/audio_transformer, masked: true"):
         value_of(loss, {})

@@ -38,10 +38,7 @@ class ConceptBalance(Filter):
 
     def __init__(self, config: ConceptsConfig) -> None:
         super().__init__(config)
-        try:
-            lines = Path(config.concepts).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise DataError(f"concept_balance.concepts: {config.concepts} cannot be read ({e})") from e
+        lines = lines_of(config.concepts, "concept_balance.concepts")
         named = dict.fromkeys(tuple(w.lower() for w in words_of(line)) for line in lines)
         self.number = {c: i for i, c in enumerate(c for c in named if 0 < len(c) <= _MOST_WORDS)}
         if not self.number:
@@ -63,3 +60,15 @@ class ConceptBalance(Filter):
         counts = np.bincount(np.concatenate(found) if found else np.zeros(0, np.int64), minlength=len(self.number))
         left_out = 1 - np.minimum(1.0, self.config.at_most / np.maximum(counts, 1))
         return {"concept_balance": np.array([1 - left_out[f].prod() if len(f) else 0.0 for f in found])}
+
+
+def lines_of(path: str, setting: str) -> list[str]:
+    """The lines of a text file that a filter's setting names.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{setting}: {path} cannot be read ({e})") from e

@@ -12,15 +12,17 @@ model that was trained on the labels it gave a test set has no zero-shot number 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from pydantic import Field, field_validator
-from torch.nn.functional import normalize
 
+from dualenc.data.modalities.text import one_place
 from dualenc.data.shards.selection import Values
 from dualenc.errors import ConfigError, DataError
+from dualenc.model.zero_shot import classifier
+from dualenc_data_tools.choose.concepts import lines_of
 from dualenc_data_tools.choose.filter import Candidate, Score, filters
 from dualenc_data_tools.choose.model_filters import ModelScore, OfModel
 
@@ -34,10 +36,7 @@ class PseudoLabelsConfig(ModelScore):
     @field_validator("templates")
     @classmethod
     def _one_place(cls, templates: list[str]) -> list[str]:
-        for t in templates:
-            if t.count("{}") != 1:
-                raise ValueError(f"templates: {t!r} must contain exactly one {{}}, where the class name goes")
-        return templates
+        return one_place(templates, "the class name")
 
 
 @filters.register("pseudo_labels")
@@ -55,7 +54,8 @@ class PseudoLabels(OfModel):
         self.reads: Mapping[str, Sequence[str]] = {self.item: self.reads[self.item]}
         prompts: list[Any] = [t.replace("{}", n) for n in self.names for t in config.templates]
         x = self.embedder.embed(self.text, prompts, config.batch_size, {})
-        self.weights = normalize(x.view(len(self.names), len(config.templates), -1).mean(1), dim=1)
+        owners = torch.arange(len(self.names)).repeat_interleave(len(config.templates))
+        self.weights = classifier(x, owners, len(self.names))
 
     def score(self, rows: Sequence[Candidate]) -> dict[str, list[Score]]:
         x, of = self.features(self.item, rows)
@@ -88,11 +88,7 @@ def places(label: Values, confidence: Values) -> Values:
 
 def _names(classes: list[str] | str) -> list[str]:
     if isinstance(classes, str):
-        try:
-            lines = Path(classes).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise DataError(f"pseudo_labels.classes: {classes} cannot be read ({e})") from e
-        classes = [line.strip() for line in lines if line.strip()]
+        classes = [line.strip() for line in lines_of(classes, "pseudo_labels.classes") if line.strip()]
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise ConfigError(f"pseudo_labels.classes: give two or more different names, got {classes!r:.120}")
     return classes

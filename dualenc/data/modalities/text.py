@@ -94,18 +94,23 @@ class TextConfig(Section):
     def _chosen_has_no_negatives(self) -> Self:
         if self.view is not None and self.view.choose is not None and self.negatives is not None:
             raise ValueError(
-                f"view.choose: {self.view.choose} and negatives: the wrong texts are of one caption, not of what is "
-                "chosen here; leave one of them out"
+                f"view.choose: {self.view.choose} and negatives cannot be combined, as the wrong texts belong to a "
+                "whole caption; leave one of them out"
             )
         return self
 
     @field_validator("templates")
     @classmethod
     def _one_place(cls, templates: list[str]) -> list[str]:
-        for t in templates:
-            if t.count("{}") != 1:
-                raise ValueError(f"templates: {t!r} must contain exactly one {{}}, where the text goes")
-        return templates
+        return one_place(templates, "the text")
+
+
+def one_place(templates: list[str], what: str) -> list[str]:
+    """The templates. Raises ValueError for one that does not have a single ``{}`` for ``what``."""
+    for t in templates:
+        if t.count("{}") != 1:
+            raise ValueError(f"templates: {t!r} must contain exactly one {{}}, where {what} goes")
+    return templates
 
 
 class Captions(list[str]):

@@ -15,21 +15,22 @@ _END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[」』”�
 
 
 class TextView(Section):
-    """First a text is chosen, then it is cropped, then a span of letters is masked."""
+    """A text is chosen, then cropped, then a run of its characters is masked."""
 
     choose: Literal["caption", "sentence", "neighbor"] | None = Field(
         default=None,
-        description="what is taken of an item's texts, drawn alike for all modalities of the sample that name the same "
-        "member: one caption; one sentence of a caption; a sentence beside that one. null: a caption, each modality "
-        "draws its own",
+        description="which text of the sample is used, the same draw for all modalities that read the same member: "
+        "caption: one of its captions; sentence: one sentence of it; neighbor: a sentence next to that one. null: each "
+        "modality draws a caption of its own",
     )
     crop: tuple[Share, Share] | None = Field(
-        default=None, description="share of the words that is kept, one run of them, such as [0.1, 0.5]"
+        default=None,
+        description="smallest and largest share of the words that are kept, in one run, such as [0.1, 0.5]",
     )
-    mask: Positive | None = Field(default=None, description="letters in a row that are masked")
-    mask_from: Positive = Field(default=30, description="texts of fewer letters are not masked")
+    mask: Positive | None = Field(default=None, description="consecutive characters that are masked")
+    mask_from: Positive = Field(default=30, description="texts with fewer characters are not masked")
     mask_text: str = Field(
-        default=" ", description="what stands in place of the masked letters: the tokenizer's [MASK], if it has one"
+        default=" ", description="replaces the masked characters; write [MASK] if the tokenizer has it"
     )
 
     @field_validator("crop")

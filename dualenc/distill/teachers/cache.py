@@ -42,7 +42,10 @@ def as_student_sees(teacher: ModalityInput, student: ModalityInput) -> ModalityI
     """The teacher's input with the student's augmentation: from one random state both draw the same view."""
     if not (_augments(teacher) and _augments(student)):
         return teacher
-    config = teacher.config.model_copy(update={k: getattr(student.config, k) for k in ("augment", *_viewed(student))})
+    changed = {"augment": student.config.augment}
+    if _views(student) is not None:
+        changed["view"] = student.config.view
+    config = teacher.config.model_copy(update=changed)
     return type(teacher)(config, teacher.base_dir if isinstance(teacher, InFolder) else None)
 
 
@@ -51,9 +54,9 @@ def _augments(part: ModalityInput) -> bool:
     return "augment" in type(part.config).model_fields
 
 
-def _viewed(part: ModalityInput) -> list[str]:
-    """``["view"]`` where its settings have that section and it is set."""
-    return ["view"] if "view" in type(part.config).model_fields and part.config.view is not None else []
+def _views(part: ModalityInput) -> Any:
+    """Its settings' section ``view`` (dualenc/data/modalities/text_views.py); None where it has none."""
+    return part.config.view if "view" in type(part.config).model_fields else None
 
 
 def augmentation(inputs: Mapping[str, ModalityInput], modalities: Sequence[str]) -> dict[str, Any]:
@@ -62,8 +65,9 @@ def augmentation(inputs: Mapping[str, ModalityInput], modalities: Sequence[str])
     for m in modalities:
         augment = inputs[m].config.augment if _augments(inputs[m]) else None
         out[m] = None if augment is None else augment.model_dump(mode="json")
-        if _viewed(inputs[m]):
-            out[m] = {**(out[m] or {}), "view": inputs[m].config.view.model_dump(mode="json")}
+        view = _views(inputs[m])
+        if view is not None:
+            out[m] = {**(out[m] or {}), "view": view.model_dump(mode="json")}
     return out
 
 
@@ -114,7 +118,7 @@ def write_cache(
         if m not in chosen:
             raise ConfigError(f"--plain: {m!r} is not embedded. {did_you_mean(m, chosen)}")
     for m in chosen:
-        if m not in plain and _viewed(student[m]):
+        if m not in plain and _views(student[m]) is not None:
             raise ConfigError(
                 f"modalities.{m}.input.view: its views cannot be cached; store the whole text with --plain {m}, or "
                 "name the teacher's model in distill.teachers, so that it runs along"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -10,22 +10,67 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Positive, Section
-from dualenc.encoders.audio_front import FrontEnd
+from dualenc.encoders.audio_front import mel_front
 from dualenc.encoders.families import own_towers
 from dualenc.encoders.own.convnet import ChannelNorm, ResidualBlock
 from dualenc.encoders.tower import HeadKind, Tower, build_head
 from dualenc.errors import ConfigError
 
 
+class AudioMaps(Tower):
+    """Stages over (time, band) that each halve the map, then mean and maximum over time of each group of bands.
+
+    What lies beyond a clip's end is zero before the first stage, and each stage keeps it so.
+
+    Args:
+        name: of the tower, for messages and checkpoints.
+        config: ``widths``, ``bands``, ``channels_last``, ``dropout``, ``head``.
+        stages: (maps [n, C, F, M], bool [n, F]) → both at half the size.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("audio",)
+
+    def __init__(
+        self, name: str, config: Any, describe: Mapping[str, Any], embed_dim: int, stages: Iterable[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.front = mel_front(name, describe)
+        places = self.front.width
+        for _ in config.widths:
+            places = -(-places // 2)
+        if places % config.bands:
+            raise ConfigError(f"{name}: bands: {config.bands} must divide the last map's {places} bands.")
+        width = 2 * config.widths[-1] * config.bands
+        if config.head == "none" and width != embed_dim:
+            raise ConfigError(f"{name}: head: none needs 2 · widths[-1] · bands ({width}) = {embed_dim}.")
+        self.stages = nn.ModuleList(stages)
+        if config.channels_last:
+            self.stages.to(memory_format=torch.channels_last)
+        self.channels_last, self.bands = config.channels_last, config.bands
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(config.dropout)
+        self.head = build_head(config.head, width, embed_dim)
+        self.component = Component(name=name, **config.model_dump(mode="json"))
+        self.embed_dim = embed_dim
+
+    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
+        """``{"wave": [n, T], "length": [n], …}`` → [n, W]."""
+        heard = self.front(x)
+        y, mask = heard.values[:, None] * heard.mask[:, None, :, None], heard.mask
+        if self.channels_last:
+            y = y.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            y, mask = stage(y, mask)
+        out: Tensor = self.drop(self.norm(mean_and_maximum(y, mask, self.bands)))
+        return out
+
+
 @own_towers.register("audio_cnn")
-class AudioCNN(Tower):
+class AudioCNN(AudioMaps):
     """Residual convolutions over (time, band), then the mean and the maximum over time of each band's features.
 
     What lies beyond a clip's end is set to zero before every convolution, so a clip in a batch with longer ones gives
     the features it gives alone. Without batch norm, for the same reason (see own/convnet).
     """
-
-    kinds: ClassVar[tuple[str, ...]] = ("audio",)
 
     class Config(Section):
         """Settings of own/audio_cnn."""
@@ -44,19 +89,6 @@ class AudioCNN(Tower):
             return self
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
-        super().__init__()
-        features = describe["config"]["features"]
-        if features["kind"] != "mel" or describe["config"]["long"] == "fusion":
-            raise ConfigError("own/audio_cnn: it needs input.features.kind: mel and input.long: crop.")
-        self.front = FrontEnd(describe)
-        places = self.front.width
-        for _ in config.widths:
-            places = -(-places // 2)
-        if places % config.bands:
-            raise ConfigError(f"own/audio_cnn: bands: {config.bands} must divide the last map's {places} bands.")
-        width = 2 * config.widths[-1] * config.bands
-        if config.head == "none" and width != embed_dim:
-            raise ConfigError(f"own/audio_cnn: head: none needs 2 · widths[-1] · bands ({width}) = {embed_dim}.")
         stages = []
         before = 1
         for stage, channels in enumerate(config.widths):
@@ -65,25 +97,7 @@ class AudioCNN(Tower):
             depth = config.depths[stage] if config.depths else 1
             stages.append(_Stage(down, [_Block(channels) for _ in range(depth)]))
             before = channels
-        self.stages = nn.ModuleList(stages)
-        if config.channels_last:
-            self.stages.to(memory_format=torch.channels_last)
-        self.channels_last, self.bands = config.channels_last, config.bands
-        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(config.dropout)
-        self.head = build_head(config.head, width, embed_dim)
-        self.component = Component(name="own/audio_cnn", **config.model_dump(mode="json"))
-        self.embed_dim = embed_dim
-
-    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"wave": [n, T], "length": [n], …}`` → [n, W]."""
-        heard = self.front(x)
-        y, mask = heard.values[:, None], heard.mask
-        if self.channels_last:
-            y = y.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            y, mask = stage(y, mask)
-        out: Tensor = self.drop(self.norm(mean_and_maximum(y, mask, self.bands)))
-        return out
+        super().__init__("own/audio_cnn", config, describe, embed_dim, stages)
 
 
 def mean_and_maximum(y: Tensor, mask: Tensor, bands: int) -> Tensor:

@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dualenc.config import Component, Positive, Section
-from dualenc.encoders.audio_front import FrontEnd
+from dualenc.encoders.audio_front import mel_front
 from dualenc.encoders.families import own_towers
 from dualenc.encoders.own.audio_vgg import StandardConv
+from dualenc.encoders.own.transformer import Block
 from dualenc.encoders.tower import HeadKind, Tower, build_head
 from dualenc.errors import ConfigError
 
@@ -56,13 +57,11 @@ class AudioTransformer(Tower):
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
-        if describe["config"]["features"]["kind"] != "mel" or describe["config"]["long"] == "fusion":
-            raise ConfigError("own/audio_transformer: it needs input.features.kind: mel and input.long: crop.")
         if config.head == "none" and config.width != embed_dim:
             raise ConfigError(
                 f"own/audio_transformer: head: none needs width ({config.width}) = embed_dim ({embed_dim})."
             )
-        self.front = FrontEnd(describe)
+        self.front = mel_front("own/audio_transformer", describe)
         places = self.front.width
         for _ in config.widths:
             places = -(-places // 2)
@@ -71,7 +70,7 @@ class AudioTransformer(Tower):
         self.into = nn.Sequential(
             nn.LayerNorm(places * config.widths[-1]), nn.Linear(places * config.widths[-1], config.width)
         )
-        self.layers = nn.ModuleList(AudioBlock(config.width, config.heads) for _ in range(config.layers))
+        self.layers = nn.ModuleList(AudioBlock(config.width, config.heads, 4.0, 0.0) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = build_head(config.head, config.width, embed_dim)
         self.masked, self.span, self.middle = config.masked, config.span, -(-config.layers // 2)
@@ -132,22 +131,13 @@ class AudioTransformer(Tower):
         return out.float()
 
 
-class AudioBlock(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x); attention sees real places only."""
+class AudioBlock(Block):
+    """A block of own/transformer whose attention sees real places only, before and after each."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """[n, L, W], bool [n, L] → [n, L, W]."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.drop(self.attention(self.norm1(x), False, mask))
+        out: Tensor = x + self.drop(self.mlp(self.norm2(x)))
         return out
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dualenc.config import Component, Positive, Section
-from dualenc.encoders.audio_front import FrontEnd
+from dualenc.config import Positive, Section
 from dualenc.encoders.families import own_towers
-from dualenc.encoders.own.audio_cnn import mean_and_maximum
-from dualenc.encoders.tower import HeadKind, Tower, build_head
-from dualenc.errors import ConfigError
+from dualenc.encoders.own.audio_cnn import AudioMaps
+from dualenc.encoders.tower import HeadKind
 
 _RELU_GAIN = 1.7139
 """√(2 / (1 − 1/π)): what a ReLU of unit Gaussians takes from their standard deviation (Brock et al. 2021)."""
@@ -41,7 +39,7 @@ class StandardConv(nn.Conv2d):
 
 
 @own_towers.register("audio_vgg")
-class AudioVGG(Tower):
+class AudioVGG(AudioMaps):
     """Convolutions over (time, band) that each halve the map, then mean and maximum over time of each group of bands.
 
     own/audio_cnn normalises each place over its channels, which makes the silence between two barks as loud as they
@@ -51,8 +49,6 @@ class AudioVGG(Tower):
     What lies beyond a clip's end is set to zero before every convolution, so a clip in a batch with longer ones gives
     the features it gives alone.
     """
-
-    kinds: ClassVar[tuple[str, ...]] = ("audio",)
 
     class Config(Section):
         """Settings of own/audio_vgg."""
@@ -64,39 +60,9 @@ class AudioVGG(Tower):
         head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
-        super().__init__()
-        if describe["config"]["features"]["kind"] != "mel" or describe["config"]["long"] == "fusion":
-            raise ConfigError("own/audio_vgg: it needs input.features.kind: mel and input.long: crop.")
-        self.front = FrontEnd(describe)
-        places = self.front.width
-        for _ in config.widths:
-            places = -(-places // 2)
-        if places % config.bands:
-            raise ConfigError(f"own/audio_vgg: bands: {config.bands} must divide the last map's {places} bands.")
-        width = 2 * config.widths[-1] * config.bands
-        if config.head == "none" and width != embed_dim:
-            raise ConfigError(f"own/audio_vgg: head: none needs 2 · widths[-1] · bands ({width}) = {embed_dim}.")
-        before = [1, *config.widths[:-1]]
-        pairs = zip(before, config.widths, strict=True)
-        self.stages = nn.ModuleList(_Halving(i, o, strided=k == 0) for k, (i, o) in enumerate(pairs))
-        if config.channels_last:
-            self.stages.to(memory_format=torch.channels_last)
-        self.channels_last, self.bands = config.channels_last, config.bands
-        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(config.dropout)
-        self.head = build_head(config.head, width, embed_dim)
-        self.component = Component(name="own/audio_vgg", **config.model_dump(mode="json"))
-        self.embed_dim = embed_dim
-
-    def pooled(self, x: Mapping[str, Tensor]) -> Tensor:
-        """``{"wave": [n, T], "length": [n], …}`` → [n, W]."""
-        heard = self.front(x)
-        y, mask = heard.values[:, None] * heard.mask[:, None, :, None], heard.mask
-        if self.channels_last:
-            y = y.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
-            y, mask = stage(y, mask)
-        out: Tensor = self.drop(self.norm(mean_and_maximum(y, mask, self.bands)))
-        return out
+        pairs = zip([1, *config.widths[:-1]], config.widths, strict=True)
+        stages = [_Halving(i, o, strided=k == 0) for k, (i, o) in enumerate(pairs)]
+        super().__init__("own/audio_vgg", config, describe, embed_dim, stages)
 
 
 class _Halving(nn.Module):

@@ -28,12 +28,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        """[n, L, W] → [n, L, W]."""
+    def forward(self, x: Tensor, causal: bool, real: Tensor | None = None) -> Tensor:
+        """[n, L, W] → [n, L, W]; places where ``real`` (bool [n, L]) is false are not attended to."""
         n, length, width = x.shape
         q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        y = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        keys = None if real is None else real[:, None, None, :]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout, is_causal=causal)
         out: Tensor = self.out(y.transpose(1, 2).reshape(n, length, width))
         return out
 

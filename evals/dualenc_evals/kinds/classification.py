@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dualenc.errors import ConfigError, did_you_mean
+from dualenc.model.zero_shot import classifier
 from dualenc_evals.features import Store, digest, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
@@ -151,13 +152,6 @@ def labelled(task: ClassesTask, rows: Rows, store: Store, every: Sequence[Row] |
     asked = len(items) + sum(s["reason"].startswith("has no ") for s in skipped)
     kept, digests = [items[i] for i in good], [seen.digests[i] for i in good]
     return Labelled(kept, digests, labels, names, titles, skipped, asked, notes, digest_of([provenance, order]))
-
-
-def classifier(prompts: Tensor, owners: Tensor, classes: int) -> Tensor:
-    """[C, D] unit weights: mean of each class's prompt features ``prompts [P, D]``, ``owners [P]`` their class."""
-    sums = torch.zeros(classes, prompts.shape[1], dtype=torch.float64).index_add_(0, owners, prompts.double())
-    counts = torch.bincount(owners, minlength=classes)[:, None]
-    return torch.nn.functional.normalize(sums / counts, dim=1).float()
 
 
 def templates_of(task: PromptedTask) -> list[str]:
