@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import math
-import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from torch.nn import functional
 
 from dualenc.config import Section, settings_as
 from dualenc.data.modalities.audio import AudioConfig, AudioInput
+from dualenc.data.shards.reader import Found, iter_samples
 from dualenc.encoders.audio_front import FrontEnd, Heard, from_mel, to_mel
 from dualenc.encoders.own.audio_vgg import AudioVGG
 
@@ -72,21 +72,17 @@ class _Given(nn.Module):
 
 def clips(folder: Path) -> Clips:
     """The clips of ``train-*.tar``."""
-    members: dict[str, dict[str, bytes]] = {}
-    for path in sorted(folder.glob("train-*.tar")):
-        with tarfile.open(path) as tar:
-            for info in tar:
-                key, ending = info.name.rsplit(".", 1)
-                file = tar.extractfile(info)
-                members.setdefault(key, {})[ending] = file.read() if file is not None else b""
+    wanted = {"audio": ["flac", "ogg"], "label": ["json:label"], "fold": ["json:fold"]}
+    found = [x for _, x in iter_samples(str(folder / "train-*.tar"), wanted)]
+    values = [x.values for x in found if isinstance(x, Found)]
+    assert len(values) == len(found), "some samples cannot be read"
     front = FrontEnd(INPUT.describe()).eval()
-    said = [json.loads(x["json"]) for x in members.values()]
-    names = sorted({x["label"] for x in said})
-    rows = [INPUT.eval(INPUT.decode(x.get("flac") or x["ogg"])) for x in members.values()]
+    names = sorted({x["label"] for x in values})
+    rows = [INPUT.eval(INPUT.decode(x["audio"])) for x in values]
     return Clips(
         [front(INPUT.collate([row])).values[0] for row in rows],
-        np.array([names.index(x["label"]) for x in said]),
-        np.array([int(x["fold"]) for x in said]),
+        np.array([names.index(x["label"]) for x in values]),
+        np.array([int(x["fold"]) for x in values]),
     )
 
 
