@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualenc.config import LogitScale, Lora, pair_name
+from dualenc.config import LogitScale, Lora, Prompts, pair_name
 from dualenc.config.stream import Stream
 from dualenc.encoders.hidden import Hidden
 from dualenc.encoders.negatives import joined, parted
@@ -18,6 +18,7 @@ from dualenc.encoders.streams import BlockNoise, build_projector
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
+from dualenc.encoders.trainable.prompts import add_prompts
 from dualenc.encoders.trainable.recompute import recompute_every
 from dualenc.errors import ConfigError
 
@@ -220,6 +221,17 @@ class DualEncoder(nn.Module):
         add_adapters(self.tower(m), config, f"modalities.{m}.lora")
         self.adapters[f"towers.{m}."] = config.alpha / config.rank
 
+    def add_prompts(self, m: str, config: Prompts, at: int | None) -> None:
+        """Train prompts in the tower of ``m`` instead of its weights; they stay part of the model.
+
+        Args:
+            at: the place of the first one in a text; None: they come after all places.
+
+        Raises:
+            ConfigError: see :func:`dualenc.encoders.trainable.prompts.add_prompts`.
+        """
+        add_prompts(self.tower(m), config, at, f"modalities.{m}.prompts")
+
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this module → that of the model for use: adapters merged, without heads of a loss."""
         return without_heads(merged(state, self.adapters))
@@ -412,6 +424,7 @@ _EMBEDDINGS = (
     "cls_emb",
     "reg_token",
     "mask_token",
+    "prompt_tokens",
     "query",
     "latent",
     "probe",
