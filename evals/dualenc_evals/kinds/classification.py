@@ -22,6 +22,7 @@ from dualenc_evals.features import Store, digest, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
 from dualenc_evals.metrics import scores as metrics
+from dualenc_evals.metrics import separability
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Content, Row, Rows
 from dualenc_evals.task import ClassesTask, paths_of, read_lines
@@ -29,7 +30,7 @@ from dualenc_evals.task import ClassesTask, paths_of, read_lines
 SELECTIVE = r"top1@([1-9]\d?)%"
 """Accuracy of the share of the items that the model is most confident of; only where a task asks for it."""
 MAX_CONFUSION = 64
-"""With more classes than this, only the most frequent confusions are kept, not the whole matrix."""
+"""With more classes than this, only the most frequent confusions are kept, no matrix of classes × classes."""
 
 
 class PromptedTask(ClassesTask):
@@ -55,11 +56,12 @@ class ClassificationTask(PromptedTask):
 
     kind: Literal["classification"]
     one_class: ClassVar[bool] = True
-    metric_pattern: ClassVar[str] = rf"AURC|{SELECTIVE}"
+    metric_pattern: ClassVar[str] = rf"AURC|{SELECTIVE}|{'|'.join(separability.METRICS)}"
 
     def known(self) -> tuple[str, ...]:
         """Accuracy among the best one and five classes, recall by class, calibration of the confidences. On request:
-        AURC (mean risk over all coverages) and ``top1@80%``, the accuracy of the 80 % that it is most confident of."""
+        AURC (mean risk over all coverages) and ``top1@80%``, the accuracy of the 80 % that it is most confident of;
+        ``fisher_ratio`` and ``silhouette`` (how far apart the classes are in the items' features)."""
         return ("top1", "top5", "mean_per_class_recall", "calibration_error")
 
 
@@ -211,6 +213,7 @@ class Classification(Kind[ClassificationTask, Labelled]):
         scale = scale_of(store, task.modalities) if of_confidence else None
         ranks, predicted, confidence = _scored(x, weights, data.labels, twins_after(data.names), scale)
         values = metrics.classification_values(ranks, data.labels, predicted)
+        values |= separability.separability(x, data.labels, len(data.names), wanted)
         notes = []
         if confidence is not None:
             values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
@@ -245,7 +248,16 @@ class Classification(Kind[ClassificationTask, Labelled]):
             out["settings"] = {"logit_scale": scale}
         if details and store.ranks.is_main:
             out["details"] = _details(task, data, x, weights, (ranks, predicted), Shown(store.kinds), seed)
+            out["details"] |= distances(task, data, x)
         return out
+
+
+def distances(task: ClassesTask, data: Labelled, x: Tensor) -> dict[str, Any]:
+    """The details of a task that measures how far apart its classes are: the distances between them."""
+    if not set(separability.METRICS) & set(task.wanted()) or len(data.titles) > MAX_CONFUSION:
+        return {}
+    far = separability.centroid_distances(x, data.labels, len(data.titles))
+    return {"classes": data.titles, "centroid_distances": far}
 
 
 def twins_after(names: list[list[str]]) -> Ints:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dualenc.config import Positive, Section
 from dualenc_evals.features import Store, digest_of
-from dualenc_evals.kinds.classification import Labelled, labelled
+from dualenc_evals.kinds.classification import Labelled, distances, labelled
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
-from dualenc_evals.metrics import fewshot, linear
+from dualenc_evals.metrics import fewshot, linear, separability
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Rows
@@ -56,7 +56,7 @@ class ProbeTask(ClassesTask):
 
     kind: Literal["probe"]
     one_class: ClassVar[bool] = True
-    metric_pattern: ClassVar[str] = r"(fewshot|prototype|opta)[1-9]\d*_top1"
+    metric_pattern: ClassVar[str] = rf"(fewshot|prototype|opta)[1-9]\d*_top1|{'|'.join(separability.METRICS)}"
     train: Train = Field(description="where the training items come from")
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="settings of the probes")
 
@@ -68,7 +68,8 @@ class ProbeTask(ClassesTask):
         return raw
 
     def known(self) -> tuple[str, ...]:
-        """k-NN, the linear probe and every few-shot method."""
+        """k-NN, the linear probe and every few-shot method. On request ``fisher_ratio`` and ``silhouette``: how far
+        apart the classes of the test items are."""
         few = ("fewshot5", "prototype1", "opta1", "prototype5", "opta5")
         return ("knn_top1", "linear_top1", *(f"{name}_top1" for name in few))
 
@@ -157,14 +158,18 @@ class Probing(Kind[ProbeTask, Probed]):
         chance |= dict.fromkeys(values, 1 / classes)
         for shots in task.numbers(r"(?:fewshot|prototype|opta)([1-9]\d*)_top1"):
             _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
-        return {
-            "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()}),
+        apart = separability.separability(y, test.labels, classes, wanted)
+        out: Measured = {
+            "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()} | apart),
             "ci": metrics.rounded({n: metrics.bootstrap_ci({n: v}, seed=seed)[n] for n, v in values.items()}),
             "chance": metrics.rounded(chance),
             "n": {item: len(test.items), "training": len(train.items), "classes": classes},
             "notes": notes,
             "settings": settings,
         }
+        if details and store.ranks.is_main and apart:
+            out["details"] = distances(task, test, y)
+        return out
 
 
 def _episodes(

@@ -355,6 +355,7 @@ def task_view(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
         "curve": recall_chart(details.get("recall_curves", [])),
         "confusion": confusion_view(details),
         "heat": heat_view(details),
+        "apart": distance_view(details),
     }
 
 
@@ -390,6 +391,23 @@ def heat_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
         "hits": sum(top),
         "of": len(top),
     }
+
+
+def distance_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Distances between the class means, scaled to the page's colours; the range is written next to them."""
+    matrix = details.get("centroid_distances")
+    known = [v for row in matrix or [] for v in row if v is not None]
+    if not known:
+        return None
+    high = max(known) or 1.0
+    rows = [
+        {
+            "name": name,
+            "cells": [{"s": "" if v is None else f"{v:.2f}", "v": (v or 0.0) / high} for v in row],
+        }
+        for name, row in zip(details["classes"], matrix, strict=True)
+    ]
+    return {"rows": rows, "classes": details["classes"], "high": f"{high:.2f}", "numbers": len(rows) <= 16}
 
 
 def lost_samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
