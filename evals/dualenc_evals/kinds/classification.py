@@ -215,6 +215,7 @@ class Classification(Kind[ClassificationTask, Labelled]):
         values = metrics.classification_values(ranks, data.labels, predicted)
         values |= separability.separability(x, data.labels, len(data.names), wanted)
         notes = []
+        risks: Floats | None = None
         if confidence is not None:
             values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
             risks = metrics.selective_risks(confidence, ranks == 1)
@@ -249,6 +250,8 @@ class Classification(Kind[ClassificationTask, Labelled]):
         if details and store.ranks.is_main:
             out["details"] = _details(task, data, x, weights, (ranks, predicted), Shown(store.kinds), seed)
             out["details"] |= distances(task, data, x)
+            if risks is not None:
+                out["details"]["risk_coverage"] = metrics.risk_curve(risks, int((ranks != 1).sum()))
         return out
 
 
