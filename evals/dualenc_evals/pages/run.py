@@ -410,8 +410,8 @@ def heat_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def distance_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
     """Distances between the class means, scaled to the page's colours; the range is written next to them."""
-    matrix = details.get("centroid_distances")
-    known = [v for row in matrix or [] for v in row if v is not None]
+    matrix = details.get("centroid_distances") or []
+    known = [v for row in matrix for v in row if v is not None]
     if not known:
         return None
     high = max(known) or 1.0
