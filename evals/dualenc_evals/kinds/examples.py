@@ -17,6 +17,7 @@ from torch import Tensor
 from dualenc.data.modalities import DecodeError
 from dualenc.data.show import preview
 from dualenc.errors import DataError
+from dualenc_evals.metrics.prototypes import Lazily
 from dualenc_evals.metrics.scores import Floats, Ints, top_k
 from dualenc_evals.read.rows import Content
 
@@ -72,7 +73,7 @@ def worst(badness: Ints | Floats, wrong: npt.NDArray[np.bool_], k: int = WORST) 
 
 def hits(
     shown: Shown,
-    queries: tuple[Sequence[Content], Tensor],
+    queries: tuple[Sequence[Content], Tensor | Lazily],
     gallery: tuple[Sequence[Content], Tensor],
     right: Sequence[set[int]],
     ranks: Ints,
@@ -101,7 +102,7 @@ def hits(
 
 def similarity(
     shown: Shown,
-    a: tuple[Sequence[Content], Tensor],
+    a: tuple[Sequence[Content], Tensor | Lazily],
     b: tuple[Sequence[Content], Tensor],
     pairs: Mapping[int, int],
     names: tuple[str, str] = ("", ""),

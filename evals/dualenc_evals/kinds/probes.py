@@ -19,24 +19,13 @@ from torch import Tensor
 
 from dualenc.config import Positive, Section
 from dualenc_evals.features import Store, digest_of
-from dualenc_evals.kinds.classification import Labelled, labelled
+from dualenc_evals.kinds.classification import Labelled, both_parts, distances
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
-from dualenc_evals.metrics import fewshot, linear
+from dualenc_evals.metrics import fewshot, linear, separability
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Rows
-from dualenc_evals.read.shards import read_rows
-from dualenc_evals.task import ClassesTask, Every, TaskSource
-
-
-class Train(Section):
-    """Where a probe's training items come from: the task's source with these keys replaced."""
-
-    path: str | list[str] | None = Field(default=None, description="file, pattern or folder of the training items")
-    split: str | None = Field(default=None, description="split of the training items")
-    where: dict[str, str | list[str]] | None = Field(default=None, description="keep rows whose column has this value")
-    every: Every | None = Field(default=None, description="a fixed share of the rows")
-    limit: Positive | None = Field(default=None, description="read only this many rows")
+from dualenc_evals.task import ClassesTask, Train
 
 
 class ProbeSettings(Section):
@@ -56,7 +45,7 @@ class ProbeTask(ClassesTask):
 
     kind: Literal["probe"]
     one_class: ClassVar[bool] = True
-    metric_pattern: ClassVar[str] = r"(fewshot|prototype|opta)[1-9]\d*_top1"
+    metric_pattern: ClassVar[str] = rf"(fewshot|prototype|opta)[1-9]\d*_top1|{'|'.join(separability.METRICS)}"
     train: Train = Field(description="where the training items come from")
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="settings of the probes")
 
@@ -68,18 +57,14 @@ class ProbeTask(ClassesTask):
         return raw
 
     def known(self) -> tuple[str, ...]:
-        """k-NN, the linear probe and every few-shot method."""
+        """k-NN, the linear probe and every few-shot method. On request ``fisher_ratio`` and ``silhouette``: how far
+        apart the classes of the test items are."""
         few = ("fewshot5", "prototype1", "opta1", "prototype5", "opta5")
         return ("knn_top1", "linear_top1", *(f"{name}_top1" for name in few))
 
     def needed(self) -> list[str]:
         """The first modality alone."""
         return [self.modalities[0]]
-
-    def training(self) -> ProbeTask:
-        """This task with the source of its training items."""
-        source = {**self.source.model_dump(), **self.train.model_dump(exclude_unset=True)}
-        return self.model_copy(update={"source": TaskSource.model_validate(source)})
 
 
 @dataclass(slots=True)
@@ -120,14 +105,7 @@ class Probing(Kind[ProbeTask, Probed]):
 
     def collect(self, task: ProbeTask, rows: Rows, store: Store) -> Probed:
         """Inspect the items of both splits; their classes are numbered together."""
-        other = store.ranks.agree(lambda: read_rows(task.training()))
-        every = [*rows.rows, *other.rows]
-        test = labelled(task, rows, store, every)
-        train = labelled(task, other, store, every)
-        notes = [*test.notes, *(f"Training: {n}" for n in train.notes if n not in test.notes)]
-        both = len(set(test.digests) & set(train.digests))
-        if both:
-            notes.append(f"{both} test items are also training items, byte for byte: the numbers are too optimistic.")
+        test, train, notes = both_parts(task, task.at(task.train), rows, store)
         return Probed(
             test, train, [*test.skipped, *train.skipped], test.asked + train.asked, notes,
             digest_of([test.data_digest, train.data_digest]),
@@ -157,14 +135,18 @@ class Probing(Kind[ProbeTask, Probed]):
         chance |= dict.fromkeys(values, 1 / classes)
         for shots in task.numbers(r"(?:fewshot|prototype|opta)([1-9]\d*)_top1"):
             _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
-        return {
-            "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()}),
+        apart = separability.separability(y, test.labels, classes, wanted)
+        out: Measured = {
+            "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()} | apart),
             "ci": metrics.rounded({n: metrics.bootstrap_ci({n: v}, seed=seed)[n] for n, v in values.items()}),
             "chance": metrics.rounded(chance),
             "n": {item: len(test.items), "training": len(train.items), "classes": classes},
             "notes": notes,
             "settings": settings,
         }
+        if details and store.ranks.is_main and apart:
+            out["details"] = distances(task, test, y)
+        return out
 
 
 def _episodes(

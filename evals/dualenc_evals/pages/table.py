@@ -13,7 +13,7 @@ FILE_ONLY = ("MRR", "mean_rank", "calibration_error")
 """Only in the file and the report; a terminal has no room for them."""
 CLASSES = ("classification", "multilabel", "probe")
 TAILS = ("median_rank", "mean_rank", "mean_per_class_recall")
-GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity")
+GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity", "fisher_ratio", "silhouette")
 SHARES = ("top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct", "calibration_error", "AURC")
 
 

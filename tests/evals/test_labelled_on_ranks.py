@@ -1,0 +1,58 @@
+"""Tasks on labelled items of one modality give the same file on one and on two ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _pixels import from_path, run
+from _shared import ROOT
+from test_eval_tasks import picture
+
+TASKS: dict[str, dict[str, Any]] = {
+    "prototypes": {
+        "kind": "classification", "classes": ["red", "blue", "green"], "templates": ["{}"],
+        "metrics": ["top1", "fisher_ratio", "silhouette"],
+        "prototypes": {"support": {"split": "train"}, "each": 2, "background": 3, "keep": 2},
+    },
+}  # fmt: skip
+COLOURS = {"red": (220, 20, 9), "blue": (9, 20, 220), "green": (9, 220, 20), "grey": (99, 99, 99)}
+
+
+def write(tmp: Path) -> list[str]:
+    """The tasks' files, on pictures of noisy colours."""
+    for part, shift in (("train", 0), ("test", 3)):
+        for name, colour in COLOURS.items():
+            place = tmp / "f" / part / name
+            place.mkdir(parents=True)
+            for i in range(9):
+                shade = tuple(min(255, c + (7 * i * (k + 1) + shift) % 31) for k, c in enumerate(colour))
+                (place / f"{i}.png").write_bytes(picture(shade))  # type: ignore[arg-type]
+    (tmp / "f/test/red/4.png").write_bytes(b"no picture")
+    files = []
+    for name, fields in TASKS.items():
+        path = tmp / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"source": {"kind": "folder", "path": "./f", "split": "test"}, **fields}))
+        files.append(str(path))
+    return files
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_one_and_two_ranks_give_the_same_file(tmp_path: Path) -> None:
+    spawn = from_path("_spawn", ROOT / "tests" / "distributed" / "_spawn.py").spawn
+    files = write(tmp_path)
+    alone = json.loads(run(None, files))
+    first, second = (
+        json.loads(text) for text in spawn(Path(__file__).parent / "_pixels.py", "run", 2, {"tasks": files})
+    )
+    assert first == alone
+    for name, task in second["tasks"].items():
+        assert task == {k: v for k, v in alone["tasks"][name].items() if k != "details"}
+        assert task["skipped"]["count"] == 1
