@@ -14,6 +14,7 @@ from dualenc.config import LogitScale, Lora, Prompts, pair_name
 from dualenc.config.stream import Stream
 from dualenc.encoders.hidden import Hidden
 from dualenc.encoders.negatives import joined, parted
+from dualenc.encoders.places import PlacesOf
 from dualenc.encoders.streams import BlockNoise, build_projector
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
@@ -74,6 +75,7 @@ class DualEncoder(nn.Module):
             locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
         self.hidden: dict[str, Hidden] = {}
+        self.places: dict[str, PlacesOf] = {}
         self.watcher: Callable[[str, Tensor], None] | None = None
         """Called in the forward with each modality's name and features, before the next tower runs."""
         self.streams: dict[str, tuple[str, Stream]] = {}
@@ -114,6 +116,8 @@ class DualEncoder(nn.Module):
                 self.watcher(m, features[m])
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
+            if m in self.places:
+                said["places"] = normalised(self.places[m](x))
             for name, value in said.items():
                 more.setdefault(name, {})[m] = value
         out = {
@@ -159,6 +163,15 @@ class DualEncoder(nn.Module):
         self.train(was)
         for group, of in widths.items():
             self.add_head(group, {m: nn.Linear(width, dim) for m, width in of.items() if m not in self.shared})
+
+    def say_places(self, m: str) -> None:
+        """Let every forward also give ``places``: [n, K, D] unit features of the places of each image, see
+        :mod:`dualenc.encoders.places`. The images go through the tower a second time for it.
+
+        Raises:
+            ConfigError: the modality's tower says nothing of places.
+        """
+        self.places[m] = PlacesOf(self.tower(m), f"modalities.{m}.encoder")
 
     def add_head(self, name: str, head: Mapping[str, nn.Module]) -> None:
         """Add modality → module on the features [n, D], whose outputs [n, E] become the group ``name`` of the outputs.

@@ -125,10 +125,17 @@ class ImageTower(Tower):
 
     def pooled(self, x: Tensor) -> Tensor:
         """uint8 [n, 3, S, S] → [n, W]."""
+        out: Tensor = self.trunk(self.pixels(x))
+        return out
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """uint8 [n, 3, S, S] → what the trunk takes."""
         y = (x.to(self.mean.dtype) / 255 - self.mean) / self.std
-        if self.channels_last:
-            y = y.contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.trunk(y)
+        return y.contiguous(memory_format=torch.channels_last) if self.channels_last else y
+
+    def features_of(self, pixels: Tensor) -> Tensor:
+        """What the trunk takes → features [n, D], not normalised: the part of the tower that an exported graph has."""
+        out: Tensor = self.head(self.trunk(pixels))
         return out
 
     def set_channels_last(self) -> None:

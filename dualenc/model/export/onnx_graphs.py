@@ -40,7 +40,7 @@ class _Pixels(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         y = (pixels - self.tower.mean) / self.tower.std
-        return nn.functional.normalize(self.tower.head(self.tower.trunk(y)).float(), dim=-1)
+        return nn.functional.normalize(self.tower.features_of(y).float(), dim=-1)
 
 
 class _Ids(nn.Module):
