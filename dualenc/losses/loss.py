@@ -98,6 +98,10 @@ class Loss(nn.Module):
     """Shares of the towers' depth at which it wants their hidden states, pooled and mapped to the features' width: the
     groups ``dualenc.encoders.dual_encoder.hidden_group(share)`` of its extras."""
 
+    places: Sequence[str] = ()
+    """Modalities whose images' places it wants: ``places`` [B, K, D] of its extras, see
+    :meth:`dualenc.encoders.dual_encoder.DualEncoder.say_places`."""
+
     def heads(self, dim: int, modalities: Sequence[str]) -> Mapping[str, Mapping[str, nn.Module]]:
         """What it trains besides the towers: group → modality → a module on the features [n, ``dim``].
 

@@ -42,7 +42,7 @@ class Wrapper(Loss):
         super().__init__()
         self.loss = loss_of(config.loss, "loss.loss")
         self.needs, self.names_pairs = tuple(self.loss.needs), tuple(self.loss.names_pairs)
-        self.hidden = tuple(self.loss.hidden)
+        self.hidden, self.places = tuple(self.loss.hidden), tuple(self.loss.places)
 
     def heads(self, dim: int, modalities: Sequence[str]) -> dict[str, Mapping[str, nn.Module]]:
         """Those of the loss inside, under names of their own."""

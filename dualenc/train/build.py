@@ -24,7 +24,7 @@ from dualenc.encoders.dual_encoder import DualEncoder
 from dualenc.encoders.trainable.prompts import is_prompt
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
-from dualenc.errors import CheckpointError, DataError, did_you_mean
+from dualenc.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from dualenc.losses import Loss, build_loss, check_loss
 from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
@@ -212,6 +212,10 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
         if loss.hidden:
             rows = {m: x.collate([x.dummy(), x.dummy()]) for m, x in bundle.inputs.items()}
             bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
+    for m in loss.places:
+        if m not in bundle.model.modalities:
+            raise ConfigError(f"loss.modality: there is no modality {m!r}. {did_you_mean(m, bundle.model.modalities)}")
+        bundle.model.say_places(m)
 
 
 def pad_for_compile(recipe: Recipe, bundle: Bundle) -> None:
