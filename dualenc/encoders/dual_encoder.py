@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dualenc.config import LogitScale, Lora, pair_name
 from dualenc.config.stream import Stream
-from dualenc.encoders.hidden import Hidden
+from dualenc.encoders.caption_head import CaptionHead, Captioning, Vocabulary, partners, refuse_unless_causal
+from dualenc.encoders.hidden import Hidden, PlaceStates
 from dualenc.encoders.negatives import joined, parted
 from dualenc.encoders.streams import BlockNoise, build_projector
 from dualenc.encoders.tower import ImageTower, Tower
@@ -75,6 +76,8 @@ class DualEncoder(nn.Module):
         self.hidden: dict[str, Hidden] = {}
         self.watcher: Callable[[str, Tensor], None] | None = None
         """Called in the forward with each modality's name and features, before the next tower runs."""
+        self.rows: Mapping[str, Tensor] | None = None
+        """Which slots the rows of the next forward belong to: see :func:`telling_rows`."""
         self.streams: dict[str, tuple[str, Stream]] = {}
         self.noise: dict[str, BlockNoise] = {}
         self.projectors = nn.ModuleDict()
@@ -98,7 +101,7 @@ class DualEncoder(nn.Module):
             each of the heads: modality → [n_m, E]; and what towers say of their rows besides, such as ``local`` →
             [n_m, K, D'], and ``negatives`` [n_m, K, D] of rows that bring wrong items.
         """
-        features, frozen = {}, {}
+        features, frozen, places = {}, {}, dict[str, PlaceStates]()
         more: dict[str, dict[str, Tensor]] = {}
         for m, x in inputs.items():
             everything, k = joined(x)
@@ -109,6 +112,8 @@ class DualEncoder(nn.Module):
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
+            if m in self.hidden and (last := self.hidden[m].take_places()) is not None:
+                places[m] = last.first(len(features[m]))
             if self.watcher is not None:
                 self.watcher(m, features[m])
             if m in self.locked:
@@ -123,6 +128,9 @@ class DualEncoder(nn.Module):
             "logit_bias": self.logit_bias(),
         }
         for name, head in self.heads.items():
+            if isinstance(head, CaptionHead):
+                out[name] = self._captioned(head, inputs, places)
+                continue
             assert isinstance(head, nn.ModuleDict)
             use = {m: next((k for k in (m, self.shared.get(m, m)) if k in head), EVERY) for m in features}
             rows = out.get(name, features)  # hidden states of that name, or the features
@@ -130,6 +138,17 @@ class DualEncoder(nn.Module):
                 rows = out.get(part.group, {}) if isinstance(part, GroupHead) else rows
             out[name] = {m: head[use[m]](x).float() for m, x in rows.items() if m in use and use[m] in head}
         return out
+
+    def _captioned(
+        self, head: CaptionHead, inputs: Mapping[str, Any], places: Mapping[str, PlaceStates]
+    ) -> dict[str, Tensor]:
+        """Modality of the captions → [n, 2], if both modalities are there."""
+        text, of = head.asked.captions, head.asked.of
+        if text not in places or of not in places:
+            return {}
+        y, z = places[text], places[of]
+        counts = len(y.states), len(z.states)
+        return {text: head(y, inputs[text], z, *partners(self.rows, text, of, counts, y.states.device))}
 
     def keep_hidden(self, depths: Sequence[float], dim: int, rows: Mapping[str, Any]) -> None:
         """Let every forward also give the pooled hidden states at ``depths`` (shares of a tower's depth), each mapped
@@ -145,12 +164,9 @@ class DualEncoder(nn.Module):
         was = self.training
         self.eval()
         for m, x in rows.items():
-            owner = self.shared.get(m, m)
-            if owner not in self.hidden:
-                self.hidden[owner] = Hidden(self.tower(m), depths, owner)
-            kept = self.hidden[m] = self.hidden[owner]
-            # Its blocks may run only once for a batch, on its rows in their order.
-            self.tower(m).keeps_shape, self.tower(m).length_groups = True, False
+            kept = self._hidden(m)
+            kept.pool(depths)
+            kept.begin()
             with torch.no_grad():
                 self.tower(m)(x)
             for depth, y in kept.take(x).items():
@@ -158,6 +174,45 @@ class DualEncoder(nn.Module):
         self.train(was)
         for group, of in widths.items():
             self.add_head(group, {m: nn.Linear(width, dim) for m, width in of.items() if m not in self.shared})
+
+    def _hidden(self, m: str) -> Hidden:
+        """What keeps the states of the tower that encodes ``m``, for all modalities that it encodes."""
+        owner, tower = self.shared.get(m, m), self.tower(m)
+        if owner not in self.hidden:
+            kept = Hidden(tower, (), owner)
+            self.hidden |= {x: kept for x in self.modalities if self.shared.get(x, x) == owner}
+            # Its blocks may run only once for a batch, on its rows in their order.
+            tower.keeps_shape, tower.length_groups = True, False
+        return self.hidden[owner]
+
+    def add_caption_head(self, name: str, asked: Captioning, rows: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+        """Let every forward with both modalities also say how likely its captions are: the group ``name`` of the
+        captions' modality, [n, 2], see :class:`CaptionHead`. Like :meth:`add_head` it serves a loss only.
+
+        Args:
+            rows: modality → some collated rows, of both.
+
+        Raises:
+            ConfigError: a tower without repeated blocks, or a text tower that is not causal.
+        """
+        widths = {}
+        was = self.training
+        self.eval()
+        for m in (asked.captions, asked.of):
+            kept, x = self._hidden(m), rows[m]
+            kept.keep_places()
+            kept.begin()
+            with torch.no_grad():
+                self.tower(m)(x)
+            kept.take(x)
+            places = kept.take_places()
+            assert places is not None
+            widths[m] = places.states.shape[2]
+        text = asked.captions
+        where = f"modalities.{text}.encoder"
+        refuse_unless_causal(self.tower(text), self.hidden[text], rows[text], vocabulary.size, where)
+        self.train(was)
+        self.heads[name] = CaptionHead(asked, widths[text], widths[asked.of], vocabulary)
 
     def add_head(self, name: str, head: Mapping[str, nn.Module]) -> None:
         """Add modality → module on the features [n, D], whose outputs [n, E] become the group ``name`` of the outputs.
@@ -280,6 +335,25 @@ class DualEncoder(nn.Module):
             tower.keeps_shape, tower.length_groups = True, False  # every new size is compiled again
             for part in (tower.blocks() if blocks else []) or [tower]:
                 part.compile()
+
+
+@contextmanager
+def telling_rows(model: nn.Module, rows: Mapping[str, Tensor]) -> Iterator[None]:
+    """Around a forward of ``model``, however an engine wraps it: which slots the rows of each modality belong to. Heads
+    on two modalities of a sample need it; without it row i of one belongs to row i of the other.
+
+    Args:
+        model: a :class:`DualEncoder`; others are not told.
+        rows: modality → [n_m], ``Batch.rows``.
+    """
+    if not isinstance(model, DualEncoder):
+        yield
+        return
+    model.rows = rows
+    try:
+        yield
+    finally:
+        model.rows = None
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -67,6 +67,11 @@ class WeightedSum(Loss):
         self.parts = nn.ModuleList(loss_of(t, f"loss.terms.{k}") for k, t in enumerate(config.terms))
         self.needs = tuple(dict.fromkeys(name for part in self.children_losses() for name in part.needs))
         self.hidden = tuple(dict.fromkeys(depth for part in self.children_losses() for depth in part.hidden))
+        self.captioning = {
+            f"{name}{JOINT}{group}": asked
+            for name, part in zip(self.names, self.children_losses(), strict=True)
+            for group, asked in part.captioning.items()
+        }
         self.names_pairs = tuple(
             pair
             for t, part in zip(config.terms, self.children_losses(), strict=True)

@@ -43,6 +43,7 @@ class Wrapper(Loss):
         self.loss = loss_of(config.loss, "loss.loss")
         self.needs, self.names_pairs = tuple(self.loss.needs), tuple(self.loss.names_pairs)
         self.hidden = tuple(self.loss.hidden)
+        self.captioning = {f"{INNER}{JOINT}{group}": asked for group, asked in self.loss.captioning.items()}
 
     def heads(self, dim: int, modalities: Sequence[str]) -> dict[str, Mapping[str, nn.Module]]:
         """Those of the loss inside, under names of their own."""
