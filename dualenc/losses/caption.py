@@ -13,6 +13,7 @@ Memory: the head gives two numbers for each sample; of its logits [places, vocab
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from pydantic import Field, model_validator
@@ -24,6 +25,7 @@ from dualenc.distributed.world import world_size
 from dualenc.encoders.caption_head import Captioning
 from dualenc.errors import ConfigError
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
+from dualenc.memory import LossState, RunShape
 
 GROUP = "caption"
 
@@ -60,6 +62,24 @@ class Caption(Loss):
         asked = Captioning(config.of, config.captions, config.layers, config.heads)
         self.captioning = MappingProxyType({GROUP: asked})
 
+    def memory(self, run: RunShape) -> Mapping[str, LossState]:
+        """None.
+
+        Raises:
+            ConfigError: it is listed for another pair than its own.
+        """
+        self._refuse_others(run.pairs)
+        return {}
+
+    def _refuse_others(self, pairs: Sequence[tuple[str, str]]) -> None:
+        own = (self.config.of, self.config.captions)
+        if others := [p for p in pairs if {*p} != {*own}]:
+            said = "[{}, {}]".format(*own)
+            raise ConfigError(
+                f"loss: caption is for the pair {said} and not for {list(others[0])}; write {{name: caption, pairs: "
+                f"[{said}]}} in the list"
+            )
+
     def forward(
         self,
         a: Tensor,
@@ -70,11 +90,9 @@ class Caption(Loss):
         extras: Extras | None = None,
     ) -> LossOutput:
         """See the module; a and b, the features, are not used."""
-        c = self.config
-        if extras is None or {*extras.pair} != {c.of, c.captions}:
-            pair = f"[{c.of}, {c.captions}]"
-            raise ConfigError(f"loss: caption is for {pair} only; write {{name: caption, pairs: [{pair}]}} in the list")
-        rows = (extras.a if extras.pair[0] == c.captions else extras.b)[GROUP]
+        self._refuse_others([extras.pair if extras else ("a", "b")])
+        assert extras is not None
+        rows = (extras.a if extras.pair[0] == self.config.captions else extras.b)[GROUP]
         rows = where((ids >= 0)[:, None], rows, 0.0)
         count = gather_ids(rows[:, 1].detach().long()).sum().clamp(min=1)
         return LossOutput(rows[:, 0].sum() / (count.to(rows.dtype) / world_size()))

@@ -32,6 +32,7 @@ from dualenc.encoders.dual_encoder import hidden_group, telling_rows
 from dualenc.encoders.hidden import PlaceStates
 from dualenc.errors import ConfigError
 from dualenc.losses import build_loss, objective
+from dualenc.memory import RunShape
 from dualenc.model import load_model
 from dualenc.train.build import vocabulary_of
 from dualenc.train.flops import FlopCount
@@ -152,6 +153,8 @@ def test_settings_that_do_not_fit_are_named() -> None:
         build_loss(Component(name="caption", of="text"))
     with pytest.raises(ConfigError, match=r"modalities\.image is not text"):
         vocabulary_of(_real_towers.inputs_of("own vit")["image"], Captioning("text", "image", 1, 1))
+    with pytest.raises(ConfigError, match=r"for the pair \[image, text\] and not for \['audio', 'text'\]; write"):
+        loss_of().memory(RunShape(16, [("text", "image"), ("audio", "text")], 8))
     net = model("own vit")
     with pytest.raises(ConfigError, match=r"not seen; layers and caption cannot be used with engine\.compile"):
         net.hidden["text"].take({})
@@ -214,8 +217,6 @@ def test_a_batch_without_a_pair_is_zero_with_zero_gradients() -> None:
     assert float(value.detach()) == 0
     value.backward()
     assert all(float(p.grad.abs().max()) == 0 for k, p in net.named_parameters() if k.startswith("heads."))
-    with pytest.raises(ConfigError, match=r"caption is for \[image, text\] only"):
-        build_loss(Component(name="caption"))(*[torch.ones(1, 1)] * 2, torch.ones(1), torch.ones(1))
 
 
 def test_wrong_texts_of_rows_and_hidden_states_at_all_depths_go_along() -> None:
