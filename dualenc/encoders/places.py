@@ -9,6 +9,7 @@ linearly, the mean over the places is the feature of the image.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -62,7 +63,10 @@ class PlacesOf:
             maps = tower.maps(tower.pixels(x))
             if maps.ndim == 4:
                 cells = maps.flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]
-                features: Tensor = tower.head(tower.pool(cells))
+                try:
+                    features: Tensor = tower.head(tower.pool(cells))
+                except RuntimeError as e:  # channels last, as timm's Swin has them
+                    raise ConfigError(self._none()) from e
                 return features.view(maps.shape[0], -1, features.shape[1])
         return self._of_tokens(x)
 
@@ -102,22 +106,30 @@ class PlacesOf:
 
 @contextmanager
 def _leading_to(blocks: Sequence[nn.Module], last: Any) -> Iterator[None]:
-    """Let blocks pass on what they are given, and the last one give ``last``."""
-    kept = [block.__dict__.get("forward") for block in blocks]
+    """Let blocks pass on what they are given, and the last one give ``last``. Their hooks rest: those of learned prompts
+    and of kept states would count a second time, and those of engines would fetch weights that nobody uses."""
 
     def passing(states: Any, *_: Any, **__: Any) -> Any:
         return (states, *last[1:]) if isinstance(last, tuple) else states
 
-    for block in blocks[:-1]:
+    kept = [(block.__dict__.get("forward"), *(getattr(block, name) for name in _HOOKS)) for block in blocks]
+    for block in blocks:
         block.forward = passing  # type: ignore[method-assign]
+        for name in _HOOKS:
+            setattr(block, name, OrderedDict())
     blocks[-1].forward = lambda *_, **__: last  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block, forward in zip(blocks, kept, strict=True):
+        for block, (forward, *hooks) in zip(blocks, kept, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward  # type: ignore[method-assign]
+            for name, own in zip(_HOOKS, hooks, strict=True):
+                setattr(block, name, own)
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 def at_centres(places: int, cells: int) -> Tensor:

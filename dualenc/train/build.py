@@ -15,11 +15,14 @@ from dualenc.checkpoint.ranges import Stored
 from dualenc.config import Recipe
 from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
+from dualenc.data.modalities import ModalityInput
 from dualenc.data.modalities.modality import FewShapes
+from dualenc.data.modalities.text import TextInput
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World, agree, all_gather_object
 from dualenc.encoders import unused_parameters
+from dualenc.encoders.caption_head import Captioning, Vocabulary
 from dualenc.encoders.dual_encoder import DualEncoder
 from dualenc.encoders.trainable.prompts import is_prompt
 from dualenc.engine import Engine, build_engine, lr_factor
@@ -212,10 +215,24 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
         if loss.hidden:
             rows = {m: x.collate([x.dummy(), x.dummy()]) for m, x in bundle.inputs.items()}
             bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
-    for m in loss.places:
-        if m not in bundle.model.modalities:
-            raise ConfigError(f"loss.modality: there is no modality {m!r}. {did_you_mean(m, bundle.model.modalities)}")
+        for group, asked in loss.captioning.items():
+            rows = {m: two_rows(bundle.inputs[m]) for m in (asked.of, asked.captions)}
+            bundle.model.add_caption_head(group, asked, rows, vocabulary_of(bundle.inputs[asked.captions], asked))
+        for group, context in loss.in_context.items():
+            bundle.model.add_context_head(group, context)
+    for m in loss.places_of:
         bundle.model.say_places(m)
+
+
+def vocabulary_of(source: ModalityInput, asked: Captioning) -> Vocabulary:
+    """The tokens of the captions' input.
+
+    Raises:
+        ConfigError: it is not text.
+    """
+    if not isinstance(source, TextInput):
+        raise ConfigError(f"loss: caption: modalities.{asked.captions} is not text; name the captions' in captions")
+    return Vocabulary(source.vocab_size, None if source.masks_padding else source.eot_id)
 
 
 def pad_for_compile(recipe: Recipe, bundle: Bundle) -> None:

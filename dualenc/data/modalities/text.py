@@ -314,6 +314,11 @@ class TextInput:
             mask[i, : len(row)] = True
         return {"ids": ids, "mask": mask}
 
+    @property
+    def masks_padding(self) -> bool:
+        """Whether ``mask`` leaves padding out; towers that were trained on padding see it."""
+        return not self._full
+
     def dummy(self) -> Tensor:
         """A caption of one word."""
         return self._row("a")
