@@ -101,30 +101,6 @@ class Embedder:
                 out.append(prefix(features.float(), self.dim).cpu())
         return torch.cat(out) if out else torch.zeros(0, self.embed_dim)
 
-    def embed_places(self, modality: str, items: Sequence[Any], batch_size: int = 64) -> Tensor:
-        """Embed the places of raw images in order.
-
-        Args and errors: as of :meth:`embed`, without ``bad``.
-
-        Returns:
-            [n, K, D]: the K places of each image row by row, L2-normalised, fp32, on the CPU.
-
-        Raises:
-            ConfigError: also if the tower says nothing of places (:mod:`dualenc.encoders.places`).
-        """
-        model, out = self.bundle.model, []
-        before = dict(model.places)
-        model.say_places(modality)
-        try:
-            with torch.no_grad():
-                for x in self.batches(modality, items, batch_size):
-                    with autocast(self.device, self.precision):
-                        places = self._forward({modality: x})["places"][modality]
-                    out.append(prefix(places.float(), self.dim).cpu())
-        finally:
-            model.places = before
-        return torch.cat(out) if out else torch.zeros(0, 0, self.embed_dim)
-
     def batches(
         self, modality: str, items: Sequence[Any], batch_size: int = 64, bad: dict[int, str] | None = None
     ) -> Iterator[Any]:

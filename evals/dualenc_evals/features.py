@@ -57,13 +57,6 @@ class EvalModel(Protocol):
 
 
 @runtime_checkable
-class SaysPlaces(Protocol):
-    """A model that also has features of the places of images: [n, K, D] unit rows, else as ``embed``."""
-
-    def embed_places(self, modality: str, items: Sequence[Any], batch_size: int = 64) -> Tensor: ...
-
-
-@runtime_checkable
 class OnDevice(Protocol):
     """A model that says where it computes; any other is assumed to compute on the CPU."""
 
@@ -170,28 +163,6 @@ class Store:
         x = self._chunks(modality, [contents[first[d]] for d in order], order)
         _check_features(x, len(order), modality)
         return x[torch.tensor([place[d] for d in digests], dtype=torch.long)]
-
-    def places(self, modality: str, contents: Sequence[Content]) -> Tensor:
-        """[n, K, D]: the unit features of the K places of each image. They are not kept: there are too many.
-
-        Raises:
-            ConfigError: the model says nothing of places.
-        """
-        model, size, n = self.embedder, self.batch_size, len(contents)
-        if not isinstance(model, SaysPlaces):
-            raise ConfigError(f"This model has no features of the places of {modality} items (embed_places).")
-        batches = [contents[s : s + size] for s in range(0, n, size)]
-        ranks = self.ranks
-        parts: list[tuple[int, Tensor]] = []
-        for start in range(0, len(batches), ranks.size):
-            number = start + ranks.rank
-            own = batches[min(number, len(batches) - 1)]  # every rank calls equally often
-            read = [c.read() for c in own]
-            mine = ranks.agree(lambda r=read: [model.embed_places(modality, r, batch_size=size)])  # type: ignore[misc]
-            parts += [p for part in ranks.gather([(number, x) for x in mine if number < len(batches)]) for p in part]
-            if self.advance is not None:
-                self.advance(modality, min((start + ranks.size) * size, n), n)
-        return torch.cat([x for _, x in sorted(parts, key=lambda p: p[0])])
 
     def _chunks(self, modality: str, contents: Sequence[Content], digests: Sequence[str]) -> Tensor:
         """[n, D]: the chunks that are kept are read, the others embedded and kept."""
