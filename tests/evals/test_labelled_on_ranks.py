@@ -21,6 +21,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "metrics": ["top1", "fisher_ratio", "silhouette"],
         "prototypes": {"support": {"split": "train"}, "each": 2, "background": 3, "keep": 2},
     },
+    "probe": {
+        "kind": "probe", "train": {"split": "train"}, "probe": {"k": 5},
+        "metrics": ["knn_top1", "knn_gain", "silhouette"],
+    },
     "instances": {"kind": "instances", "metrics": ["mAP", "R@1", "mAP@5"]},
 }  # fmt: skip
 COLOURS = {"red": (220, 20, 9), "blue": (9, 20, 220), "green": (9, 220, 20), "grey": (99, 99, 99)}

@@ -97,8 +97,10 @@ class ClassificationTask(PromptedTask):
         return "background" if self.prototypes is not None and self.prototypes.background else self.other_labels
 
     def needed(self) -> list[str]:
-        """The items' modality, and that of the prompts if there are any."""
-        return list(self.modalities) if self.prompts else [self.modalities[0]]
+        """The items' modality, and those of prompts and prototypes if there are any."""
+        further = None if self.prototypes is None else self.prototypes.support.modality
+        used = [*self.modalities] if self.prompts else [self.modalities[0]]
+        return used if further is None or further in used else [*used, further]
 
     def check_keys(self) -> None:
         """The background is what is in none of the classes that the task lists."""
@@ -357,7 +359,7 @@ def _classes(task: ClassificationTask, data: Labelled, store: Store) -> tuple[By
     if about is None or support is None:
         assert prompts is not None, "without prototypes there are prompts"
         return prompts, templates
-    x = store.features(task.modalities[0], support.items, support.digests)
+    x = store.features(about.support.modality or task.modalities[0], support.items, support.digests)
     each = [about.each] * len(named) + [about.background or 0] * (len(data.names) - len(named))
     table, owners = make_prototypes(x, support.labels, each)
     return ByPrototypes(table, owners, len(data.names), about.keep, prompts), templates

@@ -48,9 +48,9 @@ def wrong_ahead(
                 ahead[mine] = (~(scores[owner[mine]] < own[mine, None])).sum(1)
         else:
             for q in range(stop - start):
-                mine = slice(int(positives.offsets[start + q]) - lo, int(positives.offsets[start + q + 1]) - lo)
+                own_q = slice(int(positives.offsets[start + q]) - lo, int(positives.offsets[start + q + 1]) - lo)
                 ordered = scores[q].nan_to_num(torch.inf, torch.inf, -torch.inf).sort().values
-                ahead[mine] = len(gallery) - torch.searchsorted(ordered, own[mine])
+                ahead[own_q] = len(gallery) - torch.searchsorted(ordered, own[own_q])
             ahead[own.isnan()] = len(gallery)
         wrong = len(gallery) - torch.from_numpy(positives.counts[start:stop])[owner]
         out[lo : lo + len(owner)] = torch.minimum(ahead, wrong).numpy()

@@ -14,7 +14,17 @@ FILE_ONLY = ("MRR", "mean_rank", "calibration_error")
 CLASSES = ("classification", "multilabel", "probe")
 TAILS = ("median_rank", "mean_rank", "mean_per_class_recall")
 GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity", "fisher_ratio", "silhouette")
-SHARES = ("top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct", "calibration_error", "AURC")
+SHARES = (
+    "top1",
+    "top5",
+    "mean_per_class_recall",
+    "mAP",
+    "_score",
+    "all_correct",
+    "calibration_error",
+    "AURC",
+    "knn_gain",
+)
 
 
 def is_share(metric: str) -> bool:
