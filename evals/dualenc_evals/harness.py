@@ -51,7 +51,7 @@ OTHER_KINDS_KEYS: dict[str, Any] = {
     "probe": {"k": 20, "temperature": 0.07, "ways": 5, "queries": 15, "episodes": 600},
 }
 """Counted in every task's ``definition``: results were first written when all kinds shared one set of keys."""
-LATER_KEYS: dict[str, Any] = {"prototypes": None, "train.modality": None}
+LATER_KEYS: dict[str, Any] = {"prototypes": None, "depths": None, "train.modality": None}
 """Keys that tasks got later: left out of the ``definition`` where they have their default."""
 
 __all__ = ["EvalModel", "environment", "evaluate", "print_table", "run_task", "write_json"]

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dualenc.model.zero_shot import classifier
 from dualenc_evals.features import Store, digest, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
+from dualenc_evals.last_blocks import Fused
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics import separability
 from dualenc_evals.metrics.prototypes import ByPrompts, ByPrototypes, Lazily, make_prototypes
@@ -77,6 +78,10 @@ class ClassificationTask(PromptedTask):
 
     kind: Literal["classification"]
     prototypes: Prototypes | None = Field(None, description="labelled items in the place of prompts")
+    depths: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = Field(
+        None,
+        description="the items' features are the mean of those after these shares of their tower's blocks; 1: the last",
+    )
     one_class: ClassVar[bool] = True
     metric_pattern: ClassVar[str] = rf"AURC|{SELECTIVE}|{'|'.join(separability.METRICS)}"
 
@@ -279,6 +284,8 @@ class Classification(Kind[ClassificationTask, Labelled]):
 
     def evaluate(self, task: ClassificationTask, data: Labelled, store: Store, seed: int, details: bool) -> Measured:
         """top-1, top-5, mean per-class recall, calibration error, intervals and chance, and details to look at."""
+        if task.depths is not None:
+            store = replace(store, embedder=Fused(store.embedder, task.depths, task.modalities[0]))
         classes, templates = _classes(task, data, store)
         x = store.features(task.modalities[0], data.items, data.digests)
         wanted = task.wanted()
@@ -321,6 +328,8 @@ class Classification(Kind[ClassificationTask, Labelled]):
             out["templates"] = templates
         if confidence is not None:
             out["settings"] = {"logit_scale": scale}
+        if task.depths is not None:
+            out["settings"] = out.get("settings", {}) | {"depths": task.depths}
         if isinstance(classes, ByPrototypes) and data.support is not None:
             out["n"]["support"] = len(data.support.items)
             out["settings"] = out.get("settings", {}) | {"prototypes": len(classes.table)}
