@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
+from dualenc_evals.catalog import parse_task
+from dualenc_evals.harness import evaluate
+
 sys.path.insert(0, str(Path(__file__).parent))
-from _pixels import from_path, run
+from _pixels import from_path, plain, run
 from _shared import ROOT
+from test_dense import folder, said
 from test_eval_tasks import picture
+from test_last_blocks import VIT, model
 
 TASKS: dict[str, dict[str, Any]] = {
     "prototypes": {
@@ -48,16 +53,27 @@ def write(tmp: Path) -> list[str]:
     return files
 
 
+def run_both(world: Any, files: list[str], masked: str) -> str:
+    """The tasks of ``files``, and a dense one with prototypes of places by a small tower of ours."""
+    prototypes = {"support": {"where": {"part": "b"}}, "each": 2, "background": 3}
+    fields = said(Path(masked), background="0", prototypes=prototypes)
+    fields["source"]["where"] = {"part": "a"}
+    more = evaluate(model(VIT, 32), [parse_task(fields)], world=world, batch_size=4, progress=False)
+    results = json.loads(run(world, files))
+    results["tasks"]["dense"] = more["tasks"]["a"]
+    return plain(results)
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_one_and_two_ranks_give_the_same_file(tmp_path: Path) -> None:
     spawn = from_path("_spawn", ROOT / "tests" / "distributed" / "_spawn.py").spawn
-    files = write(tmp_path)
-    alone = json.loads(run(None, files))
-    first, second = (
-        json.loads(text) for text in spawn(Path(__file__).parent / "_pixels.py", "run", 2, {"tasks": files})
-    )
+    (tmp_path / "masked").mkdir()
+    given = {"files": write(tmp_path), "masked": str(folder(tmp_path / "masked", 14))}
+    alone = json.loads(run_both(None, **given))
+    assert len(alone["tasks"]) == len(TASKS) + 1
+    first, second = (json.loads(text) for text in spawn(Path(__file__), "run_both", 2, given))
     assert first == alone
     for name, task in second["tasks"].items():
         assert task == {k: v for k, v in alone["tasks"][name].items() if k != "details"}
-        assert task["skipped"]["count"] == 1
+        assert task["skipped"]["count"] == (name != "dense")

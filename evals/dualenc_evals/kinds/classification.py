@@ -62,7 +62,7 @@ class PromptedTask(ClassesTask):
         super().check_keys()
 
 
-class Prototypes(Section):
+class ItemPrototypes(Section):
     """Classes by labelled items instead of prompts (OVDiff, S43)."""
 
     support: Train = Field(description="where the labelled items come from: keys of the source that differ")
@@ -77,7 +77,7 @@ class ClassificationTask(PromptedTask):
     """``kind: classification``."""
 
     kind: Literal["classification"]
-    prototypes: Prototypes | None = Field(None, description="labelled items in the place of prompts")
+    prototypes: ItemPrototypes | None = Field(None, description="labelled items in the place of prompts")
     depths: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = Field(
         None,
         description="the items' features are the mean of those after these shares of their tower's blocks; 1: the last",

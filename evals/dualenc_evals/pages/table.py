@@ -11,7 +11,7 @@ from rich.text import Text
 
 FILE_ONLY = ("MRR", "mean_rank", "calibration_error")
 """Only in the file and the report; a terminal has no room for them."""
-CLASSES = ("classification", "multilabel", "probe")
+CLASSES = ("classification", "dense", "multilabel", "probe")
 TAILS = ("median_rank", "mean_rank", "mean_per_class_recall")
 GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity", "fisher_ratio", "silhouette")
 SHARES = (
@@ -24,6 +24,9 @@ SHARES = (
     "calibration_error",
     "AURC",
     "knn_gain",
+    "mIoU",
+    "mIoU_foreground",
+    "pixel_accuracy",
 )
 
 
