@@ -177,6 +177,7 @@ class Train(Section):
     where: dict[str, str | list[str]] | None = Field(default=None, description="keep rows whose column has this value")
     every: Every | None = Field(default=None, description="a fixed share of the rows")
     limit: Positive | None = Field(default=None, description="read only this many rows")
+    modality: str | None = Field(default=None, description="another modality of theirs, such as text")
 
 
 class Reference(Section):
@@ -325,8 +326,10 @@ class ClassesTask(Task):
 
     def at(self, rows: Train) -> Self:
         """This task with another part of its data."""
-        source = {**self.source.model_dump(), **rows.model_dump(exclude_unset=True)}
-        return self.model_copy(update={"source": TaskSource.model_validate(source)})
+        source = {**self.source.model_dump(), **rows.model_dump(exclude_unset=True, exclude={"modality"})}
+        first = rows.modality or self.modalities[0]
+        modalities = (first, next(m for m in reversed(self.modalities) if m != first))
+        return self.model_copy(update={"source": TaskSource.model_validate(source), "modalities": modalities})
 
     @property
     def numbers_classes(self) -> bool:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dualenc.model.zero_shot import classifier
 from dualenc_evals.features import Store, digest, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
+from dualenc_evals.last_blocks import Fused
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics import separability
 from dualenc_evals.metrics.prototypes import ByPrompts, ByPrototypes, Lazily, make_prototypes
@@ -61,7 +62,7 @@ class PromptedTask(ClassesTask):
         super().check_keys()
 
 
-class Prototypes(Section):
+class ItemPrototypes(Section):
     """Classes by labelled items instead of prompts (OVDiff, S43)."""
 
     support: Train = Field(description="where the labelled items come from: keys of the source that differ")
@@ -76,7 +77,11 @@ class ClassificationTask(PromptedTask):
     """``kind: classification``."""
 
     kind: Literal["classification"]
-    prototypes: Prototypes | None = Field(None, description="labelled items in the place of prompts")
+    prototypes: ItemPrototypes | None = Field(None, description="labelled items in the place of prompts")
+    depths: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = Field(
+        None,
+        description="the items' features are the mean of those after these shares of their tower's blocks; 1: the last",
+    )
     one_class: ClassVar[bool] = True
     metric_pattern: ClassVar[str] = rf"AURC|{SELECTIVE}|{'|'.join(separability.METRICS)}"
 
@@ -97,8 +102,10 @@ class ClassificationTask(PromptedTask):
         return "background" if self.prototypes is not None and self.prototypes.background else self.other_labels
 
     def needed(self) -> list[str]:
-        """The items' modality, and that of the prompts if there are any."""
-        return list(self.modalities) if self.prompts else [self.modalities[0]]
+        """The items' modality, and those of prompts and prototypes if there are any."""
+        further = None if self.prototypes is None else self.prototypes.support.modality
+        used = [*self.modalities] if self.prompts else [self.modalities[0]]
+        return used if further is None or further in used else [*used, further]
 
     def check_keys(self) -> None:
         """The background is what is in none of the classes that the task lists."""
@@ -277,6 +284,8 @@ class Classification(Kind[ClassificationTask, Labelled]):
 
     def evaluate(self, task: ClassificationTask, data: Labelled, store: Store, seed: int, details: bool) -> Measured:
         """top-1, top-5, mean per-class recall, calibration error, intervals and chance, and details to look at."""
+        if task.depths is not None:
+            store = replace(store, embedder=Fused(store.embedder, task.depths, task.modalities[0]))
         classes, templates = _classes(task, data, store)
         x = store.features(task.modalities[0], data.items, data.digests)
         wanted = task.wanted()
@@ -319,6 +328,8 @@ class Classification(Kind[ClassificationTask, Labelled]):
             out["templates"] = templates
         if confidence is not None:
             out["settings"] = {"logit_scale": scale}
+        if task.depths is not None:
+            out["settings"] = out.get("settings", {}) | {"depths": task.depths}
         if isinstance(classes, ByPrototypes) and data.support is not None:
             out["n"]["support"] = len(data.support.items)
             out["settings"] = out.get("settings", {}) | {"prototypes": len(classes.table)}
@@ -357,7 +368,7 @@ def _classes(task: ClassificationTask, data: Labelled, store: Store) -> tuple[By
     if about is None or support is None:
         assert prompts is not None, "without prototypes there are prompts"
         return prompts, templates
-    x = store.features(task.modalities[0], support.items, support.digests)
+    x = store.features(about.support.modality or task.modalities[0], support.items, support.digests)
     each = [about.each] * len(named) + [about.background or 0] * (len(data.names) - len(named))
     table, owners = make_prototypes(x, support.labels, each)
     return ByPrototypes(table, owners, len(data.names), about.keep, prompts), templates

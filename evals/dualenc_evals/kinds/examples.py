@@ -79,20 +79,22 @@ def hits(
     ranks: Ints,
     chosen: Sequence[int],
     names: tuple[str, str] = ("", ""),
+    own: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """For each chosen query: its rank and its ``TOP`` best gallery items with score and whether they are right.
 
-    ``names``: the modalities of queries and gallery.
+    ``names``: the modalities of queries and gallery. ``own``: the row of each query in the gallery, which is left out.
     """
     if not chosen:
         return []
-    found, scores = top_k(queries[1][torch.tensor(chosen)], gallery[1], TOP)
+    found, scores = top_k(queries[1][torch.tensor(chosen)], gallery[1], TOP + (own is not None))
     rows = []
     for q, columns, values in zip(chosen, found.tolist(), scores.tolist(), strict=True):
         best = [
             {"item": shown.add(gallery[0][j], names[1]), "score": round(s, 4), "right": j in right[q]}
             for j, s in zip(columns, values, strict=True)
-        ]
+            if own is None or j != own[q]
+        ][:TOP]
         answers = [shown.add(gallery[0][j], names[1]) for j in sorted(right[q])[:1]]
         rows.append(
             {"query": shown.add(queries[0][q], names[0]), "rank": int(ranks[q]), "hits": best, "answer": answers[0]}
