@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -109,21 +108,6 @@ def test_a_model_with_boxes_is_saved_and_exported(tmp_path: Path) -> None:
     assert torch.equal(again.model.encode("image", images()), bundle.model.encode("image", images()))
     with pytest.raises(ConfigError, match="open_clip has no place for the tower own/convnet"):
         export(bundle, "open_clip", tmp_path / "o")
-
-
-@pytest.mark.slow
-def test_a_graph_has_the_boxes(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    image = {"input": {"size": 64}, "encoder": {**CONVNET, "regions": [1, 3]}}
-    bundle = built(24, image=image, text=WORDS)
-    export(bundle, "onnx", tmp_path / "o")
-    pixels = images(5)
-    got = onnxruntime.InferenceSession(tmp_path / "o" / "image.onnx").run(
-        None, {"pixels": pixels.float().numpy() / 255}
-    )
-    want = bundle.model.encode("image", pixels).detach().numpy()
-    assert np.abs(got[0] - want).max() <= 1e-5
 
 
 @pytest.mark.slow
