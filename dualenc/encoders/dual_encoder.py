@@ -16,7 +16,7 @@ from dualenc.encoders.caption_head import CaptionHead, Captioning, Vocabulary, p
 from dualenc.encoders.context_head import ContextHead, InContext
 from dualenc.encoders.hidden import Hidden, PlaceStates
 from dualenc.encoders.negatives import joined, parted
-from dualenc.encoders.places import PlacesOf
+from dualenc.encoders.places import features_of_places, heard
 from dualenc.encoders.streams import BlockNoise, build_projector
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
@@ -77,7 +77,8 @@ class DualEncoder(nn.Module):
             locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
         self.hidden: dict[str, Hidden] = {}
-        self.places: dict[str, PlacesOf] = {}
+        self.says_places: set[str] = set()
+        """Modalities whose images' places are in the outputs, see :meth:`say_places`."""
         self.watcher: Callable[[str, Tensor], None] | None = None
         """Called in the forward with each modality's name and features, before the next tower runs."""
         self.rows: Mapping[str, Tensor] | None = None
@@ -111,7 +112,12 @@ class DualEncoder(nn.Module):
             everything, k = joined(x)
             if m in self.hidden:
                 self.hidden[m].begin()
-            said = self.outputs_of(m, everything)
+            tower = self.tower(m)
+            with heard(tower, m) if m in self.says_places else nullcontext([]) as last_block:
+                said = self.outputs_of(m, everything)
+            if m in self.says_places:
+                of_places = features_of_places(tower, everything, last_block)
+                said["places"] = normalised(of_places.flatten(1, 2))
             if m in self.hidden:
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
@@ -122,8 +128,6 @@ class DualEncoder(nn.Module):
                 self.watcher(m, features[m])
             if m in self.locked:
                 frozen[m] = normalised(own.detach())
-            if m in self.places:
-                said["places"] = normalised(self.places[m](x))
             for name, value in said.items():
                 more.setdefault(name, {})[m] = value
         out = {
@@ -195,13 +199,14 @@ class DualEncoder(nn.Module):
             self.add_head(group, {m: nn.Linear(width, dim) for m, width in of.items() if m not in self.shared})
 
     def say_places(self, m: str) -> None:
-        """Let every forward also give ``places``: [n, K, D] unit features of the places of each image, see
-        :mod:`dualenc.encoders.places`. The images go through the tower a second time for it.
+        """Let every forward also give ``places``: [n, K, D] unit features of the K places of each image, row by row,
+        see :mod:`dualenc.encoders.places`.
 
         Raises:
             ConfigError: the modality's tower says nothing of places.
         """
-        self.places[m] = PlacesOf(self.tower(m), f"modalities.{m}.encoder")
+        with heard(self.tower(m), f"modalities.{m}.encoder"):
+            self.says_places.add(m)
 
     def add_context_head(self, name: str, asked: InContext) -> None:
         """Let every forward with both modalities also give the texts that samples list as the image changes them: the

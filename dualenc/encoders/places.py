@@ -1,18 +1,18 @@
-"""What an image tower says of places: the features of the cells of its last map or of its last block's tokens, each put
-through all that comes after them, as if it were the whole image.
+"""What an image tower says of places: cells of the last block's map, or patches of its sequence.
 
-For a CLIP that pools by attention or by its class token this is what MaskCLIP (Zhou et al. 2022, arXiv 2112.01071) and
-DenseCLIP (Rao et al. 2022, arXiv 2112.01518) score against texts; for a tower that averages its map and maps the mean
-linearly, the mean over the places is the feature of the image.
+The features of a place are what the rest of the tower makes of a map in which every cell, or a sequence in which every
+token, is this one: the mean of the places is then the place itself, it stands where the class token stood, and
+attention pooling sees nothing else. So no architecture has to be known. For a CLIP this is what MaskCLIP (Zhou et al.
+2022, arXiv 2112.01071) and DenseCLIP (Rao et al. 2022, arXiv 2112.01518) score against texts; where a tower takes the
+mean of its places, an image of a single place has that place's features.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,115 +21,89 @@ from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.errors import ConfigError
 
 
-@runtime_checkable
-class SaysMaps(Protocol):
-    """A tower with a map before its pooling."""
+@contextmanager
+def outputs_of_blocks(blocks: Sequence[nn.Module], given: Tensor | None = None) -> Iterator[list[list[Tensor]]]:
+    """What each block says while the tower runs; ``given``: instead of what the last one says."""
+    said: list[list[Tensor]] = [[] for _ in blocks]
 
-    head: nn.Module
+    def listener(k: int) -> Any:
+        def listen(_: nn.Module, _given: Any, out: Any) -> Any:
+            said[k].append(out[0] if isinstance(out, tuple) else out)
+            if given is None or k < len(blocks) - 1:
+                return None
+            return (given, *out[1:]) if isinstance(out, tuple) else given
 
-    def pixels(self, x: Tensor) -> Tensor:
-        """uint8 [n, 3, S, S] → what the trunk takes."""
+        return listen
 
-    def maps(self, pixels: Tensor) -> Tensor:
-        """What the trunk takes → its last map [n, C, h, w], or tokens [n, L, W]."""
-
-    def pool(self, maps: Tensor) -> Tensor:
-        """A map or a box of it, [n, C, h, w] → [n, W]."""
-
-
-class PlacesOf:
-    """The places of one image tower.
-
-    Args:
-        where: dotted key of the encoder, for messages.
-
-    Raises:
-        ConfigError: the modality is not one of images.
-    """
-
-    def __init__(self, tower: Tower, where: str) -> None:
-        if not isinstance(tower, ImageTower):
-            raise ConfigError(f"{where}: {tower.component.name} says nothing of places; that takes an image tower")
-        self.tower, self.where = tower, where
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """uint8 [n, 3, S, S] → features [n, K, D] of the K = h · w places row by row, not normalised.
-
-        Raises:
-            ConfigError: the tower has neither a map nor a square of tokens.
-        """
-        tower: Any = self.tower
-        if isinstance(tower, SaysMaps):
-            maps = tower.maps(tower.pixels(x))
-            if maps.ndim == 4:
-                cells = maps.flatten(2).transpose(1, 2).flatten(0, 1)[:, :, None, None]
-                try:
-                    features: Tensor = tower.head(tower.pool(cells))
-                except RuntimeError as e:  # channels last, as timm's Swin has them
-                    raise ConfigError(self._none()) from e
-                return features.view(maps.shape[0], -1, features.shape[1])
-        return self._of_tokens(x)
-
-    def _of_tokens(self, x: Tensor) -> Tensor:
-        """The last block's states of each place go once more through what comes after the blocks."""
-        blocks = self.tower.blocks()
-        if not blocks:
-            raise ConfigError(self._none())
-        said: list[Any] = []
-        handle = blocks[-1].register_forward_hook(lambda _, __, out: said.append(out))
-        try:
-            self.tower(x)
-        finally:
+    handles = [block.register_forward_hook(listener(k)) for k, block in enumerate(blocks)]
+    try:
+        yield said
+    finally:
+        for handle in handles:
             handle.remove()
-        states = said[0][0] if isinstance(said[0], tuple) else said[0]
-        if len(said) > 1 or states.ndim != 3 or states.shape[0] != x.shape[0]:
-            raise ConfigError(self._none())
-        n, length, width = states.shape
-        side = math.isqrt(length)
-        others = length - side * side  # a class token, registers
-        places = states[:, others:].reshape(-1, 1, width)
-        # As many times as there are tokens that a mean would leave out, and once more.
-        alone = places.expand(-1, others + 1, -1)
-        with _leading_to(blocks, (alone, *said[0][1:]) if isinstance(said[0], tuple) else alone):
-            features: Tensor = self.tower(x)["features"]
-        if features.shape[0] != n * side * side:
-            raise ConfigError(self._none())
-        return features.view(n, side * side, -1)
-
-    def _none(self) -> str:
-        return (
-            f"{self.where}: {self.tower.component.name} has neither a map before its pooling nor a square of tokens "
-            "after its last block, so it says nothing of places; use a plain ViT, own/convnet, or a "
-            "convolutional model of timm"
-        )
 
 
 @contextmanager
-def _leading_to(blocks: Sequence[nn.Module], last: Any) -> Iterator[None]:
-    """Let blocks pass on what they are given, and the last one give ``last``. Their hooks rest: those of learned prompts
-    and of kept states would count a second time, and those of engines would fetch weights that nobody uses."""
+def heard(tower: Tower, where: str) -> Iterator[list[Tensor]]:
+    """What the last block says while the tower runs, for :func:`features_of_places`.
 
-    def passing(states: Any, *_: Any, **__: Any) -> Any:
-        return (states, *last[1:]) if isinstance(last, tuple) else states
-
-    kept = [(block.__dict__.get("forward"), *(getattr(block, name) for name in _HOOKS)) for block in blocks]
-    for block in blocks:
-        block.forward = passing  # type: ignore[method-assign]
-        for name in _HOOKS:
-            setattr(block, name, OrderedDict())
-    blocks[-1].forward = lambda *_, **__: last  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block, (forward, *hooks) in zip(blocks, kept, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward  # type: ignore[method-assign]
-            for name, own in zip(_HOOKS, hooks, strict=True):
-                setattr(block, name, own)
+    Raises:
+        ConfigError: the tower is not one of images, or has no repeated blocks.
+    """
+    blocks = tower.blocks()
+    if not isinstance(tower, ImageTower) or not blocks:
+        raise ConfigError(
+            f"{where}: {tower.component.name} says nothing of places; that takes an image tower of repeated blocks"
+        )
+    with outputs_of_blocks(blocks[-1:]) as said:
+        yield said[0]
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+def features_of_places(tower: Tower, x: Tensor, said: Sequence[Tensor], elements: int | None = None) -> Tensor:
+    """Features [n, h, w, D] of the places of each image, not normalised.
+
+    Args:
+        x: images uint8 [n, 3, S, S]; said: what the last block said of them.
+        elements: numbers of the copies of places that are pooled at once; None: all. Ranks with different numbers of
+            images would call the tower a different number of times.
+
+    Raises:
+        ConfigError: the last block says no square map and no sequence of a square grid of patches.
+    """
+    if len(said) != 1:
+        raise ConfigError(
+            f"{tower.component.name}: its blocks run {len(said)} times for a batch, so places cannot be told apart"
+        )
+    y = said[0]
+    states, shape = _states(y, tower)
+    n, count, width = states.shape
+    side = math.isqrt(count)
+    rows = states.flatten(0, 1)
+    together = len(rows) if elements is None else max(1, elements // (width * math.prod(shape)))
+    blocks, parts = tower.blocks(), []
+    for chunk in torch.split(rows, together):
+        between = (None,) * len(shape)
+        copies = chunk[(slice(None), *between)].expand(-1, *shape, -1)
+        if y.ndim == 4 and y.shape[2] == y.shape[3]:
+            copies = copies.permute(0, 3, 1, 2)
+        with outputs_of_blocks(blocks, copies.contiguous()):  # the blocks run on one image, and nobody hears them
+            parts.append(tower.encode(x[:1]))
+    return torch.cat(parts).view(n, side, side, -1)
+
+
+def _states(y: Tensor, tower: Tower) -> tuple[Tensor, tuple[int, ...]]:
+    """(the state at each place [n, P, W], the shape of the places that the rest of the tower is given)."""
+    if y.ndim == 4 and y.shape[2] == y.shape[3]:
+        return y.flatten(2).transpose(1, 2), tuple(y.shape[2:])
+    if y.ndim == 4 and y.shape[1] == y.shape[2]:  # channels last, as Swin
+        return y.flatten(1, 2), tuple(y.shape[1:3])
+    if y.ndim == 3:
+        # Class and register tokens come first; there are fewer of them than would make the grid a larger one.
+        extra = y.shape[1] - math.isqrt(y.shape[1]) ** 2
+        return y[:, extra:], (extra + 1,)
+    raise ConfigError(
+        f"{tower.component.name}: its last block gives {list(y.shape[1:])} for an image, not a square map"
+    )
 
 
 def at_centres(places: int, cells: int) -> Tensor:

@@ -9,16 +9,16 @@ the tower pools: :func:`features_of_places`. Neither needs to know the architect
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dualenc.distributed.devices import autocast
+from dualenc.encoders import places
 from dualenc.encoders.dual_encoder import normalised, prefix
+from dualenc.encoders.places import outputs_of_blocks
 from dualenc.encoders.tower import Tower
 from dualenc.errors import ConfigError
 from dualenc.model import Embedder
@@ -26,28 +26,6 @@ from dualenc_evals.features import EvalModel
 
 ELEMENTS = 2**24
 """Numbers of the copies of places that are pooled at once."""
-
-
-@contextmanager
-def _outputs(blocks: Sequence[nn.Module], given: Tensor | None = None) -> Iterator[list[list[Tensor]]]:
-    """What each block says while the tower runs; ``given``: instead of what the last one says."""
-    said: list[list[Tensor]] = [[] for _ in blocks]
-
-    def listener(k: int) -> Any:
-        def listen(_: nn.Module, _given: Any, out: Any) -> Any:
-            said[k].append(out[0] if isinstance(out, tuple) else out)
-            if given is None or k < len(blocks) - 1:
-                return None
-            return (given, *out[1:]) if isinstance(out, tuple) else given
-
-        return listen
-
-    handles = [block.register_forward_hook(listener(k)) for k, block in enumerate(blocks)]
-    try:
-        yield said
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _once(said: list[Tensor], what: str) -> Tensor:
@@ -110,7 +88,7 @@ class Fused:
 
     def _of_all_depths(self, x: Any) -> list[Tensor]:
         blocks = self._tower.blocks()
-        with _outputs(blocks) as said:
+        with outputs_of_blocks(blocks) as said:
             whole = self._forward(x)
         states = [_once(s, "depths") for s in said]
         out = []
@@ -124,7 +102,7 @@ class Fused:
                     f"depths: block {k + 1} of {len(blocks)} gives {list(states[k].shape[1:])} for each item, the last "
                     f"one {list(states[-1].shape[1:])}; name depths after which the shape stays the same"
                 )
-            with _outputs(blocks, states[k]):
+            with outputs_of_blocks(blocks, states[k]):
                 out.append(self._forward(x))
         return out
 
@@ -137,49 +115,12 @@ class Fused:
 def features_of_places(tower: Tower, x: Tensor) -> tuple[Tensor, Tensor]:
     """(features of each place [n, h, w, D], features of the whole images [n, D]), both of length 1, fp32.
 
-    A place is a cell of the last block's map, or a patch of its sequence. Its features are what the rest of the tower
-    makes of a map in which every cell, or a sequence in which every token, is this one: the mean of the places is then
-    the place itself, it stands where the class token stood, and attention pooling sees nothing else. Where a tower
-    takes the mean of its places, an image of a single place has that place's features.
-
     Args:
         x: images uint8 [n, 3, S, S].
 
     Raises:
-        ConfigError: the last block says no square map and no sequence of a square grid of patches.
+        ConfigError: see :func:`dualenc.encoders.places.features_of_places`.
     """
-    blocks = tower.blocks()
-    if not blocks:
-        raise ConfigError(f"{tower.component.name} has no repeated blocks, so no map of places is known")
-    with _outputs(blocks) as said:
+    with places.heard(tower, "dense") as said:
         whole = normalised(tower.encode(x))
-    y = _once(said[-1], tower.component.name)
-    states, shape = _places(y, tower)  # [n, P, W]
-    n, count, width = states.shape
-    side = math.isqrt(count)
-    together = max(1, ELEMENTS // (width * math.prod(shape)))
-    parts = []
-    for chunk in torch.split(states.flatten(0, 1), together):
-        copies = (
-            chunk[:, None, None, :].expand(-1, *shape, -1) if len(shape) == 2 else chunk[:, None].expand(-1, *shape, -1)
-        )
-        if y.ndim == 4 and y.shape[2] == y.shape[3]:
-            copies = copies.permute(0, 3, 1, 2)
-        with _outputs(blocks, copies.contiguous()):
-            parts.append(normalised(tower.encode(x[:1])))
-    return torch.cat(parts).view(n, side, side, -1), whole
-
-
-def _places(y: Tensor, tower: Tower) -> tuple[Tensor, tuple[int, ...]]:
-    """(the state at each place [n, P, W], the shape of the places that the rest of the tower is given)."""
-    if y.ndim == 4 and y.shape[2] == y.shape[3]:
-        return y.flatten(2).transpose(1, 2), tuple(y.shape[2:])
-    if y.ndim == 4 and y.shape[1] == y.shape[2]:  # channels last, as Swin
-        return y.flatten(1, 2), tuple(y.shape[1:3])
-    if y.ndim == 3:
-        # Class and register tokens come first; there are fewer of them than would make the grid a larger one.
-        extra = y.shape[1] - math.isqrt(y.shape[1]) ** 2
-        return y[:, extra:], (extra + 1,)
-    raise ConfigError(
-        f"{tower.component.name}: its last block gives {list(y.shape[1:])} for an image, not a square map"
-    )
+    return normalised(places.features_of_places(tower, x, said, ELEMENTS)), whole
