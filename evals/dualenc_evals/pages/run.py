@@ -23,7 +23,7 @@ from dualenc_evals.pages.page import confusion_view, environment, flat, read_jso
 from dualenc_evals.pages.svg import Chart, Series, compact, legend, line_chart, smooth
 from dualenc_evals.pages.table import directions, is_share, label, short
 
-HEADLINES = ("R@1", "R@10", "top1", "mean_per_class_recall")
+HEADLINES = ("R@1", "R@10", "top1", "mean_per_class_recall", "mIoU")
 PALETTE = 6
 DISTILL = ("kd_weight", "own_weight", "kd_part", "own_part", "distill_")
 """Prefixes of the metrics that distillation writes."""
