@@ -166,6 +166,21 @@ def test_prototypes_of_places_find_halves_that_prompts_do_not(tmp_path: Path) ->
     assert "Intersection over union of each class" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
+def test_masks_without_a_class_but_the_background(tmp_path: Path) -> None:
+    embedder = model({"name": "own/convnet", "widths": [8, 16]}, 32)
+    fields = said(folder(tmp_path, 2), background=0)
+    for i in range(2):
+        (tmp_path / f"{i}_mask.png").write_bytes(png(np.zeros((32, 32), np.uint8)))
+    got = run(embedder, fields)
+    assert set(got["metrics"]) == {"mIoU", "pixel_accuracy"}
+    assert got["metrics"]["mIoU"] == got["metrics"]["pixel_accuracy"]  # of one class alone
+    assert "No pixel of class 'green': left out of the mean." in got["notes"]
+    (tmp_path / "0_mask.png").write_bytes(png(np.full((32, 32), 255, np.uint8)))
+    (tmp_path / "1_mask.png").write_bytes(png(np.full((32, 32), 255, np.uint8)))
+    with pytest.raises(DataError, match="no pixel that the model saw has one of the numbers in classes"):
+        run(embedder, fields)
+
+
 def test_broken_masks_and_wrong_tasks_are_sentences(tmp_path: Path) -> None:
     embedder = model(VIT, 32)
     fields = said(folder(tmp_path))

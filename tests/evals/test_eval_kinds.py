@@ -379,7 +379,7 @@ def test_keys_of_the_new_kinds_are_checked(tmp_path: Path) -> None:
         ({k: v for k, v in PROBE.items() if k != "train"}, "train: say where the training items come from"),
         (
             {**PROBE, "templates": ["{}"]},
-            "templates: not a key of a probe task, only of classification and multilabel",
+            "templates: not a key of a probe task, only of classification, dense and multilabel",
         ),
         ({**pairs, "bags": {"by": "k", "size": [3]}}, r"bags\.size: unknown key .*Did you mean 'sizes'\?"),
         ({**pairs, "bags": {"by": "k", "sizes": [1]}}, r"bags\.sizes"),

@@ -100,6 +100,32 @@ def test_places_of_own_towers_by_hand() -> None:
         assert torch.allclose(features_of_places(vit, x)[0].flatten(1, 2), want, atol=1e-5)
 
 
+def test_places_of_released_families_by_hand() -> None:
+    """What is known of their code: the class token's norm and projection, applied to the patches."""
+
+    def patches(tower: Any, x: torch.Tensor) -> torch.Tensor:
+        said: list[torch.Tensor] = []
+        handle = tower.blocks()[-1].register_forward_hook(lambda _m, _given, out: said.append(out))
+        tower.encode(x)
+        handle.remove()
+        return said[0][:, 1:]
+
+    clip: Any = model({"name": "open_clip/ViT-S-16"}, 48).bundle.model.tower("image")
+    vit: Any = model({"name": "timm/test_vit"}, 160).bundle.model.tower("image")
+    hf: Any = model({"name": "hf/clip", "pretrained": False, "config": HF}, 32).bundle.model.tower("image")
+    vision = hf.trunk.net.vision_model if "vision_model" in dict(hf.trunk.net.named_children()) else hf.trunk.net
+    project = dict(hf.trunk.net.named_children()).get("visual_projection", torch.nn.Identity())
+    for tower, size, rest in (
+        (clip, 48, lambda y: clip.trunk.ln_post(y) @ clip.trunk.proj),
+        (vit, 160, lambda y: vit.trunk.fc_norm(vit.trunk.norm(y))),
+        (hf, 32, lambda y: project(vision.post_layernorm(y))),
+    ):
+        x = images(2, size)
+        with torch.no_grad():
+            want = normalize(tower.head(rest(patches(tower, x))), dim=-1)
+            assert torch.allclose(features_of_places(tower, x)[0].flatten(1, 2), want, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("encoder", "size"),
     [({"name": "own/convnet", "widths": [8, 16], "stem": 16}, 32), (VIT, 8), ({"name": "timm/resnet18"}, 32)],

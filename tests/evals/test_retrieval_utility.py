@@ -28,10 +28,10 @@ needs_shared = pytest.mark.skipif(not SHARED_DATA.exists(), reason=f"the real da
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_random_votes_are_those_of_all_draws(k: int) -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
-    got = random_neighbours(labels, np.arange(3), 3, k, seed=0, draws=4000)
+    got = random_neighbours(labels, np.arange(3), 3, k, seed=0, draws=1500)
     draws = [Counter(labels[list(d)].tolist()) for d in itertools.combinations(range(6), k)]
     want = [np.mean([all(d[c] > d[o] for o in {0, 1, 2} - {c}) for d in draws]) for c in range(3)]
-    assert got == pytest.approx(want, abs=0.03)
+    assert got == pytest.approx(want, abs=0.05)
 
 
 def test_all_items_at_random_are_the_majority() -> None:

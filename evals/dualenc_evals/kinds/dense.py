@@ -182,10 +182,13 @@ class Dense(Kind[DenseTask, Masked]):
         total = table[:, 0].sum(0)
         values = {"mIoU": table[:, 0], "mIoU_foreground": table[:, 1]}
         chance = {"mIoU": dense.chance_iou(total[2]), "pixel_accuracy": 1 / len(named)}
-        if ground is not None:
-            chance["mIoU_foreground"] = dense.chance_iou(np.delete(table[:, 1].sum(0)[2], ground))
+        wanted, front = task.wanted(), table[:, 1].sum(0)[2]
+        if front.any() and ground is not None:
+            chance["mIoU_foreground"] = dense.chance_iou(np.delete(front, ground))
+        else:  # no pixel of anything but the background
+            wanted = [name for name in wanted if name != "mIoU_foreground"]
         out: Measured = {"metrics": {}, "ci": {}, "chance": {}, "n": {}}
-        for name in task.wanted():
+        for name in wanted:
             statistic = dense.mean_iou(values[name]) if name in values else _accuracy(table[:, 0])
             out["metrics"] |= metrics.rounded({name: statistic(np.ones(len(table)))})
             out["ci"] |= metrics.rounded({name: metrics.bootstrap_of(statistic, len(table), seed=seed)})
