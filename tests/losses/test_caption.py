@@ -23,6 +23,7 @@ from _spawn import spawn
 from _traffic import Traffic
 from gradcheck import LIMIT
 
+from benchmarks.caption_perplexity import perplexities
 from dualenc.config import Component
 from dualenc.data.modalities import modalities
 from dualenc.distributed.world import World
@@ -302,5 +303,19 @@ def test_a_run_resumes_its_head_and_the_model_has_none(tmp_path: Path) -> None:
     assert f"heads.{GROUP}.blocks.0.seen.weight" in one
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert not any(k.startswith("heads.") for k in load_model(str(cut)).model.state_dict())
+    found = perplexities(whole, f"{tmp_path / 'data'}/few-000000.tar")
+    assert found["trained"] < found["untrained"] < 9100
+    assert found["another item"] != found["trained"]
     nats = [r["loss/caption/image-text"] for r in rows(whole / "metrics.jsonl") if "loss" in r]
     assert nats[-1] < nats[0] < 9.1, "a vocabulary of 8,192: log 8192 = 9.01"
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_a_head_that_is_trained_for_long_looks_at_the_image(tmp_path: Path) -> None:
+    given = ["loss=[info_nce, caption]", few_samples(tmp_path / "data", (96,)), "data.workers=0", "optim.lr=3e-3"]
+    given += ["modalities.text.encoder.width=64", "tracking.log_every=50", "checkpoint.every_steps=null"]
+    segments(World(), [[*given, "budget.steps=250", f"out={tmp_path / 'run'}"]])
+    found = perplexities(tmp_path / "run", f"{tmp_path / 'data'}/few-000000.tar")
+    assert found["trained"] < 1.5, found
+    assert found["another item"] > 5, found
