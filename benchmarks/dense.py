@@ -1,12 +1,12 @@
-"""Dense zero-shot on street scenes: what towers say of places, by prototypes, by prompts, and trained by ``loss: dense``.
+"""Dense zero-shot on street scenes: what towers say of places, by prototypes and prompts, and trained by ``loss: dense``.
 
     python -m benchmarks.dense [--data DATA] [--seeds 0 1 2] [--out build/dense]
 
 DATA holds ``camera_lidar/nuscenes_scene-0523`` and ``camera_lidar/kitti_object``. Each camera image is cut into squares
 of 448 px (KITTI: 375) along its lower part. A pixel that a LiDAR point falls on has the point's class: the labelled box
 that it is in, the road, or anything else that stands; no other pixel has one. For training a square has 7 × 7 cells of
-the class that most of their points have. Training: the first 14 keyframes of the drive. Test: its last five, and KITTI's
-frames, from another car in another city.
+the class that most of their points have. Training: the first 14 keyframes of the drive. Test: its last five, and
+KITTI's frames, from another car in another city.
 
 Prints mean IoU over the classes and the share of right pixels: of the most frequent class, of prototypes of places of
 the training squares in the released image tower, and of prompts after ``recipes/finetune/dense.yaml``, without and with
@@ -61,7 +61,7 @@ def class_numbers(key: Keyframe, points: np.ndarray) -> Ints:
 
 
 def cells_of(mask: np.ndarray) -> list[int]:
-    """The class of each cell of a square mask, row by row; one more than the last where fewer than LEAST points fell."""
+    """The class of each cell of a square mask, row by row; one more than the last where less than LEAST points are."""
     out = []
     for rows in np.array_split(mask, GRID):
         for cell in np.array_split(rows, GRID, axis=1):
