@@ -113,11 +113,12 @@ class DualEncoder(nn.Module):
             if m in self.hidden:
                 self.hidden[m].begin()
             tower = self.tower(m)
-            with heard(tower, m) if m in self.says_places else nullcontext([]) as last_block:
-                said = self.outputs_of(m, everything)
             if m in self.says_places:
-                of_places = features_of_places(tower, everything, last_block)
-                said["places"] = normalised(of_places.flatten(1, 2))
+                with heard(tower, m) as last_block:
+                    said = self.outputs_of(m, everything)
+                said["places"] = normalised(features_of_places(tower, everything, last_block).flatten(1, 2))
+            else:
+                said = self.outputs_of(m, everything)
             if m in self.hidden:
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
@@ -506,52 +507,3 @@ class _Biases(_Callable):
         """pair → [1], fp32."""
         # A copy: wrappers such as DDP mistake a parameter among the outputs for an unused one.
         return {pair: bias.float().clone() for pair, bias in self.items()}
-
-
-def decay_groups(module: nn.Module) -> tuple[list[str], list[str], list[str]]:
-    """Names of trained parameters: (with weight decay, without, logit scale and bias).
-
-    Weight decay is for matrices and convolutions only. Vectors (gains and biases of norms, layer scale) and learned
-    positions, class tokens and queries have none, as in CLIP's and timm's recipes; nor have the model's own scale and
-    bias, which are a group of their own (a tower may have parameters of that name too, as Swin v2's attention has).
-
-    Only names and shapes are looked at, so the groups are the same before and after an engine cuts the parameters.
-    """
-    decay, no_decay, scale = [], [], []
-    for name, p in module.named_parameters():
-        if not p.requires_grad:
-            continue
-        if name.partition(".")[0] in ("logit_scale", "logit_bias"):
-            scale.append(name)
-        elif sum(length > 1 for length in p.shape) < 2 or _is_embedding(name):
-            no_decay.append(name)
-        else:
-            decay.append(name)
-    return decay, no_decay, scale
-
-
-_EMBEDDINGS = (
-    "positional_embedding",
-    "position_embedding",
-    "position_embeddings",
-    "pos_embed",
-    "positions",
-    "class_embedding",
-    "cls_token",
-    "cls_emb",
-    "reg_token",
-    "mask_token",
-    "prompt_tokens",
-    "query",
-    "latent",
-    "probe",
-    "relative_position_bias_table",
-)
-
-
-def _is_embedding(name: str) -> bool:
-    """Positions, class tokens and pooling queries: parameters themselves, or the weight of an nn.Embedding of them."""
-    parts = name.split(".")
-    own = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-    # A linear layer may be called "query" (BERT); the bare parameter of that name is a token.
-    return own in _EMBEDDINGS and not (parts[-1] == "weight" and own in ("query", "latent"))

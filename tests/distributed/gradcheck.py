@@ -9,7 +9,7 @@ wrong scale of the gradient.
 The first table is of a toy with dropout. Its reference knows nothing of engines, gathers or caches: it encodes every
 rank's every chunk with that rank's random numbers in one graph, takes the naive fp64 loss of the whole batch, and steps
 torch's SGD. The others are of the losses on regions, of every registered contrast, of every other registered loss, of
-the caption head, and of small real towers (``_real_towers.py``) against one process that encodes the whole batch at
+heads on both towers, and of small real towers (``_real_towers.py``) against one process that encodes the whole batch at
 once. By default every tower meets every engine, and the losses take turns; ``--all`` takes every combination, on 1, 2
 and 4 ranks.
 """
@@ -236,22 +236,25 @@ def contrast_table(arguments: argparse.Namespace, console: Console) -> list[floa
 
 
 def caption_table(arguments: argparse.Namespace, console: Console) -> list[float]:
-    """The caption head beside InfoNCE on small real towers, on 2 ranks, against each sample encoded by itself; printed;
-    returns the cells."""
+    """Heads on both towers (captions beside InfoNCE, texts in the context of images) on small real towers, on 2 ranks,
+    against each sample encoded by itself; printed; returns the cells."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
     import _caption_jobs
+    import _dense_jobs
 
-    engines = list(ENGINES)[1:] if arguments.all else ["DDP", "FSDP2", "ZeRO 3"]
-    table = Table(title="Caption head, 2 ranks: whole batch, micro-batches of 1")
-    given = {"engines": engines, "names": list(_caption_jobs.TOWERS)}
-    found = _caption_jobs.differences(spawn(Path(_caption_jobs.__file__), "sweep", 2, given, timeout_s=1800)[0])
-    for head in ("engine", *_caption_jobs.TOWERS):
-        table.add_column(head)
-    for engine in engines:
-        cells = [" ".join(shown(found[f"{engine}/{n}/{k}"][0]) for k in (None, 1)) for n in _caption_jobs.TOWERS]
-        table.add_row(engine, *cells)
-    console.print(table)
-    return [x for x, _ in found.values()]
+    engines, out = list(ENGINES)[1:] if arguments.all else ["DDP", "FSDP2", "ZeRO 3"], list[float]()
+    for title, jobs in (("Caption head", _caption_jobs), ("Dense texts", _dense_jobs)):
+        table = Table(title=f"{title}, 2 ranks: whole batch, micro-batches of 1")
+        given = {"engines": engines, "names": list(jobs.TOWERS)}
+        found = jobs.differences(spawn(Path(jobs.__file__), "sweep", 2, given, timeout_s=1800)[0])
+        for head in ("engine", *jobs.TOWERS):
+            table.add_column(head)
+        for engine in engines:
+            cells = [" ".join(shown(found[f"{engine}/{n}/{k}"][0]) for k in (None, 1)) for n in jobs.TOWERS]
+            table.add_row(engine, *cells)
+        console.print(table)
+        out += [x for x, _ in found.values()]
+    return out
 
 
 def shown(x: float) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dualenc.config import Recipe
 from dualenc.data.modalities.text import TextConfig, TextInput
-from dualenc.encoders.dual_encoder import decay_groups
+from dualenc.encoders.decay import decay_groups
 from dualenc.encoders.trainable.prompts import PromptTokens
 from dualenc.errors import CheckpointError, ConfigError
 from dualenc.model import Bundle, build_bundle, load_model

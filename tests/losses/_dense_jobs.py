@@ -24,6 +24,7 @@ from dualenc.losses import Loss, build_loss
 from dualenc.train.build import add_heads
 from dualenc.train.step import train_step
 
+TOWERS = ("own convnet", "HF CLIP", "open_clip ViT")
 TEXTS = ["a dog", "the old water", "one red cat"]
 GRID = 4
 """Labelled cells of an image; a number of 3 or more is no text's."""

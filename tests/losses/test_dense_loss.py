@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import _dense_jobs
 import _real_towers
-from _dense_jobs import batch_of, loss_of, model, naive
+from _dense_jobs import TOWERS, batch_of, loss_of, model, naive
 from _spawn import spawn
 from gradcheck import LIMIT
 
@@ -26,7 +26,6 @@ from dualenc.memory import RunShape
 
 torch.set_num_threads(1)
 PAIRS = [("image", "text")]
-TOWERS = ("own convnet", "HF CLIP", "open_clip ViT")
 
 
 def value(net: Any, batch: Any, loss: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import _caption_jobs
 import _cwcl_jobs
+import _dense_jobs
 import _every_jobs
 import _memory_jobs
 import _region_jobs
@@ -82,9 +83,9 @@ def _of_regions(name: str) -> Step:
     return _step(_region_jobs.model(name), _region_jobs.make_batch(0), [_region_jobs.PAIR], loss)
 
 
-def _of_captions() -> Step:
-    loss, batch = _caption_jobs.loss_of(), _caption_jobs.batch_of("own vit", 0)
-    net = _caption_jobs.model("own vit", loss)
+def _of_both_towers(jobs: Any) -> Step:
+    loss, batch = jobs.loss_of(), jobs.batch_of("own vit", 0)
+    net = jobs.model("own vit", loss)
     with telling_rows(net, batch.rows):
         outputs = net(batch.inputs)
     return lambda: objective(outputs, batch, [("image", "text")], loss).value.backward()  # type: ignore[no-untyped-call]
@@ -100,7 +101,8 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Step]]]:
         yield settings["name"], f"memory: {name}", partial(_remembering, name)
     for name in ("prc", "point_contrast", "rad"):
         yield name, name, partial(_of_regions, name)
-    yield "caption", "caption", _of_captions
+    yield "caption", "caption", partial(_of_both_towers, _caption_jobs)
+    yield "dense", "dense", partial(_of_both_towers, _dense_jobs)
 
 
 CASES = list(cases())

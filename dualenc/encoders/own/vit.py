@@ -43,7 +43,7 @@ class ViTTrunk(nn.Module):
         """[n, 3, S, S] → all patches as a map [n, W, S/patch, S/patch]."""
         y = self.tokens(x)
         side = math.isqrt(y.shape[1])  # not always the grid's: see dualenc.encoders.places
-        return y.transpose(1, 2).unflatten(2, (side, side))
+        return y.transpose(1, 2).reshape(y.shape[0], -1, side, side)
 
     def pool(self, maps: Tensor) -> Tensor:
         """[n, W, h, w] → [n, W]."""

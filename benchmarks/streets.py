@@ -1,6 +1,6 @@
-"""Dense zero-shot on street scenes: what towers say of places, by prototypes and prompts, and trained by ``loss: dense``.
+"""Dense zero-shot on street scenes: what towers say of places, by prototypes, prompts, and trained by ``loss: dense``.
 
-    python -m benchmarks.dense [--data DATA] [--seeds 0 1 2] [--out build/dense]
+    python -m benchmarks.streets [--data DATA] [--seeds 0 1 2] [--out build/streets]
 
 DATA holds ``camera_lidar/nuscenes_scene-0523`` and ``camera_lidar/kitti_object``. Each camera image is cut into squares
 of 448 px (KITTI: 375) along its lower part. A pixel that a LiDAR point falls on has the point's class: the labelled box
@@ -149,7 +149,7 @@ def most_frequent(out: Path, part: str) -> tuple[float, float]:
 
     def counts(name: str) -> Ints:
         masks = [np.load(p) for p in sorted((out / name).glob("*.npy"))]
-        return sum(np.bincount(m[m != UNKNOWN], minlength=len(NAMES)) for m in masks)
+        return np.bincount(np.concatenate([m[m != UNKNOWN] for m in masks]), minlength=len(NAMES))
 
     own, best = counts(part), int(counts("train").argmax())
     return 100 * own[best] / own.sum() / int((own > 0).sum()), 100 * own[best] / own.sum()
@@ -159,7 +159,7 @@ def main() -> None:
     """Make the data, measure, train and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("DUALENC_DATA", "../shared/data")))
-    parser.add_argument("--out", type=Path, default=Path("build/dense"))
+    parser.add_argument("--out", type=Path, default=Path("build/streets"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     data = args.out / "data"
@@ -187,7 +187,7 @@ def main() -> None:
             for values in zip(*parts[part], strict=True):
                 cells.append(f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
         print(f"| {name} | {' | '.join(cells)} |")
-    write_atomically(args.out / "dense.json", json.dumps(table))
+    write_atomically(args.out / "streets.json", json.dumps(table))
 
 
 if __name__ == "__main__":
