@@ -32,7 +32,7 @@ REMEMBERING = {"sogclr", "isogclr", "fastclip", "moco", "cocosoda", "byolip", "b
 ELSEWHERE = (
     {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contrast", "rad", "caption", "dense"} | REMEMBERING
 )
-"""Losses with tables of their own: contrasts on the soft-target core, losses on regions, heads on both towers, these."""
+"""Losses with tables of their own: contrasts on the soft-target core, on regions, heads on both towers, and these."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"terms": ["info_nce", {"name": "koleo", "weight": 0.3}, {"name": "siamlip", "project": 4, "hidden": 5}]},
     "matryoshka": {"dims": [2, 8]},
