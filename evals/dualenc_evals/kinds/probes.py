@@ -48,12 +48,16 @@ class ProbeSettings(Section):
     episodes: Positive = Field(default=600, description="few-shot episodes")
 
 
+FEW = "(fewshot|prototype|opta|context)"
+"""Few-shot methods; the number of labelled items comes after the name."""
+
+
 class ProbeTask(ClassesTask):
     """``kind: probe``."""
 
     kind: Literal["probe"]
     one_class: ClassVar[bool] = True
-    metric_pattern: ClassVar[str] = rf"(fewshot|prototype|opta)[1-9]\d*_top1|{'|'.join(separability.METRICS + UTILITY)}"
+    metric_pattern: ClassVar[str] = rf"{FEW}[1-9]\d*_top1|{'|'.join(separability.METRICS + UTILITY)}"
     train: Train = Field(description="where the training items come from")
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="settings of the probes")
 
@@ -67,7 +71,8 @@ class ProbeTask(ClassesTask):
     def known(self) -> tuple[str, ...]:
         """k-NN, the linear probe and every few-shot method. On request ``fisher_ratio`` and ``silhouette``: how far
         apart the classes of the test items are; ``knn_random_top1``, ``majority_top1`` and ``knn_gain``: the vote of k
-        random training items, their most frequent class, and what the k nearest have right more than random ones."""
+        random training items, their most frequent class, and what the k nearest have right more than random ones;
+        ``context5_top1``: attention over the labelled items of an episode."""
         few = ("fewshot5", "prototype1", "opta1", "prototype5", "opta5")
         return ("knn_top1", "linear_top1", *(f"{name}_top1" for name in few))
 
@@ -161,7 +166,7 @@ class Probing(Kind[ProbeTask, Probed]):
             values |= _utility(task, train.labels, test.labels, classes, values.get("knn_top1"), seed)
             values = {n: v for n, v in values.items() if n in wanted}
             chance = {n: v for n, v in chance.items() if n in values}
-        for shots in task.numbers(r"(?:fewshot|prototype|opta)([1-9]\d*)_top1"):
+        for shots in task.numbers(r"(?:fewshot|prototype|opta|context)([1-9]\d*)_top1"):
             _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
         apart = separability.separability(y, test.labels, classes, wanted)
         out: Measured = {
@@ -196,7 +201,7 @@ def _episodes(
 ) -> None:
     """All few-shot methods of one number of shots, on the same episodes."""
     values, chance, settings, notes = out
-    found = (re.fullmatch(rf"(fewshot|prototype|opta){shots}_top1", m) for m in task.wanted())
+    found = (re.fullmatch(rf"{FEW}{shots}_top1", m) for m in task.wanted())
     methods = [m.group(1) for m in found if m is not None]
     probe = task.probe
     drawn = fewshot.draw_episodes(
