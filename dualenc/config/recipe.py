@@ -77,6 +77,10 @@ class Data(Section):
         default=0.0,
         description="share of samples mixed with another one of their shard: audio added, captions joined",
     )
+    mix_label: str | None = Field(
+        default=None,
+        description="name in data.sources.N.values: only samples with the same value there are mixed; null: any two",
+    )
     max_bad_share: Share = Field(
         default=0.02, description="stop when more than this share of a source's samples is unusable"
     )
@@ -96,10 +100,21 @@ class Data(Section):
         return {"name": raw} if isinstance(raw, str) else raw
 
     @model_serializer(mode="wrap")
-    def _without_batches(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without a batch plan are written, compared and resumed as they were before there was any."""
+    def _without_what_is_not_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without a batch plan or ``mix_label`` are written, compared and resumed as before there was any."""
         out: dict[str, Any] = write(self)
-        return out if self.batches is not None else {k: v for k, v in out.items() if k != "batches"}
+        unused = {name for name in ("batches", "mix_label") if out[name] is None}
+        return {k: v for k, v in out.items() if k not in unused}
+
+    @model_validator(mode="after")
+    def _mix_label_is_read(self) -> Data:
+        known = sorted({name for source in self.sources for name in source.values})
+        if self.mix_label is not None and self.mix_label not in known:
+            raise ValueError(
+                f"mix_label: no source reads a value {self.mix_label!r}; "
+                + (f"its values are {', '.join(known)}" if known else "name it in data.sources.N.values")
+            )
+        return self
 
 
 class LogitScale(Section):
@@ -466,7 +481,7 @@ def phase_recipes(recipe: Recipe) -> list[Recipe]:
         raw = merge(before, phase.changes)
         for part in raw["modalities"].values():
             if isinstance(part, dict) and part.get("shares") is not None:  # taken from the other one again
-                for key in ("encoder", "kind", "lock", "lora", "init_from"):
+                for key in ("encoder", "kind", "lock", "lora", "prompts", "init_from"):
                     part.pop(key, None)
         now = parse(Recipe, raw, {}, f"phases.{number}")
         check_kept(number, before, now.model_dump(mode="json"))

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _HOPELESS = 16
 _SHARED_INDEXES = 64
+_PARTNERS = 64
+"""Samples that are drawn, at most, to find one with the same value to mix with."""
 _AHEAD = 4
 """Steps of this process whose remote bytes are fetched while another is decoded."""
 _ZEROS = np.zeros(4, np.uint64)
@@ -273,7 +275,7 @@ class StepDataset(Dataset[Any]):
             there = ", ".join(list(sample.members)[:4])
             raise SampleError("", f"no member for {m} (looked for {', '.join(looked)}); the sample has {there}")
         full = f"{self.sets[source].source}/{self.sets[source].names[shard]}/{sample.key}"
-        partner = self._partner(reader, source, shard, full, one)
+        partner = self._partner(reader, source, shard, full, one, values)
         out: dict[str, Any] = {}
         for m, raw in found.values.items():
             part: Any = self.inputs[m]
@@ -312,10 +314,15 @@ class StepDataset(Dataset[Any]):
                     raise SampleError(f"{sample.key}.{value.member}", f"{where}: {e}") from e
         return out
 
-    def _partner(self, reader: Reader, source: int, shard: int, full: str, one: int) -> dict[str, Any]:
+    def _partner(
+        self, reader: Reader, source: int, shard: int, full: str, one: int, values: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Decoded items of the sample mixed into this one, drawn from the same shard, which is already open; empty for
-        no mixing. An unusable partner is skipped here: it is counted when its own turn comes."""
-        if not self.data.mix:
+        no mixing. An unusable partner is skipped here: it is counted when its own turn comes.
+
+        With ``data.mix_label`` samples are drawn until one has the same value as this one (``values``)."""
+        label = self.data.mix_label
+        if not self.data.mix or (label is not None and label not in values):
             return {}
         rng = sample_rng(self.seed, full, one, "mix")
         if rng.random() >= self.data.mix:
@@ -323,14 +330,26 @@ class StepDataset(Dataset[Any]):
         try:
             order = self.plan.sources[source] if self.sets[source].chosen is not None else None
             others = order.in_shard(shard) if isinstance(order, SelectedOrder) else None
-            i = int(rng.integers(self.sets[source].infos[shard].samples if others is None else len(others)))
-            other = reader.locate(source, shard, i if others is None else int(others[i]))
+            count = self.sets[source].infos[shard].samples if others is None else len(others)
+            for _ in range(1 if label is None else _PARTNERS):
+                i = int(rng.integers(count))
+                other = reader.locate(source, shard, i if others is None else int(others[i]))
+                key = f"{self.sets[source].source}/{self.sets[source].names[shard]}/{other.key}"
+                if label is None or (key != full and self._value(reader, source, shard, other, label) == values[label]):
+                    break
+            else:
+                return {}
             found = reader.find(source, shard, other, self.wanted[source])
             with of_one_item():
                 return {m: self.inputs[m].decode(raw) for m, raw in found.values.items()}
         except (SampleError, DecodeError) as e:
             logger.debug("nothing was mixed into %s: %s", full, e)
             return {}
+
+    def _value(self, reader: Reader, source: int, shard: int, sample: Sample, name: str) -> Any:
+        """One value of a sample alone, None where it has none."""
+        looked = {PREFIX + name: self.labels[source][PREFIX + name]}
+        return self._values(source, sample, reader.find(source, shard, sample, looked)).get(name)
 
     def _refuse_hopeless(self, bad: list[BadSample]) -> None:
         """A source without a single usable sample so far has a wrong key or ending: fail now, not after an epoch."""

@@ -90,7 +90,7 @@ class FrontEnd(nn.Module):
                 return self._waveform(wave, length)
             if self.fusion:
                 return self._fused(wave, length, x["crops"])
-            values, frames = self._finish(*self._log_mel(wave, length))
+            values, frames = self._finish(*self._log_mel(wave, length, equalizer=x.get("equalizer")))
             if self.pad == "zeros":
                 frames = torch.minimum(frames, self._frames_of(length))
             mask = torch.arange(values.shape[1], device=wave.device) < frames[:, None]
@@ -124,14 +124,22 @@ class FrontEnd(nn.Module):
 
     # --- mel --------------------------------------------------------------------------------------------------
 
-    def _log_mel(self, wave: Tensor, length: Tensor, fill: bool = True) -> tuple[Tensor, Tensor]:
-        """[n, T] → log-mel [n, F, M] and the number of frames of each clip; ``fill``: up to ``max_s`` first."""
+    def _log_mel(
+        self, wave: Tensor, length: Tensor, fill: bool = True, equalizer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[n, T] → log-mel [n, F, M] and the number of frames of each clip; ``fill``: up to ``max_s`` first.
+
+        ``equalizer`` [n, P]: gains in dB, linear between points from the lowest mel bin to the highest.
+        """
         if wave.device.type == "cpu" and self.one_by_one:
             # One by one: each at its own length, and buffers small enough to be used again.
             rows = [self._mels(wave[i : i + 1, :n], length[i : i + 1], fill)[0] for i, n in enumerate(length.tolist())]
             mel = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         else:
             mel = self._mels(wave, length, fill)
+        if equalizer is not None:
+            curve = nn.functional.interpolate(equalizer[:, None], mel.shape[2], mode="linear", align_corners=True)
+            mel *= 10 ** (curve / 10)
         mel.clamp_(min=self.f["floor"])
         mel = {"db": lambda m: 10 * m.log10(), "log10": torch.log10, "ln": torch.log}[self.f["log"]](mel)
         filled = fill and self.pad != "none"

@@ -272,6 +272,48 @@ def test_random_stretches_that_begin_anywhere_in_the_clip() -> None:
     assert not {"crop", "roll", "hide"} & make().describe()["config"]["augment"].keys()
 
 
+def test_a_random_speed_moves_length_and_pitch_together() -> None:
+    seconds = np.arange(8_000) / 8_000
+    raw = write(0.5 * np.sin(2 * np.pi * 400 * seconds).astype(np.float32), 8_000, "WAV", "FLOAT")
+
+    def pitch(wave: np.ndarray) -> float:
+        return float(np.abs(np.fft.rfft(wave * np.hanning(len(wave)), 1 << 17)).argmax()) * 16_000 / (1 << 17)
+
+    source = make(max_s=2.0, augment={"speed": [0.8, 1.25]})
+    lengths = []
+    for seed in range(12):
+        x = source.train(source.decode(raw), np.random.default_rng(seed))["wave"].numpy()
+        speed = 16_000 / len(x)  # resampled to 16 kHz, the clip has that many samples at speed 1
+        assert pitch(x) == pytest.approx(400 * speed, rel=2e-3)
+        lengths.append(len(x))
+    assert 12_800 <= min(lengths) < 14_500 < 17_500 < max(lengths) <= 20_000
+    assert np.exp(np.mean(np.log(lengths))) == pytest.approx(16_000, rel=0.1)
+    assert torch.equal(heard(source, raw), heard(make(max_s=2.0), raw))  # evaluation plays it as it is
+    slow = make(max_s=1.0, augment={"speed": [0.5, 0.5]})
+    x = slow.train(slow.decode(raw), np.random.default_rng(0))["wave"].numpy()
+    assert len(x) == 16_000  # never longer than max_s
+    assert pitch(x) == pytest.approx(200, rel=2e-3)
+    same = make(augment={"speed": [1, 1]})
+    assert torch.equal(same.train(same.decode(raw), np.random.default_rng(0))["wave"], heard(same, raw))
+
+
+def test_an_equalizer_is_a_few_gains_for_the_tower() -> None:
+    raw = write(np.full(16_000, 0.1, np.float32), 16_000, "WAV", "FLOAT")
+    source = make(augment={"equalizer_db": 6})
+    rows = [source.train(source.decode(raw), np.random.default_rng(seed))["equalizer"] for seed in range(8)]
+    assert torch.stack(rows).abs().amax() <= 6
+    assert torch.stack(rows).std() > 2
+    assert torch.equal(rows[3], source.train(source.decode(raw), np.random.default_rng(3))["equalizer"])
+    assert source.collate([source.dummy()])["equalizer"].eq(0).all()
+    assert source.eval(source.decode(raw)).keys() == {"wave"}
+    assert not {"speed", "equalizer_db"} & make().describe()["config"]["augment"].keys()
+    for more in ({"features": {"kind": "waveform"}}, {"long": "fusion", "pad": "repeatpad"}):
+        with pytest.raises(ValueError, match=r"equalizer_db acts on mel bins: it needs features\.kind: mel"):
+            make(augment={"equalizer_db": 6}, **more)
+    with pytest.raises(ValueError, match=r"augment.speed: \[1.2, 0.9\] must be \[slowest, fastest\]"):
+        make(augment={"speed": [1.2, 0.9]})
+
+
 def test_int16_and_the_batch(bark: bytes) -> None:
     short = of("fsdd", 1)[0]
     for ship, dtype in (("float32", torch.float32), ("int16", torch.int16)):
@@ -312,12 +354,14 @@ def test_described_settings_make_the_same_input() -> None:
 
 
 def digits(tmp_path: Path, **data: Any) -> tuple[Loader, list[tuple[bytes, str]]]:
-    """A loader over twelve spoken digits, captioned "Clip a." …; every batch has all of them."""
+    """A loader over twelve spoken digits, captioned "Clip a." … and but for the last in three groups; every batch has
+    all of them."""
     clips = [(raw, f"Clip {'abcdefghijkl'[i]}.") for i, raw in enumerate(of("fsdd", 12))]
     path = tmp_path / "d-000.tar"
     with tarfile.open(path, "w") as tar:
         for i, (raw, text) in enumerate(clips):
-            for ending, x in (("wav", raw), ("txt", text.encode())):
+            group = [("cls", b"%d" % (i % 3))] if i < 11 else []
+            for ending, x in (("wav", raw), ("txt", text.encode()), *group):
                 info = tarfile.TarInfo(f"{i:02d}.{ending}")
                 info.size = len(x)
                 tar.addfile(info, io.BytesIO(x))
@@ -325,7 +369,8 @@ def digits(tmp_path: Path, **data: Any) -> tuple[Loader, list[tuple[bytes, str]]
         "audio": Modality.model_validate({"encoder": {"name": "x"}, "input": {"rate": 8_000, "features": {}}}),
         "text": Modality.model_validate({"encoder": {"name": "x"}, "input": {"tokenizer": "clip-bpe:600"}}),
     }
-    config = Data.model_validate({"workers": 0, "sources": [{"name": "d", "shards": str(path)}], **data})
+    source = {"name": "d", "shards": str(path), "values": {"group": "cls"} if "mix_label" in data else {}}
+    config = Data.model_validate({"workers": 0, "sources": [source], **data})
     return Loader(config, build_inputs(parts), [("audio", "text")], seed=0, batch_size=12), clips
 
 
@@ -364,6 +409,29 @@ def test_mixing_adds_sounds_and_joins_captions(tmp_path: Path) -> None:
     plain, _ = digits(tmp_path)
     plain.stop_step = 1
     assert not any(" and " in text.tokenizer.decode(ids.tolist()) for b in plain for ids in b.inputs["text"]["ids"])
+
+
+def test_mixing_within_a_label(tmp_path: Path) -> None:
+    loader, _ = digits(tmp_path, mix=1.0, mix_label="group")
+    loader.stop_step = 4
+    text: Any = loader._steps.inputs["text"]
+    partners: dict[int, set[int]] = {i: set() for i in range(12)}
+    for batch in loader:
+        for row, (key, ids) in enumerate(zip(batch.keys, batch.inputs["text"]["ids"], strict=True)):
+            said = (
+                text.tokenizer.decode(ids[batch.inputs["text"]["mask"][row]].tolist()).replace(" .", "").split(" and ")
+            )
+            own, *others = ("abcdefghijkl".index(x.strip()[-1]) for x in said)
+            assert own == int(key.rsplit("/", 1)[1])
+            partners[own].update(others)
+    assert not partners.pop(11)  # it has no label
+    assert all(others and all(i % 3 == own % 3 and i != own for i in others) for own, others in partners.items())
+    assert max(len(others) for others in partners.values()) > 1
+    data = loader._data.model_dump()
+    assert data["mix_label"] == "group"
+    assert "mix_label" not in digits(tmp_path)[0]._data.model_dump()
+    with pytest.raises(ValueError, match="mix_label: no source reads a value 'kind'; its values are group"):
+        Data.model_validate({**data, "mix_label": "kind"})
 
 
 def test_pictures_are_not_mixed(tmp_path: Path) -> None:

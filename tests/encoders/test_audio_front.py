@@ -42,6 +42,20 @@ def files() -> list[bytes]:
     return out
 
 
+def test_an_equalizer_adds_decibels_to_bands(files: list[bytes]) -> None:
+    source = AudioInput(AudioConfig(features={"mean": 0.0, "std": 1.0}))
+    x = source.collate([source.eval(source.decode(raw)) for raw in files[:3]])
+    front = FrontEnd(source.describe()).eval()
+    plain, zero = front(x).values, front({**x, "equalizer": torch.zeros(3, 6)}).values
+    assert torch.equal(plain, zero)
+    ramp = torch.linspace(-6, 6, 6).expand(3, 6) * torch.tensor([[1.0], [0.5], [0.0]])
+    heard = front({**x, "equalizer": ramp}).values
+    loud = plain > -90  # the floor is -100 dB before and after
+    want = torch.linspace(-6, 6, 64) * torch.tensor([1.0, 0.5, 0.0])[:, None, None]
+    assert torch.allclose((heard - plain)[loud], want.expand_as(plain)[loud], atol=1e-3)
+    assert heard.min() >= -100.001
+
+
 def wave_of(raw: bytes, rate: int) -> Any:
     """The independent way: decode all, mean, resample."""
     import soundfile

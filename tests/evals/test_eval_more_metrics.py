@@ -214,6 +214,25 @@ def test_risk_and_coverage_by_loops() -> None:
     assert best.mean() < metrics.selective_risks(rng.random(200), right).mean()
 
 
+def test_the_curve_of_a_plot_has_the_ends_that_are_known() -> None:
+    rng = np.random.default_rng(1)
+    right = rng.random(253) < 0.6
+    wrong = int((~right).sum())
+    risks = metrics.selective_risks(rng.random(253), right)
+    curve = metrics.risk_curve(risks, wrong)
+    assert len(curve["coverage"]) == 100
+    assert (curve["coverage"][-1], curve["risk"][-1]) == (1.0, pytest.approx(wrong / 253, abs=1e-6))
+    places = [round(c * 253) - 1 for c in curve["coverage"]]
+    assert curve["risk"] == pytest.approx(risks[places].tolist(), abs=1e-6)
+    # The best order is what a confidence that knows the answers gives, and nothing is below it.
+    knows = metrics.selective_risks(right + 0.0, right)
+    by_loop = [np.mean(np.sort(~right)[: k + 1]) for k in places]
+    assert curve["best"] == pytest.approx(knows[places].tolist(), abs=1e-6)
+    assert curve["best"] == pytest.approx(by_loop, abs=1e-6)
+    few = metrics.risk_curve(metrics.selective_risks(np.arange(3.0), np.array([True, False, False])), 2)
+    assert few == {"coverage": [0.333333, 0.666667, 1.0], "risk": [1.0, 1.0, 0.666667], "best": [0.0, 0.5, 0.666667]}
+
+
 def test_calibration_error_by_hand() -> None:
     confidence = np.array([0.95, 0.85, 0.85, 0.3])
     right = np.array([True, True, False, False])

@@ -29,8 +29,10 @@ SIZE, K, STEPS, WIDTH, DIM = 16, 4, 2, 16, 8
 PAIR = ("image", "audio")
 REMEMBERING = {"sogclr", "isogclr", "fastclip", "moco", "cocosoda", "byolip", "beclr", "entity_classifier"}
 """Losses with a memory: ``_memory_jobs``."""
-ELSEWHERE = {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contrast", "rad"} | REMEMBERING
-"""Losses that have tables of their own: contrasts on the soft-target core, losses on regions, and these."""
+ELSEWHERE = (
+    {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contrast", "rad", "caption", "dense"} | REMEMBERING
+)
+"""Losses with tables of their own: contrasts on the soft-target core, losses on regions, heads on both towers, these."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"terms": ["info_nce", {"name": "koleo", "weight": 0.3}, {"name": "siamlip", "project": 4, "hidden": 5}]},
     "matryoshka": {"dims": [2, 8]},

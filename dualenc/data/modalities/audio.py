@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _Positive = Annotated[float, Field(gt=0)]
 _NonNegative = Annotated[float, Field(ge=0)]
 _Count = Annotated[int, Field(ge=0)]
+_Speed = Annotated[float, Field(ge=0.25, le=4)]
+
+EQUALIZER_POINTS = 6
+"""Points of an equalizer's curve, from the lowest mel bin to the highest."""
 
 
 class Features(Section):
@@ -67,7 +71,8 @@ class SpecAugment(Section):
 
 class AudioAugment(Section):
     """Training only. ``gain_db``: range of a random gain; ``mix_db``: how much louder the first of two mixed clips is
-    than the second (``data.mix`` says how many are mixed). ``crop`` keeps a random stretch of a clip, ``roll`` starts
+    than the second (``data.mix`` says how many are mixed). ``speed`` plays a clip faster or slower, pitch included;
+    ``equalizer_db`` filters it with a random smooth curve. ``crop`` keeps a random stretch of a clip, ``roll`` starts
     it at a random place of that stretch. ``hide`` is for towers that hide spans of a clip from themselves
     (own/audio_transformer) and losses that ask what is there (``masked_units``)."""
 
@@ -76,6 +81,12 @@ class AudioAugment(Section):
         default=(-5.0, 5.0), description="range in dB of how much louder the first of two mixed clips is"
     )
     spec: SpecAugment | None = Field(default=None, description="masking of the log-mel; null: none")
+    speed: tuple[_Speed, _Speed] | None = Field(
+        default=None, description="range of a random speed; 2: twice as fast and an octave higher; null: none"
+    )
+    equalizer_db: _NonNegative = Field(
+        default=0.0, description="largest gain and loss in dB of a random smooth curve over the mel bins; 0: none"
+    )
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="least share of a clip that is kept; between it and 1 the share is drawn"
     )
@@ -86,9 +97,10 @@ class AudioAugment(Section):
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``crop``, ``roll`` and ``hide`` at their defaults, as descriptions were before these existed."""
+        """Without the newer settings at their defaults, as descriptions were before these existed."""
         out: dict[str, Any] = write(self)
-        idle = {name for name in ("crop", "roll", "hide") if out[name] == type(self).model_fields[name].default}
+        newer = ("speed", "equalizer_db", "crop", "roll", "hide")
+        idle = {name for name in newer if out[name] == type(self).model_fields[name].default}
         return {k: v for k, v in out.items() if k not in idle}
 
 
@@ -130,6 +142,10 @@ class AudioConfig(Section):
             raise ValueError(f"features.win ({f.win}) must not be above n_fft ({f.n_fft})")
         if self.long == "fusion" and (self.pad == "none" or f.kind != "mel"):
             raise ValueError("long: fusion needs features.kind: mel and a pad (CLAP's is repeatpad)")
+        if self.augment.equalizer_db and (f.kind != "mel" or self.long == "fusion"):
+            raise ValueError("augment.equalizer_db acts on mel bins: it needs features.kind: mel and long: crop")
+        if self.augment.speed is not None and self.augment.speed[0] > self.augment.speed[1]:
+            raise ValueError(f"augment.speed: {list(self.augment.speed)} must be [slowest, fastest]")
         if self.min_s > self.max_s:
             raise ValueError(f"min_s ({self.min_s:g}) is above max_s ({self.max_s:g})")
         return self
@@ -140,9 +156,10 @@ class AudioInput:
     """Clips as rows ``{"wave": [T], …}``; ``collate`` → ``{"wave": float32 | int16 [B, T], "length": int64 [B], …}``.
 
     ``wave`` is mono at ``rate``, full scale ±1 (int16: ±32767), zero beyond ``length``. With SpecAugment ``spec``
-    float32 [B, K, 2]: start and width of each mask as shares, frequency masks first. With fusion ``crops`` float32
-    [B, 3]: where in its third of the clip each crop lies. With ``augment.hide``, ``hide`` float32 [B, S]: where the
-    spans that the tower hides begin, as shares.
+    float32 [B, K, 2]: start and width of each mask as shares, frequency masks first. With ``augment.equalizer_db``,
+    ``equalizer`` float32 [B, P]: gains in dB at points from the lowest mel bin to the highest. With fusion ``crops``
+    float32 [B, 3]: where in its third of the clip each crop lies. With ``augment.hide``, ``hide`` float32 [B, S]: where
+    the spans that the tower hides begin, as shares.
 
     float16 is not offered: its noise follows the loud parts at −72 dB and drowns the quiet bands.
     """
@@ -179,16 +196,19 @@ class AudioInput:
         return a, b
 
     def train(self, x: Sound | tuple[Sound, Sound], rng: np.random.Generator) -> dict[str, Tensor]:
-        """A random crop with random gain, and the masks of SpecAugment."""
+        """A random crop at a random speed and gain, the equalizer's curve, and the masks of SpecAugment."""
         augment = self.config.augment
         sounds = x if isinstance(x, tuple) else (x,)
-        waves = [self._varied(self._stretch(s, lambda room: int(rng.integers(0, room + 1))), rng) for s in sounds]
+        waves = [self._varied(self._played(s, rng), rng) for s in sounds]
         wave = waves[0] if len(waves) == 1 else mixed(waves[0], waves[1], rng.uniform(*augment.mix_db))
         if augment.gain_db is not None:
             wave = wave * np.float32(10 ** (rng.uniform(*augment.gain_db) / 20))
         row = {"wave": self._shipped(wave)}
         if augment.spec is not None:
             row["spec"] = _masks(augment.spec, rng)
+        if augment.equalizer_db:
+            gains = rng.uniform(-augment.equalizer_db, augment.equalizer_db, EQUALIZER_POINTS)
+            row["equalizer"] = torch.from_numpy(gains.astype(np.float32))
         if self.config.long == "fusion":
             row["crops"] = torch.from_numpy(rng.random(3, dtype=np.float32))
         if augment.hide:
@@ -218,6 +238,8 @@ class AudioInput:
         row = {"wave": self._shipped(noise.astype(np.float32)[: self.samples])}
         if self.config.augment.spec is not None:
             row["spec"] = torch.zeros(self.config.augment.spec.freq_masks + self.config.augment.spec.time_masks, 2)
+        if self.config.augment.equalizer_db:
+            row["equalizer"] = torch.zeros(EQUALIZER_POINTS)
         if self.config.long == "fusion":
             row["crops"] = torch.full((3,), 0.5)
         if self.config.augment.hide:
@@ -236,16 +258,26 @@ class AudioInput:
 
     # --- parts ------------------------------------------------------------------------------------------------
 
-    def _stretch(self, x: Sound, place: Any) -> NDArray[np.float32]:
-        """At most ``max_s`` (with fusion ``fusion_s``) of a clip; ``place(room)`` picks the first frame."""
+    def _played(self, x: Sound, rng: np.random.Generator) -> NDArray[np.float32]:
+        """A random stretch of a long clip, at a random speed (``augment.speed``; log-uniform)."""
+        speed = self.config.augment.speed
+        pace = 1.0 if speed is None else math.exp(rng.uniform(math.log(speed[0]), math.log(speed[1])))
+        return self._stretch(x, lambda room: int(rng.integers(0, room + 1)), pace)
+
+    def _stretch(self, x: Sound, place: Any, speed: float = 1.0) -> NDArray[np.float32]:
+        """At most ``max_s`` (with fusion ``fusion_s``) of a clip; ``place(room)`` picks the first frame.
+
+        A clip that is resampled to a lower rate and taken for one at ``config.rate`` is played faster.
+        """
         config = self.config
         keep = self.samples
         if config.long == "fusion":
             keep = max(keep, round(config.fusion_s * config.rate))
-        want = math.ceil(keep * x.rate / config.rate)
+        rate = config.rate / speed
+        want = math.ceil(keep * x.rate / rate)
         # Where the length is unknown, the clip is read from its start.
         room = 0 if x.frames is None else max(x.frames - want, 0)
-        wave = x.read(place(room) if room else 0, want, config.rate)[:keep]
+        wave = x.read(place(room) if room else 0, want, rate)[:keep]
         if len(wave) < 1:
             raise DecodeError(f"no sample is left after resampling to {config.rate} Hz")
         return wave

@@ -76,7 +76,7 @@ class Sound:
         """How long it is; infinity where the header does not say."""
         return math.inf if self.frames is None else self.frames / self.rate
 
-    def read(self, start: int, count: int, rate: int) -> NDArray[np.float32]:
+    def read(self, start: int, count: int, rate: float) -> NDArray[np.float32]:
         """Samples from ``start`` on: channels averaged, then resampled.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -41,7 +42,8 @@ class ViTTrunk(nn.Module):
     def maps(self, x: Tensor) -> Tensor:
         """[n, 3, S, S] → all patches as a map [n, W, S/patch, S/patch]."""
         y = self.tokens(x)
-        return y.transpose(1, 2).view(len(y), y.shape[2], self.grid, self.grid)
+        side = math.isqrt(y.shape[1])  # not always the grid's: see dualenc.encoders.places
+        return y.transpose(1, 2).reshape(y.shape[0], -1, side, side)
 
     def pool(self, maps: Tensor) -> Tensor:
         """[n, W, h, w] → [n, W]."""
