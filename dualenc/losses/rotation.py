@@ -1,9 +1,9 @@
 """By how many quarters was an image turned? (Gidaris et al. 2018, arXiv 1803.07728; beside a contrast in ScatSimCLR,
 Kinakh et al. 2021, arXiv 2108.13939.)
 
-With y_i of 0 … 3 the quarter turns of image i, drawn anew in every epoch, and x_i its feature,
+With y_i of 0 … 3 the quarter turns of image i, drawn anew in every epoch, and x_i its unit feature [D],
 
-    L = −mean_i log softmax(W x_i + b)_{y_i}
+    L = −mean_i log softmax(√D W x_i + b)_{y_i}
 
 over the images of the global batch. The turned image is a view of its own, a modality that shares the image's tower
 (``input.augment.quarter_turns``), so that the contrast with captions sees images upright. ScatSimCLR's other question,
@@ -30,11 +30,23 @@ from dualenc.errors import ConfigError
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
 
 
+class TurnHead(nn.Linear):
+    """Unit features [n, D] → logits [n, 4]. They are multiplied by √D, so that a coordinate is about 1 as of any layer:
+    the logits of a linear map of numbers of 1/√D would hardly grow in a short training."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return super().forward(x * self.in_features**0.5)
+
+
 @losses.register("rotation")
 class Rotation(Loss):
     """A linear head on the features of turned images says by how many quarters each was turned.
 
-    Formula: −mean_i log softmax(W x_i + b)_{y_i}, y_i the quarter turns of image i
+    Formula: −mean_i log softmax(√D W x_i + b)_{y_i}, y_i the quarter turns of image i
     Paper: Gidaris et al. 2018, arXiv 1803.07728; ScatSimCLR, Kinakh et al. 2021, arXiv 2108.13939
     Needs: a view with input.augment.quarter_turns; it trains the head
     """
@@ -57,7 +69,7 @@ class Rotation(Loss):
                 f"loss.modality: {self.modality!r} is in none of the loss's pairs; name the view whose input has "
                 "augment.quarter_turns: true"
             )
-        return {"turn_logits": {self.modality: nn.Linear(dim, 4)}}
+        return {"turn_logits": {self.modality: TurnHead(dim)}}
 
     def forward(
         self,
