@@ -10,7 +10,7 @@ mean of its places, an image of a single place has that place's features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,11 +59,11 @@ def heard(tower: Tower, where: str) -> Iterator[list[Tensor]]:
         yield said[0]
 
 
-def features_of_places(tower: Tower, x: Tensor, said: Sequence[Tensor], elements: int | None = None) -> Tensor:
+def features_of_places(tower: Tower, x: Any, said: Sequence[Tensor], elements: int | None = None) -> Tensor:
     """Features [n, h, w, D] of the places of each image, not normalised.
 
     Args:
-        x: images uint8 [n, 3, S, S]; said: what the last block said of them.
+        x: the collated images; said: what the last block said of them.
         elements: numbers of the copies of places that are pooled at once; None: all. Ranks with different numbers of
             images would call the tower a different number of times.
 
@@ -81,13 +81,14 @@ def features_of_places(tower: Tower, x: Tensor, said: Sequence[Tensor], elements
     rows = states.flatten(0, 1)
     together = len(rows) if elements is None else max(1, elements // (width * math.prod(shape)))
     blocks, parts = tower.blocks(), []
+    one = {k: v[:1] for k, v in x.items() if isinstance(v, Tensor)} if isinstance(x, Mapping) else x[:1]
     for chunk in torch.split(rows, together):
         between = (None,) * len(shape)
         copies = chunk[(slice(None), *between)].expand(-1, *shape, -1)
         if y.ndim == 4 and y.shape[2] == y.shape[3]:
             copies = copies.permute(0, 3, 1, 2)
         with outputs_of_blocks(blocks, copies.contiguous()):  # the blocks run on one image, and nobody hears them
-            parts.append(tower.encode(x[:1]))
+            parts.append(tower.encode(one))
     return torch.cat(parts).view(n, side, side, -1)
 
 
