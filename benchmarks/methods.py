@@ -2,12 +2,12 @@
 
     python -m benchmarks.methods STUDY [--aeon FOLDER] [options of dualenc compare]
 
-STUDY is a file of ``benchmarks/studies`` by its name: quickstart, flickr8k, audio, audio_pretraining, series or
-batches. The data that it names is made first, where it is missing: the quickstart's samples with what its metadata says
-of them as json (for losses that need labels); Flickr8k's photos as features of a released tower beside their captions;
-the sounds of the audio recipe; the series of two sets that come with the wheel of aeon (``--aeon`` is the folder it was
-unpacked to); for batch plans a trained model, its clusters and neighbours. Then ``dualenc compare`` runs, which goes on
-where it was stopped and writes the table and its page.
+STUDY is a file of ``benchmarks/studies`` by its name: quickstart, image_towers, flickr8k, audio, audio_pretraining,
+series or batches. The data that it names is made first, where it is missing: the quickstart's samples with what its
+metadata says of them as json (for losses that need labels); Flickr8k's photos as features of a released tower beside
+their captions; the sounds of the audio recipe; the series of two sets that come with the wheel of aeon (``--aeon`` is
+the folder it was unpacked to); for batch plans a trained model, its clusters and neighbours. Then ``dualenc compare``
+runs, which goes on where it was stopped and writes the table and its page.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def of_batches(out: Path, sets: Path) -> None:
 
 MAKERS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "quickstart": ("runs/methods/data/quickstart", of_quickstart),
+    "image_towers": ("runs/methods/data/quickstart", of_quickstart),
     "flickr8k": ("runs/methods/data/flickr8k", of_flickr8k),
     "audio": ("data/audio_text", of_audio),
     "audio_pretraining": ("data/audio_text", of_audio),

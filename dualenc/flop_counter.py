@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -22,10 +23,17 @@ class _NoModules:
 
 
 def counting() -> FlopCounterMode:
-    """A context that counts matrix products, convolutions and attention, a multiplication and an addition as two;
-    ``get_total_flops()`` has the sum."""
+    """A context that counts matrix products, convolutions, attention and Fourier transforms between complex numbers, a
+    multiplication and an addition as two; ``get_total_flops()`` has the sum."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode  # Triton comes with it: not for runs that count nothing
 
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._fft_c2c: _of_fft})
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     return counter
+
+
+def _of_fft(shape: Any, dims: Any, *_: Any, **__: Any) -> int:
+    """5 N log₂ N for each transform of N numbers."""
+    count = math.prod(shape[d] for d in dims)
+    return round(5 * math.prod(shape) * math.log2(count)) if count > 1 else 0

@@ -43,8 +43,8 @@ def test_every_loss_and_term_says_formula_paper_and_needs() -> None:
 
 
 STUDIES = ROOT / "benchmarks" / "studies"
-NEED_PLACES = {"prc", "point_contrast", "rad", "local_contrast"}
-"""Losses on maps of places, whose table is of camera and LiDAR."""
+NEED_PLACES = {"prc", "point_contrast", "rad", "local_contrast", "dense"}
+"""Losses on places, whose tables are of camera and LiDAR and of street scenes."""
 
 
 def test_every_loss_and_term_is_compared_with_the_others() -> None:

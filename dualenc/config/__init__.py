@@ -1,7 +1,7 @@
 """The recipe: everything about one run, as typed data; see :mod:`dualenc.config.recipe`."""
 
 from dualenc.config.distill import Anchor, Distill, LookAhead, Teacher
-from dualenc.config.modality import Lora, Modality, Unlocked
+from dualenc.config.modality import Lora, Modality, Prompts, Unlocked
 from dualenc.config.phases import Phase
 from dualenc.config.reading import apply_override, dump_yaml, load_yaml, parse, read_yaml, settings_as
 from dualenc.config.recipe import (
@@ -43,6 +43,7 @@ __all__ = [
     "Optim",
     "Phase",
     "Positive",
+    "Prompts",
     "Recipe",
     "Schedule",
     "Section",

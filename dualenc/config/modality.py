@@ -33,6 +33,19 @@ class Lora(Section):
     head: bool = Field(default=False, description="also train the projection to the shared space")
 
 
+class Prompts(Section):
+    """Learned tokens in a tower's blocks (PromptSRC, Khattak et al. 2023): nothing else of the tower is trained."""
+
+    tokens: Positive = Field(
+        default=4, description="learned tokens in each layer; texts: as many as input.prefix has (4: 'a photo of a')"
+    )
+    layers: Positive | None = Field(
+        default=None,
+        description="the first blocks that get tokens of their own; default: 9, or all where there are fewer",
+    )
+    head: bool = Field(default=False, description="also train the projection to the shared space")
+
+
 class Modality(Section):
     """One modality: how its raw bytes become tensors, and its tower."""
 
@@ -55,6 +68,9 @@ class Modality(Section):
         default=None, description="start from the same tower of a trained MODEL; MODEL#NAME: from its modality NAME"
     )
     lora: Lora | None = Field(default=None, description="train adapters instead of the tower's weights")
+    prompts: Prompts | None = Field(
+        default=None, description="train tokens in the tower's blocks instead of its weights; a text needs input.prefix"
+    )
     length_groups: bool | Literal["auto"] = Field(
         default="auto",
         description="text towers: do not pad a batch to its longest caption in training either; the same gradients "
@@ -67,15 +83,22 @@ class Modality(Section):
     def _one_way(self) -> Modality:
         if self.lock and self.lora is not None:
             raise ValueError("lora already freezes the tower's own weights; leave lock out")
+        if self.prompts is not None and (self.lock or self.lora is not None):
+            other = "lora" if self.lora is not None else "lock"
+            raise ValueError(f"prompts already freeze the tower's own weights; leave {other} out")
         if self.stream is not None and self.shares is None:
             raise ValueError("stream is for a modality that shares a tower; add shares, or leave stream out")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_stream(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes without streams are written, compared and resumed as they were before there were any."""
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes without streams and prompts are written, compared and resumed as before there were any."""
         out: dict[str, Any] = write(self)
-        return out if self.stream is not None else {k: v for k, v in out.items() if k != "stream"}
+        return {k: v for k, v in out.items() if k not in ("stream", "prompts") or v is not None}
+
+
+_OF_THE_TOWER = ("encoder", "lock", "lora", "prompts", "init_from")
+"""Keys of a modality that belong to its tower, and so to all modalities that share it."""
 
 
 def with_shared(parts: Mapping[str, Any], name: str) -> Any:
@@ -90,11 +113,9 @@ def with_shared(parts: Mapping[str, Any], name: str) -> Any:
         raise ValueError(
             f"modalities.{name}.shares: {shares!r} has no tower of its own. {did_you_mean(shares, owners)}"
         )
-    taken = {k: other[k] for k in ("encoder", "lock", "lora", "init_from") if k in other} | {
-        "kind": other.get("kind") or shares
-    }
+    taken = {k: other[k] for k in _OF_THE_TOWER if k in other} | {"kind": other.get("kind") or shares}
     for key, value in part.items():
-        if key in ("encoder", "lock", "lora", "init_from") and value != taken.get(key, value):
+        if key in _OF_THE_TOWER and value != taken.get(key, value):
             raise ValueError(f"modalities.{name}.{key}: this modality shares the tower of {shares!r}; leave {key} out")
     return {**part, **taken, "shares": shares}
 

@@ -105,7 +105,7 @@ def check_kept(number: int, before: Mapping[str, Any], after: Mapping[str, Any])
         )
     for m, part in after["modalities"].items():
         was = before["modalities"][m]
-        for key in ("kind", "shares", "init_from", "lora"):
+        for key in ("kind", "shares", "init_from", "lora", "prompts"):
             if part.get(key) != was.get(key):
                 raise ConfigError(f"phases.{number}.modalities.{m}.{key}: a run keeps it; leave it out")
         if part["encoder"]["name"] != was["encoder"]["name"]:

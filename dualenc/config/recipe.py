@@ -481,7 +481,7 @@ def phase_recipes(recipe: Recipe) -> list[Recipe]:
         raw = merge(before, phase.changes)
         for part in raw["modalities"].values():
             if isinstance(part, dict) and part.get("shares") is not None:  # taken from the other one again
-                for key in ("encoder", "kind", "lock", "lora", "init_from"):
+                for key in ("encoder", "kind", "lock", "lora", "prompts", "init_from"):
                     part.pop(key, None)
         now = parse(Recipe, raw, {}, f"phases.{number}")
         check_kept(number, before, now.model_dump(mode="json"))

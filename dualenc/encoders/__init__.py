@@ -8,7 +8,8 @@ from typing import Any
 
 from dualenc.config import Component
 from dualenc.encoders.adapters.hf_naflex import check_grid
-from dualenc.encoders.dual_encoder import DualEncoder, decay_groups
+from dualenc.encoders.decay import decay_groups
+from dualenc.encoders.dual_encoder import DualEncoder
 from dualenc.encoders.families import encoder_origin, families, find, own_towers
 from dualenc.encoders.tower import Tower, activations
 from dualenc.encoders.trainable.rows import batch_norm_notes, refuse_mixing, warn_of_untrained_norms

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dualenc.config import LogitScale, Lora, pair_name
+from dualenc.config import LogitScale, Lora, Prompts, pair_name
 from dualenc.config.stream import Stream
-from dualenc.encoders.hidden import Hidden
+from dualenc.encoders.caption_head import CaptionHead, Captioning, Vocabulary, partners, refuse_unless_causal
+from dualenc.encoders.context_head import ContextHead, InContext
+from dualenc.encoders.hidden import Hidden, PlaceStates
 from dualenc.encoders.negatives import joined, parted
+from dualenc.encoders.places import features_of_places, heard
 from dualenc.encoders.streams import BlockNoise, build_projector
 from dualenc.encoders.tower import ImageTower, Tower
 from dualenc.encoders.trainable import lock as locking
 from dualenc.encoders.trainable.lora import add_adapters, merged
+from dualenc.encoders.trainable.prompts import add_prompts
 from dualenc.encoders.trainable.recompute import recompute_every
 from dualenc.errors import ConfigError
 
@@ -73,8 +77,12 @@ class DualEncoder(nn.Module):
             locking.unlock_last(self.tower(m), groups, f"modalities.{m}.lock")
         self.adapters: dict[str, float] = {}
         self.hidden: dict[str, Hidden] = {}
+        self.says_places: set[str] = set()
+        """Modalities whose images' places are in the outputs, see :meth:`say_places`."""
         self.watcher: Callable[[str, Tensor], None] | None = None
         """Called in the forward with each modality's name and features, before the next tower runs."""
+        self.rows: Mapping[str, Tensor] | None = None
+        """Which slots the rows of the next forward belong to: see :func:`telling_rows`."""
         self.streams: dict[str, tuple[str, Stream]] = {}
         self.noise: dict[str, BlockNoise] = {}
         self.projectors = nn.ModuleDict()
@@ -98,17 +106,25 @@ class DualEncoder(nn.Module):
             each of the heads: modality → [n_m, E]; and what towers say of their rows besides, such as ``local`` →
             [n_m, K, D'], and ``negatives`` [n_m, K, D] of rows that bring wrong items.
         """
-        features, frozen = {}, {}
+        features, frozen, places = {}, {}, dict[str, PlaceStates]()
         more: dict[str, dict[str, Tensor]] = {}
         for m, x in inputs.items():
             everything, k = joined(x)
             if m in self.hidden:
                 self.hidden[m].begin()
-            said = self.outputs_of(m, everything)
+            tower = self.tower(m)
+            if m in self.says_places:
+                with heard(tower, m) as last_block:
+                    said = self.outputs_of(m, everything)
+                said["places"] = normalised(features_of_places(tower, everything, last_block).flatten(1, 2))
+            else:
+                said = self.outputs_of(m, everything)
             if m in self.hidden:
                 said |= {hidden_group(depth): y for depth, y in self.hidden[m].take(everything).items()}
             said = parted(said, k)
             features[m], own = normalised(said.pop("features")), said.pop("pooled")
+            if m in self.hidden and (last := self.hidden[m].take_places()) is not None:
+                places[m] = last.first(len(features[m]))
             if self.watcher is not None:
                 self.watcher(m, features[m])
             if m in self.locked:
@@ -123,6 +139,12 @@ class DualEncoder(nn.Module):
             "logit_bias": self.logit_bias(),
         }
         for name, head in self.heads.items():
+            if isinstance(head, CaptionHead):
+                out[name] = self._captioned(head, inputs, places)
+                continue
+            if isinstance(head, ContextHead):
+                out[name] = self._in_context(head, out)
+                continue
             assert isinstance(head, nn.ModuleDict)
             use = {m: next((k for k in (m, self.shared.get(m, m)) if k in head), EVERY) for m in features}
             rows = out.get(name, features)  # hidden states of that name, or the features
@@ -130,6 +152,27 @@ class DualEncoder(nn.Module):
                 rows = out.get(part.group, {}) if isinstance(part, GroupHead) else rows
             out[name] = {m: head[use[m]](x).float() for m, x in rows.items() if m in use and use[m] in head}
         return out
+
+    def _captioned(
+        self, head: CaptionHead, inputs: Mapping[str, Any], places: Mapping[str, PlaceStates]
+    ) -> dict[str, Tensor]:
+        """Modality of the captions → [n, 2], if both modalities are there."""
+        text, of = head.asked.captions, head.asked.of
+        if text not in places or of not in places:
+            return {}
+        y, z = places[text], places[of]
+        counts = len(y.states), len(z.states)
+        return {text: head(y, inputs[text], z, *partners(self.rows, text, of, counts, y.states.device))}
+
+    def _in_context(self, head: ContextHead, out: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Modality of the texts → [n, K, D], if both modalities are there and samples list texts."""
+        text, of = head.asked.texts, head.asked.of
+        listed, features = out.get("negatives", {}), out["features"]
+        if text not in listed or of not in features:
+            return {}
+        x, image = listed[text], features[of]
+        which = partners(self.rows, text, of, (len(x), len(image)), x.device)
+        return {text: head(x, image, out["places"][of], *which)}
 
     def keep_hidden(self, depths: Sequence[float], dim: int, rows: Mapping[str, Any]) -> None:
         """Let every forward also give the pooled hidden states at ``depths`` (shares of a tower's depth), each mapped
@@ -145,12 +188,9 @@ class DualEncoder(nn.Module):
         was = self.training
         self.eval()
         for m, x in rows.items():
-            owner = self.shared.get(m, m)
-            if owner not in self.hidden:
-                self.hidden[owner] = Hidden(self.tower(m), depths, owner)
-            kept = self.hidden[m] = self.hidden[owner]
-            # Its blocks may run only once for a batch, on its rows in their order.
-            self.tower(m).keeps_shape, self.tower(m).length_groups = True, False
+            kept = self._hidden(m)
+            kept.pool(depths)
+            kept.begin()
             with torch.no_grad():
                 self.tower(m)(x)
             for depth, y in kept.take(x).items():
@@ -158,6 +198,66 @@ class DualEncoder(nn.Module):
         self.train(was)
         for group, of in widths.items():
             self.add_head(group, {m: nn.Linear(width, dim) for m, width in of.items() if m not in self.shared})
+
+    def say_places(self, m: str) -> None:
+        """Let every forward also give ``places``: [n, K, D] unit features of the K places of each image, row by row,
+        see :mod:`dualenc.encoders.places`.
+
+        Raises:
+            ConfigError: the modality's tower says nothing of places.
+        """
+        with heard(self.tower(m), f"modalities.{m}.encoder"):
+            self.says_places.add(m)
+
+    def add_context_head(self, name: str, asked: InContext) -> None:
+        """Let every forward with both modalities also give the texts that samples list as the image changes them: the
+        group ``name`` of the texts' modality, [n, K, D], see :class:`ContextHead`. Like :meth:`add_head` it serves a
+        loss only.
+
+        Raises:
+            ConfigError: the images' tower says nothing of places.
+        """
+        self.say_places(asked.of)
+        self.heads[name] = ContextHead(asked, self.tower(asked.of).embed_dim)
+
+    def _hidden(self, m: str) -> Hidden:
+        """What keeps the states of the tower that encodes ``m``, for all modalities that it encodes."""
+        owner, tower = self.shared.get(m, m), self.tower(m)
+        if owner not in self.hidden:
+            kept = Hidden(tower, (), owner)
+            self.hidden |= {x: kept for x in self.modalities if self.shared.get(x, x) == owner}
+            # Its blocks may run only once for a batch, on its rows in their order.
+            tower.keeps_shape, tower.length_groups = True, False
+        return self.hidden[owner]
+
+    def add_caption_head(self, name: str, asked: Captioning, rows: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+        """Let every forward with both modalities also say how likely its captions are: the group ``name`` of the
+        captions' modality, [n, 2], see :class:`CaptionHead`. Like :meth:`add_head` it serves a loss only.
+
+        Args:
+            rows: modality → some collated rows, of both.
+
+        Raises:
+            ConfigError: a tower without repeated blocks, or a text tower that is not causal.
+        """
+        widths = {}
+        was = self.training
+        self.eval()
+        for m in (asked.captions, asked.of):
+            kept, x = self._hidden(m), rows[m]
+            kept.keep_places()
+            kept.begin()
+            with torch.no_grad():
+                self.tower(m)(x)
+            kept.take(x)
+            places = kept.take_places()
+            assert places is not None
+            widths[m] = places.states.shape[2]
+        text = asked.captions
+        where = f"modalities.{text}.encoder"
+        refuse_unless_causal(self.tower(text), self.hidden[text], rows[text], vocabulary.size, where)
+        self.train(was)
+        self.heads[name] = CaptionHead(asked, widths[text], widths[asked.of], vocabulary)
 
     def add_head(self, name: str, head: Mapping[str, nn.Module]) -> None:
         """Add modality → module on the features [n, D], whose outputs [n, E] become the group ``name`` of the outputs.
@@ -220,6 +320,17 @@ class DualEncoder(nn.Module):
         add_adapters(self.tower(m), config, f"modalities.{m}.lora")
         self.adapters[f"towers.{m}."] = config.alpha / config.rank
 
+    def add_prompts(self, m: str, config: Prompts, at: int | None) -> None:
+        """Train prompts in the tower of ``m`` instead of its weights; they stay part of the model.
+
+        Args:
+            at: the place of the first one in a text; None: they come after all places.
+
+        Raises:
+            ConfigError: see :func:`dualenc.encoders.trainable.prompts.add_prompts`.
+        """
+        add_prompts(self.tower(m), config, at, f"modalities.{m}.prompts")
+
     def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict of this module → that of the model for use: adapters merged, without heads of a loss."""
         return without_heads(merged(state, self.adapters))
@@ -280,6 +391,25 @@ class DualEncoder(nn.Module):
             tower.keeps_shape, tower.length_groups = True, False  # every new size is compiled again
             for part in (tower.blocks() if blocks else []) or [tower]:
                 part.compile()
+
+
+@contextmanager
+def telling_rows(model: nn.Module, rows: Mapping[str, Tensor]) -> Iterator[None]:
+    """Around a forward of ``model``, however an engine wraps it: which slots the rows of each modality belong to. Heads
+    on two modalities of a sample need it; without it row i of one belongs to row i of the other.
+
+    Args:
+        model: a :class:`DualEncoder`; others are not told.
+        rows: modality → [n_m], ``Batch.rows``.
+    """
+    if not isinstance(model, DualEncoder):
+        yield
+        return
+    model.rows = rows
+    try:
+        yield
+    finally:
+        model.rows = None
 
 
 def normalised(x: Tensor) -> Tensor:
@@ -377,51 +507,3 @@ class _Biases(_Callable):
         """pair → [1], fp32."""
         # A copy: wrappers such as DDP mistake a parameter among the outputs for an unused one.
         return {pair: bias.float().clone() for pair, bias in self.items()}
-
-
-def decay_groups(module: nn.Module) -> tuple[list[str], list[str], list[str]]:
-    """Names of trained parameters: (with weight decay, without, logit scale and bias).
-
-    Weight decay is for matrices and convolutions only. Vectors (gains and biases of norms, layer scale) and learned
-    positions, class tokens and queries have none, as in CLIP's and timm's recipes; nor have the model's own scale and
-    bias, which are a group of their own (a tower may have parameters of that name too, as Swin v2's attention has).
-
-    Only names and shapes are looked at, so the groups are the same before and after an engine cuts the parameters.
-    """
-    decay, no_decay, scale = [], [], []
-    for name, p in module.named_parameters():
-        if not p.requires_grad:
-            continue
-        if name.partition(".")[0] in ("logit_scale", "logit_bias"):
-            scale.append(name)
-        elif sum(length > 1 for length in p.shape) < 2 or _is_embedding(name):
-            no_decay.append(name)
-        else:
-            decay.append(name)
-    return decay, no_decay, scale
-
-
-_EMBEDDINGS = (
-    "positional_embedding",
-    "position_embedding",
-    "position_embeddings",
-    "pos_embed",
-    "positions",
-    "class_embedding",
-    "cls_token",
-    "cls_emb",
-    "reg_token",
-    "mask_token",
-    "query",
-    "latent",
-    "probe",
-    "relative_position_bias_table",
-)
-
-
-def _is_embedding(name: str) -> bool:
-    """Positions, class tokens and pooling queries: parameters themselves, or the weight of an nn.Embedding of them."""
-    parts = name.split(".")
-    own = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-    # A linear layer may be called "query" (BERT); the bare parameter of that name is a token.
-    return own in _EMBEDDINGS and not (parts[-1] == "weight" and own in ("query", "latent"))

@@ -107,7 +107,8 @@ class Recomputing(Protocol):
 
 
 class ImageTower(Tower):
-    """Images uint8 [n, 3, S, S] → normalised on the device → ``trunk`` → ``head`` → [n, D].
+    """Images uint8 [n, 3, S, S] (or a mapping that has them as ``pixels``) → normalised on the device → ``trunk`` →
+    ``head`` → [n, D].
 
     Mean and std are an input's settings, kept in dualenc.json; the buffers that hold them are not part of the weights.
     """
@@ -123,12 +124,20 @@ class ImageTower(Tower):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
 
-    def pooled(self, x: Tensor) -> Tensor:
+    def pooled(self, x: Any) -> Tensor:
         """uint8 [n, 3, S, S] → [n, W]."""
+        out: Tensor = self.trunk(self.pixels(x))
+        return out
+
+    def pixels(self, x: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """uint8 [n, 3, S, S] → what the trunk takes."""
+        x = x["pixels"] if isinstance(x, Mapping) else x
         y = (x.to(self.mean.dtype) / 255 - self.mean) / self.std
-        if self.channels_last:
-            y = y.contiguous(memory_format=torch.channels_last)
-        out: Tensor = self.trunk(y)
+        return y.contiguous(memory_format=torch.channels_last) if self.channels_last else y
+
+    def features_of(self, pixels: Tensor) -> Tensor:
+        """What the trunk takes → features [n, D], not normalised: the part of the tower that an exported graph has."""
+        out: Tensor = self.head(self.trunk(pixels))
         return out
 
     def set_channels_last(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.config import Optim
-from dualenc.encoders.dual_encoder import decay_groups
+from dualenc.encoders.decay import decay_groups
 from dualenc.encoders.tower import Tower
 from dualenc.errors import ConfigError
 

@@ -131,7 +131,8 @@ def check_shapes(model: nn.Module) -> None:
 def make_contiguous(model: nn.Module) -> None:
     """Make channels-last weights contiguous: DeepSpeed reads parameters as flat runs of bytes, FSDP2 refuses others."""
     for x in [*model.parameters(), *model.buffers()]:
-        x.data = x.data.contiguous()
+        # The weight of a 1×1 convolution counts as contiguous in either layout, but keeps the strides of the other one.
+        x.data = x.data.contiguous().flatten().view(x.shape)
 
 
 def protect_outputs(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.data.batch import Batch
+from dualenc.encoders.dual_encoder import telling_rows
 from dualenc.losses.objective import zero_path
 
 Outputs = Mapping[str, Mapping[str, Tensor]]
@@ -53,7 +54,8 @@ def cached_backward(engine: Runs, chunks: list[Batch], batch: Batch, value: Valu
     with torch.no_grad(), kept_running_statistics(engine.module):
         for chunk in chunks:
             draws.append(RandomState(engine.device))
-            encoded.append(engine.forward(chunk.inputs))
+            with telling_rows(engine.module, chunk.rows):
+                encoded.append(engine.forward(chunk.inputs))
     leaves, joined = join(encoded, chunks, batch)
     loss, numbers = value(leaves, joined)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -61,7 +63,8 @@ def cached_backward(engine: Runs, chunks: list[Batch], batch: Batch, value: Valu
     for k, chunk in enumerate(chunks):
         last = k == len(chunks) - 1
         with draws[k].replayed(), engine.accumulating(last):
-            outputs = engine.forward(chunk.inputs)
+            with telling_rows(engine.module, chunk.rows):
+                outputs = engine.forward(chunk.inputs)
             # Every output stays in every chunk's graph; scales and biases get their gradient once.
             surrogate = zero_path(x for group in outputs.values() for x in group.values())
             for m in done:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from dualenc.config import Section
 from dualenc.data.batch import TeacherRows
 from dualenc.distributed.world import world_size
+from dualenc.encoders.caption_head import Captioning
+from dualenc.encoders.context_head import InContext
 from dualenc.errors import ConfigError
 from dualenc.losses.blockwise.sweeps import How
 from dualenc.memory import LearnedView, LossState, RunShape, SlowTowers
@@ -97,6 +100,16 @@ class Loss(nn.Module):
     hidden: Sequence[float] = ()
     """Shares of the towers' depth at which it wants their hidden states, pooled and mapped to the features' width: the
     groups ``dualenc.encoders.dual_encoder.hidden_group(share)`` of its extras."""
+    captioning: Mapping[str, Captioning] = MappingProxyType({})
+    """Group of its extras → the head that says there, [B, 2], how likely each caption is given an item of another
+    modality: see :class:`dualenc.encoders.caption_head.CaptionHead`."""
+
+    in_context: Mapping[str, InContext] = MappingProxyType({})
+    """Group of its extras → the head that says there, [B, K, D], how an image changes the texts that a sample lists:
+    see :class:`dualenc.encoders.context_head.ContextHead`."""
+    places_of: Sequence[str] = ()
+    """Modalities whose images' places it wants: ``places`` [B, K, D] of its extras, see
+    :meth:`dualenc.encoders.dual_encoder.DualEncoder.say_places`."""
 
     def heads(self, dim: int, modalities: Sequence[str]) -> Mapping[str, Mapping[str, nn.Module]]:
         """What it trains besides the towers: group → modality → a module on the features [n, ``dim``].

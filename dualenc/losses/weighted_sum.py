@@ -67,6 +67,10 @@ class WeightedSum(Loss):
         self.parts = nn.ModuleList(loss_of(t, f"loss.terms.{k}") for k, t in enumerate(config.terms))
         self.needs = tuple(dict.fromkeys(name for part in self.children_losses() for name in part.needs))
         self.hidden = tuple(dict.fromkeys(depth for part in self.children_losses() for depth in part.hidden))
+        self.places_of = tuple(dict.fromkeys(m for part in self.children_losses() for m in part.places_of))
+        named = list(zip(self.names, self.children_losses(), strict=True))
+        self.captioning = {f"{n}{JOINT}{group}": asked for n, p in named for group, asked in p.captioning.items()}
+        self.in_context = {f"{n}{JOINT}{group}": asked for n, p in named for group, asked in p.in_context.items()}
         self.names_pairs = tuple(
             pair
             for t, part in zip(config.terms, self.children_losses(), strict=True)

@@ -42,7 +42,9 @@ class Wrapper(Loss):
         super().__init__()
         self.loss = loss_of(config.loss, "loss.loss")
         self.needs, self.names_pairs = tuple(self.loss.needs), tuple(self.loss.names_pairs)
-        self.hidden = tuple(self.loss.hidden)
+        self.hidden, self.places_of = tuple(self.loss.hidden), tuple(self.loss.places_of)
+        self.captioning = {f"{INNER}{JOINT}{group}": asked for group, asked in self.loss.captioning.items()}
+        self.in_context = {f"{INNER}{JOINT}{group}": asked for group, asked in self.loss.in_context.items()}
 
     def heads(self, dim: int, modalities: Sequence[str]) -> dict[str, Mapping[str, nn.Module]]:
         """Those of the loss inside, under names of their own."""

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from dualenc.checkpoint.ranges import write_tensors
-from dualenc.config import Component, LogitScale, Modality, Recipe, Unlocked, settings_as
+from dualenc.config import Component, LogitScale, Modality, Prompts, Recipe, Unlocked, settings_as
 from dualenc.config.modality import streams_of
 from dualenc.config.stream import Stream
 from dualenc.data.modalities import ModalityInput, modalities, rows_of
 from dualenc.data.modalities.modality import SavesFiles
+from dualenc.data.modalities.text import TextInput
 from dualenc.distributed.devices import resolve_device
 from dualenc.encoders import DualEncoder, Tower, activations, build_tower, check_input, encoder_origin, input_defaults
 from dualenc.encoders.released.weights import load_exactly
+from dualenc.encoders.trainable.prompts import try_prompts
 from dualenc.errors import CheckpointError, ConfigError
 from dualenc.model.mixing import check_trained_towers, two_rows
 from dualenc.model.record import record
@@ -119,7 +121,7 @@ class Bundle:
             "input": dict(described),
             "encoder": tower.component.model_dump(mode="json"),
             "activation": activations(tower),
-            **{k: x for k, x in part.model_dump(mode="json").items() if k in ("lock", "shares", "stream")},
+            **{k: x for k, x in part.model_dump(mode="json").items() if k in ("lock", "shares", "stream", "prompts")},
         }
 
     def save(
@@ -251,6 +253,7 @@ def build_bundle(recipe: Recipe) -> Bundle:
             )
     model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
     add_streams(model, parts, inputs, recipe.seed)
+    add_prompts(model, parts, inputs, recipe.seed)
     group_lengths(recipe, model)
     begins_elsewhere = recipe.checkpoint.init_from is not None
     check_trained_towers(model, inputs, {m for m, p in parts.items() if begins_elsewhere or p.init_from})
@@ -324,6 +327,7 @@ def assemble(
             )
     model = DualEncoder(towers, pairs, scale, *locks(parts), shared_of(parts))
     add_streams(model, parts, inputs, 0)
+    add_prompts(model, parts, inputs, 0)
     if tensors is not None:
         load_exactly(model, tensors, where)
     model.eval()
@@ -350,6 +354,40 @@ def add_streams(
     if streams := streams_of(parts):
         with seeded(seed, "streams"):
             model.add_streams(streams, {m: two_rows(inputs[m]) for m in streams})
+
+
+def add_prompts(
+    model: DualEncoder,
+    parts: Mapping[str, Modality],
+    inputs: Mapping[str, ModalityInput],
+    seed: int,
+    tried: bool = True,
+) -> None:
+    """Give the towers with ``prompts`` theirs, which depend on seed and name only.
+
+    Args:
+        tried: run each of these towers once, to see whether it can have them.
+
+    Raises:
+        ConfigError: the tower cannot have them, or a text's ``input.prefix`` has another number of tokens.
+    """
+    for m, part in parts.items():
+        if part.prompts is None or part.shares is not None:
+            continue
+        where, at = f"modalities.{m}.prompts", None
+        x = inputs[m]
+        if isinstance(x, TextInput):
+            at, tokens = x.prefix_places()
+            if tokens != part.prompts.tokens:
+                raise ConfigError(
+                    f"{where}.tokens: {part.prompts.tokens} tokens are learned, but modalities.{m}.input.prefix "
+                    f"{x.config.prefix!r} has {tokens}; they stand in its places, so write as many, such as "
+                    "'a photo of a' (4 for CLIP)"
+                )
+        with seeded(seed, m, "prompts"):
+            model.add_prompts(m, part.prompts, at)
+        if tried:
+            try_prompts(model.tower(m), two_rows(x), where)
 
 
 def without_streams(bundle: Bundle) -> Bundle:
@@ -383,9 +421,12 @@ def part_of(
     lock: bool | Literal["trunk"] | Unlocked = False,
     shares: str | None = None,
     stream: Stream | str | None = None,
+    prompts: Prompts | None = None,
 ) -> Modality:
     """A resolved recipe part."""
-    return Modality(kind=kind, input=dict(settings), encoder=encoder, lock=lock, shares=shares, stream=stream)
+    return Modality(
+        kind=kind, input=dict(settings), encoder=encoder, lock=lock, shares=shares, stream=stream, prompts=prompts
+    )
 
 
 # --- small things ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from dualenc.checkpoint.ranges import Files
-from dualenc.config import Component, LogitScale, Unlocked, settings_as
+from dualenc.config import Component, LogitScale, Prompts, Unlocked, settings_as
 from dualenc.config.stream import Stream
 from dualenc.encoders import Tower, activations
 from dualenc.encoders.released.load_released import (
@@ -158,7 +158,8 @@ def load_bundle(folder: Path) -> Bundle:
             raise CheckpointError(f"{where}.input cannot be built: {e}") from e
         _same(d["input"], inputs[m].describe(), f"{where}.input", skip=("name",))
         encoder = Component.model_validate(d["encoder"])
-        parts[m] = part_of(d["kind"], d["input"]["config"], encoder, d["lock"], d.get("shares"), d.get("stream"))
+        settings = d["input"]["config"]
+        parts[m] = part_of(d["kind"], settings, encoder, d["lock"], d.get("shares"), d.get("stream"), d.get("prompts"))
     check_inputs(made, inputs, str(folder))
     scale = settings_as(LogitScale, said["logit_scale"], f"{folder}: logit_scale")
     pairs = [(str(a), str(b)) for a, b in said["pairs"]]
@@ -212,6 +213,7 @@ class _DescribedPart(BaseModel):
     lock: bool | Literal["trunk"] | Unlocked = False
     shares: str | None = None
     stream: Stream | str | None = None
+    prompts: Prompts | None = None
 
 
 class _DescribedWeights(BaseModel):

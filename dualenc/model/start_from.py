@@ -71,7 +71,8 @@ def _part(model: Bundle, m: str) -> dict[str, Any]:
     if shares is not None:
         stream = part.model_dump(mode="json").get("stream")
         return {**described, "shares": shares, **({"stream": stream} if stream is not None else {})}
-    return {**described, "encoder": model.model.tower(m).component.model_dump(mode="json")}
+    prompts = {} if part.prompts is None else {"prompts": part.prompts.model_dump(mode="json")}
+    return {**described, "encoder": model.model.tower(m).component.model_dump(mode="json"), **prompts}
 
 
 def _merged(base: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:

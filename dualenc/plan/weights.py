@@ -14,7 +14,7 @@ from dualenc.encoders import DualEncoder, build_tower
 from dualenc.encoders.tower import repeated
 from dualenc.engine.optim import parameters_by_role
 from dualenc.losses import build_loss
-from dualenc.model.bundle import kind_of, locks, resolve_input, shared_of
+from dualenc.model.bundle import add_prompts, kind_of, locks, resolve_input, shared_of
 from dualenc.plugins import import_plugins
 
 
@@ -110,6 +110,7 @@ def build_on(device: str, recipe: Recipe) -> tuple[DualEncoder, dict[str, Modali
                 )
     with torch.device(device):
         model = DualEncoder(towers, recipe.pairs, recipe.logit_scale, *locks(parts), shared_of(parts))
+        add_prompts(model, parts, inputs, recipe.seed, tried=False)
         for m, part in recipe.modalities.items():
             if part.lora is not None and part.shares is None:
                 model.add_adapters(m, part.lora)

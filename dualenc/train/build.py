@@ -15,15 +15,19 @@ from dualenc.checkpoint.ranges import Stored
 from dualenc.config import Recipe
 from dualenc.data.batches import prepare
 from dualenc.data.loader import Loader
+from dualenc.data.modalities import ModalityInput
 from dualenc.data.modalities.modality import FewShapes
+from dualenc.data.modalities.text import TextInput
 from dualenc.data.quarantine import Ledger
 from dualenc.distill import Distiller
 from dualenc.distributed.world import World, agree, all_gather_object
 from dualenc.encoders import unused_parameters
+from dualenc.encoders.caption_head import Captioning, Vocabulary
 from dualenc.encoders.dual_encoder import DualEncoder
+from dualenc.encoders.trainable.prompts import is_prompt
 from dualenc.engine import Engine, build_engine, lr_factor
 from dualenc.engine.ema import EMA, Average, Trajectory
-from dualenc.errors import CheckpointError, DataError, did_you_mean
+from dualenc.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from dualenc.losses import Loss, build_loss, check_loss
 from dualenc.memory import RunShape
 from dualenc.model import Bundle, build_bundle, load_model
@@ -211,6 +215,24 @@ def add_heads(loss: Loss, bundle: Bundle, seed: int) -> None:
         if loss.hidden:
             rows = {m: x.collate([x.dummy(), x.dummy()]) for m, x in bundle.inputs.items()}
             bundle.model.keep_hidden(loss.hidden, bundle.embed_dim, rows)
+        for group, asked in loss.captioning.items():
+            rows = {m: two_rows(bundle.inputs[m]) for m in (asked.of, asked.captions)}
+            bundle.model.add_caption_head(group, asked, rows, vocabulary_of(bundle.inputs[asked.captions], asked))
+        for group, context in loss.in_context.items():
+            bundle.model.add_context_head(group, context)
+    for m in loss.places_of:
+        bundle.model.say_places(m)
+
+
+def vocabulary_of(source: ModalityInput, asked: Captioning) -> Vocabulary:
+    """The tokens of the captions' input.
+
+    Raises:
+        ConfigError: it is not text.
+    """
+    if not isinstance(source, TextInput):
+        raise ConfigError(f"loss: caption: modalities.{asked.captions} is not text; name the captions' in captions")
+    return Vocabulary(source.vocab_size, None if source.masks_padding else source.eot_id)
 
 
 def pad_for_compile(recipe: Recipe, bundle: Bundle) -> None:
@@ -241,9 +263,7 @@ def may_be_unused(recipe: Recipe, bundle: Bundle, world: World) -> bool:
 def init_weights(bundle: Bundle, spec: str) -> None:
     """Load the weights of another model; an error names the first tensor that does not fit."""
     source = load_model(spec).model.state_dict()
-    own = bundle.model.state_dict()
-    _check(own, source, "checkpoint.init_from", spec)
-    bundle.model.load_state_dict({k: source[k] for k in own})
+    bundle.model.load_state_dict(_taken(bundle.model.state_dict(), source, "checkpoint.init_from", spec))
 
 
 def init_towers(bundle: Bundle, recipe: Recipe) -> None:
@@ -264,18 +284,34 @@ def init_towers(bundle: Bundle, recipe: Recipe) -> None:
                 f"{where}: {spec} has no modality {name!r}. {did_you_mean(name, other.modalities)} Write {spec}#NAME."
             )
         source, own = other.model.tower(name).state_dict(), bundle.model.tower(m).state_dict()
-        _check(own, source, where, part.init_from)
-        bundle.model.tower(m).load_state_dict({k: source[k] for k in own})
+        bundle.model.tower(m).load_state_dict(_taken(own, source, where, part.init_from))
 
 
-def _check(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, spec: str) -> None:
+def _taken(own: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str, spec: str) -> dict[str, Tensor]:
+    """The tensors of ``source`` by the names of ``own``; prompts that it does not have stay as they are.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape, or the source has prompts that would be left out.
+    """
+    lost = sorted(name for name in source.keys() - own.keys() if is_prompt(name))
+    if lost:
+        raise CheckpointError(
+            f"{where}: {spec} has learned prompts ({lost[0]}), which this recipe leaves out; give the modality the "
+            "same prompts and input.prefix"
+        )
+    out = {}
     for name, tensor in own.items():
+        if name not in source and is_prompt(name):
+            out[name] = tensor
+            continue
         if name not in source:
             raise CheckpointError(f"{where}: {spec} has no tensor {name}; its architecture differs")
         if source[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {list(source[name].shape)} in {spec}, {list(tensor.shape)} in this recipe"
             )
+        out[name] = source[name]
+    return out
 
 
 # --- the other parts ---------------------------------------------------------------------------------------------

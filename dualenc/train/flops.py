@@ -2,7 +2,8 @@
 
 The towers run once on meta tensors of the shapes of the first batch, and torch counts the multiplications and additions
 of its matrix products, convolutions and attentions. A tower that is trained counts three times, as its backward takes
-twice its forward; a locked one once. The loss, recomputation and micro-batches, which encode twice, are not counted.
+twice its forward; a locked one once. So does a caption head, which is trained. The rest of the loss, recomputation and
+micro-batches, which encode twice, are not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import nn
 
 from dualenc.data.batch import Batch, map_tensors
 from dualenc.encoders import DualEncoder
+from dualenc.encoders.caption_head import CaptionHead
+from dualenc.encoders.context_head import ContextHead
+from dualenc.encoders.dual_encoder import telling_rows
 from dualenc.flop_counter import counting
 
 logger = logging.getLogger(__name__)
@@ -79,18 +83,28 @@ class FlopCount:
 
 
 def _count(model: DualEncoder, batch: Batch) -> float | None:
-    total = 0.0
+    total = forward = 0.0
+    inputs = map_tensors(batch.inputs, lambda x: x.to("meta"))
     try:
-        for m, rows in batch.inputs.items():
+        for m, rows in inputs.items():
             tower = model.tower(m)
-            with torch.no_grad(), counting() as counted:
-                tower(map_tensors(rows, lambda x: x.to("meta")))
+            once = _operations(tower, rows)
             trained = any(p.requires_grad for p in tower.parameters())
-            total += counted.get_total_flops() * (3 if trained else 1)
+            forward, total = forward + once, total + once * (3 if trained else 1)
+        if any(isinstance(head, CaptionHead | ContextHead) for head in model.heads.values()):
+            with telling_rows(model, map_tensors(batch.rows, lambda x: x.to("meta"))):
+                total += 3 * (_operations(model, inputs) - forward)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as e:
         logger.info("operations are not counted: %s cannot run on meta tensors (%s)", m, str(e).splitlines()[:1])
         return None
     return total / batch.size
+
+
+def _operations(module: nn.Module, rows: Any) -> float:
+    """Of one forward."""
+    with torch.no_grad(), counting() as counted:
+        module(rows)
+    return float(counted.get_total_flops())
 
 
 def speed(per_sample: float | None, samples_per_s: float, world_size: int, device: torch.device) -> dict[str, float]:

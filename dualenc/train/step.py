@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dualenc.data.batch import Batch
 from dualenc.distributed.world import World, all_reduce_sum
+from dualenc.encoders.dual_encoder import telling_rows
 from dualenc.engine import Engine
 from dualenc.engine.protocol import Outputs
 from dualenc.losses import Loss, LossOutput, objective
@@ -53,7 +54,7 @@ def train_step(engine: Engine, batch: Batch, pairs: Pairs, loss: Loss, micro: in
 
     if micro is None or micro >= batch.size:
         early = EarlyGathers(engine.module, batch, pairs, loss)
-        with early.watching():
+        with early.watching(), telling_rows(engine.module, batch.rows):
             outputs = engine.forward(batch.inputs)
         total, numbers = value(outputs, batch)
         engine.backward(total)

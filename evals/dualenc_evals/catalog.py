@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,13 @@ def parse_task(raw: Mapping[str, Any], origin: Mapping[str, str] | None = None, 
     if wrong:
         raise ConfigError(
             "\n".join(
-                f"{k}: not a key of a {kind} task, only of {' and '.join(owners)} (in {origin.get(k, where)})."
+                f"{k}: not a key of a {kind} task, only of {_listed(owners)} (in {origin.get(k, where)})."
                 for k, owners in wrong.items()
             )
         )
     return parse(cls, {k: v for k, v in raw.items() if not foreign.get(k)}, origin, where)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

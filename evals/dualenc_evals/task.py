@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -169,6 +169,17 @@ class TaskSource(Section):
         return {k: v for k, v in given.items() if k in own and k in self.model_fields_set and v is not None}
 
 
+class Train(Section):
+    """Where further labelled items of a task come from: its own source with these keys replaced."""
+
+    path: str | list[str] | None = Field(default=None, description="file, pattern or folder of the training items")
+    split: str | None = Field(default=None, description="split of the training items")
+    where: dict[str, str | list[str]] | None = Field(default=None, description="keep rows whose column has this value")
+    every: Every | None = Field(default=None, description="a fixed share of the rows")
+    limit: Positive | None = Field(default=None, description="read only this many rows")
+    modality: str | None = Field(default=None, description="another modality of theirs, such as text")
+
+
 class Reference(Section):
     """A number that somebody published for this task."""
 
@@ -304,9 +315,21 @@ class ClassesTask(Task):
         return ("label", self.label) if self.label is not None else None
 
     @property
+    def others(self) -> Literal["error", "drop", "background"]:
+        """What becomes of items whose label is not a class."""
+        return self.other_labels
+
+    @property
     def drops_unlabelled(self) -> bool:
         """Where other labels are dropped, an item without one belongs to no class too."""
-        return self.other_labels == "drop"
+        return self.others != "error"
+
+    def at(self, rows: Train) -> Self:
+        """This task with another part of its data."""
+        source = {**self.source.model_dump(), **rows.model_dump(exclude_unset=True, exclude={"modality"})}
+        first = rows.modality or self.modalities[0]
+        modalities = (first, next(m for m in reversed(self.modalities) if m != first))
+        return self.model_copy(update={"source": TaskSource.model_validate(source), "modalities": modalities})
 
     @property
     def numbers_classes(self) -> bool:

@@ -97,10 +97,14 @@ def _hf(model_type: str, base: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 MODELS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "own vit": {
-        "image": ({"name": "own/vit", "width": 16, "layers": 2, "heads": 2}, _IMAGE),
+        "image": ({"name": "own/vit", "width": 16, "layers": 2, "heads": 2, "regions": [1, 2]}, _IMAGE),
         "text": (_TRANSFORMER, _TEXT),
     },
     "own convnet": {"image": (_MAP, _IMAGE), "text": (_TRANSFORMER, _TEXT)},
+    "own scatter": {
+        "image": ({"name": "own/scatter", "angles": 2, "widths": [8, 16]}, _IMAGE),
+        "text": (_TRANSFORMER, _TEXT),
+    },
     "own audio_cnn": {
         "audio": ({"name": "own/audio_cnn", "widths": [8, 16]}, {"rate": 8000, "max_s": 1.0}),
         "text": (_TRANSFORMER, _TEXT),

@@ -8,9 +8,10 @@ wrong scale of the gradient.
 
 The first table is of a toy with dropout. Its reference knows nothing of engines, gathers or caches: it encodes every
 rank's every chunk with that rank's random numbers in one graph, takes the naive fp64 loss of the whole batch, and steps
-torch's SGD. The others are of the losses on regions, of every registered contrast, of every other registered loss, and
-of small real towers (``_real_towers.py``) against one process that encodes the whole batch at once. By default every
-tower meets every engine, and the losses take turns; ``--all`` takes every combination, on 1, 2 and 4 ranks.
+torch's SGD. The others are of the losses on regions, of every registered contrast, of every other registered loss, of
+heads on both towers, and of small real towers (``_real_towers.py``) against one process that encodes the whole batch at
+once. By default every tower meets every engine, and the losses take turns; ``--all`` takes every combination, on 1, 2
+and 4 ranks.
 """
 
 from __future__ import annotations
@@ -234,6 +235,28 @@ def contrast_table(arguments: argparse.Namespace, console: Console) -> list[floa
     return [x for cells in columns.values() for row in cells.values() for x in row]
 
 
+def caption_table(arguments: argparse.Namespace, console: Console) -> list[float]:
+    """Heads on both towers (captions beside InfoNCE, texts in the context of images) on small real towers, on 2 ranks,
+    against each sample encoded by itself; printed; returns the cells."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
+    import _caption_jobs
+    import _dense_jobs
+
+    engines, out = list(ENGINES)[1:] if arguments.all else ["DDP", "FSDP2", "ZeRO 3"], list[float]()
+    for title, jobs in (("Caption head", _caption_jobs), ("Dense texts", _dense_jobs)):
+        table = Table(title=f"{title}, 2 ranks: whole batch, micro-batches of 1")
+        given = {"engines": engines, "names": list(jobs.TOWERS)}
+        found = jobs.differences(spawn(Path(jobs.__file__), "sweep", 2, given, timeout_s=1800)[0])
+        for head in ("engine", *jobs.TOWERS):
+            table.add_column(head)
+        for engine in engines:
+            cells = [" ".join(shown(found[f"{engine}/{n}/{k}"][0]) for k in (None, 1)) for n in jobs.TOWERS]
+            table.add_row(engine, *cells)
+        console.print(table)
+        out += [x for x, _ in found.values()]
+    return out
+
+
 def shown(x: float) -> str:
     """A cell; red above the limit."""
     return f"{x:.1e}" if x <= LIMIT else f"[red]{x:.1e}[/]"
@@ -251,7 +274,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every tower, loss, engine, micro-batch and world size")
     arguments = parser.parse_args()
     console, began, cells = Console(width=140), time.monotonic(), []
-    for part in (toy_table, region_table, contrast_table, term_table, real_table):
+    for part in (toy_table, region_table, contrast_table, term_table, caption_table, real_table):
         cells += part(arguments, console)
         print(f"{part.__name__}: {len(cells)} cells after {time.monotonic() - began:.0f} s", file=sys.stderr)
     wrong = sum(not x <= LIMIT for x in cells)

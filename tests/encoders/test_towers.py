@@ -76,7 +76,7 @@ def test_what_is_wrong_is_named_with_the_remedy(kind: str, name: str, settings: 
 
 def test_every_family_lists_its_towers() -> None:
     listed = list_encoders()
-    assert {"convnet", "vit", "transformer"} <= set(listed["own"])
+    assert {"convnet", "vit", "scatter", "transformer"} <= set(listed["own"])
     assert "ViT-B-32" in listed["open_clip"]
     assert "efficientnet_lite0" in listed["timm"]
 
@@ -87,6 +87,7 @@ def test_a_tower_s_component_builds_the_same_architecture() -> None:
     cases = [
         ("image", image, component("own/convnet", widths=[16, 32])),
         ("image", image, component("own/vit", width=32, layers=2, heads=2)),
+        ("image", image, component("own/scatter", angles=2, widths=[8, 16])),
         ("text", text, component("own/transformer", width=32, layers=2, heads=2)),
         ("image", image, component("timm/resnet10t", freeze_bn=False)),
         ("image", image, component("open_clip/x", config=small_open_clip())),
@@ -165,7 +166,7 @@ def test_pictures_are_normalised_as_the_input_says() -> None:
     assert not [k for k in tower.state_dict() if k in ("mean", "std")]
 
 
-@pytest.mark.parametrize("name", ["own/convnet", "own/vit"])
+@pytest.mark.parametrize("name", ["own/convnet", "own/vit", "own/scatter"])
 def test_a_row_s_features_do_not_depend_on_its_batch(name: str) -> None:
     """No layer couples rows, so cutting the batch into ranks and micro-batches leaves every gradient as it is."""
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from dualenc_evals.catalog import load_task
 from dualenc_evals.harness import evaluate, print_table
 from dualenc_evals.kinds.probes import ProbeTask
 from dualenc_evals.pages.models import write_comparison
-from dualenc_evals.pages.run import write_report
+from dualenc_evals.pages.run import render, write_report
 from dualenc_evals.read.shards import read_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -225,7 +225,15 @@ def test_selective_prediction_is_on_request(random_model: Any) -> None:
     assert set(got["metrics"]) == set(said["metrics"])
     assert abs(got["metrics"]["top1@99%"] - got["metrics"]["top1"]) < 0.02
     assert 0 < got["metrics"]["AURC"] <= 1
+    curve = got["details"]["risk_coverage"]
+    assert np.mean(curve["risk"]) == pytest.approx(got["metrics"]["AURC"], abs=0.02)
+    assert curve["risk"][-1] == curve["best"][-1] == pytest.approx(1 - got["metrics"]["top1"], abs=1e-6)
+    run = {"name": "a", "recipe": "", "metrics": [], "results": {"tasks": {"a": got}}, "environment": {}, "lost": []}
+    page = render(run)
+    assert "<figcaption>Risk and coverage</figcaption>" in page
+    assert "best possible order" in page
     none = measured(Pixels())
+    assert "risk_coverage" not in none["details"]
     assert set(none["metrics"]) == {"top1"}
     assert "The model reports no logit scale for this pair, so there is no top1@50%." in none["notes"]
     with pytest.raises(ValueError, match="has no metric 'top1@0%'"):
@@ -371,7 +379,7 @@ def test_keys_of_the_new_kinds_are_checked(tmp_path: Path) -> None:
         ({k: v for k, v in PROBE.items() if k != "train"}, "train: say where the training items come from"),
         (
             {**PROBE, "templates": ["{}"]},
-            "templates: not a key of a probe task, only of classification and multilabel",
+            "templates: not a key of a probe task, only of classification, dense and multilabel",
         ),
         ({**pairs, "bags": {"by": "k", "size": [3]}}, r"bags\.size: unknown key .*Did you mean 'sizes'\?"),
         ({**pairs, "bags": {"by": "k", "sizes": [1]}}, r"bags\.sizes"),

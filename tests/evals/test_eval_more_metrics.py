@@ -214,6 +214,25 @@ def test_risk_and_coverage_by_loops() -> None:
     assert best.mean() < metrics.selective_risks(rng.random(200), right).mean()
 
 
+def test_the_curve_of_a_plot_has_the_ends_that_are_known() -> None:
+    rng = np.random.default_rng(1)
+    right = rng.random(253) < 0.6
+    wrong = int((~right).sum())
+    risks = metrics.selective_risks(rng.random(253), right)
+    curve = metrics.risk_curve(risks, wrong)
+    assert len(curve["coverage"]) == 100
+    assert (curve["coverage"][-1], curve["risk"][-1]) == (1.0, pytest.approx(wrong / 253, abs=1e-6))
+    places = [round(c * 253) - 1 for c in curve["coverage"]]
+    assert curve["risk"] == pytest.approx(risks[places].tolist(), abs=1e-6)
+    # The best order is what a confidence that knows the answers gives, and nothing is below it.
+    knows = metrics.selective_risks(right + 0.0, right)
+    by_loop = [np.mean(np.sort(~right)[: k + 1]) for k in places]
+    assert curve["best"] == pytest.approx(knows[places].tolist(), abs=1e-6)
+    assert curve["best"] == pytest.approx(by_loop, abs=1e-6)
+    few = metrics.risk_curve(metrics.selective_risks(np.arange(3.0), np.array([True, False, False])), 2)
+    assert few == {"coverage": [0.333333, 0.666667, 1.0], "risk": [1.0, 1.0, 0.666667], "best": [0.0, 0.5, 0.666667]}
+
+
 def test_calibration_error_by_hand() -> None:
     confidence = np.array([0.95, 0.85, 0.85, 0.3])
     right = np.array([True, True, False, False])
@@ -340,6 +359,22 @@ def test_transport_moves_a_bad_prototype_to_its_queries() -> None:
     assert torch.allclose(mixed, 0.7 * means + 0.3 * once)
 
 
+def test_attention_over_labelled_items_by_a_loop() -> None:
+    gen = torch.Generator().manual_seed(0)
+    support, queries = torch.randn(3, 4, 7, generator=gen).double(), torch.randn(5, 7, generator=gen).double()
+    got = fewshot.in_context(support, queries)
+    for q, row in zip(queries, got, strict=True):
+        weights = np.array([[np.exp(float(torch.cosine_similarity(q, s, dim=0)) / 0.07) for s in c] for c in support])
+        share = weights.sum(1) / weights.sum()
+        assert torch.softmax(row, 0).numpy() == pytest.approx(share, rel=1e-6)
+    # One item a class: the nearest by cosine, at any temperature; as it falls, the nearest of all items.
+    one = fewshot.in_context(support[:, :1], queries, tau=3.0)
+    assert one.argmax(1).tolist() == [int(torch.cosine_similarity(q, support[:, 0]).argmax()) for q in queries]
+    sharp = fewshot.in_context(support, queries, tau=1e-3)
+    flat = support.flatten(0, 1)
+    assert sharp.argmax(1).tolist() == [int(torch.cosine_similarity(q, flat).argmax()) // 4 for q in queries]
+
+
 def test_episodes_are_drawn_by_seed_from_both_parts() -> None:
     train, test = np.array([0, 0, 0, 1, 1, 2, 3, 3]), np.array([0, 0, 1, 1, 1, 2, 3, 3])
     got = fewshot.draw_episodes(train, test, ways=5, shots=2, queries=15, episodes=7, seed=3)
@@ -359,9 +394,9 @@ def test_few_shot_accuracy_of_clear_clouds_and_of_a_collapsed_model() -> None:
     x = torch.eye(12)[:3].repeat_interleave(10, 0) + 0.05 * torch.randn(30, 12, generator=gen)
     drawn = fewshot.draw_episodes(labels, labels, ways=3, shots=2, queries=4, episodes=5, seed=0)
     assert drawn is not None
-    every = ["prototype", "opta", "fewshot"]
+    every = ["prototype", "opta", "fewshot", "context"]
     for values in fewshot.accuracies(x, x, drawn, every).values():
         assert values.tolist() == [1.0] * 5
     same = torch.ones(30, 12)
-    for values in fewshot.accuracies(same, same, drawn, ["prototype", "opta"]).values():
+    for values in fewshot.accuracies(same, same, drawn, ["prototype", "opta", "context"]).values():
         assert values.tolist() == [0.0] * 5  # every class is as near: none is right

@@ -354,6 +354,6 @@ def test_tasks_on_real_sounds(name: str, n: int, check: Callable[[Any], bool], m
     assert check(rows)
     assert rows[0].contents["audio"][0].read()
     if task.kind == "probe":
-        other = read_rows(task.training()).rows
+        other = read_rows(task.at(task.train)).rows
         assert {r.label for r in other} == {r.label for r in rows}
         assert not {r.id for r in other} & {r.id for r in rows}

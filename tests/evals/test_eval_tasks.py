@@ -68,6 +68,7 @@ def test_the_definitions_that_older_results_hold_are_still_those_of_the_shipped_
     """``--resume`` compares them. The hash is of the 145 tasks as they were when all kinds shared one set of keys; a
     task that is changed on purpose gets a new ``version`` and this line a new hash."""
     since = {"photos_held_out", "series_motions", "series_vowels", "voc2007_multilabel"}
+    since |= {"scene0523_instances", "tuxpaint_groups"}
     since |= {t for t in task_files() if t.startswith(("aro_", "datacomp_"))}
     last = (
         "dsprites_label_orientation",
@@ -86,7 +87,7 @@ def test_the_definitions_that_older_results_hold_are_still_those_of_the_shipped_
 
 
 def test_each_kind_has_its_own_keys_and_names_the_owners_of_others(tmp_path: Path) -> None:
-    assert {"classification", "compositional", "multilabel", "probe", "retrieval"} <= set(kinds)
+    assert {"classification", "compositional", "instances", "multilabel", "probe", "retrieval"} <= set(kinds)
     for key, value, message in (
         ("same", "id", "same: not a key of a classification task, only of retrieval"),
         ("train", {"split": "a"}, "train: not a key of a classification task, only of probe"),
@@ -100,7 +101,10 @@ def test_each_kind_has_its_own_keys_and_names_the_owners_of_others(tmp_path: Pat
                 templates=["{}"],
                 **{key: value},
             )
-    with pytest.raises(ConfigError, match="other_labels: not a key of a retrieval task, only of classification and"):
+    with pytest.raises(
+        ConfigError,
+        match="other_labels: not a key of a retrieval task, only of classification, dense, instances, multilabel and",
+    ):
         task(tmp_path, other_labels="drop", **RETRIEVAL)
     with pytest.raises(ConfigError, match=r"unknown kind of task 'retreival'.*Did you mean 'retrieval'\?"):
         task(tmp_path, **{**RETRIEVAL, "kind": "retreival"})

@@ -29,8 +29,10 @@ SIZE, K, STEPS, WIDTH, DIM = 16, 4, 2, 16, 8
 PAIR = ("image", "audio")
 REMEMBERING = {"sogclr", "isogclr", "fastclip", "moco", "cocosoda", "byolip", "beclr", "entity_classifier"}
 """Losses with a memory: ``_memory_jobs``."""
-ELSEWHERE = {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contrast", "rad"} | REMEMBERING
-"""Losses that have tables of their own: contrasts on the soft-target core, losses on regions, and these."""
+ELSEWHERE = (
+    {case["name"] for case in _every_jobs.CASES} | {"prc", "point_contrast", "rad", "caption", "dense"} | REMEMBERING
+)
+"""Losses with tables of their own: contrasts on the soft-target core, on regions, heads on both towers, and these."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"terms": ["info_nce", {"name": "koleo", "weight": 0.3}, {"name": "siamlip", "project": 4, "hidden": 5}]},
     "matryoshka": {"dims": [2, 8]},
@@ -42,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "masked_units": {"codes": 5},
     "masked_autoencoding": {"patch": WIDTH},
     "private_space": {"width": 4},
+    "rotation": {"modality": "image"},
     "whitened": {"groups": 4},
     "supremix": {"label": "depth", "mixed": 2, "strip_mb": 1e-6},
     "koleo": {"strip_mb": 1e-6},
@@ -109,11 +112,9 @@ def make_batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
     label[7] = -1
     tree = torch.tensor([[stable_id(f"{x}"), stable_id(f"{x} {x % 3}")] for x in label.tolist()])
     tree[7] = -1
-    inputs, rows, extras = (
-        {},
-        {},
-        {n: {WHOLE: x[mine]} for n, x in (("depth", depth), ("label", label), ("tree", tree))},
-    )
+    inputs, rows = {}, {}
+    extras = {n: {WHOLE: x[mine]} for n, x in (("depth", depth), ("label", label), ("tree", tree))}
+    extras["turns"] = {"image": ((5 * slots + step) % 7 % 5 - 1)[mine]}
     for m, at in there.items():
         x, places = torch.randn(SIZE, WIDTH, generator=g), torch.randn(SIZE, K, WIDTH, generator=g)
         region = torch.randint(-1, 3, (SIZE, K), generator=g)

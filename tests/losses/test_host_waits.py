@@ -14,7 +14,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+import _caption_jobs
 import _cwcl_jobs
+import _dense_jobs
 import _every_jobs
 import _memory_jobs
 import _region_jobs
@@ -24,6 +26,7 @@ from _traffic import Traffic
 
 from dualenc.config import Component
 from dualenc.data.batch import Batch
+from dualenc.encoders.dual_encoder import telling_rows
 from dualenc.losses import Loss, build_loss, losses, objective
 from dualenc.memory import RunShape
 from dualenc.train.memory import Memory, slow_models
@@ -80,6 +83,14 @@ def _of_regions(name: str) -> Step:
     return _step(_region_jobs.model(name), _region_jobs.make_batch(0), [_region_jobs.PAIR], loss)
 
 
+def _of_both_towers(jobs: Any) -> Step:
+    loss, batch = jobs.loss_of(), jobs.batch_of("own vit", 0)
+    net = jobs.model("own vit", loss)
+    with telling_rows(net, batch.rows):
+        outputs = net(batch.inputs)
+    return lambda: objective(outputs, batch, [("image", "text")], loss).value.backward()  # type: ignore[no-untyped-call]
+
+
 def cases() -> Iterator[tuple[str, str, Callable[[], Step]]]:
     """(registered name, case, how to get its step)."""
     for name, case in zip(_every_jobs.NAMES, _every_jobs.CASES, strict=True):
@@ -90,6 +101,8 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Step]]]:
         yield settings["name"], f"memory: {name}", partial(_remembering, name)
     for name in ("prc", "point_contrast", "rad"):
         yield name, name, partial(_of_regions, name)
+    yield "caption", "caption", partial(_of_both_towers, _caption_jobs)
+    yield "dense", "dense", partial(_of_both_towers, _dense_jobs)
 
 
 CASES = list(cases())

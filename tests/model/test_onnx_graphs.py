@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from benchmarks.families import pictures
 from benchmarks.matrix import OWN, SOUND, WORDS, built
 from dualenc.cli import app
+from dualenc.config import Recipe, parse
 from dualenc.data.modalities.sound_file import wav_of
 from dualenc.errors import ConfigError
-from dualenc.model import Bundle
+from dualenc.model import Bundle, build_bundle
 from dualenc.model.export.export import export
 from dualenc.model.export.onnx_int8 import feed_of, other_clips, run_graph, write_int8
 
@@ -74,6 +75,31 @@ def test_series_and_int8(tmp_path: Path) -> None:
         graph = tmp_path / "o" / about["int8"]
         assert b"QuantizeLinear" in graph.read_bytes(), m
         assert graph.stat().st_size < (tmp_path / "o" / about["file"]).stat().st_size * 1.2
+
+
+@pytest.mark.slow
+def test_image_towers_of_boxes_and_of_wavelets(tmp_path: Path) -> None:
+    """Pooling over boxes and Fourier transforms are in the graphs, and a view that is turned in training."""
+    boxes = {"name": "own/convnet", "widths": [8, 16], "stem": 2, "regions": [1, 3]}
+    waves = {"name": "own/scatter", "angles": 2, "widths": [8]}
+    raw = {
+        "name": "small",
+        "modalities": {
+            "image": {"input": {"size": 32, "augment": {"quarter_turns": True}}, "encoder": boxes},
+            "drawing": {"kind": "image", "input": {"size": 32}, "encoder": waves},
+        },
+        "pairs": [["image", "drawing"]],
+        "embed_dim": 12,
+        "data": {"sources": [{"name": "a", "shards": "x.tar"}]},
+        "batch": {"size": 4},
+        "budget": {"steps": 1},
+    }
+    bundle = build_bundle(parse(Recipe, raw, {}, "small"))
+    export(bundle, "onnx", tmp_path / "o")
+    pixels = [np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8) for i in range(5)]
+    source: Any = bundle.inputs["image"]
+    for m in ("image", "drawing"):
+        assert difference(bundle, tmp_path / "o", m, [source.as_raw(x) for x in pixels]) <= 1e-5
 
 
 @pytest.mark.slow

@@ -66,11 +66,11 @@ def few_samples(out: Path, counts: tuple[int, ...]) -> str:
 # --- what the spawned ranks run ------------------------------------------------------------------------------------
 
 
-def segments(world: World, parts: list[list[str]]) -> list[dict[str, Any]]:
+def segments(world: World, parts: list[list[str]], recipe: str = str(RECIPE)) -> list[dict[str, Any]]:
     """Runs one after another, each a whole ``Run`` that finds the newest save by itself."""
     out = []
     for overrides in parts:
-        run = build(world, overrides)
+        run = build(world, overrides, recipe)
         began = run.parts.state.step
         run.train()
         run.close()
@@ -78,8 +78,9 @@ def segments(world: World, parts: list[list[str]]) -> list[dict[str, Any]]:
     return out
 
 
-def build(world: World, overrides: list[str]) -> Run:
-    recipe = load_recipe(RECIPE, [*SMALL, *overrides])
+def build(world: World, overrides: list[str], path: str = str(RECIPE)) -> Run:
+    towers = SMALL if path == str(RECIPE) else [x for x in SMALL if not x.startswith("modalities")]
+    recipe = load_recipe(path, [*towers, *overrides])
     folder = run_folder(recipe)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,7 @@ HEADS = ("finetune/class_incremental",)
 OVERRIDES = {
     "finetune/clip": ["checkpoint.init_from=clip"],
     "finetune/clip_lora": ["checkpoint.init_from=clip"],
+    "finetune/clip_prompts": ["checkpoint.init_from=clip"],
     "finetune/siglip": ["checkpoint.init_from=siglip"],
     "finetune/clap": ["checkpoint.init_from=clap"],
     "phases/clusters": ["checkpoint.init_from=runs/quickstart"],

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from dualenc.config import Positive, Section, Share
+from dualenc.data.batch import ABSENT
 from dualenc.data.modalities.modality import DecodeError, modalities
 from dualenc.data.modalities.naflex import cut, grid, stack
 from dualenc.data.modalities.picture import Picture, png_of
@@ -52,7 +53,8 @@ class Blur(Section):
 
 class ImageAugment(Section):
     """Random resized crop (fraction of the area ``scale``, aspect ``ratio``), horizontal flip, colour jitter, blur,
-    solarizing (BYOL, Grill et al. 2020: values from 128 on are inverted)."""
+    solarizing (BYOL, Grill et al. 2020: values from 128 on are inverted). ``quarter_turns`` is for a view whose turn a
+    loss asks for (``rotation``)."""
 
     scale: tuple[_Fraction, _Fraction] = Field(default=(0.9, 1.0), description="range of the crop's share of the area")
     ratio: tuple[_Positive, _Positive] = Field(default=(0.75, 4 / 3), description="range of the crop's aspect ratio")
@@ -60,12 +62,16 @@ class ImageAugment(Section):
     colour: Colour | None = Field(default=None, description="colour jitter; null: none")
     blur: Blur | None = Field(default=None, description="Gaussian blur; null: none")
     solarize_p: Share = Field(default=0.0, description="share of images whose bright values are inverted")
+    quarter_turns: bool = Field(
+        default=False, description="turn each image by 0, 90, 180 or 270 degrees, and tell losses by which of them"
+    )
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is left out: descriptions are those that were saved before it existed."""
         out: dict[str, Any] = write(self)
-        return {k: v for k, v in out.items() if not (k == "blur" and v is None) and not (k == "solarize_p" and v == 0)}
+        idle = {"blur": None, "solarize_p": 0, "quarter_turns": False}
+        return {k: v for k, v in out.items() if k not in idle or v != idle[k]}
 
     @property
     def on_pixels(self) -> bool:
@@ -116,11 +122,19 @@ class ImageConfig(Section):
     )
     augment: ImageAugment = Field(default=ImageAugment(), description="training only")
 
+    @model_validator(mode="after")
+    def _turns_squares(self) -> Self:
+        if self.augment.quarter_turns and self.resize == "naflex":
+            raise ValueError("augment.quarter_turns needs square images, which resize: naflex does not make")
+        return self
+
 
 @modalities.register("image")
 class ImageInput:
     """Images as rows uint8 [3, S, S]; ``collate`` → uint8 [B, 3, S, S]. With ``resize: naflex`` rows are grids of
-    patches and ``collate`` gives ``patches`` uint8 [B, max_patches, patch · patch · 3] and ``grid`` [B, 2].
+    patches and ``collate`` gives ``patches`` uint8 [B, max_patches, patch · patch · 3] and ``grid`` [B, 2]. With
+    ``augment.quarter_turns`` training rows are ``pixels`` with the label ``turns``, by how many quarters an image was
+    turned against the clock: 0 to 3.
 
     ``eval`` is the resize and crop of torchvision and open_clip, or with ``centre: floor`` of transformers, pixel for
     pixel (PIL, antialiased).
@@ -159,8 +173,15 @@ class ImageInput:
             raise DecodeError(f"{width}×{height} pixels are more than max_pixels ({self.config.max_pixels:,})")
         return picture
 
-    def train(self, x: Picture, rng: np.random.Generator) -> Tensor:
-        """A random resized crop, flipped and changed as ``augment`` says → a row."""
+    def train(self, x: Picture, rng: np.random.Generator) -> Any:
+        """A random resized crop, flipped, changed and turned as ``augment`` says → a row."""
+        row = self._train(x, rng)
+        if not self.config.augment.quarter_turns:
+            return row
+        turns = int(rng.integers(4))
+        return _turned(torch.rot90(row, turns, (1, 2)), turns)
+
+    def _train(self, x: Picture, rng: np.random.Generator) -> Tensor:
         from PIL import Image
 
         augment = self.config.augment
@@ -180,7 +201,7 @@ class ImageInput:
         return self._row(changed(image, augment, rng))
 
     def _train_fast(self, x: Picture, rng: np.random.Generator, least: int) -> Tensor:
-        """:meth:`train` with ``decode: fast``: the same draws, so the same crops."""
+        """:meth:`_train` with ``decode: fast``: the same draws, so the same crops."""
         from PIL import Image
 
         augment, size = self.config.augment, self.config.size
@@ -225,18 +246,17 @@ class ImageInput:
             return to_tensor(_resized_centre(x.rgb(), wh, size, self._filter))
         return to_tensor(_centre(self._resize(x, wh), size, self.config.pad, self.config.centre))
 
-    def collate(self, rows: list[Tensor]) -> Tensor | dict[str, Tensor]:
-        """→ uint8 [B, 3, S, S], or ``patches`` and ``grid``; a data worker copies rows straight into shared memory."""
-        if self._naflex:
-            return stack(rows, self.config.max_patches)
-        batch: Tensor = default_collate(rows)
-        return batch
+    def collate(self, rows: list[Any]) -> Any:
+        """→ uint8 [B, 3, S, S], or ``patches`` and ``grid``, or ``pixels`` and ``labels``; a data worker copies rows
+        straight into shared memory."""
+        return stack(rows, self.config.max_patches) if self._naflex else default_collate(rows)
 
-    def dummy(self) -> Tensor:
+    def dummy(self) -> Any:
         """A black image."""
         if self._naflex:
             return torch.zeros(*grid(1, 1, 1, self.config.max_patches), 3 * self.config.patch**2, dtype=torch.uint8)
-        return torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8)
+        row = torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8)
+        return _turned(row, ABSENT) if self.config.augment.quarter_turns else row
 
     def describe(self) -> dict[str, Any]:
         """The kind and its settings; ``decode`` and ``eval_decode`` are left out where they are reference, as they were
@@ -258,6 +278,11 @@ class ImageInput:
 
     def _row(self, image: Image.Image) -> Tensor:
         return cut(image, self.config.patch) if self._naflex else to_tensor(image)
+
+
+def _turned(row: Tensor, turns: int) -> dict[str, Any]:
+    """A row that says by how many quarters it was turned."""
+    return {"pixels": row, "labels": {"turns": turns}}
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -182,6 +182,24 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     return image.convert("RGB")
 
 
+def label_map(raw: bytes) -> Pixels:
+    """The numbers that a grey or palette image holds (a segmentation mask): [H, W], not scaled, not looked up.
+
+    Raises:
+        DecodeError: not an image, a damaged one, or one of colours.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(raw), formats=readable())
+        image.load()
+    except Exception as e:  # as above: whatever the parsers raise
+        raise DecodeError(f"the mask is not a readable image ({reason_of(e)})") from e
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        raise DecodeError(f"a mask is a grey or palette image, one number a pixel, not {image.mode}")
+    return np.array(image)
+
+
 def png_of(x: Any) -> bytes | None:
     """The bytes of a PNG with the same pixels; None where ``x`` is neither an array nor a PIL image.
 

@@ -40,6 +40,10 @@ class TextConfig(Section):
     tokenizer: str = Field(default="clip", description=FORMS)
     context_length: Positive | None = Field(default=None, description="default: the tokenizer's own (CLIP: 77)")
     lower: bool | None = Field(default=None, description="lower-case the text first; default: as the tokenizer does")
+    prefix: str | None = Field(
+        default=None,
+        description="words before every text, in training and in use, with a space between: 'query:', 'a photo of a'",
+    )
     bucket: Positive = Field(default=1, description="round the padded length up to a multiple of this")
     pad: Literal["longest", "context"] | None = Field(
         default=None,
@@ -75,10 +79,17 @@ class TextConfig(Section):
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``augment``, ``view`` and domains where there are none: descriptions are those that were saved before
-        they existed."""
+        """Without ``prefix``, ``augment``, ``view`` and domains where there are none: descriptions are those that were
+        saved before they existed."""
         out: dict[str, Any] = write(self)
-        return {k: v for k, v in out.items() if k not in ("augment", "view", "domain", "domains") or v}
+        return {k: v for k, v in out.items() if k not in ("prefix", "augment", "view", "domain", "domains") or v}
+
+    @field_validator("prefix")
+    @classmethod
+    def _has_words(cls, prefix: str | None) -> str | None:
+        if prefix is not None and not visible(prefix):
+            raise ValueError("prefix: it has no words; leave it out")
+        return None if prefix is None else prefix.strip()
 
     @model_validator(mode="after")
     def _domain_and_domains(self) -> Self:
@@ -303,6 +314,11 @@ class TextInput:
             mask[i, : len(row)] = True
         return {"ids": ids, "mask": mask}
 
+    @property
+    def masks_padding(self) -> bool:
+        """Whether ``mask`` leaves padding out; towers that were trained on padding see it."""
+        return not self._full
+
     def dummy(self) -> Tensor:
         """A caption of one word."""
         return self._row("a")
@@ -368,8 +384,14 @@ class TextInput:
                     f"become {got[:12]} instead of {expected[:12]}."
                 )
 
+    def prefix_places(self) -> tuple[int, int]:
+        """Where the tokens of ``prefix`` begin in every row, and how many they are."""
+        alone, first = self.tokenizer.encode("a"), self.tokenizer.encode("the")[0]
+        return int(alone[0] == first), len(self._encode("a")) - len(alone)
+
     def _encode(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
+        whole_text = text if self.config.prefix is None else f"{self.config.prefix} {text}"
+        return torch.tensor(self.tokenizer.encode(whole_text), dtype=torch.long)
 
 
 def visible(text: str) -> bool:

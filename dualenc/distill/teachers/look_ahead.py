@@ -27,6 +27,7 @@ from dualenc.data.shards.index import ShardSet
 from dualenc.distill.objective import TeacherInfo
 from dualenc.distributed.world import mean_of_ranks
 from dualenc.encoders import DualEncoder
+from dualenc.encoders.dual_encoder import telling_rows
 from dualenc.losses import Loss, LossOutput, objective
 from dualenc.losses.grad_cache import Outputs, cached_backward
 from dualenc.losses.objective import mark, to_slots
@@ -81,7 +82,9 @@ class LookAheadTeacher:
             return out.value, {}
 
         if self.micro is None or self.micro >= batch.size:
-            virtual.backward(value(virtual.forward(batch.inputs), batch)[0])
+            with telling_rows(virtual.module, batch.rows):
+                outputs = virtual.forward(batch.inputs)
+            virtual.backward(value(outputs, batch)[0])
         else:
             cached_backward(virtual, batch.chunks(self.micro), batch, value)
 

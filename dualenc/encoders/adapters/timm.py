@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import BaseModel, Field
-from torch import nn
+from torch import Tensor, nn
 
 from dualenc.config import Component, Section
 from dualenc.encoders.families import families
+from dualenc.encoders.image_regions import REGIONS, Grids, RegionTower, boxes, check_grids
 from dualenc.encoders.released.weights import (
     PACKAGE,
     load_by_order,
@@ -18,7 +20,7 @@ from dualenc.encoders.released.weights import (
     read_weights,
     weight_file,
 )
-from dualenc.encoders.tower import HeadKind, ImageTower, Tower, build_head
+from dualenc.encoders.tower import HeadKind, Tower, build_head
 from dualenc.errors import ConfigError, did_you_mean
 
 # Weights in Python packages, by package and what must be said for timm to compute what they were trained with. Lite0
@@ -43,6 +45,7 @@ class TimmConfig(Section):
     )
     head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
     args: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
+    regions: Grids = REGIONS
 
 
 @families.register("timm")
@@ -101,11 +104,52 @@ class Timm:
         head_width = int(getattr(trunk, "head_hidden_size", None) or width)
         if config.head == "none" and head_width != embed_dim:
             raise ConfigError(f"{where}.head: none needs embed_dim: {head_width}, got {embed_dim}.")
-        tower = ImageTower(trunk, build_head(config.head, head_width, embed_dim), describe, channels_last=True)
+        tower = TimmTower(trunk, build_head(config.head, head_width, embed_dim), describe, True, config.regions)
         tower.freeze_bn, tower.embed_dim = config.freeze_bn, embed_dim
+        if config.regions is not None:
+            tower.check(f"{where}: timm/{name}", int(describe["config"]["size"]))
         kept = {"args": args, "freeze_bn": config.freeze_bn, "head": config.head}
+        kept |= {} if config.regions is None else {"regions": config.regions}
         tower.component = Component.model_validate({"name": f"timm/{name}", **kept})
         return tower
+
+
+class TimmTower(RegionTower):
+    """A timm model: its ``forward_features`` is the map, its ``forward_head`` pools a map or a box of it."""
+
+    def maps(self, pixels: Tensor) -> Tensor:
+        """See the base class."""
+        trunk: Any = self.trunk
+        out: Tensor = trunk.forward_features(pixels)
+        return out
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """See the base class."""
+        trunk: Any = self.trunk
+        out: Tensor = trunk.forward_head(maps)
+        return out
+
+    def check(self, where: str, size: int) -> None:
+        """Try an image of ``size`` pixels.
+
+        Raises:
+            ConfigError: the model has no map [n, C, h, w], the map is too small, or its pooling does not take boxes.
+        """
+        assert self.grids is not None
+        was, width = self.training, self.trunk.num_features
+        with torch.no_grad():
+            maps = self.eval().maps(self.mean.expand(1, 3, size, size))
+            if maps.ndim != 4 or maps.shape[1] != width:
+                raise ConfigError(
+                    f"{where}: regions needs a map [n, {width}, h, w] before pooling; the model's is "
+                    f"{list(maps.shape)}: use a convolutional model, or own/vit."
+                )
+            check_grids(self.grids, (maps.shape[2], maps.shape[3]), where)
+            try:
+                self.pool(boxes(maps, max(self.grids))[0])
+            except (RuntimeError, AssertionError) as e:
+                raise ConfigError(f"{where}: regions: its pooling does not take boxes of a map ({e})") from e
+        self.train(was)
 
 
 def _create(name: str, pretrained: bool, args: dict[str, Any], size: int, where: str) -> nn.Module:

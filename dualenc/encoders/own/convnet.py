@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dualenc.config import Component, Positive, Section
 from dualenc.encoders.families import own_towers
-from dualenc.encoders.tower import HeadKind, ImageTower, build_head
+from dualenc.encoders.image_regions import REGIONS, Grids, RegionTower, check_grids, said_settings
+from dualenc.encoders.tower import HeadKind, build_head
 from dualenc.errors import ConfigError
 
 
@@ -61,14 +62,23 @@ class ConvTrunk(nn.Module):
         self.grid = grid
         self.norm = nn.LayerNorm(widths[-1] * grid**2)
 
+    def maps(self, x: Tensor) -> Tensor:
+        """[n, 3, S, S] → the last map [n, W, h, w]."""
+        out: Tensor = self.layers(x)
+        return out
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """[n, W, h, w] → [n, grid²·W]."""
+        out: Tensor = self.norm(nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(1))
+        return out
+
     def forward(self, x: Tensor) -> Tensor:
         """[n, 3, S, S] → [n, grid²·W]."""
-        out: Tensor = self.norm(nn.functional.adaptive_avg_pool2d(self.layers(x), self.grid).flatten(1))
-        return out
+        return self.pool(self.maps(x))
 
 
 @own_towers.register("convnet")
-class ConvNet(ImageTower):
+class ConvNet(RegionTower):
     """Residual convolutional net for small images."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
@@ -86,6 +96,7 @@ class ConvNet(ImageTower):
         )
         channels_last: bool = Field(default=True, description="memory layout of the maps")
         head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
+        regions: Grids = REGIONS
 
         @model_validator(mode="after")
         def _same_length(self) -> Any:
@@ -100,6 +111,10 @@ class ConvNet(ImageTower):
         if (size // stride) % config.grid:
             raise ConfigError(f"own/convnet: grid: {config.grid} must divide the last map's {size // stride} cells.")
         width = config.widths[-1] * config.grid**2
+        if config.regions is not None:
+            if config.grid > 1:
+                raise ConfigError(f"own/convnet: regions pools each box to its mean: leave out grid: {config.grid}.")
+            check_grids(config.regions, (size // stride,) * 2, "own/convnet")
         if config.head == "none" and width != embed_dim:
             raise ConfigError(f"own/convnet: head: none needs widths[-1] · grid² ({width}) = embed_dim ({embed_dim}).")
         trunk = ConvTrunk(
@@ -107,8 +122,9 @@ class ConvNet(ImageTower):
         )
         if config.channels_last:
             trunk = trunk.to(memory_format=torch.channels_last)
-        super().__init__(trunk, build_head(config.head, width, embed_dim), describe, config.channels_last)
-        self.component = Component(name="own/convnet", **config.model_dump(mode="json"))
+        head = build_head(config.head, width, embed_dim)
+        super().__init__(trunk, head, describe, config.channels_last, config.regions)
+        self.component = Component(name="own/convnet", **said_settings(config))
         self.embed_dim = embed_dim
 
     def blocks(self) -> list[nn.Module]:

@@ -33,6 +33,8 @@ def image_tower(component: Component, describe: Mapping[str, Any], where: str) -
                 f"input.{key}: the weights of {component.name} were made with {[round(v, 6) for v in need]}, "
                 f"got {list(describe['config'][key])}. Use those."
             )
+    if component.settings.get("regions") is not None:
+        raise ConfigError(f"{where}.regions: leave it out; the camera tower pools the whole image.")
     # Its own projection, to one number, is dropped: head: none would want to be told the width asked for here.
     tower = family.build("image", name, settings, given, 1, where)
     if not isinstance(tower, ImageTower):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from dualenc.config import Component, Positive, Section
 from dualenc.encoders.families import own_towers
+from dualenc.encoders.image_regions import REGIONS, Grids, RegionTower, check_grids, said_settings
 from dualenc.encoders.own.transformer import Rate, Transformer
-from dualenc.encoders.tower import HeadKind, ImageTower, build_head
+from dualenc.encoders.tower import HeadKind, build_head
 from dualenc.errors import ConfigError
 
 
@@ -34,12 +36,28 @@ class ViTTrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, 3, S, S] → [n, W]."""
+        out: Tensor = self.norm(self.tokens(x).mean(1))
+        return out
+
+    def maps(self, x: Tensor) -> Tensor:
+        """[n, 3, S, S] → all patches as a map [n, W, S/patch, S/patch]."""
+        y = self.tokens(x)
+        side = math.isqrt(y.shape[1])  # not always the grid's: see dualenc.encoders.places
+        return y.transpose(1, 2).reshape(y.shape[0], -1, side, side)
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """[n, W, h, w] → [n, W]."""
+        out: Tensor = self.norm(maps.flatten(2).transpose(1, 2).mean(1))
+        return out
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[n, 3, S, S] → [n, patches, W]."""
         y = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         if self.training and self.patch_dropout > 0:
             keep = max(1, round(y.shape[1] * (1 - self.patch_dropout)))
             order = torch.rand(y.shape[:2], device=y.device).argsort(1)[:, :keep]
             y = y.gather(1, order.unsqueeze(-1).expand(-1, -1, y.shape[2]))
-        out: Tensor = self.norm(self.transformer(y, causal=False).mean(1))
+        out: Tensor = self.transformer(y, causal=False)
         return out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -48,7 +66,7 @@ class ViTTrunk(nn.Module):
 
 
 @own_towers.register("vit")
-class ViT(ImageTower):
+class ViT(RegionTower):
     """Plain ViT, pre-norm, mean pooling, learned positions."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
@@ -65,11 +83,14 @@ class ViT(ImageTower):
             default=0.0, description="share of patches left out in training (FLIP)"
         )
         head: HeadKind = Field(default="linear", description="from the pooled feature to the shared space")
+        regions: Grids = REGIONS
 
         @model_validator(mode="after")
         def _divisible(self) -> Any:
             if self.width % self.heads:
                 raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+            if self.regions is not None and self.patch_dropout:
+                raise ValueError(f"regions needs every patch: set patch_dropout to 0, not {self.patch_dropout:g}")
             return self
 
     def __init__(self, config: Config, describe: Mapping[str, Any], embed_dim: int) -> None:
@@ -78,9 +99,12 @@ class ViT(ImageTower):
             raise ConfigError(f"own/vit: patch ({config.patch}) must divide the input's size ({size}).")
         if config.head == "none" and config.width != embed_dim:
             raise ConfigError(f"own/vit: head: none needs width ({config.width}) = embed_dim ({embed_dim}).")
+        if config.regions is not None:
+            check_grids(config.regions, (size // config.patch,) * 2, "own/vit")
         trunk = ViTTrunk(
             size, config.patch, config.width, config.layers, config.heads, config.dropout, config.patch_dropout
         )
-        super().__init__(trunk, build_head(config.head, config.width, embed_dim), describe, channels_last=False)
-        self.component = Component(name="own/vit", **config.model_dump(mode="json"))
+        head = build_head(config.head, config.width, embed_dim)
+        super().__init__(trunk, head, describe, channels_last=False, grids=config.regions)
+        self.component = Component(name="own/vit", **said_settings(config))
         self.embed_dim = embed_dim

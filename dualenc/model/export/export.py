@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Literal, get_args
 
+from dualenc.data.modalities.text import TextInput
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.model.bundle import Bundle, without_streams
 from dualenc.model.export.card import write_card
@@ -42,6 +43,8 @@ def export(
         raise ConfigError(f"--out: {folder} already exists and is not empty; choose another folder.")
     made = not folder.exists()
     try:
+        if layout in _NAMES:
+            _refuse_prefix(bundle)
         if layout == "hf":
             write_transformers(bundle, folder)
         elif layout == "open_clip":
@@ -68,3 +71,19 @@ def export(
     found = Path(source).expanduser() if source is not None else None
     write_card(bundle, layout, folder, found if found is not None and found.is_dir() else None, results)
     return folder
+
+
+def _refuse_prefix(bundle: Bundle) -> None:
+    """What other libraries' layouts have no place for: learned prompts, and words before every text.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    for m, part in bundle.parts.items():
+        if part.prompts is not None:
+            raise ConfigError(f"the tower of {m} has learned prompts (modalities.{m}.prompts), which it cannot hold")
+        x = bundle.inputs[m]
+        if isinstance(x, TextInput) and x.config.prefix is not None:
+            raise ConfigError(
+                f"{x.config.prefix!r} stands before every text (modalities.{m}.input.prefix), which it cannot say"
+            )

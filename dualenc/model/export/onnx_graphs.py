@@ -40,7 +40,7 @@ class _Pixels(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         y = (pixels - self.tower.mean) / self.tower.std
-        return nn.functional.normalize(self.tower.head(self.tower.trunk(y)).float(), dim=-1)
+        return nn.functional.normalize(self.tower.features_of(y).float(), dim=-1)
 
 
 class _Ids(nn.Module):
@@ -171,6 +171,7 @@ def _write_tower(bundle: Bundle, m: str, folder: Path) -> dict[str, Any]:
 def _image(tower: Tower, source: Any) -> Iterator[_Graph]:
     assert isinstance(tower, ImageTower)
     row = source.collate([source.dummy()] * 2)
+    row = row["pixels"] if isinstance(row, Mapping) else row  # a view that says how it was turned
     says = {"pixels": {"dtype": "float32", "shape": ["batch", *row.shape[1:]], "is": "RGB, 0 to 1, resized"}}
     yield _Graph(_Pixels(tower), {"pixels": row.float() / 255}, says)
 

@@ -177,7 +177,10 @@ def _text(bundle: Bundle, m: str, tower: HFText, folder: Path) -> dict[str, str]
 
 
 def _timm(bundle: Bundle, m: str, tower: ImageTower, folder: Path) -> dict[str, str] | None:
-    """A timm trunk in transformers' wrapper; None for an input that timm's own transforms do not give."""
+    """A timm trunk in transformers' wrapper; None for an input that timm's own transforms do not give, and for a tower
+    that pools over boxes."""
+    if "regions" in tower.component.settings:
+        return None
     config = bundle.inputs[m].describe()["config"]
     if config["resize"] not in ("shortest", "squash") or config["shortest_edge"] not in (None, config["size"]):
         return None

@@ -1,6 +1,7 @@
 """Zero-shot classification: prompts become a classifier, items are scored by cosine.
 
 A class's weight is the mean of its prompts' normalised features, normalised again (CLIP, arXiv 2103.00020, 3.1.4).
+With ``prototypes`` labelled items take the place of prompts (:mod:`dualenc_evals.metrics.prototypes`).
 """
 
 from __future__ import annotations
@@ -8,28 +9,34 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from dualenc.config import Positive, Section
 from dualenc.errors import ConfigError, did_you_mean
 from dualenc.model.zero_shot import classifier
 from dualenc_evals.features import Store, digest, digest_of
 from dualenc_evals.kinds.examples import PAIRS, QUERIES, Shown, drawn, hits, similarity, worst
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
+from dualenc_evals.last_blocks import Fused
 from dualenc_evals.metrics import scores as metrics
+from dualenc_evals.metrics import separability
+from dualenc_evals.metrics.prototypes import ByPrompts, ByPrototypes, Lazily, make_prototypes
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Content, Row, Rows
-from dualenc_evals.task import ClassesTask, paths_of, read_lines
+from dualenc_evals.read.shards import read_rows
+from dualenc_evals.task import ClassesTask, Train, paths_of, read_lines
 
 SELECTIVE = r"top1@([1-9]\d?)%"
 """Accuracy of the share of the items that the model is most confident of; only where a task asks for it."""
+BACKGROUND = "background"
 MAX_CONFUSION = 64
-"""With more classes than this, only the most frequent confusions are kept, not the whole matrix."""
+"""With more classes than this, only the most frequent confusions are kept, no matrix of classes × classes."""
 
 
 class PromptedTask(ClassesTask):
@@ -39,28 +46,72 @@ class PromptedTask(ClassesTask):
         None, description="prompts with {} for the class name; or a .txt file, one per line"
     )
 
+    @property
+    def prompts(self) -> bool:
+        """Whether prompts are used at all."""
+        return True
+
     def check_keys(self) -> None:
         """Prompts are given in the task or come with the data."""
         if isinstance(self.templates, list):
             check_templates(self.templates)
-        if self.templates is None and not self.source.brings_prompts:
+        if self.templates is None and self.prompts and not self.source.brings_prompts:
             raise ValueError(
                 "templates: give the prompts, for example ['a photo of a {}.'], or ['{}'] for the bare name"
             )
         super().check_keys()
 
 
+class ItemPrototypes(Section):
+    """Classes by labelled items instead of prompts (OVDiff, S43)."""
+
+    support: Train = Field(description="where the labelled items come from: keys of the source that differ")
+    each: Positive = Field(default=1, description="prototypes of a class: their mean, or the means of k-means clusters")
+    background: Positive | None = Field(
+        default=None, description="prototypes of the items in none of the classes, which then are a class of their own"
+    )
+    keep: Positive | None = Field(default=None, description="only so many classes may win: the best ones by prompts")
+
+
 class ClassificationTask(PromptedTask):
     """``kind: classification``."""
 
     kind: Literal["classification"]
+    prototypes: ItemPrototypes | None = Field(None, description="labelled items in the place of prompts")
+    depths: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = Field(
+        None,
+        description="the items' features are the mean of those after these shares of their tower's blocks; 1: the last",
+    )
     one_class: ClassVar[bool] = True
-    metric_pattern: ClassVar[str] = rf"AURC|{SELECTIVE}"
+    metric_pattern: ClassVar[str] = rf"AURC|{SELECTIVE}|{'|'.join(separability.METRICS)}"
 
     def known(self) -> tuple[str, ...]:
         """Accuracy among the best one and five classes, recall by class, calibration of the confidences. On request:
-        AURC (mean risk over all coverages) and ``top1@80%``, the accuracy of the 80 % that it is most confident of."""
+        AURC (mean risk over all coverages) and ``top1@80%``, the accuracy of the 80 % that it is most confident of;
+        ``fisher_ratio`` and ``silhouette`` (how far apart the classes are in the items' features)."""
         return ("top1", "top5", "mean_per_class_recall", "calibration_error")
+
+    @property
+    def prompts(self) -> bool:
+        """Prototypes need none, unless prompts choose the classes that may win."""
+        return self.prototypes is None or self.prototypes.keep is not None
+
+    @property
+    def others(self) -> Literal["error", "drop", "background"]:
+        """With prototypes of the background, items of no class are a class of their own."""
+        return "background" if self.prototypes is not None and self.prototypes.background else self.other_labels
+
+    def needed(self) -> list[str]:
+        """The items' modality, and those of prompts and prototypes if there are any."""
+        further = None if self.prototypes is None else self.prototypes.support.modality
+        used = [*self.modalities] if self.prompts else [self.modalities[0]]
+        return used if further is None or further in used else [*used, further]
+
+    def check_keys(self) -> None:
+        """The background is what is in none of the classes that the task lists."""
+        if self.others == "background" and self.classes is None:
+            raise ValueError("prototypes.background: list the classes; items of all other labels are the background")
+        super().check_keys()
 
 
 def check_templates(templates: list[str]) -> None:
@@ -85,6 +136,8 @@ class Labelled:
     asked: int
     notes: list[str]
     data_digest: str
+    support: Labelled | None = None
+    """The items that prototypes are made of."""
 
 
 def classes_of(task: ClassesTask, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -114,7 +167,7 @@ def _known(task: ClassesTask, labels: list[str], seen: list[str]) -> list[str]:
     if twice:
         raise ConfigError(f"task {task.name}: classes: {sorted(twice)[0]!r} is listed twice")
     strange = [s for s in seen if s not in set(labels)]
-    if strange and task.other_labels == "error":
+    if strange and task.others == "error":
         raise ConfigError(
             f"task {task.name}: classes: the data contain the label {strange[0]!r}, which is not a class. "
             f"{did_you_mean(strange[0], labels)} Or drop such items with other_labels: drop"
@@ -126,8 +179,13 @@ def labelled(task: ClassesTask, rows: Rows, store: Store, every: Sequence[Row] |
     """Inspect every item, leave broken ones out and say why, number the classes (over ``every`` row, if given)."""
     modality = task.modalities[0]
     order, names = classes_of(task, list(every or rows.rows))
+    if task.others == "background" and BACKGROUND not in order:
+        order, names = [*order, BACKGROUND], [*names, [BACKGROUND]]
     number = {label: n for n, label in enumerate(order)}
-    used = [r for r in rows.rows if r.label in number]
+    used = rows.rows
+    if task.others == "background":
+        used = [r if r.label in number or r.label is None else replace(r, label=BACKGROUND) for r in used]
+    used = [r for r in used if r.label in number]
     notes = list(rows.notes)
     if len(used) < len(rows.rows):
         notes.append(
@@ -152,6 +210,18 @@ def labelled(task: ClassesTask, rows: Rows, store: Store, every: Sequence[Row] |
     asked = len(items) + sum(s["reason"].startswith("has no ") for s in skipped)
     kept, digests = [items[i] for i in good], [seen.digests[i] for i in good]
     return Labelled(kept, digests, labels, names, titles, skipped, asked, notes, digest_of([provenance, order]))
+
+
+def both_parts(task: ClassesTask, other: ClassesTask, rows: Rows, store: Store) -> tuple[Labelled, Labelled, list[str]]:
+    """(test items, the further labelled items of ``other``, notes on both); their classes are numbered together."""
+    further = store.ranks.agree(lambda: read_rows(other))
+    every = [*rows.rows, *further.rows]
+    test, train = labelled(task, rows, store, every), labelled(other, further, store, every)
+    notes = [*test.notes, *(f"Training: {n}" for n in train.notes if n not in test.notes)]
+    both = len(set(test.digests) & set(train.digests))
+    if both:
+        notes.append(f"{both} test items are also training items, byte for byte: the numbers are too optimistic.")
+    return test, train, notes
 
 
 def templates_of(task: PromptedTask) -> list[str]:
@@ -199,19 +269,33 @@ class Classification(Kind[ClassificationTask, Labelled]):
     Task = ClassificationTask
 
     def collect(self, task: ClassificationTask, rows: Rows, store: Store) -> Labelled:
-        """See :func:`labelled`."""
-        return labelled(task, rows, store)
+        """See :func:`labelled`; with prototypes also the items that they are made of."""
+        if task.prototypes is None:
+            return labelled(task, rows, store)
+        test, support, notes = both_parts(task, task.at(task.prototypes.support), rows, store)
+        return replace(
+            test,
+            skipped=[*test.skipped, *support.skipped],
+            asked=test.asked + support.asked,
+            notes=notes,
+            data_digest=digest_of([test.data_digest, support.data_digest]),
+            support=support,
+        )
 
     def evaluate(self, task: ClassificationTask, data: Labelled, store: Store, seed: int, details: bool) -> Measured:
         """top-1, top-5, mean per-class recall, calibration error, intervals and chance, and details to look at."""
-        weights, templates = prompted(task, data.names, store)
+        if task.depths is not None:
+            store = replace(store, embedder=Fused(store.embedder, task.depths, task.modalities[0]))
+        classes, templates = _classes(task, data, store)
         x = store.features(task.modalities[0], data.items, data.digests)
         wanted = task.wanted()
         of_confidence = [m for m in wanted if m in ("calibration_error", "AURC") or re.fullmatch(SELECTIVE, m)]
         scale = scale_of(store, task.modalities) if of_confidence else None
-        ranks, predicted, confidence = _scored(x, weights, data.labels, twins_after(data.names), scale)
+        ranks, predicted, confidence = _scored(x, classes, data.labels, twins_after(data.names), scale)
         values = metrics.classification_values(ranks, data.labels, predicted)
+        values |= separability.separability(x, data.labels, len(data.names), wanted)
         notes = []
+        risks: Floats | None = None
         if confidence is not None:
             values["calibration_error"] = metrics.calibration_error(confidence, ranks == 1)
             risks = metrics.selective_risks(confidence, ranks == 1)
@@ -238,14 +322,31 @@ class Classification(Kind[ClassificationTask, Labelled]):
             "chance": metrics.rounded({k: v for k, v in chance.items() if k in wanted}),
             "n": {task.modalities[0]: len(data.items), "classes": len(data.names)},
             "largest_class_share": round(float(counts.max() / counts.sum()), 6),
-            "templates": templates,
             "notes": notes,
         }
+        if task.prompts:
+            out["templates"] = templates
         if confidence is not None:
             out["settings"] = {"logit_scale": scale}
+        if task.depths is not None:
+            out["settings"] = out.get("settings", {}) | {"depths": task.depths}
+        if isinstance(classes, ByPrototypes) and data.support is not None:
+            out["n"]["support"] = len(data.support.items)
+            out["settings"] = out.get("settings", {}) | {"prototypes": len(classes.table)}
         if details and store.ranks.is_main:
-            out["details"] = _details(task, data, x, weights, (ranks, predicted), Shown(store.kinds), seed)
+            out["details"] = _details(task, data, x, classes, (ranks, predicted), Shown(store.kinds), seed)
+            out["details"] |= distances(task, data, x)
+            if risks is not None:
+                out["details"]["risk_coverage"] = metrics.risk_curve(risks, int((ranks != 1).sum()))
         return out
+
+
+def distances(task: ClassesTask, data: Labelled, x: Tensor) -> dict[str, Any]:
+    """The details of a task that measures how far apart its classes are: the distances between them."""
+    if not set(separability.METRICS) & set(task.wanted()) or len(data.titles) > MAX_CONFUSION:
+        return {}
+    far = separability.centroid_distances(x, data.labels, len(data.titles))
+    return {"classes": data.titles, "centroid_distances": far}
 
 
 def twins_after(names: list[list[str]]) -> Ints:
@@ -258,14 +359,28 @@ def twins_after(names: list[list[str]]) -> Ints:
     return np.array(out[::-1], dtype=np.int64)
 
 
+def _classes(task: ClassificationTask, data: Labelled, store: Store) -> tuple[ByPrompts | ByPrototypes, list[str]]:
+    """What scores the classes, and the prompts with ``{}`` if there are any."""
+    support, about = data.support, task.prototypes
+    named = [n for n in data.names if n != [BACKGROUND]] if task.others == "background" else data.names
+    weights, templates = prompted(task, named, store) if task.prompts else (None, [])
+    prompts = None if weights is None else ByPrompts(weights)
+    if about is None or support is None:
+        assert prompts is not None, "without prototypes there are prompts"
+        return prompts, templates
+    x = store.features(about.support.modality or task.modalities[0], support.items, support.digests)
+    each = [about.each] * len(named) + [about.background or 0] * (len(data.names) - len(named))
+    table, owners = make_prototypes(x, support.labels, each)
+    return ByPrototypes(table, owners, len(data.names), about.keep, prompts), templates
+
+
 def _scored(
-    x: Tensor, weights: Tensor, labels: Ints, twins: Ints, scale: float | None
+    x: Tensor, classes: ByPrompts | ByPrototypes, labels: Ints, twins: Ints, scale: float | None
 ) -> tuple[Ints, Ints, Floats | None]:
     """Score block by block, so that no [N, C] matrix is needed; confidences [N] if a scale is given."""
-    columns, inverse = metrics.distinct_rows(weights)
     ranks, predicted, confidence = [], [], []
-    for start, stop in metrics.block_starts(len(x), len(weights)):
-        scores = (x[start:stop] @ columns.T)[:, inverse]
+    for start, stop in metrics.block_starts(len(x), classes.width):
+        scores = classes.scores(x[start:stop])
         r, p = metrics.class_ranks(scores, labels[start:stop], twins)
         ranks.append(r)
         predicted.append(p)
@@ -278,7 +393,7 @@ def _details(
     task: ClassificationTask,
     data: Labelled,
     x: Tensor,
-    weights: Tensor,
+    by: ByPrompts | ByPrototypes,
     scored: tuple[Ints, Ints],
     shown: Shown,
     seed: int,
@@ -289,11 +404,14 @@ def _details(
     prompts = [Content(f"class:{c}", text=n) for c, n in enumerate(names)]
     chosen = drawn(len(data.items), QUERIES, seed, f"{task.name}/{task.modalities[0]}")
     right = [{int(c)} for c in data.labels]
-    sides = ((data.items, x), (prompts, weights))
+    # Against the unit vectors a row of scores is itself.
+    features: tuple[Tensor | Lazily, Tensor] = (
+        (x, by.weights) if isinstance(by, ByPrompts) else (Lazily(x, by), torch.eye(classes))
+    )
+    sides = ((data.items, features[0]), (prompts, features[1]))
     rows = hits(shown, *sides, right, ranks, chosen, task.modalities)
     # The most confident mistakes: by how much the wrong class is above the right one.
-    margin = ((weights[torch.from_numpy(predicted)] - weights[torch.from_numpy(data.labels)]) * x).sum(1)
-    mistakes = worst(margin.numpy(), predicted != data.labels)
+    mistakes = worst(_margins(x, by, predicted, data.labels), predicted != data.labels)
     bad = hits(shown, *sides, right, ranks, mistakes, task.modalities)
     confusion = metrics.confusion_matrix(data.labels, predicted, classes)
     counts = confusion.sum(1)
@@ -313,3 +431,15 @@ def _details(
         "similarity": similarity(shown, *sides, {one_each[c]: c for c in some}, task.modalities),
         "items": shown.items,
     }
+
+
+def _margins(x: Tensor, by: ByPrompts | ByPrototypes, predicted: Ints, labels: Ints) -> Floats:
+    """[N] score of the predicted class less that of the true one."""
+    won, true = torch.from_numpy(predicted), torch.from_numpy(labels)
+    if isinstance(by, ByPrompts):
+        return ((by.weights[won] - by.weights[true]) * x).sum(1).numpy()
+    parts = []
+    for s, e in metrics.block_starts(len(x), by.width):
+        scores = by.scores(x[s:e])
+        parts.append((scores.gather(1, won[s:e, None]) - scores.gather(1, true[s:e, None]))[:, 0].numpy())
+    return np.concatenate(parts)

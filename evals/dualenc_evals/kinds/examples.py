@@ -17,6 +17,7 @@ from torch import Tensor
 from dualenc.data.modalities import DecodeError
 from dualenc.data.show import preview
 from dualenc.errors import DataError
+from dualenc_evals.metrics.prototypes import Lazily
 from dualenc_evals.metrics.scores import Floats, Ints, top_k
 from dualenc_evals.read.rows import Content
 
@@ -72,26 +73,28 @@ def worst(badness: Ints | Floats, wrong: npt.NDArray[np.bool_], k: int = WORST) 
 
 def hits(
     shown: Shown,
-    queries: tuple[Sequence[Content], Tensor],
+    queries: tuple[Sequence[Content], Tensor | Lazily],
     gallery: tuple[Sequence[Content], Tensor],
     right: Sequence[set[int]],
     ranks: Ints,
     chosen: Sequence[int],
     names: tuple[str, str] = ("", ""),
+    own: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """For each chosen query: its rank and its ``TOP`` best gallery items with score and whether they are right.
 
-    ``names``: the modalities of queries and gallery.
+    ``names``: the modalities of queries and gallery. ``own``: the row of each query in the gallery, which is left out.
     """
     if not chosen:
         return []
-    found, scores = top_k(queries[1][torch.tensor(chosen)], gallery[1], TOP)
+    found, scores = top_k(queries[1][torch.tensor(chosen)], gallery[1], TOP + (own is not None))
     rows = []
     for q, columns, values in zip(chosen, found.tolist(), scores.tolist(), strict=True):
         best = [
             {"item": shown.add(gallery[0][j], names[1]), "score": round(s, 4), "right": j in right[q]}
             for j, s in zip(columns, values, strict=True)
-        ]
+            if own is None or j != own[q]
+        ][:TOP]
         answers = [shown.add(gallery[0][j], names[1]) for j in sorted(right[q])[:1]]
         rows.append(
             {"query": shown.add(queries[0][q], names[0]), "rank": int(ranks[q]), "hits": best, "answer": answers[0]}
@@ -101,7 +104,7 @@ def hits(
 
 def similarity(
     shown: Shown,
-    a: tuple[Sequence[Content], Tensor],
+    a: tuple[Sequence[Content], Tensor | Lazily],
     b: tuple[Sequence[Content], Tensor],
     pairs: Mapping[int, int],
     names: tuple[str, str] = ("", ""),

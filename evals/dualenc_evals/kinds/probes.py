@@ -2,7 +2,11 @@
 
 k-NN (Wu et al. 2018, arXiv 1805.01978; DINO's settings): the k nearest training items vote with exp(cosine / T). The
 linear probe is :mod:`dualenc_evals.metrics.linear`, its C chosen on a fifth of the training items.
-Episodes are :mod:`dualenc_evals.metrics.fewshot`. Only the first modality of the model is used.
+Episodes are :mod:`dualenc_evals.metrics.fewshot`. Only the first modality of the model is used, unless the training
+items are of another one (``train.modality``).
+
+Whether what is retrieved is of use (the idea of seed S44, where a retriever chooses a language model's demonstrations):
+``knn_gain`` is what the vote of the k nearest items has right more than that of k items drawn at random.
 """
 
 from __future__ import annotations
@@ -19,24 +23,17 @@ from torch import Tensor
 
 from dualenc.config import Positive, Section
 from dualenc_evals.features import Store, digest_of
-from dualenc_evals.kinds.classification import Labelled, labelled
+from dualenc_evals.kinds.classification import Labelled, both_parts, distances
 from dualenc_evals.kinds.kind import Kind, Measured, kinds
-from dualenc_evals.metrics import fewshot, linear
+from dualenc_evals.metrics import fewshot, linear, separability
 from dualenc_evals.metrics import scores as metrics
 from dualenc_evals.metrics.scores import Floats, Ints
 from dualenc_evals.read.rows import Rows
-from dualenc_evals.read.shards import read_rows
-from dualenc_evals.task import ClassesTask, Every, TaskSource
+from dualenc_evals.task import ClassesTask, Train
 
-
-class Train(Section):
-    """Where a probe's training items come from: the task's source with these keys replaced."""
-
-    path: str | list[str] | None = Field(default=None, description="file, pattern or folder of the training items")
-    split: str | None = Field(default=None, description="split of the training items")
-    where: dict[str, str | list[str]] | None = Field(default=None, description="keep rows whose column has this value")
-    every: Every | None = Field(default=None, description="a fixed share of the rows")
-    limit: Positive | None = Field(default=None, description="read only this many rows")
+UTILITY = ("knn_random_top1", "majority_top1", "knn_gain")
+DRAWS = 20
+"""Times that k items are drawn at random for every test item."""
 
 
 class ProbeSettings(Section):
@@ -51,12 +48,16 @@ class ProbeSettings(Section):
     episodes: Positive = Field(default=600, description="few-shot episodes")
 
 
+FEW = "(fewshot|prototype|opta|context)"
+"""Few-shot methods; the number of labelled items comes after the name."""
+
+
 class ProbeTask(ClassesTask):
     """``kind: probe``."""
 
     kind: Literal["probe"]
     one_class: ClassVar[bool] = True
-    metric_pattern: ClassVar[str] = r"(fewshot|prototype|opta)[1-9]\d*_top1"
+    metric_pattern: ClassVar[str] = rf"{FEW}[1-9]\d*_top1|{'|'.join(separability.METRICS + UTILITY)}"
     train: Train = Field(description="where the training items come from")
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="settings of the probes")
 
@@ -68,18 +69,16 @@ class ProbeTask(ClassesTask):
         return raw
 
     def known(self) -> tuple[str, ...]:
-        """k-NN, the linear probe and every few-shot method."""
+        """k-NN, the linear probe and every few-shot method. On request ``fisher_ratio`` and ``silhouette``: how far
+        apart the classes of the test items are; ``knn_random_top1``, ``majority_top1`` and ``knn_gain``: the vote of k
+        random training items, their most frequent class, and what the k nearest have right more than random ones;
+        ``context5_top1``: attention over the labelled items of an episode."""
         few = ("fewshot5", "prototype1", "opta1", "prototype5", "opta5")
         return ("knn_top1", "linear_top1", *(f"{name}_top1" for name in few))
 
     def needed(self) -> list[str]:
-        """The first modality alone."""
-        return [self.modalities[0]]
-
-    def training(self) -> ProbeTask:
-        """This task with the source of its training items."""
-        source = {**self.source.model_dump(), **self.train.model_dump(exclude_unset=True)}
-        return self.model_copy(update={"source": TaskSource.model_validate(source)})
+        """The first modality, and that of the training items if it is another."""
+        return list(dict.fromkeys([self.modalities[0], self.train.modality or self.modalities[0]]))
 
 
 @dataclass(slots=True)
@@ -112,6 +111,21 @@ def nearest_neighbours(
     return np.concatenate(ranks)
 
 
+def random_neighbours(labels: Ints, truth: Ints, classes: int, k: int, seed: int, draws: int = DRAWS) -> Floats:
+    """[M] how often the vote of ``k`` training items drawn at random, one vote each, is right; a tie is wrong.
+
+    Args:
+        labels: [N] classes of the training items; truth: [M] of the test items.
+    """
+    rng = np.random.default_rng(seed)
+    have = np.bincount(labels, minlength=classes)
+    right = np.zeros(len(truth))
+    for _ in range(draws):
+        votes = rng.multivariate_hypergeometric(have, min(k, len(labels)), size=len(truth), method="marginals")
+        right += metrics.class_ranks(torch.from_numpy(votes.astype(np.float64)), truth)[0] == 1
+    return right / draws
+
+
 @kinds.register("probe")
 class Probing(Kind[ProbeTask, Probed]):
     """See the module."""
@@ -120,14 +134,7 @@ class Probing(Kind[ProbeTask, Probed]):
 
     def collect(self, task: ProbeTask, rows: Rows, store: Store) -> Probed:
         """Inspect the items of both splits; their classes are numbered together."""
-        other = store.ranks.agree(lambda: read_rows(task.training()))
-        every = [*rows.rows, *other.rows]
-        test = labelled(task, rows, store, every)
-        train = labelled(task, other, store, every)
-        notes = [*test.notes, *(f"Training: {n}" for n in train.notes if n not in test.notes)]
-        both = len(set(test.digests) & set(train.digests))
-        if both:
-            notes.append(f"{both} test items are also training items, byte for byte: the numbers are too optimistic.")
+        test, train, notes = both_parts(task, task.at(task.train), rows, store)
         return Probed(
             test, train, [*test.skipped, *train.skipped], test.asked + train.asked, notes,
             digest_of([test.data_digest, train.data_digest]),
@@ -137,7 +144,7 @@ class Probing(Kind[ProbeTask, Probed]):
         """The probes the task asks for, with intervals and chance; ``settings`` says what was chosen and drawn."""
         test, train = data.test, data.train
         item = task.modalities[0]
-        x = store.features(item, train.items, train.digests)
+        x = store.features(task.train.modality or item, train.items, train.digests)
         y = store.features(item, test.items, test.digests)
         classes = len(test.names)
         wanted = task.wanted()
@@ -145,7 +152,7 @@ class Probing(Kind[ProbeTask, Probed]):
         values: dict[str, Floats] = {}
         chance: dict[str, float] = {}
         notes: list[str] = []
-        if "knn_top1" in wanted:
+        if "knn_top1" in wanted or "knn_gain" in wanted:
             k, temperature = task.probe.k, task.probe.temperature
             ranks = nearest_neighbours(x, train.labels, y, test.labels, classes, k, temperature)
             values["knn_top1"] = (ranks == 1).astype(np.float64)
@@ -155,16 +162,33 @@ class Probing(Kind[ProbeTask, Probed]):
             values["linear_top1"] = (linear.ranks_under(weights, y, test.labels)[0] == 1).astype(np.float64)
             settings["linear"] = {"C": strength}
         chance |= dict.fromkeys(values, 1 / classes)
-        for shots in task.numbers(r"(?:fewshot|prototype|opta)([1-9]\d*)_top1"):
+        if set(UTILITY) & set(wanted):
+            values |= _utility(task, train.labels, test.labels, classes, values.get("knn_top1"), seed)
+            values = {n: v for n, v in values.items() if n in wanted}
+            chance = {n: v for n, v in chance.items() if n in values}
+        for shots in task.numbers(r"(?:fewshot|prototype|opta|context)([1-9]\d*)_top1"):
             _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
-        return {
-            "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()}),
+        apart = separability.separability(y, test.labels, classes, wanted)
+        out: Measured = {
+            "metrics": metrics.rounded({n: float(np.mean(v)) for n, v in values.items()} | apart),
             "ci": metrics.rounded({n: metrics.bootstrap_ci({n: v}, seed=seed)[n] for n, v in values.items()}),
             "chance": metrics.rounded(chance),
             "n": {item: len(test.items), "training": len(train.items), "classes": classes},
             "notes": notes,
             "settings": settings,
         }
+        if details and store.ranks.is_main and apart:
+            out["details"] = distances(task, test, y)
+        return out
+
+
+def _utility(
+    task: ProbeTask, labels: Ints, truth: Ints, classes: int, knn: Floats | None, seed: int
+) -> dict[str, Floats]:
+    """Per-item values of :data:`UTILITY`; ``knn [M]``: whether the vote of the nearest is right."""
+    out = {"knn_random_top1": random_neighbours(labels, truth, classes, task.probe.k, seed)}
+    out["majority_top1"] = (truth == np.bincount(labels).argmax()).astype(np.float64)
+    return out if knn is None else out | {"knn_gain": knn - out["knn_random_top1"]}
 
 
 def _episodes(
@@ -177,7 +201,7 @@ def _episodes(
 ) -> None:
     """All few-shot methods of one number of shots, on the same episodes."""
     values, chance, settings, notes = out
-    found = (re.fullmatch(rf"(fewshot|prototype|opta){shots}_top1", m) for m in task.wanted())
+    found = (re.fullmatch(rf"{FEW}{shots}_top1", m) for m in task.wanted())
     methods = [m.group(1) for m in found if m is not None]
     probe = task.probe
     drawn = fewshot.draw_episodes(

@@ -2,8 +2,10 @@
 
 ``prototype``: the nearest class mean. ``opta``: the same after optimal transport moved the class means towards the
 queries (OpTA of BECLR, Poulakakis-Daktylidis & Jamali-Rad, ICLR 2024, seed S37). ``fewshot``: logistic regression on
-the labelled items. OpTA sees all queries at once and assumes that classes are equally frequent among them, as they
-are in an episode: so its number is always reported next to the inductive one on the same episodes.
+the labelled items. ``context``: an attention head without parameters over the labelled items, the class of each read
+with the weight softmax(cosine / 0.07) (matching networks, Vinyals et al., arXiv 1606.04080; in SINC, seed S55, a
+trained transformer reads them). OpTA sees all queries at once and assumes that classes are equally frequent among
+them, as they are in an episode: so its number is always reported next to the inductive one on the same episodes.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from dualenc_evals.metrics.scores import Floats, Ints, class_ranks
 EPSILON = 0.05
 """Entropic regularisation of the transport, of costs scaled to at most 1."""
 ITERATIONS = 200
+TAU = 0.07
+"""Temperature of the attention in :func:`in_context`."""
 OWN_SHARE = 0.7
 """Weight of a class mean of several items in :func:`opta`; 0.7 and 0.3 are this project's choice."""
 TOGETHER = 50
@@ -107,8 +111,17 @@ def opta(prototypes: Tensor, queries: Tensor, shots: int, epsilon: float = EPSIL
     return prototypes
 
 
+def in_context(support: Tensor, queries: Tensor, tau: float = TAU) -> Tensor:
+    """Logarithms [..., q, w] of the attention of queries ``[..., q, D]`` to the labelled items of each class
+    ``[..., w, s, D]``, up to a constant for each query. One item a class: its nearest one."""
+    own, items = (torch.nn.functional.normalize(t, dim=-1) for t in (queries, support))
+    # One product at a time: equal items are exactly equally near.
+    near = [(own[..., :, None, :] * items[..., None, :, s, :]).sum(-1) for s in range(support.shape[-2])]
+    return torch.stack(near, -1).div(tau).logsumexp(-1)
+
+
 def accuracies(x: Tensor, y: Tensor, episodes: Episodes, methods: Sequence[str]) -> dict[str, Floats]:
-    """Share of right queries of each episode, [E] by method (``prototype``, ``opta``, ``fewshot``).
+    """Share of right queries of each episode, [E] by method (``prototype``, ``opta``, ``fewshot``, ``context``).
 
     Args:
         x: [N, D] features of the labelled items; y: [M, D] those of the queries.
@@ -124,6 +137,8 @@ def accuracies(x: Tensor, y: Tensor, episodes: Episodes, methods: Sequence[str])
         for method in methods:
             if method == "fewshot":
                 scores = fit_episodes(support, flat)
+            elif method == "context":
+                scores = in_context(support, flat)
             else:
                 centres = opta(means, flat, shots) if method == "opta" else means
                 # One difference at a time: equal centres are exactly equally far.

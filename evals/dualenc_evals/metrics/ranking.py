@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dualenc_evals.metrics.scores import BLOCK_ELEMENTS, Floats, Ints, Positives, block_starts, distinct_rows
 
+MANY = 32
+"""With at least so many right answers of a query, its scores are sorted once instead of compared for each of them."""
+
 
 def wrong_ahead(
     queries: Tensor,
@@ -24,7 +27,7 @@ def wrong_ahead(
     """[P]: for every right answer (in ``positives.rows``' order), the wrong candidates that score at least as high.
 
     Arguments as in :func:`dualenc_evals.metrics.scores.best_ranks`; the sum over ranks is the
-    answer. Costs one pass over the scores for each right answer that a query has.
+    answer. Costs one pass over the scores for each right answer that a query has; of more than :data:`MANY`, it sorts.
     """
     columns, inverse = distinct_rows(gallery)
     out = np.zeros(len(positives.rows), dtype=np.int64)
@@ -39,9 +42,16 @@ def wrong_ahead(
         lo = int(positives.offsets[start])
         place = torch.arange(len(owner)) - (torch.from_numpy(positives.offsets[start:stop]) - lo)[owner]
         ahead = torch.zeros(len(owner), dtype=torch.long)
-        for t in range(int(place.max()) + 1):
-            mine = place == t
-            ahead[mine] = (~(scores[owner[mine]] < own[mine, None])).sum(1)
+        if int(place.max()) < MANY:
+            for t in range(int(place.max()) + 1):
+                mine = place == t
+                ahead[mine] = (~(scores[owner[mine]] < own[mine, None])).sum(1)
+        else:
+            for q in range(stop - start):
+                own_q = slice(int(positives.offsets[start + q]) - lo, int(positives.offsets[start + q + 1]) - lo)
+                ordered = scores[q].nan_to_num(torch.inf, torch.inf, -torch.inf).sort().values
+                ahead[own_q] = len(gallery) - torch.searchsorted(ordered, own[own_q])
+            ahead[own.isnan()] = len(gallery)
         wrong = len(gallery) - torch.from_numpy(positives.counts[start:stop])[owner]
         out[lo : lo + len(owner)] = torch.minimum(ahead, wrong).numpy()
     return out

@@ -267,6 +267,19 @@ def selective_risks(confidence: Floats, right: npt.NDArray[np.bool_]) -> Floats:
     return np.cumsum(np.repeat(wrong, counts)) / np.arange(1, len(confidence) + 1)
 
 
+def risk_curve(risks: Floats, wrong: int, points: int = 100) -> dict[str, list[float]]:
+    """:func:`selective_risks` ``risks [N]`` of which ``wrong`` answers are wrong, for a plot.
+
+    Returns:
+        ``coverage``, ``risk`` and ``best``, the risk with every wrong answer after all right ones, at up to ``points``
+        coverages, evenly spaced, the last of which is 1.
+    """
+    n = len(risks)
+    k = np.unique(np.ceil(np.linspace(1 / points, 1, points) * n - 1e-9).astype(np.int64))
+    columns = {"coverage": k / n, "risk": risks[k - 1], "best": np.maximum(k - (n - wrong), 0) / k}
+    return {name: np.round(v, 6).tolist() for name, v in columns.items()}
+
+
 def confidences(scores: Tensor, scale: float) -> Floats:
     """[N] probability of the best class: softmax of ``scale`` × ``scores [N, C]``."""
     z = scale * scores.double()

@@ -15,7 +15,7 @@ from dualenc.pages import write_page
 from dualenc_evals.pages.page import confusion_view, environment, flat, media, read_json, shown
 from dualenc_evals.pages.table import directions, is_geometry, is_share, label, number, short
 
-HEADLINES = ("R@1", "R@5", "top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct")
+HEADLINES = ("R@1", "R@5", "top1", "top5", "mean_per_class_recall", "mAP", "mIoU", "_score", "all_correct")
 LOWER_IS_BETTER = ("median_rank", "mean_rank", "calibration_error", "AURC")
 MOST_MODELS = 6
 """The page has this many colours."""

@@ -23,7 +23,7 @@ from dualenc_evals.pages.page import confusion_view, environment, flat, read_jso
 from dualenc_evals.pages.svg import Chart, Series, compact, legend, line_chart, smooth
 from dualenc_evals.pages.table import directions, is_share, label, short
 
-HEADLINES = ("R@1", "R@10", "top1", "mean_per_class_recall")
+HEADLINES = ("R@1", "R@10", "top1", "mean_per_class_recall", "mIoU")
 PALETTE = 6
 DISTILL = ("kd_weight", "own_weight", "kd_part", "own_part", "distill_")
 """Prefixes of the metrics that distillation writes."""
@@ -355,6 +355,8 @@ def task_view(name: str, task: Mapping[str, Any]) -> dict[str, Any]:
         "curve": recall_chart(details.get("recall_curves", [])),
         "confusion": confusion_view(details),
         "heat": heat_view(details),
+        "apart": distance_view(details),
+        "risk": risk_chart(details.get("risk_coverage")),
     }
 
 
@@ -370,6 +372,20 @@ def recall_chart(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     )
     named = [s for s in series if s.style == "line"]
     return {"svg": Markup(line_chart(chart)), "legend": Markup(legend(named))}
+
+
+def risk_chart(curve: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Share of wrong answers among the most confident ones at every coverage; dashed: the best order, and none."""
+    if not curve:
+        return None
+    x, risk = curve["coverage"], curve["risk"]
+    series = [
+        Series("most confident first", x, risk, 1),
+        Series("best possible order", x, curve["best"], 2, "dashed"),
+        Series("no order", [x[0], x[-1]], [risk[-1]] * 2, 3, "dashed"),
+    ]
+    chart = Chart(series, "coverage (share of the items answered)", lambda v: f"{100 * v:.3g} %", width=520, zero=True)
+    return {"svg": Markup(line_chart(chart)), "legend": Markup(legend(series))}
 
 
 def heat_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -390,6 +406,23 @@ def heat_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
         "hits": sum(top),
         "of": len(top),
     }
+
+
+def distance_view(details: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Distances between the class means, scaled to the page's colours; the range is written next to them."""
+    matrix = details.get("centroid_distances") or []
+    known = [v for row in matrix for v in row if v is not None]
+    if not known:
+        return None
+    high = max(known) or 1.0
+    rows = [
+        {
+            "name": name,
+            "cells": [{"s": "" if v is None else f"{v:.2f}", "v": (v or 0.0) / high} for v in row],
+        }
+        for name, row in zip(details["classes"], matrix, strict=True)
+    ]
+    return {"rows": rows, "classes": details["classes"], "high": f"{high:.2f}", "numbers": len(rows) <= 16}
 
 
 def lost_samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

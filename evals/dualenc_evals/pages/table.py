@@ -11,10 +11,23 @@ from rich.text import Text
 
 FILE_ONLY = ("MRR", "mean_rank", "calibration_error")
 """Only in the file and the report; a terminal has no room for them."""
-CLASSES = ("classification", "multilabel", "probe")
+CLASSES = ("classification", "dense", "multilabel", "probe")
 TAILS = ("median_rank", "mean_rank", "mean_per_class_recall")
-GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity")
-SHARES = ("top1", "top5", "mean_per_class_recall", "mAP", "_score", "all_correct", "calibration_error", "AURC")
+GEOMETRY = ("modality_gap", "alignment", "mean_offdiagonal_cosine", "uniformity", "fisher_ratio", "silhouette")
+SHARES = (
+    "top1",
+    "top5",
+    "mean_per_class_recall",
+    "mAP",
+    "_score",
+    "all_correct",
+    "calibration_error",
+    "AURC",
+    "knn_gain",
+    "mIoU",
+    "mIoU_foreground",
+    "pixel_accuracy",
+)
 
 
 def is_share(metric: str) -> bool:
@@ -22,7 +35,7 @@ def is_share(metric: str) -> bool:
     last = metric.rpartition("_to_")[2]
     return (
         metric.endswith(SHARES)
-        or any(f"{m}@" in metric for m in ("_R", "_mAP", "_nDCG", "top1"))
+        or any(f"{m}@" in f"_{metric}" for m in ("_R", "_mAP", "_nDCG", "top1"))
         or last.endswith("_MRR")
     )
 
@@ -50,6 +63,7 @@ def directions(task: dict[str, Any]) -> dict[str, list[str]]:
     """Direction → its metrics that the terminal shows; classification has one, named after what is classified."""
     out: dict[str, list[str]] = {}
     plain = f"{task['modalities'][0]} → class" if task["kind"] in CLASSES else " and ".join(task["modalities"])
+    plain = f"{task['modalities'][0]} → {task['modalities'][0]}" if task["kind"] == "instances" else plain
     for metric in task["metrics"]:
         if not is_geometry(metric) and short(metric) not in FILE_ONLY:
             head = metric[: len(metric) - len(short(metric)) - 1] if "_to_" in metric else ""
