@@ -67,6 +67,7 @@ def check_loss(loss: Loss, data: Data, pairs: Sequence[tuple[str, str]]) -> None
         ConfigError: naming it, and what to write.
     """
     check_needs(loss.needs, data)
+    loss.check_pairs(pairs)
     known = {frozenset(p): p for p in pairs}
     for pair in loss.names_pairs:
         if frozenset(pair) not in known:

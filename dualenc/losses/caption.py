@@ -13,7 +13,6 @@ Memory: the head gives two numbers for each sample; of its logits [places, vocab
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from pydantic import Field, model_validator
@@ -23,9 +22,7 @@ from dualenc.config import Positive, Section
 from dualenc.distributed.gather import gather_ids
 from dualenc.distributed.world import world_size
 from dualenc.encoders.caption_head import Captioning
-from dualenc.errors import ConfigError
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.memory import LossState, RunShape
 
 GROUP = "caption"
 
@@ -58,27 +55,10 @@ class Caption(Loss):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.names_pairs = ((config.of, config.captions),)
+        self.only_pair = (config.of, config.captions)
+        self.names_pairs = (self.only_pair,)
         asked = Captioning(config.of, config.captions, config.layers, config.heads)
         self.captioning = MappingProxyType({GROUP: asked})
-
-    def memory(self, run: RunShape) -> Mapping[str, LossState]:
-        """None.
-
-        Raises:
-            ConfigError: it is listed for another pair than its own.
-        """
-        self._refuse_others(run.pairs)
-        return {}
-
-    def _refuse_others(self, pairs: Sequence[tuple[str, str]]) -> None:
-        own = (self.config.of, self.config.captions)
-        if others := [p for p in pairs if {*p} != {*own}]:
-            said = "[{}, {}]".format(*own)
-            raise ConfigError(
-                f"loss: caption is for the pair {said} and not for {list(others[0])}; write {{name: caption, pairs: "
-                f"[{said}]}} in the list"
-            )
 
     def forward(
         self,
@@ -90,7 +70,7 @@ class Caption(Loss):
         extras: Extras | None = None,
     ) -> LossOutput:
         """See the module; a and b, the features, are not used."""
-        self._refuse_others([extras.pair if extras else ("a", "b")])
+        self.check_pairs([extras.pair if extras else ("a", "b")])
         assert extras is not None
         rows = (extras.a if extras.pair[0] == self.config.captions else extras.b)[GROUP]
         rows = where((ids >= 0)[:, None], rows, 0.0)

@@ -18,7 +18,6 @@ No sample sees another's cells or texts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated
 
@@ -35,7 +34,6 @@ from dualenc.encoders.context_head import InContext
 from dualenc.encoders.places import at_centres
 from dualenc.errors import ConfigError
 from dualenc.losses.loss import Extras, Loss, LossOutput, losses
-from dualenc.memory import LossState, RunShape
 
 GROUP = "in_context"
 
@@ -71,7 +69,8 @@ class DenseLoss(Loss):
         super().__init__()
         self.config = config
         self.needs, self.places_of = (config.cells,), (config.modality,)
-        self.names_pairs = ((config.modality, config.texts),)
+        self.only_pair = (config.modality, config.texts)
+        self.names_pairs = (self.only_pair,)
         asked = InContext(config.modality, config.texts, config.context, config.width, config.heads)
         self.in_context = MappingProxyType({GROUP: asked} if config.context else {})
 
@@ -86,7 +85,7 @@ class DenseLoss(Loss):
     ) -> LossOutput:
         """See the module; a and b, the features of whole items, are not used."""
         c = self.config
-        self._refuse_others([extras.pair if extras else ("a", "b")])
+        self.check_pairs([extras.pair if extras else ("a", "b")])
         assert extras is not None
         images, texts = (extras.a, extras.b) if extras.pair[0] == c.modality else (extras.b, extras.a)
         if "negatives" not in texts:
@@ -108,24 +107,6 @@ class DenseLoss(Loss):
         share = gather_ids(known.sum(1)).sum().clamp(min=1).to(exact) / world_size()
         right = (scores.argmax(2) == wanted) & known
         return LossOutput(each.sum() / share, {"cells_right": right.sum().to(exact) / share})
-
-    def memory(self, run: RunShape) -> Mapping[str, LossState]:
-        """None.
-
-        Raises:
-            ConfigError: it is listed for another pair than its own.
-        """
-        self._refuse_others(run.pairs)
-        return {}
-
-    def _refuse_others(self, pairs: Sequence[tuple[str, str]]) -> None:
-        own = (self.config.modality, self.config.texts)
-        if others := [p for p in pairs if {*p} != {*own}]:
-            said = "[{}, {}]".format(*own)
-            raise ConfigError(
-                f"loss: dense is for the pair {said} and not for {list(others[0])}; write {{name: dense, pairs: "
-                f"[{said}]}} in the list"
-            )
 
     def _grid(self, cells: Tensor) -> int:
         """How many cells an image has: the value's width."""

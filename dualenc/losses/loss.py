@@ -111,6 +111,23 @@ class Loss(nn.Module):
     """Modalities whose images' places it wants: ``places`` [B, K, D] of its extras, see
     :meth:`dualenc.encoders.dual_encoder.DualEncoder.say_places`."""
 
+    only_pair: tuple[str, str] | None = None
+    """The one pair that it is for, if it is not for any."""
+
+    def check_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Refuse pairs that it is not for.
+
+        Raises:
+            ConfigError: naming the first, and how to list the loss.
+        """
+        if self.only_pair is not None and (others := [p for p in pairs if {*p} != {*self.only_pair}]):
+            said = "[{}, {}]".format(*self.only_pair)
+            name = next((n for n in losses if losses[n] is type(self)), type(self).__name__)
+            raise ConfigError(
+                f"loss: {name} is for the pair {said} and not for {list(others[0])}; write {{name: {name}, pairs: "
+                f"[{said}]}} in the list"
+            )
+
     def heads(self, dim: int, modalities: Sequence[str]) -> Mapping[str, Mapping[str, nn.Module]]:
         """What it trains besides the towers: group → modality → a module on the features [n, ``dim``].
 

@@ -85,6 +85,11 @@ class WeightedSum(Loss):
             for group, head in part.heads(dim, modalities).items()
         }
 
+    def check_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """See the base class: each loss for its own pairs."""
+        for term, part in zip(self.config.terms, self.children_losses(), strict=True):
+            part.check_pairs(pairs_of(term.pairs, pairs))
+
     def memory(self, run: RunShape) -> dict[str, LossState]:
         """That of every loss, under its name."""
         return {

@@ -50,6 +50,10 @@ class Wrapper(Loss):
         """Those of the loss inside, under names of their own."""
         return {f"{INNER}{JOINT}{group}": head for group, head in self.loss.heads(dim, modalities).items()}
 
+    def check_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """See the base class: the loss inside's."""
+        self.loss.check_pairs(pairs)
+
     def memory(self, run: RunShape) -> dict[str, LossState]:
         """None: the loss inside may be called several times a step, on parts of the features.
 

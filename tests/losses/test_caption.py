@@ -33,7 +33,6 @@ from dualenc.encoders.dual_encoder import hidden_group, telling_rows
 from dualenc.encoders.hidden import PlaceStates
 from dualenc.errors import ConfigError
 from dualenc.losses import build_loss, objective
-from dualenc.memory import RunShape
 from dualenc.model import load_model
 from dualenc.train.build import vocabulary_of
 from dualenc.train.flops import FlopCount
@@ -155,7 +154,7 @@ def test_settings_that_do_not_fit_are_named() -> None:
     with pytest.raises(ConfigError, match=r"modalities\.image is not text"):
         vocabulary_of(_real_towers.inputs_of("own vit")["image"], Captioning("text", "image", 1, 1))
     with pytest.raises(ConfigError, match=r"for the pair \[image, text\] and not for \['audio', 'text'\]; write"):
-        loss_of().memory(RunShape(16, [("text", "image"), ("audio", "text")], 8))
+        loss_of().check_pairs([("text", "image"), ("audio", "text")])
     net = model("own vit")
     with pytest.raises(ConfigError, match=r"not seen; layers and caption cannot be used with engine\.compile"):
         net.hidden["text"].take({})
