@@ -20,6 +20,7 @@ from _runs import losses
 from test_released_clap import write_clap
 from test_released_models import write_hf
 
+from benchmarks import streets
 from benchmarks.methods import prepared
 from dualenc.cli import main
 from dualenc.config import load_recipe
@@ -139,6 +140,8 @@ def make_data(patch: pytest.MonkeyPatch, name: str, overrides: list[str]) -> Non
                 continue
             if folder.startswith("runs/methods"):
                 prepared("flickr8k", DATA)
+            elif folder.startswith("build/streets") and DATA.is_dir():
+                streets.make_data(DATA, Path("build/streets/data"))
             elif not DATA.is_dir() or "series_text" in folder:
                 pytest.skip(f"needs {DATA}, and recipes/series_text the wheel of aeon")
             else:
