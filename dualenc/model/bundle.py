@@ -379,9 +379,10 @@ def add_prompts(
         if isinstance(x, TextInput):
             at, tokens = x.prefix_places()
             if tokens != part.prompts.tokens:
+                found = "which is not set" if x.config.prefix is None else f"but {x.config.prefix!r} has {tokens}"
                 raise ConfigError(
-                    f"{where}.tokens: {part.prompts.tokens} tokens are learned, but modalities.{m}.input.prefix "
-                    f"{x.config.prefix!r} has {tokens}; they stand in its places, so write as many, such as "
+                    f"{where}.tokens: {part.prompts.tokens} learned tokens replace those of "
+                    f"modalities.{m}.input.prefix, {found}; write a prefix of {part.prompts.tokens} tokens, such as "
                     "'a photo of a' (4 for CLIP)"
                 )
         with seeded(seed, m, "prompts"):

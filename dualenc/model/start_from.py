@@ -8,8 +8,10 @@ are MODEL's own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from dualenc.data.modalities.text import TextInput
 from dualenc.errors import ConfigError, DualencError, did_you_mean
 from dualenc.model.bundle import Bundle
 from dualenc.model.load import load_model
@@ -67,12 +69,20 @@ def _is_whole(part: Any) -> bool:
 def _part(model: Bundle, m: str) -> dict[str, Any]:
     """A modality of MODEL as it is written in a recipe."""
     part, shares = model.parts[m], model.parts[m].shares
-    described = {"kind": part.kind, "input": dict(part.input)}
+    described = {"kind": part.kind, "input": _input(model, m)}
     if shares is not None:
         stream = part.model_dump(mode="json").get("stream")
         return {**described, "shares": shares, **({"stream": stream} if stream is not None else {})}
     prompts = {} if part.prompts is None else {"prompts": part.prompts.model_dump(mode="json")}
     return {**described, "encoder": model.model.tower(m).component.model_dump(mode="json"), **prompts}
+
+
+def _input(model: Bundle, m: str) -> dict[str, Any]:
+    """MODEL's input settings, its own tokenizer files by their folder: a recipe knows of no MODEL."""
+    settings, x = dict(model.parts[m].input), model.inputs[m]
+    if isinstance(x, TextInput) and x.base_dir is not None and x.config.tokenizer.startswith("hf:./"):
+        settings["tokenizer"] = f"hf:{Path(x.base_dir) / x.config.tokenizer.removeprefix('hf:./')}"
+    return settings
 
 
 def _merged(base: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,10 +192,12 @@ def test_a_saved_model_keeps_its_prompts_and_other_libraries_are_refused(tmp_pat
             assert torch.equal(copied.encode(m, x[m]), again.model.encode(m, x[m])), "a copy has prompts of its own"
             assert not torch.equal(b.model.encode(m, x[m]), again.model.encode(m, x[m]))
     for layout in ("hf", "open_clip", "sentence-transformers"):
-        with pytest.raises(ConfigError, match=r"learned prompts \(modalities\.image\.prompts\).*Use --format onnx"):
+        with pytest.raises(
+            ConfigError, match=r"learned prompts of the image tower \(modalities\.image\.prompts\).*Use --format onnx"
+        ):
             export(again, layout, tmp_path / layout)
     only_words = bundle(("hf clip", "hf clip"), image={"prompts": None}, text={"prompts": None})
-    with pytest.raises(ConfigError, match=r"'a photo of a' stands before every text"):
+    with pytest.raises(ConfigError, match=r"'a photo of a' before every text"):
         export(only_words, "hf", tmp_path / "hf")
     # A run begins from it with its prompts, or is refused; and from a model without any, with its own.
     fresh = bundle(("hf clip", "hf clip"))
@@ -218,7 +220,7 @@ def test_what_cannot_have_them_is_refused() -> None:
         with pytest.raises(ConfigError, match=r"modalities\.image\.prompts: .*(not a transformer|one sequence)"):
             bundle((name, "own/transformer"))
         del IMAGES[name]
-    with pytest.raises(ConfigError, match=r"modalities\.text\.prompts\.tokens: 2 tokens are learned, but .* has \d"):
+    with pytest.raises(ConfigError, match=r"text\.prompts\.tokens: 2 learned tokens replace .*, but .* has \d"):
         bundle(text={"prompts": {"tokens": 2}})
     with pytest.raises(ConfigError, match=r"modalities\.image\.prompts\.layers: 5 is more than the tower's 3 blocks"):
         bundle(image={"prompts": {"layers": 5}})

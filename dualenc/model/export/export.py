@@ -81,9 +81,9 @@ def _refuse_prefix(bundle: Bundle) -> None:
     """
     for m, part in bundle.parts.items():
         if part.prompts is not None:
-            raise ConfigError(f"the tower of {m} has learned prompts (modalities.{m}.prompts), which it cannot hold")
+            raise ConfigError(f"it has no place for the learned prompts of the {m} tower (modalities.{m}.prompts)")
         x = bundle.inputs[m]
         if isinstance(x, TextInput) and x.config.prefix is not None:
             raise ConfigError(
-                f"{x.config.prefix!r} stands before every text (modalities.{m}.input.prefix), which it cannot say"
+                f"it has no place for {x.config.prefix!r} before every text (modalities.{m}.input.prefix)"
             )
