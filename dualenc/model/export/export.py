@@ -43,8 +43,8 @@ def export(
         raise ConfigError(f"--out: {folder} already exists and is not empty; choose another folder.")
     made = not folder.exists()
     try:
-        if layout in _NAMES:
-            _refuse_prefix(bundle)
+        if layout in _NAMES and (reason := _no_place_for(bundle)):
+            raise ConfigError(reason)
         if layout == "hf":
             write_transformers(bundle, folder)
         elif layout == "open_clip":
@@ -62,7 +62,7 @@ def export(
             raise
         kinds = {p.kind or m for m, p in bundle.parts.items()}
         others = "onnx or safetensors" if kinds <= {"image", "text", "audio", "series"} else "safetensors"
-        if layout != "sentence-transformers" and kinds <= set(MODALITIES):
+        if layout != "sentence-transformers" and kinds <= set(MODALITIES) and not _no_place_for(bundle):
             others += ", or sentence-transformers"
         raise ConfigError(
             f"{bundle.name} cannot be exported to {_NAMES[layout]}: {str(e).rstrip('.')}. Use --format {others}."
@@ -73,17 +73,12 @@ def export(
     return folder
 
 
-def _refuse_prefix(bundle: Bundle) -> None:
-    """What other libraries' layouts have no place for: learned prompts, and words before every text.
-
-    Raises:
-        ConfigError: naming them.
-    """
+def _no_place_for(bundle: Bundle) -> str | None:
+    """What other libraries' layouts cannot hold: learned prompts, and words before every text."""
     for m, part in bundle.parts.items():
         if part.prompts is not None:
-            raise ConfigError(f"it has no place for the learned prompts of the {m} tower (modalities.{m}.prompts)")
+            return f"it has no place for the learned prompts of the {m} tower (modalities.{m}.prompts)"
         x = bundle.inputs[m]
         if isinstance(x, TextInput) and x.config.prefix is not None:
-            raise ConfigError(
-                f"it has no place for {x.config.prefix!r} before every text (modalities.{m}.input.prefix)"
-            )
+            return f"it has no place for {x.config.prefix!r} before every text (modalities.{m}.input.prefix)"
+    return None
