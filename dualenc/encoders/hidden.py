@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dualenc.encoders.tower import Tower
+from dualenc.encoders.tower import ImageTower, Tower, channels_last
 from dualenc.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ class Hidden:
     """
 
     def __init__(self, tower: Tower, depths: Sequence[float], modality: str) -> None:
-        self._blocks = tower.blocks()
+        self._blocks, self._of_images = tower.blocks(), isinstance(tower, ImageTower)
         if not self._blocks:
             raise ConfigError(
                 f"loss: modalities.{modality}.encoder has no repeated blocks whose outputs could be used; "
@@ -68,6 +68,8 @@ class Hidden:
 
     def _keep(self, depth: float, _: nn.Module, given: tuple[Any, ...], out: Any) -> None:
         y = out[0] if isinstance(out, tuple) else out
+        if self._of_images and channels_last(y):
+            y = y.permute(0, 3, 1, 2)
         masks = (x for x in given if isinstance(x, Tensor) and x.dtype == torch.bool and x.shape == y.shape[:2])
         self.said.setdefault(depth, []).append((y, next(masks, None)))
 

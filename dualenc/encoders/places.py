@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dualenc.encoders.tower import ImageTower, Tower
+from dualenc.encoders.tower import ImageTower, Tower, channels_last
 from dualenc.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ def _states(y: Tensor, tower: Tower) -> tuple[Tensor, tuple[int, ...]]:
     """(the state at each place [n, P, W], the shape of the places that the rest of the tower is given)."""
     if y.ndim == 4 and y.shape[2] == y.shape[3]:
         return y.flatten(2).transpose(1, 2), tuple(y.shape[2:])
-    if y.ndim == 4 and y.shape[1] == y.shape[2]:  # channels last, as Swin
+    if channels_last(y):
         return y.flatten(1, 2), tuple(y.shape[1:3])
     if y.ndim == 3:
         # Class and register tokens come first; there are fewer of them than would make the grid a larger one.

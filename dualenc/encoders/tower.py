@@ -98,6 +98,11 @@ class Tower(nn.Module):
         return out
 
 
+def channels_last(y: Tensor) -> bool:
+    """Whether what a block of an image tower says is a square map [n, h, w, C], as of Swin; others are [n, C, h, w]."""
+    return y.ndim == 4 and y.shape[1] == y.shape[2] != y.shape[3]
+
+
 @runtime_checkable
 class Recomputing(Protocol):
     """A trunk that can recompute its activations in the backward (open_clip's, timm's, own/vit)."""

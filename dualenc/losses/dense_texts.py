@@ -13,7 +13,8 @@ DenseCLIP has τ = 0.07 and learned tokens in the texts (``modalities.NAME.promp
 prompting comes in between, t_k ← t_k + γ Dec(t_k; [x; v_1 … v_P]): a decoder over what the image says, x and its
 places, with γ for each channel from 1e-4 (:mod:`dualenc.encoders.context_head`); it serves the loss only, so a saved
 model scores v · t. Its text tower is frozen and its images learn at a tenth of the rate (``lock``, ``optim.lr_scale``).
-No sample sees another's cells or texts.
+No sample sees another's cells or texts. In a list beside InfoNCE, that loss would take the texts of classes as hard
+negatives, although an image may show them: use ``dense`` alone, or in a phase of its own.
 """
 
 from __future__ import annotations

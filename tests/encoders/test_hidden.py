@@ -12,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import _real_towers
 
-from dualenc.config import LogitScale
-from dualenc.encoders import DualEncoder
+from dualenc.config import Component, LogitScale
+from dualenc.encoders import DualEncoder, build_tower
 from dualenc.encoders.dual_encoder import hidden_group
 from dualenc.encoders.hidden import Hidden, pooled
 from dualenc.errors import ConfigError
@@ -90,3 +90,23 @@ def test_a_tower_without_blocks_is_named() -> None:
     tower.trunk = torch.nn.Linear(2, 2)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"modalities\.image\.encoder has no repeated blocks"):
         Hidden(tower, [0.5], "image")
+
+
+@torch.no_grad()
+def test_maps_with_channels_last_are_pooled_over_their_places() -> None:
+    """timm's Swin says [n, h, w, C]."""
+    args = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    component = Component(name="timm/swin_tiny_patch4_window7_224", args=args)
+    described = {"config": {"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}}
+    tower = build_tower("image", component, described, 4).eval()
+    said: list[torch.Tensor] = []
+    tower.blocks()[-1].register_forward_hook(lambda _, __, out: said.append(out))
+    kept = Hidden(tower, [1.0], "image")
+    kept.keep_places()
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tower(x)
+    assert said[0].shape == (2, 8, 8, 16)
+    torch.testing.assert_close(kept.take(x)[1.0], said[0].mean((1, 2)))
+    places = kept.take_places()
+    assert places is not None
+    assert torch.equal(places.states, said[0].flatten(1, 2))

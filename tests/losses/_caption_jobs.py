@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,22 @@ class _Bundle:
         self.model, self.inputs, self.embed_dim = _real_towers.build(name, "info_nce"), inputs_of(name), 16
 
 
-def model(name: str, loss: Loss | None = None) -> DualEncoder:
-    """With the head, as training adds it. What starts at zero is moved, as in ``_real_towers.build``."""
+def with_heads(name: str, loss: Loss, move: Callable[[Tensor], float]) -> DualEncoder:
+    """The towers with what the loss adds, as training does it; ``move``: by how much a vector of the heads is moved."""
     bundle: Any = _Bundle(name)
-    add_heads(loss or loss_of(), bundle, 0)
+    add_heads(loss, bundle, 0)
     torch.manual_seed(2)
     with torch.no_grad():
         for p in bundle.model.heads.parameters():
-            if p.ndim == 1 and not p.any():
-                p.add_(0.05 * torch.randn_like(p))
+            if p.ndim == 1 and move(p):
+                p.add_(move(p) * torch.randn_like(p))
     out: DualEncoder = bundle.model
     return out
+
+
+def model(name: str, loss: Loss | None = None) -> DualEncoder:
+    """What starts at zero is moved, as in ``_real_towers.build``."""
+    return with_heads(name, loss or loss_of(), lambda p: 0.0 if p.any() else 0.05)
 
 
 # --- loops --------------------------------------------------------------------------------------------------------
@@ -142,14 +148,18 @@ def naive(net: DualEncoder, batch: Batch) -> Tensor:
     return nce + WEIGHT * rows[:, 0].sum() / rows[:, 1].sum()
 
 
-def reference(name: str) -> dict[str, Tensor]:
-    """Trained parameters after STEPS steps of one process that encodes every sample by itself, with torch's SGD."""
-    net = model(name).train()
+def reference(net: DualEncoder, loss_at: Callable[[int], Tensor]) -> dict[str, Tensor]:
+    """Trained parameters after STEPS steps of one process that encodes every sample by itself, with torch's SGD.
+
+    Args:
+        loss_at: the loss of a step.
+    """
+    net.train()
     trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
     sgd = torch.optim.SGD(trained.values(), lr=LR, momentum=MOMENTUM)
     for step in range(STEPS):
         sgd.zero_grad()
-        naive(net, batch_of(name, step)).backward()
+        loss_at(step).backward()
         for p in trained.values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         nn.utils.clip_grad_norm_(trained.values(), CLIP)
@@ -179,13 +189,19 @@ def sweep(world: World, engines: list[str], names: list[str], tile: int = 600 * 
     return out
 
 
-def differences(found: dict[str, Any]) -> dict[str, list[Any]]:
+def one_process(name: str) -> dict[str, Tensor]:
+    """The reference of this head."""
+    net = model(name)
+    return reference(net, lambda step: naive(net, batch_of(name, step)))
+
+
+def differences(found: dict[str, Any], alone: Callable[[str], dict[str, Tensor]] = one_process) -> dict[str, list[Any]]:
     """Case → largest relative difference from one process of any parameter, and its name."""
     wants: dict[str, dict[str, Tensor]] = {}
     out: dict[str, list[Any]] = {}
     for case, got in found.items():
         name = case.split("/")[1]
-        want = wants.setdefault(name, {}) or reference(name)
+        want = wants.setdefault(name, {}) or alone(name)
         wants[name] = want
         off = {k: float((got[k] - p).abs().max() / p.abs().max().clamp(min=1e-3)) for k, p in want.items()}
         worst = max(off, key=lambda k: off[k])

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
+import _caption_jobs
 import _real_towers
-from _real_towers import CLIP, LR, MOMENTUM, OPTIM, STEPS, inputs_of
+from _caption_jobs import with_heads
+from _real_towers import OPTIM, STEPS, inputs_of
 from gradcheck import ENGINES
 
 from dualenc.config import Component, EngineConfig
@@ -21,7 +24,6 @@ from dualenc.distributed.world import World
 from dualenc.encoders import DualEncoder
 from dualenc.engine import build_engine
 from dualenc.losses import Loss, build_loss
-from dualenc.train.build import add_heads
 from dualenc.train.step import train_step
 
 TOWERS = ("own convnet", "HF CLIP", "open_clip ViT")
@@ -34,24 +36,9 @@ def loss_of(**more: Any) -> Loss:
     return build_loss(Component(name="dense", **{"context": 2, "width": 8, "heads": 2, **more}))
 
 
-class _Bundle:
-    """What ``add_heads`` reads of a bundle."""
-
-    def __init__(self, name: str) -> None:
-        self.model, self.inputs, self.embed_dim = _real_towers.build(name, "info_nce"), inputs_of(name), 16
-
-
 def model(name: str, loss: Loss | None = None) -> DualEncoder:
     """With the head, as training adds it; what starts at zero or next to it is moved."""
-    bundle: Any = _Bundle(name)
-    add_heads(loss or loss_of(), bundle, 0)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in bundle.model.heads.parameters():
-            if p.ndim == 1:
-                p.add_(0.1 * torch.randn_like(p))
-    out: DualEncoder = bundle.model
-    return out
+    return with_heads(name, loss or loss_of(), lambda _: 0.1)
 
 
 def batch_of(name: str, step: int, rank: int = 0, world_size: int = 1) -> Batch:
@@ -107,21 +94,6 @@ def naive(net: DualEncoder, batch: Batch, loss: Loss) -> Tensor:
     return total / max(count, 1)
 
 
-def reference(name: str, loss: Loss) -> dict[str, Tensor]:
-    """Trained parameters after STEPS steps of one process, with torch's SGD."""
-    net = model(name, loss).train()
-    trained = {k: p for k, p in net.named_parameters() if p.requires_grad}
-    sgd = torch.optim.SGD(trained.values(), lr=LR, momentum=MOMENTUM)
-    for step in range(STEPS):
-        sgd.zero_grad()
-        naive(net, batch_of(name, step), loss).backward()
-        for p in trained.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        nn.utils.clip_grad_norm_(trained.values(), CLIP)
-        sgd.step()
-    return {k: p.detach().clone() for k, p in trained.items()}
-
-
 def sweep(world: World, engines: list[str], names: list[str]) -> dict[str, Any]:
     """Rank 0: case → the parameters."""
     out: dict[str, Any] = {}
@@ -138,15 +110,13 @@ def sweep(world: World, engines: list[str], names: list[str]) -> dict[str, Any]:
     return out
 
 
+def one_process(name: str) -> dict[str, Tensor]:
+    """The reference."""
+    loss = loss_of()
+    net = model(name, loss)
+    return _caption_jobs.reference(net, lambda step: naive(net, batch_of(name, step), loss))
+
+
 def differences(found: dict[str, Any]) -> dict[str, list[Any]]:
     """Case → largest relative difference from one process of any parameter, and its name."""
-    wants: dict[str, dict[str, Tensor]] = {}
-    out: dict[str, list[Any]] = {}
-    for case, got in found.items():
-        name = case.split("/")[1]
-        want = wants.setdefault(name, {}) or reference(name, loss_of())
-        wants[name] = want
-        off = {k: float((got[k] - p).abs().max() / p.abs().max().clamp(min=1e-3)) for k, p in want.items()}
-        worst = max(off, key=lambda k: off[k])
-        out[case] = [off[worst], worst]
-    return out
+    return _caption_jobs.differences(found, one_process)

@@ -48,19 +48,26 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class ConvTrunk(nn.Module):
-    """Images [n, 3, S, S] → features at strides ``stem``, 2·stem, 4·stem, … → mean over cells → [n, grid²·W]."""
+def residual_stages(first: nn.Conv2d, widths: list[int], depths: list[int]) -> nn.Sequential:
+    """``first`` gives ``widths[0]`` channels; then ``depths[i]`` blocks of ``widths[i]``, at half the size each."""
+    layers: list[nn.Module] = [first]
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        if i > 0:
+            layers += [ChannelNorm(widths[i - 1]), nn.Conv2d(widths[i - 1], width, 2, stride=2)]
+        layers += [ResidualBlock(width) for _ in range(depth)]
+    return nn.Sequential(*layers)
 
-    def __init__(self, widths: list[int], depths: list[int], stem: int, grid: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 2 * stem - 1, stride=stem, padding=stem - 1)]
-        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            if i > 0:
-                layers += [ChannelNorm(widths[i - 1]), nn.Conv2d(widths[i - 1], width, 2, stride=2)]
-            layers += [ResidualBlock(width) for _ in range(depth)]
-        self.layers = nn.Sequential(*layers)
-        self.grid = grid
-        self.norm = nn.LayerNorm(widths[-1] * grid**2)
+
+class GridTrunk(nn.Module):
+    """A map, its mean over the parts of a ``grid`` × ``grid``, a norm.
+
+    Attributes:
+        layers: what makes the map, as :func:`residual_stages` gives it.
+    """
+
+    layers: nn.Sequential
+    norm: nn.LayerNorm
+    grid: int
 
     def maps(self, x: Tensor) -> Tensor:
         """[n, 3, S, S] → the last map [n, W, h, w]."""
@@ -77,8 +84,27 @@ class ConvTrunk(nn.Module):
         return self.pool(self.maps(x))
 
 
+class ConvTrunk(GridTrunk):
+    """Images [n, 3, S, S] → features at strides ``stem``, 2·stem, 4·stem, … → mean over cells → [n, grid²·W]."""
+
+    def __init__(self, widths: list[int], depths: list[int], stem: int, grid: int) -> None:
+        super().__init__()
+        first = nn.Conv2d(3, widths[0], 2 * stem - 1, stride=stem, padding=stem - 1)
+        self.layers = residual_stages(first, widths, depths)
+        self.grid = grid
+        self.norm = nn.LayerNorm(widths[-1] * grid**2)
+
+
+class ResidualTower(RegionTower):
+    """A tower around a :class:`GridTrunk`."""
+
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks; a stride between two counts with what stands before it, so it has its own place."""
+        return [m for m in self.trunk.get_submodule("layers").children() if not isinstance(m, ChannelNorm)][1:]
+
+
 @own_towers.register("convnet")
-class ConvNet(RegionTower):
+class ConvNet(ResidualTower):
     """Residual convolutional net for small images."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
@@ -126,7 +152,3 @@ class ConvNet(RegionTower):
         super().__init__(trunk, head, describe, config.channels_last, config.regions)
         self.component = Component(name="own/convnet", **said_settings(config))
         self.embed_dim = embed_dim
-
-    def blocks(self) -> list[nn.Module]:
-        """The residual blocks; a stride between two counts with what stands before it, so it has its own place."""
-        return [m for m in self.trunk.get_submodule("layers").children() if not isinstance(m, ChannelNorm)][1:]

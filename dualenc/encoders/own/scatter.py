@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from dualenc.config import Component, Positive, Section
 from dualenc.encoders.families import own_towers
-from dualenc.encoders.image_regions import REGIONS, Grids, RegionTower, check_grids, said_settings
-from dualenc.encoders.own.convnet import ChannelNorm, ResidualBlock
+from dualenc.encoders.image_regions import REGIONS, Grids, check_grids, said_settings
+from dualenc.encoders.own.convnet import ChannelNorm, GridTrunk, ResidualTower, residual_stages
 from dualenc.encoders.tower import HeadKind, build_head
 from dualenc.errors import ConfigError
 
@@ -128,7 +128,7 @@ def modulus(spectrum: Tensor, wavelets: Tensor) -> Tensor:
     return found.square().sum(-1).clamp(min=1e-20).sqrt()  # a root has no gradient at 0
 
 
-class ScatterTrunk(nn.Module):
+class ScatterTrunk(GridTrunk):
     """Images [n, 3, S, S] → scattering coefficients → convolutions at strides 2^J, 2^(J+1), … → mean over cells.
 
     Each order is smaller than the one before by a factor of about eight, so orders 1 and 2 have a norm over channels
@@ -139,12 +139,7 @@ class ScatterTrunk(nn.Module):
         super().__init__()
         self.front = front
         self.norms = nn.ModuleList(ChannelNorm(3 * count) for count in front.of_orders[1:] if count)
-        layers: list[nn.Module] = [nn.Conv2d(3 * sum(front.of_orders), widths[0], 1)]
-        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            if i > 0:
-                layers += [ChannelNorm(widths[i - 1]), nn.Conv2d(widths[i - 1], width, 2, stride=2)]
-            layers += [ResidualBlock(width) for _ in range(depth)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = residual_stages(nn.Conv2d(3 * sum(front.of_orders), widths[0], 1), widths, depths)
         self.grid = grid
         self.norm = nn.LayerNorm(widths[-1] * grid**2)
 
@@ -155,18 +150,9 @@ class ScatterTrunk(nn.Module):
         out: Tensor = self.layers(torch.cat([low.flatten(1, 2), *normed], 1))
         return out
 
-    def pool(self, maps: Tensor) -> Tensor:
-        """[n, W, h, w] → [n, grid²·W]."""
-        out: Tensor = self.norm(nn.functional.adaptive_avg_pool2d(maps, self.grid).flatten(1))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, 3, S, S] → [n, grid²·W]."""
-        return self.pool(self.maps(x))
-
 
 @own_towers.register("scatter")
-class Scatter(RegionTower):
+class Scatter(ResidualTower):
     """A fixed scattering transform, then 1×1 and residual 3×3 convolutions without batch norm: for few images."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
@@ -220,7 +206,3 @@ class Scatter(RegionTower):
         super().__init__(trunk, head, describe, config.channels_last, config.regions)
         self.component = Component(name="own/scatter", **said_settings(config))
         self.embed_dim = embed_dim
-
-    def blocks(self) -> list[nn.Module]:
-        """The residual blocks; a stride between two counts with what stands before it, so it has its own place."""
-        return [m for m in self.trunk.get_submodule("layers").children() if not isinstance(m, ChannelNorm)][1:]

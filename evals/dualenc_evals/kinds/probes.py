@@ -48,7 +48,7 @@ class ProbeSettings(Section):
     episodes: Positive = Field(default=600, description="few-shot episodes")
 
 
-FEW = "(fewshot|prototype|opta|context)"
+FEW = "fewshot|prototype|opta|context"
 """Few-shot methods; the number of labelled items comes after the name."""
 
 
@@ -57,7 +57,7 @@ class ProbeTask(ClassesTask):
 
     kind: Literal["probe"]
     one_class: ClassVar[bool] = True
-    metric_pattern: ClassVar[str] = rf"{FEW}[1-9]\d*_top1|{'|'.join(separability.METRICS + UTILITY)}"
+    metric_pattern: ClassVar[str] = rf"({FEW})[1-9]\d*_top1|{'|'.join(separability.METRICS + UTILITY)}"
     train: Train = Field(description="where the training items come from")
     probe: ProbeSettings = Field(default_factory=ProbeSettings, description="settings of the probes")
 
@@ -166,7 +166,7 @@ class Probing(Kind[ProbeTask, Probed]):
             values |= _utility(task, train.labels, test.labels, classes, values.get("knn_top1"), seed)
             values = {n: v for n, v in values.items() if n in wanted}
             chance = {n: v for n, v in chance.items() if n in values}
-        for shots in task.numbers(r"(?:fewshot|prototype|opta|context)([1-9]\d*)_top1"):
+        for shots in task.numbers(rf"(?:{FEW})([1-9]\d*)_top1"):
             _episodes(task, (x, train.labels), (y, test.labels), shots, seed, (values, chance, settings, notes))
         apart = separability.separability(y, test.labels, classes, wanted)
         out: Measured = {
@@ -201,7 +201,7 @@ def _episodes(
 ) -> None:
     """All few-shot methods of one number of shots, on the same episodes."""
     values, chance, settings, notes = out
-    found = (re.fullmatch(rf"{FEW}{shots}_top1", m) for m in task.wanted())
+    found = (re.fullmatch(rf"({FEW}){shots}_top1", m) for m in task.wanted())
     methods = [m.group(1) for m in found if m is not None]
     probe = task.probe
     drawn = fewshot.draw_episodes(
